@@ -1,0 +1,354 @@
+"""The recipe: what is joined, how it is trained and how it is measured, as frozen typed values.
+
+A recipe is a Python function that returns a `Recipe`; YAML and JSON are the same fields written down, and the
+command line overrides them by dotted name (`stages.align.lr=1e-3`). An unknown key is an error that names the
+nearest known one. Nothing here is an import path, and nothing is ever executed from a file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from isthmus.types import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Frozen(BaseModel):
+    """A value of the recipe: immutable, every key known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def but(self, **changes: Any) -> Self:
+        """A copy with fields replaced, validated again."""
+        return type(self).model_validate({**self.model_dump(), **changes})
+
+
+def _named(key: str) -> BeforeValidator:
+    """Lets people write a bare name where a mapping is expected: `encoder: lite0` is `encoder: {source: lite0}`."""
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str | int | float) else value)
+
+
+# ---------------------------------------------------------------------------------------------- parts
+
+
+class EncoderConfig(Frozen):
+    """A frozen tower that turns pixels into `Features`."""
+
+    source: str = "efficientnet-lite0"
+    """An embedded part, a folder, or a model's name on a hub."""
+    revision: str | None = None
+    layer: int | str = -2
+    """Which state is `x_NSE`: a transformer's hidden state by index (-2 is the penultimate, as in LLaVA), or the
+    name of a depth of a convolutional encoder. Ignored where the source has only one."""
+    class_token: Literal["drop", "keep"] = "drop"
+    taps: tuple[int | str, ...] = ()
+    """Other depths that a joint reads; only these are computed and cached."""
+    image_size: int | None = None
+    """Side of the square input in pixels; None is the encoder's own."""
+    aspect: Literal["crop", "pad", "squash"] = "pad"
+    """How a picture becomes square: centre crop, letter-box with the mean colour (LLaVA-1.5), or stretch."""
+
+
+class LLMConfig(Frozen):
+    """The language model that speaks."""
+
+    source: str = "smollm2-135m-instruct"
+    revision: str | None = None
+    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
+
+
+class AlignerConfig(Frozen):
+    """The joint, by name, with the options of its paper (checked against the aligner's own schema)."""
+
+    name: str = "llava"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+class LoRA(Frozen):
+    """Low-rank update of the Linears that a glob matches: W + (alpha / r) B A. Hu et al., arXiv 2106.09685."""
+
+    r: int = Field(16, ge=1)
+    alpha: float = 32.0
+    dropout: float = Field(0.0, ge=0, lt=1)
+    dora: bool = False
+    """Weight-decomposed: the column norms train apart. Liu et al., arXiv 2402.09353."""
+
+
+class Train(Frozen):
+    """How the parameters that a glob matches are trained."""
+
+    lr: float | None = Field(None, gt=0)
+    """None takes the stage's."""
+    weight_decay: float = Field(0.0, ge=0)
+    mode: Literal["full", "frozen"] | LoRA = "full"
+
+
+class ObjectiveConfig(Frozen):
+    """One term of the loss."""
+
+    name: str
+    weight: float = 1.0
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Source(Frozen):
+    """One data set of a mix, by name of an embedded set or as a file, with its share."""
+
+    name: str
+    weight: float = Field(1.0, gt=0)
+    """Share of the draws; shares are normalised over the mix."""
+    split: str = "train"
+    images: Path | None = None
+    """Folder that relative picture paths start from."""
+    limit: int | None = Field(None, ge=1)
+    """At most this many samples, the first ones of the set's own order."""
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Budget(Frozen):
+    """How long a stage lasts; exactly one is given. Minutes are turned into steps once and then frozen."""
+
+    steps: int | None = Field(None, ge=0)
+    samples: int | None = Field(None, ge=1)
+    epochs: float | None = Field(None, gt=0)
+    minutes: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        given = [name for name, value in self.model_dump().items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"a budget is one of steps, samples, epochs, minutes; got {given or 'none'}")
+        return self
+
+
+OneObjective: TypeAlias = Annotated[ObjectiveConfig, _named("name")]
+OneSource: TypeAlias = Annotated[Source, _named("name")]
+OneTrain: TypeAlias = Annotated[Train, _named("lr")]
+
+
+class Stage(Frozen):
+    """One leg of the training: data, what trains, the loss and how long."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_-]*$")
+    data: tuple[OneSource, ...]
+    train: dict[str, OneTrain]
+    """Ordered map from parameter globs to how they train; the last match wins, no match is frozen, and a glob
+    that matches nothing is an error. `connectors.*` and `llm.*` are the usual ones."""
+    objectives: tuple[OneObjective, ...] = (ObjectiveConfig(name="lm"),)
+    budget: Budget
+    lr: float = Field(1e-3, gt=0)
+    batch_size: int = Field(16, ge=1)
+    """Samples per optimizer step."""
+    accumulate: int = Field(1, ge=1)
+    """Micro-batches that one optimizer step is split into; `batch_size` is divisible by it."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(0.03, ge=0, lt=1)
+    """Share of the steps over which the rate rises linearly from 0."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float | None = 1.0
+    """Largest global gradient norm; None leaves gradients alone."""
+    max_length: int = Field(2048, ge=8)
+    """Decoder tokens per sample. Media spans are atomic: see `overlong`."""
+    overlong: Literal["error", "drop", "oldest"] = "error"
+    """A longer sample: refuse, drop it (counted), or drop its oldest turns."""
+    batching: Literal["bucketed", "shuffled", "packed"] = "bucketed"
+    template: Literal["chat", "plain"] = "chat"
+    """`chat` is the LLM's own template; `plain` is LLaVA's first stage: media, then the answer, then end."""
+    evaluate_every: float | None = 0.25
+    """Validation loss after this share of the stage; None only at its end."""
+    save_every: float | None = 0.25
+    recompute: bool = False
+    """Activation checkpointing of the LLM's layers."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
+        return self
+
+
+# ---------------------------------------------------------------------------------------------- recipe
+
+
+class TaskConfig(Frozen):
+    """One task of the evaluation."""
+
+    name: str
+    limit: int | None = Field(None, ge=1)
+    controls: tuple[Literal["blind", "shuffled"], ...] = ("blind", "shuffled")
+    """Baselines measured beside it: the picture blanked, and pictures exchanged between items."""
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+OneEncoder: TypeAlias = Annotated[EncoderConfig, _named("source")]
+OneTask: TypeAlias = Annotated[TaskConfig, _named("name")]
+
+
+class Recipe(Frozen):
+    """Encoder, LLM and joint; the stages of their training; the evaluation; one seed."""
+
+    name: str = "recipe"
+    encoder: OneEncoder = EncoderConfig()
+    """The image encoder."""
+    more_encoders: dict[Literal["video", "audio"], OneEncoder] = Field(default_factory=dict)
+    llm: Annotated[LLMConfig, _named("source")] = LLMConfig()
+    aligner: Annotated[AlignerConfig, _named("name")] = AlignerConfig()
+    stages: tuple[Stage, ...] = ()
+    eval: tuple[OneTask, ...] = ()
+    seed: int = 0
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of frozen parts; what trains keeps float32 masters. `auto` asks the machine (see `doctor`)."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stage names repeat: {names}")
+        return self
+
+    @property
+    def encoders(self) -> dict[str, EncoderConfig]:
+        """Every encoder by kind."""
+        return {"image": self.encoder, **self.more_encoders}
+
+    def stage(self, name: str) -> Stage:
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ConfigError(f"no stage named {name!r}", f"stages are {[s.name for s in self.stages]}")
+
+    def fingerprint(self) -> str:
+        """Twelve hex digits that change with any field."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+    def override(self, assignments: Sequence[str]) -> Recipe:
+        """A copy with dotted assignments applied: `["stages.align.lr=1e-3", "llm=./my-llm"]`.
+
+        Raises:
+            ConfigError: a key is unknown, or a value does not fit its field.
+        """
+        tree = self.model_dump()
+        for assignment in assignments:
+            path, equals, text = assignment.partition("=")
+            if not equals:
+                raise ConfigError(f"override {assignment!r} has no '='", "write key=value, e.g. seed=1")
+            _assign(tree, path.strip().split("."), parse_value(text), path)
+        return parse(tree, "override")
+
+    def save(self, path: Path) -> None:
+        """Write as YAML or JSON, by the file's ending."""
+        tree = self.model_dump(mode="json")
+        text = json.dumps(tree, indent=2) if path.suffix == ".json" else yaml.safe_dump(tree, sort_keys=False)
+        path.write_text(text, encoding="utf-8")
+
+
+def read(path: Path) -> Recipe:
+    """Read a recipe from YAML or JSON.
+
+    Raises:
+        ConfigError: unreadable, not a mapping, or a field is unknown or wrong.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        cause = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{path}: cannot be read as YAML or JSON ({cause})", "check the path and the syntax"
+        ) from None
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{path}: a recipe is a mapping of fields", "see `isthmus recipes --show NAME`")
+    return parse(tree, str(path))
+
+
+def parse(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Validate a tree of plain values, with one line per fault and the nearest name for an unknown key."""
+    return check(Recipe, tree, where)
+
+
+def check(model: type[Model], tree: Mapping[str, Any], where: str) -> Model:
+    """Validate `tree` against any of our schemas; faults become one `ConfigError`."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        faults = "; ".join(_explain(model, fault) for fault in error.errors())
+        raise ConfigError(f"{where}: {faults}", "`isthmus recipes --schema` lists every key") from None
+
+
+def parse_value(text: str) -> Any:
+    """The value of an override, read as YAML (so `1e-3` is a number, `[a, b]` a list, `null` None)."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """`; did you mean 'x'?` or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _assign(tree: Any, path: list[str], value: Any, whole: str) -> None:
+    """Set a value inside nested mappings and lists of named things (stages are found by name or index)."""
+    for depth, key in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(tree, list | tuple):
+            names = [item.get("name", "") for item in tree]
+            index = names.index(key) if key in names else int(key) if key.isdigit() else -1
+            if not 0 <= index < len(tree):
+                raise ConfigError(
+                    f"{whole}: no {path[depth - 1]} named {key!r}{nearest(key, names)}", f"there are {names}"
+                )
+            if last:
+                tree[index] = value
+            else:
+                tree = tree[index]
+        elif last:
+            tree[key] = value
+        else:
+            if isinstance(tree.get(key), tuple):
+                tree[key] = list(tree[key])
+            if not isinstance(tree.get(key), dict | list):
+                if key not in tree:
+                    raise ConfigError(
+                        f"{whole}: unknown key {key!r}{nearest(key, list(tree))}",
+                        "`isthmus recipes --schema` lists every key",
+                    )
+                tree[key] = {}
+            tree = tree[key]
+
+
+def _explain(model: type[BaseModel], fault: Any) -> str:
+    """One validation fault in words; an unknown key names the nearest known one."""
+    location = ".".join(str(step) for step in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        key = str(fault["loc"][-1])
+        return f"unknown key {location!r}{nearest(key, sorted(set(_keys(model))))}"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{location}: {message}" if location else message
+
+
+def _keys(model: type[BaseModel]) -> Iterator[str]:
+    """Every field name in a schema and the schemas inside it."""
+    root = model.model_json_schema()
+    for schema in [root, *root.get("$defs", {}).values()]:
+        yield from schema.get("properties", {})

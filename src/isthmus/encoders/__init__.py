@@ -1,0 +1,41 @@
+"""Towers that turn pixels into `Features`: transformers models (`hf`), EfficientNet-Lite (`lite`)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+from transformers.image_processing_base import ImageProcessingMixin
+
+from isthmus.types import Features
+
+
+class Encoder(nn.Module):
+    """A pretrained tower for one kind of medium. It is used as it is: `forward` maps pixels to features.
+
+    Attributes:
+        kind: `image`, `video` or `audio`.
+        width: E of `Features.x_NSE`.
+        tap_widths: E of every named tap that `forward` returns.
+        grid: (rows, columns) of S at the configured input size.
+        processor: the transformers image processor that makes its pixels; saved beside the model.
+    """
+
+    kind: ClassVar[str] = "image"
+    width: int
+    tap_widths: dict[str, int]
+    grid: tuple[int, int]
+    processor: ImageProcessingMixin
+
+    @property
+    def tokens(self) -> int:
+        """S at the configured input size (a kept class token counts)."""
+        raise NotImplementedError
+
+    def identity(self) -> dict[str, str]:
+        """What cached features depend on besides the picture: source, weights' hash, depth, preprocessing."""
+        raise NotImplementedError
+
+    def forward(self, pixels: Tensor) -> Features:
+        """pixels [N, C, H, W] -> features with x [N, S, E] and the configured taps."""
+        raise NotImplementedError

@@ -1,0 +1,1 @@
+"""Tasks, scores and reports."""

@@ -1,0 +1,1 @@
+"""Data work that needs models: the feature cache."""
