@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from isthmus.types import ConfigError
+from isthmus.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -56,6 +56,8 @@ class EncoderConfig(Frozen):
     """Side of the square input in pixels; None is the encoder's own."""
     aspect: Literal["crop", "pad", "squash"] = "pad"
     """How a picture becomes square: centre crop, letter-box with the mean colour (LLaVA-1.5), or stretch."""
+    architecture: dict[str, Any] | None = None
+    """The source's own config, inline, so that `plan` needs neither hub nor folder."""
 
 
 class LLMConfig(Frozen):
@@ -64,6 +66,8 @@ class LLMConfig(Frozen):
     source: str = "smollm2-135m-instruct"
     revision: str | None = None
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
+    architecture: dict[str, Any] | None = None
+    """The source's own config, inline, so that `plan` needs neither hub nor folder."""
 
 
 class AlignerConfig(Frozen):
@@ -200,6 +204,8 @@ class Recipe(Frozen):
     """Encoder, LLM and joint; the stages of their training; the evaluation; one seed."""
 
     name: str = "recipe"
+    about: str = ""
+    """One line of what it is."""
     encoder: OneEncoder = EncoderConfig()
     """The image encoder."""
     more_encoders: dict[Literal["video", "audio"], OneEncoder] = Field(default_factory=dict)

@@ -22,6 +22,10 @@ import torch
 from PIL import Image as Pillow
 from torch import Tensor
 
+from isthmus.errors import ConfigError as ConfigError
+from isthmus.errors import DataError as DataError
+from isthmus.errors import IsthmusError as IsthmusError
+
 IGNORE = -100
 """A label that carries no loss."""
 
@@ -178,11 +182,13 @@ class Media:
     """All media of one kind in a batch, in order of appearance: pixels, or features that were cached.
 
     `pixels` is [N, C, H, W] for images, [N, F, C, H, W] for video, [N, channels, time] for audio.
-    `row_N` is the batch row and `segment_N` the segment (from 1) to which each medium belongs.
+    `row_N` is the batch row and `segment_N` the segment (from 1) to which each medium belongs; `at_N` is the
+    column of its first placeholder, or of what follows its place where the joint keeps media aside.
     """
 
     row_N: Tensor
     segment_N: Tensor
+    at_N: Tensor
     pixels: Tensor | None = None
     features: Features | None = None
 
@@ -288,28 +294,3 @@ class Output:
     positions_BT: Tensor | None = None
     side: Side | None = None
     past: Past | None = None
-
-
-# ---------------------------------------------------------------------------------------------- what goes wrong
-
-
-class IsthmusError(Exception):
-    """A cause in one line, and a remedy in one line; `code` is the process's exit code."""
-
-    code = 1
-
-    def __init__(self, cause: str, remedy: str = "") -> None:
-        super().__init__(cause if not remedy else f"{cause}\n{remedy}")
-        self.cause, self.remedy = cause, remedy
-
-
-class ConfigError(IsthmusError):
-    """A recipe, an override or a part's name is wrong."""
-
-    code = 2
-
-
-class DataError(IsthmusError):
-    """A sample, a picture or a file of data is wrong; the cause names it."""
-
-    code = 3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 from transformers.image_processing_base import ImageProcessingMixin
@@ -17,13 +17,17 @@ class Encoder(nn.Module):
         kind: `image`, `video` or `audio`.
         width: E of `Features.x_NSE`.
         tap_widths: E of every named tap that `forward` returns.
-        grid: (rows, columns) of S at the configured input size.
+        size: side of the square input in pixels.
+        aspect: how a picture becomes square (`EncoderConfig.aspect`).
+        grid: (rows, columns) of S at that size.
         processor: the transformers image processor that makes its pixels; saved beside the model.
     """
 
     kind: ClassVar[str] = "image"
     width: int
     tap_widths: dict[str, int]
+    size: int
+    aspect: Literal["crop", "pad", "squash"]
     grid: tuple[int, int]
     processor: ImageProcessingMixin
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from isthmus.types import Batch, Output
+from isthmus.config import Frozen, check, nearest
+from isthmus.types import Batch, ConfigError, Output
 
 if TYPE_CHECKING:  # what an objective may be handed; it imports types alone
     Step = Any
@@ -19,10 +22,19 @@ class Objective(nn.Module):
     that splitting a step into micro-batches does not change its gradient.
     """
 
+    class Options(Frozen):
+        """The term's own choices; none by default."""
+
+    name: ClassVar[str]
+    """How recipes call it; the file in `objectives/` has the same name."""
     needs: ClassVar[Literal["hidden", "connected"]] = "hidden"
     """`connected` leaves the LLM out of the loop when no other objective needs its states."""
     splits: ClassVar[bool] = True
     """False for losses over in-batch negatives, which change when a step is split into micro-batches."""
+
+    def __init__(self, options: Frozen):
+        super().__init__()
+        self.options: Any = options
 
     def count(self, batch: Batch) -> int:
         """How many terms `loss` sums over; known before the forward."""
@@ -31,3 +43,19 @@ class Objective(nn.Module):
     def loss(self, step: Step, output: Output, batch: Batch) -> Tensor:
         """The sum of this term over the batch: a scalar in float32. `step` is the module being trained."""
         raise NotImplementedError
+
+
+def named(name: str, options: dict[str, Any]) -> Objective:
+    """The objective of that name, with its options validated against its own schema.
+
+    Raises:
+        ConfigError: no such name, or no such option; the nearest is suggested.
+    """
+    known = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    if name not in known:
+        raise ConfigError(f"no objective named {name!r}{nearest(name, known)}", f"there are {known}")
+    module = importlib.import_module(f"{__name__}.{name}")
+    for item in vars(module).values():
+        if isinstance(item, type) and issubclass(item, Objective) and item.__dict__.get("name") == name:
+            return item(check(item.Options, options, f"objective {name}"))
+    raise ConfigError(f"{module.__name__} has no Objective with name = {name!r}", "set `name` in its class")

@@ -1,0 +1,33 @@
+# Everything happens in .venv, made on first use from constraints.txt. Only Python >= 3.11 with pip is needed.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO ?=
+
+.PHONY: demo test slow lint bench clean
+
+demo: .venv/ready
+	@$(BIN)/isthmus data fetch demo
+	@$(BIN)/isthmus demo $(DEMO)
+
+test: .venv/ready
+	@$(BIN)/isthmus data fetch demo
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: .venv/ready
+	@$(BIN)/isthmus data fetch demo
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/ready
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Isthmus needs Python 3.11 or newer; try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,embedded]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs

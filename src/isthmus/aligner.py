@@ -1,0 +1,128 @@
+"""What a paper answers: which connector, spliced or aside, positions, who sees whom, what is added inside the LLM.
+
+LLaVA's answers are the defaults. A new joint is one file in `aligners/` with one class that overrides the answers
+in which it differs; nothing else in the package changes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from isthmus.graft import Graft
+from torch import Tensor, nn
+
+from isthmus.config import Frozen, check, nearest
+from isthmus.connectors import Connector
+from isthmus.encoders import Encoder
+from isthmus.fuse import Rule
+from isthmus.types import ConfigError, Layout
+
+if TYPE_CHECKING:
+    from isthmus.model import VLM
+
+
+class Addition(NamedTuple):
+    """A graft and where it goes: the dotted name of a module inside the LLM or an encoder."""
+
+    path: str
+    name: str
+    graft: Graft
+
+
+class Aligner:
+    """One published way of joining an encoder to an LLM.
+
+    Subclasses set `Options`, a schema of the paper's own choices, and override the answers below.
+    """
+
+    class Options(Frozen):
+        """The paper's own choices; none by default."""
+
+    name: ClassVar[str]
+    """How recipes call it; the file in `aligners/` has the same name."""
+    family: ClassVar[str] = "converter"
+    """Converter, perceiver, tool or data: the survey's families (arXiv 2311.07594)."""
+    splices: ClassVar[bool] = True
+    """Vectors take places in the LLM's input; otherwise they stay aside and grafts read `Side.vision_BKQD`."""
+    asleep: ClassVar[tuple[str, ...]] = ()
+    """Globs of parameters that have no gradient until another part wakes (behind a zero gate)."""
+    identity: ClassVar[bool] = True
+    """Whether a freshly composed model equals the bare LLM on text."""
+    encoder_decoder: ClassVar[bool] = True
+    """Whether an encoder-decoder LLM can carry this joint."""
+
+    def __init__(self, options: Frozen):
+        self.options: Any = options
+
+    def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
+        """The module between an encoder and an LLM of width D. The one answer that has no default."""
+        raise NotImplementedError
+
+    def layout(self, kind: str, tokens: int) -> Layout:
+        """How a medium of Q connector tokens stands in the text. LLaVA puts a newline behind it."""
+        return Layout(count=tokens if self.splices else 0, after="\n")
+
+    def new_tokens(self) -> tuple[str, ...]:
+        """Strings that become new vocabulary entries, with rows of their own in embedding and head."""
+        return ()
+
+    def grafts(self, llm: nn.Module, encoders: nn.ModuleDict, width: int) -> Iterator[Addition]:
+        """What is added inside the LLM's or the encoders' modules."""
+        return iter(())
+
+    def heads(self, width: int) -> dict[str, nn.Module]:
+        """Output modules on the LLM's states, by name (an output projector, a regression head)."""
+        return {}
+
+    def positions(self, segment_BT: Tensor, modality_BT: Tensor) -> Tensor | None:
+        """Position ids over the whole row, or None for counting within each segment."""
+        return None
+
+    def rule(self, segment_BT: Tensor, modality_BT: Tensor) -> Rule | None:
+        """A restriction of who may look at whom, on top of causality and segments."""
+        return None
+
+    def media_mask(self, position_BT: Tensor, segment_BT: Tensor, media_at_BK: Tensor) -> Tensor:
+        """For media that stay aside: may the token at `position_BT` look at medium k? [B, T, K].
+
+        The default is every medium that has appeared. `position_BT` counts from the row's first column.
+        """
+        return (media_at_BK[:, None] >= 0) & (media_at_BK[:, None] <= position_BT[..., None])
+
+    def birth(self, model: VLM) -> None:
+        """Initialise from the base parts' own weights; runs once, when freshly composed, never on load."""
+
+
+def known() -> dict[str, str]:
+    """Every aligner's name and its module: files of `isthmus.aligners` and the entry-point group of that name."""
+    import isthmus.aligners as package
+
+    inside = {m.name: f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(package.__path__)}
+    outside = {point.name: point.value for point in entry_points(group="isthmus.aligners")}
+    return outside | inside
+
+
+def named(name: str) -> type[Aligner]:
+    """The aligner class of that name.
+
+    Raises:
+        ConfigError: no such name; the nearest is suggested.
+    """
+    modules = known()
+    if name not in modules:
+        raise ConfigError(f"no aligner named {name!r}{nearest(name, sorted(modules))}", f"there are {sorted(modules)}")
+    module = importlib.import_module(modules[name].partition(":")[0])
+    for item in vars(module).values():
+        if isinstance(item, type) and issubclass(item, Aligner) and item.__dict__.get("name") == name:
+            return item
+    raise ConfigError(f"{module.__name__} has no Aligner with name = {name!r}", "set `name` in its class")
+
+
+def build(name: str, options: dict[str, Any]) -> Aligner:
+    """An aligner with its options validated against its own schema."""
+    kind = named(name)
+    return kind(check(kind.Options, options, f"aligner {name}"))

@@ -1,0 +1,56 @@
+"""LLaVA: encoder tokens through a linear layer or a small MLP into the LLM's input.
+
+Liu et al. 2023, arXiv 2304.08485 (linear) and arXiv 2310.03744 (two-layer MLP).
+Official code: github.com/haotian-liu/LLaVA.
+
+Differs: `pool` and `normalise` are ours, off by default; the embedded recipe uses both, since a 135 M LLM on a
+laptop pays for every image token.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field
+
+from isthmus import sites
+from isthmus.aligner import Aligner
+from isthmus.config import Frozen
+from isthmus.connectors import Connector
+from isthmus.connectors.mlp import MLP
+from isthmus.connectors.pool import Normalised, Pool
+from isthmus.encoders import Encoder
+
+if TYPE_CHECKING:
+    from isthmus.model import VLM
+
+
+class LLaVA(Aligner):
+    """Projects every encoder token; the projected tokens stand in the LLM's input in place of the image."""
+
+    name = "llava"
+    family = "converter"
+
+    class Options(Frozen):
+        projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
+        """`linear` is LLaVA, `mlp2x_gelu` is LLaVA-1.5."""
+        pool: int | None = Field(None, ge=1)
+        """Average the encoder's grid to pool x pool tokens first."""
+        normalise: bool = False
+        """LayerNorm before, and output at the scale of the LLM's embeddings."""
+
+    def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
+        depth = 1 if self.options.projector == "linear" else 2
+        joint: Connector = MLP(encoder.width, width, depth)
+        if self.options.normalise:
+            joint = Normalised(joint, encoder.width)
+        if self.options.pool:
+            joint = Pool(joint, encoder.grid, self.options.pool)
+        return joint
+
+    def birth(self, model: VLM) -> None:
+        scale = sites.embedding(model.llm).weight.float().square().mean().sqrt()
+        for module in model.connectors.modules():
+            if isinstance(module, Normalised):
+                torch.nn.init.constant_(module.scale, scale.item())

@@ -1,0 +1,53 @@
+"""Putting a model together: freshly from pretrained parts, or back from a directory."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+
+from isthmus import parts
+from isthmus.config import Recipe
+from isthmus.model import VLM, VLMConfig
+from isthmus.processor import VLMProcessor
+
+
+def compose(recipe: Recipe, dtype: torch.dtype = torch.float32) -> VLM:
+    """A freshly composed model: pretrained parts, a newborn joint, everything of the base frozen.
+
+    Base parts compute in `dtype`; what the joint adds is float32. New weights depend on the recipe's seed alone.
+
+    Raises:
+        ConfigError: a part cannot be found, or the parts and the joint do not fit, with the reason.
+    """
+    llm = parts.load_llm(recipe.llm, dtype)
+    encoders = {kind: parts.load_encoder(config, dtype) for kind, config in recipe.encoders.items()}
+    config = VLMConfig(
+        text_config=copy.deepcopy(llm.config),
+        llm={
+            "config": recipe.llm.model_dump(),
+            "weights": parts.fingerprint(parts.folder(recipe.llm.source, recipe.llm.revision)),
+        },
+        encoders={
+            kind: {
+                "config": config.model_dump(mode="json"),
+                "architecture": parts.encoder_architecture(config),
+                "weights": parts.fingerprint(parts.encoder_weights(config)),
+            }
+            for kind, config in recipe.encoders.items()
+        },
+        aligner=recipe.aligner.model_dump(mode="json"),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = VLM(config, llm, encoders)
+        model.aligner.birth(model)
+    tokenizer = parts.tokenizer(recipe.llm)
+    model.processor = VLMProcessor.of(model, tokenizer)
+    return model.eval()
+
+
+def load(source: str | Path, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu") -> VLM:
+    """A saved model, ready to answer: `isthmus.load("runs/demo/sft")`."""
+    return VLM.from_pretrained(source, dtype=dtype).to(device)

@@ -1,0 +1,121 @@
+"""`isthmus chat`, `import` and `export`: talking to a model, and exchanging it with transformers' own classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from isthmus.cli.options import Device, DType
+
+Model = Annotated[str, typer.Argument(help="A directory that `isthmus train` wrote, or a hub name.")]
+
+
+def chat(
+    model: Model,
+    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="Pictures of the first question.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask once, print the answer, leave.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    device: Device = "auto",
+    dtype: DType = "float32",
+) -> None:
+    """Talk to a model in the terminal; pictures by path, answers streamed.
+
+    In the conversation, `/image PATH` shows a picture with the next question, `/new` starts afresh, `/quit` leaves.
+    """
+    from rich.console import Console
+
+    from isthmus.assembly import load
+    from isthmus.cli.options import on
+    from isthmus.speakers.local import Local
+
+    console = Console(highlight=False)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    speaker = Local(load(model, dtype, on(device)), max_new_tokens=max_tokens, **sampling)
+    conversation = Conversation(list(image or []))
+    if prompt is not None:
+        _reply(console, speaker, conversation, prompt)
+        return
+    console.print(f"[dim]{model}. /image PATH shows a picture, /new starts afresh, /quit leaves.[/dim]")
+    while True:
+        try:
+            said = console.input("[bold cyan]you[/bold cyan] ").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        if said == "/quit":
+            break
+        if said == "/new":
+            conversation = Conversation([])
+        elif said.startswith("/image "):
+            conversation.show(console, Path(said.removeprefix("/image ").strip()).expanduser())
+        elif said:
+            _reply(console, speaker, conversation, said)
+
+
+class Conversation:
+    """The turns so far, and pictures that wait for the next question."""
+
+    def __init__(self, waiting: list[Path]):
+        from isthmus.types import Turn
+
+        self.turns: list[Turn] = []
+        self.waiting = waiting
+
+    def show(self, console, path: Path) -> None:
+        """Keep a picture for the next question, if it can be read."""
+        from isthmus.data.media import open_image
+        from isthmus.types import DataError
+
+        try:
+            open_image(path)
+        except DataError as error:
+            console.print(f"[red]{error.cause}[/red]\n[yellow]{error.remedy}[/yellow]")
+        else:
+            self.waiting.append(path)
+
+    def ask(self, said: str) -> None:
+        from isthmus.types import Image, Turn
+
+        self.turns.append(Turn.say("user", *(Image(path) for path in self.waiting), said))
+        self.waiting = []
+
+    def hear(self, answer: str) -> None:
+        from isthmus.types import Turn
+
+        self.turns.append(Turn.say("assistant", answer))
+
+
+def _reply(console, speaker, conversation: Conversation, said: str) -> None:
+    """Ask, print the answer as it comes, and remember it."""
+    conversation.ask(said)
+    pieces = []
+    for piece in speaker.stream(conversation.turns):
+        pieces.append(piece)
+        console.print(piece, end="", markup=False)
+    console.print()
+    conversation.hear("".join(pieces).strip())
+
+
+def import_(
+    source: Annotated[Path, typer.Argument(help="A LLaVA directory of transformers (LlavaForConditionalGeneration).")],
+    out: Annotated[Path, typer.Argument(help="Where the Isthmus directory goes.")],
+) -> None:
+    """Bring an existing model in, and check that its logits are the same."""
+    from isthmus.exporting import import_llava
+
+    report = import_llava(source, out)
+    typer.echo(f"{out}: largest difference of logits {report.difference:.2e}")
+
+
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Where the exported directory goes.")],
+    to: Annotated[str, typer.Option(help="The class of transformers to become: llava.")] = "llava",
+) -> None:
+    """Write a model as a native class of transformers, after checking that its logits are the same."""
+    from isthmus.exporting import export as write
+
+    report = write(model, out, to)
+    typer.echo(f"{out}: largest difference of logits {report.difference:.2e}")

@@ -1,0 +1,52 @@
+"""The table of contents of the command line: every verb, and how an error becomes two lines and an exit code."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from isthmus.cli import answer, data, house, measure, train
+from isthmus.errors import IsthmusError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Build, align, compare and serve multimodal language models.",
+    epilog="Start with [bold]isthmus data fetch demo[/bold] and [bold]isthmus demo[/bold].",
+)
+
+app.command("demo")(train.demo)
+app.command("train")(train.train)
+app.command("plan")(train.plan)
+app.command("eval")(measure.evaluate)
+app.command("chat")(answer.chat)
+app.command("import")(answer.import_)
+app.command("export")(answer.export)
+app.command("recipes")(house.recipes)
+app.command("doctor")(house.doctor)
+app.add_typer(data.app, name="data", help="Fetch, check and look at data.")
+
+
+def main() -> None:
+    """Run a verb. Exit codes: 0 ok, 1 failure, 2 bad config or usage, 3 bad data, 130 interrupted."""
+    try:
+        app()
+    except IsthmusError as error:
+        _complain(error.cause, error.remedy)
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        _complain("interrupted", "the same command goes on from the last saved step")
+        sys.exit(130)
+
+
+def _complain(cause: str, remedy: str) -> None:
+    """Two lines on standard error."""
+    typer.secho(f"error: {cause}", fg="red", err=True)
+    if remedy:
+        typer.secho(f"remedy: {remedy}", fg="yellow", err=True)
+
+
+if __name__ == "__main__":
+    main()

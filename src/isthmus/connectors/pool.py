@@ -1,0 +1,67 @@
+"""Fewer, calmer tokens around another connector: pooling to a grid, normalised input, output at the LLM's scale."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from isthmus.connectors import Connector
+from isthmus.types import ConfigError, Context, Features
+
+
+class Pool(Connector):
+    """Averages a grid of S tokens into `side` x `side` cells before the inner connector.
+
+    Args:
+        inner: the connector that reads the pooled tokens.
+        grid: (rows, columns) of the encoder's tokens.
+        side: rows and columns after pooling.
+
+    Raises:
+        ConfigError: the grid is smaller than `side`.
+    """
+
+    def __init__(self, inner: Connector, grid: tuple[int, int], side: int):
+        super().__init__()
+        if side > min(grid):
+            raise ConfigError(f"cannot pool a {grid[0]}x{grid[1]} grid to {side}x{side}", f"use pool <= {min(grid)}")
+        self.inner, self.grid, self.side = inner, grid, side
+
+    def tokens(self, s: int) -> int:
+        return self.inner.tokens(self.side**2)
+
+    def forward(self, features: Features, context: Context) -> Tensor:
+        """x [N, rows * columns, E] -> y of the inner connector for [N, side * side, E]."""
+        rows, columns = features.grid or self.grid
+        x_NEhw = features.x_NSE.transpose(1, 2).unflatten(2, (rows, columns))
+        pooled = F.adaptive_avg_pool2d(x_NEhw, self.side).flatten(2).transpose(1, 2)
+        return self.inner(replace(features, x_NSE=pooled, grid=(self.side, self.side)), context)
+
+
+class Normalised(Connector):
+    """LayerNorm before the inner connector, and RMS-normalised output at a learned scale.
+
+    A random projector's output may be many times larger or smaller than word embeddings, and a frozen LLM then
+    sees noise; at birth `scale` is the root mean square of the LLM's embedding table (see `LLaVA.birth`).
+
+    Args:
+        inner: the connector between the two.
+        width: E, the width of its input.
+    """
+
+    def __init__(self, inner: Connector, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.inner = inner
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def tokens(self, s: int) -> int:
+        return self.inner.tokens(s)
+
+    def forward(self, features: Features, context: Context) -> Tensor:
+        """x [N, S, E] -> y [N, Q, D] with root mean square `scale`."""
+        y_NQD = self.inner(replace(features, x_NSE=self.norm(features.x_NSE)), context)
+        return F.rms_norm(y_NQD, y_NQD.shape[-1:]) * self.scale

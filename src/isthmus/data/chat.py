@@ -1,0 +1,275 @@
+"""Conversations become token ids, and every token knows whether it is trained and what stands there.
+
+Labels come from spans, never from re-tokenising. The tokenizer's chat template is rendered once per pattern of
+roles with sentinels as contents and split there. Control tokens that the template wrote are inserted by id, and
+everything between two of them is encoded in one go as plain text, so that `<|im_end|>` or `<image>` typed by a
+user stays text, while ids equal those of `apply_chat_template` for ordinary contents.
+
+Differs from `apply_chat_template`: an answer starts on a token of its own, exactly where the generation prompt
+ends, so that a prompt is always a prefix of what was trained; and a template that never ends an answer gets the
+tokenizer's end token after it, since a model could not learn to stop otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal, TypeAlias
+
+from rich.text import Text as RichText
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from isthmus.data.template import Codec, Template
+from isthmus.types import KIND, Box, ConfigError, DataError, Layout, Medium, Modality, Tag, Text, Turn
+
+Layouts: TypeAlias = Mapping[str, Layout | Callable[[Medium], Layout]]
+
+
+@dataclass
+class Rendered:
+    """One conversation as tokens. `trained` covers `decoder_ids` where there are any, else `ids`."""
+
+    ids: list[int]
+    trained: list[bool]
+    modality: list[int]
+    media: tuple[Medium, ...]
+    spans: list[tuple[int, int]]
+    """Where the placeholders of each medium stand in `ids`: (start, end)."""
+    decoder_ids: list[int] | None = None
+
+
+def write_box(box: Box) -> str:
+    """A region as text, `[x1,y1,x2,y2]` with three decimals."""
+    return "[" + ",".join(f"{value:.3f}" for value in box.xyxy) + "]"
+
+
+class Renderer:
+    """Renders turns for one tokenizer.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        layouts: how a medium of each kind appears; a function of the medium where pictures differ in length.
+        placeholders: the token id that stands for one vector of each kind.
+        template: `chat` is the tokenizer's own (or `FALLBACK`); `plain` is LLaVA's first stage: media, answer, end.
+        decoder_start: the id an encoder-decoder's decoder starts with; None for a decoder alone.
+        write_box: how a region is written.
+
+    Raises:
+        ConfigError: the tokenizer is not a fast one, lacks an end token, or its template loses contents.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        layouts: Layouts,
+        placeholders: Mapping[str, int],
+        template: Literal["chat", "plain"] = "chat",
+        decoder_start: int | None = None,
+        write_box: Callable[[Box], str] = write_box,
+    ) -> None:
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise ConfigError(
+                f"{type(tokenizer).__name__} is not a fast tokenizer", "use a model whose folder holds tokenizer.json"
+            )
+        if tokenizer.eos_token is None:
+            raise ConfigError("the tokenizer has no end-of-sequence token", "set tokenizer.eos_token")
+        self.tokenizer = tokenizer
+        self.layouts = layouts
+        self.placeholders = placeholders
+        self.template = template
+        self.decoder_start = decoder_start
+        self.write_box = write_box
+        self._chat = Template(tokenizer)
+
+    def render(self, turns: Sequence[Turn], open_answer: bool = False) -> Rendered:
+        """Tokens of a conversation; `open_answer` ends with the generation prompt instead of an answer.
+
+        Raises:
+            ConfigError: the template refuses or loses a turn, or no layout exists for a medium.
+            DataError: `plain` finds no answer, or an open answer would follow an answer.
+        """
+        if open_answer and turns and turns[-1].role == "assistant":
+            raise DataError("an answer cannot be opened after an answer", "leave the last assistant turn out")
+        if self.decoder_start is not None:
+            return self._render_pair(turns, open_answer, self.decoder_start)
+        stream = _Stream(self._chat.codec)
+        write = self._write_plain if self.template == "plain" else self._write_chat
+        write(stream, turns, open_answer)
+        return stream.rendered()
+
+    def preview(self, rendered: Rendered) -> RichText:
+        """The tokens in colour: trained ones green, media as `[image × 49]`, the rest dim."""
+        text = RichText()
+        trained = rendered.trained if rendered.decoder_ids is None else [False] * len(rendered.ids)
+        self._colour(text, rendered.ids, trained, rendered.modality)
+        if rendered.decoder_ids is not None:
+            text.append(" → ")
+            self._colour(text, rendered.decoder_ids, rendered.trained, [Modality.TEXT] * len(rendered.trained))
+        return text
+
+    # ------------------------------------------------------------------------------------- the three ways to write
+
+    def _write_chat(self, stream: _Stream, turns: Sequence[Turn], open_answer: bool) -> None:
+        roles = tuple(turn.role for turn in turns)
+        frame = self._chat.frame((*roles, "assistant") if open_answer else roles)
+        for turn, slot in zip(turns, frame.slots):
+            answer = turn.role == "assistant"
+            stream.template(slot.before)
+            stream.template(slot.lead, trained=True)
+            self._write_contents(stream, turn, answer, slot.strip_left, slot.strip_right)
+            if answer:
+                stream.template(slot.end or self.tokenizer.eos_token, trained=True)
+        stream.template(frame.slots[-1].before if open_answer else frame.closing)
+
+    def _write_plain(self, stream: _Stream, turns: Sequence[Turn], open_answer: bool) -> None:
+        """LLaVA's first stage: the media of the first user turn, then the first answer; the question is left out."""
+        stream.template(self._chat.begin)
+        for medium in next((turn.media for turn in turns if turn.role == "user"), ()):
+            self._write_medium(stream, medium)
+        if open_answer:
+            return
+        answer = next((turn for turn in turns if turn.role == "assistant"), None)
+        if answer is None:
+            raise DataError("the conversation has no assistant turn", "add the text that the picture is to evoke")
+        self._write_contents(stream, answer, trained=True)
+        stream.template(self.tokenizer.eos_token, trained=True)
+
+    def _render_pair(self, turns: Sequence[Turn], open_answer: bool, decoder_start: int) -> Rendered:
+        """The prompt for the encoder, the last answer for the decoder. Without a template, one turn per line."""
+        if not open_answer and (not turns or turns[-1].role != "assistant"):
+            raise DataError("the conversation does not end with an answer", "end it with an assistant turn")
+        question = turns if open_answer else turns[:-1]
+        prompt, answer = _Stream(self._chat.codec), _Stream(self._chat.codec)
+        if self.template == "plain":
+            self._write_plain(prompt, question, open_answer=True)
+        elif self.tokenizer.chat_template:
+            self._write_chat(prompt, question, open_answer=True)
+        else:
+            for number, turn in enumerate(question):
+                prompt.text("\n" if number else "")
+                self._write_contents(prompt, turn, trained=False)
+        prompt.template(self._chat.end)
+        rendered = prompt.rendered()
+        if not open_answer:
+            self._write_contents(answer, turns[-1], trained=True)
+            answer.template(self.tokenizer.eos_token, trained=True)
+        told = answer.rendered()
+        if told.media:
+            raise DataError("an encoder-decoder cannot read a picture inside an answer", "move it into the question")
+        rendered.trained = [False, *told.trained]
+        rendered.decoder_ids = [decoder_start, *told.ids]
+        return rendered
+
+    def _write_contents(
+        self, stream: _Stream, turn: Turn, trained: bool, strip_left: bool = False, strip_right: bool = False
+    ) -> None:
+        contents = self._contents(turn)
+        if contents and strip_left and isinstance(contents[0], str):
+            contents[0] = contents[0].lstrip()
+        if contents and strip_right and isinstance(contents[-1], str):
+            contents[-1] = contents[-1].rstrip()
+        for content in contents:
+            if isinstance(content, str):
+                stream.text(content, trained)
+            else:
+                self._write_medium(stream, content)
+
+    def _contents(self, turn: Turn) -> list[str | Medium]:
+        """The turn's parts with neighbouring texts joined."""
+        contents: list[str | Medium] = []
+        for part in turn.parts:
+            if isinstance(part, Text | Tag | Box):
+                text = self.write_box(part) if isinstance(part, Box) else part.text
+                last = contents.pop() if contents and isinstance(contents[-1], str) else ""
+                contents.append(f"{last}{text}")
+            else:
+                contents.append(part)
+        return contents
+
+    def _write_medium(self, stream: _Stream, medium: Medium) -> None:
+        kind = KIND[type(medium)]
+        if kind not in self.layouts:
+            raise ConfigError(
+                f"this model has no encoder for {kind}", f"it reads {sorted(self.layouts) or 'text'} only"
+            )
+        layout = self.layouts[kind]
+        if not isinstance(layout, Layout):
+            layout = layout(medium)
+        stream.template(layout.before)
+        stream.medium(medium, self.placeholders[kind], layout.count, Modality[kind.upper()])
+        stream.template(layout.after)
+
+    def _colour(self, text: RichText, ids: list[int], trained: list[bool], modality: list[int]) -> None:
+        for (kind, learn), group in groupby(zip(ids, trained, modality), key=lambda token: (token[2], token[1])):
+            tokens = [token[0] for token in group]
+            if kind != Modality.TEXT:
+                text.append(f"[{Modality(kind).name.lower()} × {len(tokens)}]", style="cyan")
+            else:
+                text.append(str(self.tokenizer.decode(tokens)), style="bold green" if learn else "dim")
+
+
+class _Stream:
+    """Collects a conversation. Text between two control tokens is one run, encoded at once when it is complete."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self._out = Rendered([], [], [], (), [])
+        self._given = self._answered = ""
+        self._strip_next = False
+
+    def text(self, text: str, trained: bool = False) -> None:
+        """Plain text; the trained part of a run starts on a token of its own."""
+        if self._strip_next:
+            text = text.lstrip()
+            self._strip_next = not text
+        if trained:
+            self._answered += text
+        elif text:
+            if self._answered:
+                self._flush()
+            self._given += text
+
+    def template(self, text: str, trained: bool = False) -> None:
+        """Text in which control tokens count."""
+        for piece in self._codec.pieces(text):
+            if isinstance(piece, str):
+                self.text(piece, trained)
+            else:
+                index, token = piece
+                if token.lstrip:  # such a token swallows the white space beside it
+                    self._answered = self._answered.rstrip()
+                    self._given = self._given if self._answered else self._given.rstrip()
+                self._flush()
+                self._append([index], trained)
+                self._strip_next = token.rstrip
+
+    def medium(self, medium: Medium, placeholder: int, count: int, modality: Modality) -> None:
+        self._flush()
+        self._strip_next = False
+        start = len(self._out.ids)
+        self._append([placeholder] * count, False, modality)
+        self._out.spans.append((start, start + count))
+        self._out.media += (medium,)
+
+    def rendered(self) -> Rendered:
+        self._flush()
+        return self._out
+
+    def _flush(self) -> None:
+        follows = bool(self._out.ids)
+        prompt = self._codec.plain(self._given, follows)
+        if self._answered:
+            whole = self._codec.plain(self._given + self._answered, follows)
+            if whole[: len(prompt)] != prompt:  # a token would straddle the prompt's end
+                whole = prompt + self._codec.plain(self._answered, True)
+            self._append(prompt, False)
+            self._append(whole[len(prompt) :], True)
+        else:
+            self._append(prompt, False)
+        self._given = self._answered = ""
+
+    def _append(self, ids: list[int], trained: bool, modality: Modality = Modality.TEXT) -> None:
+        self._out.ids += ids
+        self._out.trained += [trained] * len(ids)
+        self._out.modality += [int(modality)] * len(ids)

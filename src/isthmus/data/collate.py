@@ -1,0 +1,225 @@
+"""Samples to a `Batch`, whose promises are checked here, once, with the sample's id in the error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from isthmus.data.chat import Rendered, Renderer
+from isthmus.types import IGNORE, KIND, Batch, ConfigError, DataError, Features, Medium, Modality, Sample, Turn
+from isthmus.types import Media as BatchMedia
+
+Look: TypeAlias = Callable[[str, Sequence[Medium]], tuple[Tensor | None, Features | None]]
+"""`look(kind, media)`: pixels or cached features of media of one kind, in order."""
+
+Row: TypeAlias = list[tuple[Sample, Rendered]]
+
+
+class Collator:
+    """Turns samples into batches for one model.
+
+    Args:
+        renderer: turns conversations into ids.
+        look: reads media.
+        pad_id: fills rows up; it is masked everywhere.
+        max_length: decoder tokens per sample; None is no limit.
+        overlong: a longer sample is refused, dropped and counted, or loses its oldest turns with their media (and is
+            dropped if its last exchange alone is too long).
+        side: where the content of a row stands opposite to its padding: `right` pads on the right.
+        open_answer: rows end where the assistant is to speak, without labels, padded on the left. An answer at the
+            end of a sample is left out; an overlong prompt is always refused.
+
+    Attributes:
+        dropped, shortened: ids of the samples that `overlong` has hit so far.
+    """
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        look: Look,
+        pad_id: int,
+        max_length: int | None = None,
+        overlong: Literal["error", "drop", "oldest"] = "error",
+        side: Literal["left", "right"] = "right",
+        open_answer: bool = False,
+    ) -> None:
+        self.renderer, self.look, self.pad_id = renderer, look, pad_id
+        self.max_length, self.overlong = max_length, "error" if open_answer else overlong
+        self.side = "left" if open_answer else side
+        self.open_answer = open_answer
+        self.dropped: set[str] = set()
+        self.shortened: set[str] = set()
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        """One row per sample."""
+        return self.rows([[sample] for sample in samples])
+
+    def rows(self, rows: Sequence[Sequence[Sample]]) -> Batch:
+        """One row per list; the samples of a row become its segments.
+
+        Raises:
+            DataError: a sample is too long, has nothing to learn, or a medium cannot be read; or nothing remains.
+        """
+        kept: list[Row] = []
+        for samples in rows:
+            rendered = [(sample, self._fit(sample)) for sample in samples]
+            if row := [(sample, fitting) for sample, fitting in rendered if fitting is not None]:
+                kept.append(row)
+        if not kept:
+            raise DataError(
+                f"every sample of the batch is longer than max_length {self.max_length}",
+                "raise max_length, or use bucketed or packed batching, which leave such samples out beforehand",
+            )
+        for sample, rendered_one in (pair for row in kept for pair in row):
+            self._check(sample, rendered_one)
+        return self._batch(kept)
+
+    def lengths(self, sample: Sample) -> int:
+        """Tokens that a sample takes in a row; 0 if it is dropped."""
+        rendered = self._fit(sample)
+        return 0 if rendered is None else _length(rendered)
+
+    # ------------------------------------------------------------------------------------- one sample
+
+    def _fit(self, sample: Sample) -> Rendered | None:
+        """The sample within `max_length`, or None if it is dropped."""
+        turns = sample.turns
+        if self.open_answer and turns and turns[-1].role == "assistant":
+            turns = turns[:-1]
+        rendered = self._render(sample, turns)
+        if self.max_length is None or _length(rendered) <= self.max_length:
+            return rendered
+        if self.overlong == "error":
+            raise DataError(
+                f"sample {sample.id}: {_length(rendered)} tokens, max_length is {self.max_length}",
+                "raise max_length, shorten the sample, or set overlong to drop or oldest",
+            )
+        for later in _later_endings(turns) if self.overlong == "oldest" else ():
+            rendered = self._render(sample, later)
+            if _length(rendered) <= self.max_length:
+                self.shortened.add(sample.id)
+                return rendered
+        self.dropped.add(sample.id)
+        return None
+
+    def _render(self, sample: Sample, turns: Sequence[Turn]) -> Rendered:
+        try:
+            return self.renderer.render(turns, self.open_answer)
+        except DataError as error:
+            raise DataError(f"sample {sample.id}: {error.cause}", error.remedy) from None
+
+    def _check(self, sample: Sample, rendered: Rendered) -> None:
+        places = sum(end - start for start, end in rendered.spans)
+        marked = sum(kind != Modality.TEXT for kind in rendered.modality)
+        if places != marked or len(rendered.spans) != len(rendered.media):
+            raise DataError(
+                f"sample {sample.id}: {marked} placeholders for {len(rendered.media)} media of {places} vectors",
+                "render the sample with the model's own renderer",
+            )
+        # The first token has no state before it that could predict it.
+        if not self.open_answer and not any(rendered.trained[1:]):
+            raise DataError(f"sample {sample.id}: a sample with nothing to learn", "give it an answer with text")
+
+    # ------------------------------------------------------------------------------------- the batch
+
+    def _batch(self, rows: list[Row]) -> Batch:
+        columns = [_columns(row) for row in rows]
+        routed = any("route" in sample.meta for row in rows for sample, _ in row)
+        width = max(len(column.ids) for column in columns)
+
+        def padded(values: list[list[int]], filler: int, wide: int = width, side: str = self.side) -> Tensor:
+            gaps = [[filler] * (wide - len(row)) for row in values]
+            return torch.tensor([gap + row if side == "left" else row + gap for row, gap in zip(values, gaps)])
+
+        segment_BT = padded([column.segment for column in columns], 0)
+        batch = Batch(
+            input_ids_BT=padded([column.ids for column in columns], self.pad_id),
+            segment_BT=segment_BT,
+            modality_BT=padded([column.modality for column in columns], Modality.TEXT),
+            route_BT=padded([column.route for column in columns], 0) if routed else None,
+            media=self._media(rows, [width - len(column.ids) if self.side == "left" else 0 for column in columns]),
+            ids=tuple(sample.id for row in rows for sample, _ in row),
+        )
+        if any(column.decoder for column in columns):
+            wide = max(len(column.decoder) for column in columns)
+            batch.decoder_ids_BU = padded([column.decoder for column in columns], self.pad_id, wide, "right")
+            if not self.open_answer:
+                batch.labels_BT = padded([column.labels for column in columns], IGNORE, wide, "right")
+        elif not self.open_answer:
+            batch.labels_BT = padded([column.labels for column in columns], IGNORE)
+        return batch
+
+    def _media(self, rows: list[Row], offsets: list[int]) -> dict[str, BatchMedia]:
+        """All media by kind, in order of appearance, with their places."""
+        found: dict[str, list[tuple[Medium, int, int, int]]] = {}
+        for number, (row, offset) in enumerate(zip(rows, offsets)):
+            for segment, (_, rendered) in enumerate(row, start=1):
+                for medium, (start, _) in zip(rendered.media, rendered.spans):
+                    found.setdefault(KIND[type(medium)], []).append((medium, number, segment, offset + start))
+                offset += len(rendered.ids)
+        return {kind: self._looked(kind, places, rows) for kind, places in found.items()}
+
+    def _looked(self, kind: str, places: list[tuple[Medium, int, int, int]], rows: list[Row]) -> BatchMedia:
+        media, row, segment, at = zip(*places)
+        pixels, features = self.look(kind, media)
+        seen = len(pixels) if pixels is not None else len(features.x_NSE) if features is not None else 0
+        if seen != len(media):
+            names = ", ".join(sample.id for some in rows for sample, _ in some)
+            raise DataError(
+                f"samples {names}: {len(media)} {kind}s, but {seen} were read", "repair the collator's look"
+            )
+        return BatchMedia(torch.tensor(row), torch.tensor(segment), torch.tensor(at), pixels, features)
+
+
+@dataclass
+class _Columns:
+    """A row's tokens under construction."""
+
+    ids: list[int]
+    segment: list[int]
+    modality: list[int]
+    labels: list[int]
+    route: list[int]
+    decoder: list[int]
+
+
+def _columns(row: Row) -> _Columns:
+    """The samples of a row one after another."""
+    out = _Columns([], [], [], [], [], [])
+    if len(row) > 1 and any(rendered.decoder_ids is not None for _, rendered in row):
+        raise ConfigError("an encoder-decoder cannot read packed rows", "use bucketed or shuffled batching")
+    for segment, (sample, rendered) in enumerate(row, start=1):
+        size = len(rendered.ids)
+        told = rendered.ids if rendered.decoder_ids is None else rendered.decoder_ids
+        labels = [token if trained else IGNORE for token, trained in zip(told, rendered.trained)]
+        labels[:1] = [IGNORE] * len(labels[:1])  # what stands before it is padding or another sample
+        out.ids += rendered.ids
+        out.segment += [segment] * size
+        out.modality += rendered.modality
+        out.labels += labels
+        out.route += [_route(sample)] * size
+        out.decoder += rendered.decoder_ids or []
+    return out
+
+
+def _route(sample: Sample) -> int:
+    route: Any = sample.meta.get("route", 0)
+    if not isinstance(route, int):
+        raise DataError(f"sample {sample.id}: its route is not a whole number", "number the task kinds from 0")
+    return route
+
+
+def _length(rendered: Rendered) -> int:
+    return max(len(rendered.ids), len(rendered.decoder_ids or ()))
+
+
+def _later_endings(turns: tuple[Turn, ...]) -> Iterator[tuple[Turn, ...]]:
+    """The conversation without its first exchange, without its first two, …; a system turn stays."""
+    head = turns[:1] if turns and turns[0].role == "system" else ()
+    for start in range(len(head) + 1, len(turns)):
+        if turns[start].role == "user" and any(turn.role == "assistant" for turn in turns[start:]):
+            yield (*head, *turns[start:])

@@ -1,0 +1,191 @@
+"""Pictures from anywhere to RGB, to a square, to pixels; nothing that a file may contain gets past this door."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TypeAlias
+
+import numpy as np
+from PIL import Image as Pillow
+from PIL import ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from isthmus.types import DataError, Drawn, Source
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MOST_PIXELS = 64_000_000
+"""Larger pictures are refused before they are decoded. Below Pillow's own threshold, so its warning never decides."""
+CHUNK = 1 << 20
+
+Aspect: TypeAlias = Literal["crop", "pad", "squash"]
+Colour: TypeAlias = tuple[int, int, int]
+
+
+def open_image(source: Source, where: str = "") -> Pillow.Image:
+    """An upright RGB picture, transparent parts white; the first frame of an animation.
+
+    `where` names the picture in errors; by default a path names itself.
+
+    Raises:
+        DataError: missing, unreadable, truncated, larger than `MOST_PIXELS`, of no size, or in floating point.
+    """
+    where = where or _name(source)
+    if isinstance(source, Drawn):
+        return _rgb(source.draw(), where)
+    if isinstance(source, Pillow.Image):
+        _check_size(source, where)
+        return _decode(source, where)
+    with _open_bytes(source, where) as file:
+        try:
+            picture = Pillow.open(file, formats=FORMATS)
+        except UnidentifiedImageError:
+            raise DataError(f"{where}: not a picture in {', '.join(FORMATS)}", "convert it, or remove it") from None
+        except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning):
+            raise _too_large(where) from None
+        except Exception:  # decoders raise whatever their format makes them stumble over
+            raise _unreadable(where) from None
+        _check_size(picture, where)
+        return _decode(picture, where)
+
+
+def content_key(source: Source) -> str:
+    """A name for what is in a picture, equal for equal contents: the sha256 of a file's bytes or of raw pixels.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if isinstance(source, Drawn):
+        return source.key
+    digest = hashlib.sha256()
+    if isinstance(source, Pillow.Image):
+        digest.update(f"{source.mode} {source.size} ".encode())
+        digest.update(source.tobytes())
+    else:
+        with _open_bytes(source, _name(source)) as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def square(
+    image: Pillow.Image, aspect: Aspect, size: int, mean: Colour, resample: int = Pillow.Resampling.BICUBIC
+) -> Pillow.Image:
+    """The picture as size × size: its centre, or letter-boxed in the mean colour, or stretched. One resampling."""
+    return SQUARES[aspect](image, size, mean, Pillow.Resampling(resample))
+
+
+def pixels(image: Pillow.Image, processor: Any, aspect: Aspect) -> Tensor:
+    """An RGB picture as an encoder wants it, [C, H, W]; `processor` is an image processor of transformers.
+
+    The processor rescales and normalises; making the picture square is ours, so that every encoder offers the same
+    three ways.
+    """
+    red, green, blue = (round(255 * channel) for channel in processor.image_mean or (0.5, 0.5, 0.5))
+    picture = square(image, aspect, side(processor), (red, green, blue), processor.resample)
+    out = processor(images=picture, do_resize=False, do_center_crop=False, return_tensors="pt")
+    return out["pixel_values"][0]
+
+
+def side(processor: Any) -> int:
+    """Side in pixels of the square that an image processor of transformers makes."""
+    size = processor.crop_size if processor.do_center_crop else processor.size
+    return size["height"] if size.get("height") else size["shortest_edge"]
+
+
+# ---------------------------------------------------------------------------------------------- squares
+
+
+def _crop(image: Pillow.Image, size: int, mean: Colour, resample: Pillow.Resampling) -> Pillow.Image:
+    short = min(image.size)
+    left, top = (image.width - short) / 2, (image.height - short) / 2
+    return image.resize((size, size), resample, box=(left, top, left + short, top + short))
+
+
+def _pad(image: Pillow.Image, size: int, mean: Colour, resample: Pillow.Resampling) -> Pillow.Image:
+    long = max(image.size)
+    if long * long > MOST_PIXELS:  # a narrow strip must not become a huge square
+        return ImageOps.pad(image, (size, size), resample, color=mean)
+    canvas = Pillow.new("RGB", (long, long), mean)
+    canvas.paste(image, ((long - image.width) // 2, (long - image.height) // 2))
+    return canvas.resize((size, size), resample)
+
+
+def _squash(image: Pillow.Image, size: int, mean: Colour, resample: Pillow.Resampling) -> Pillow.Image:
+    return image.resize((size, size), resample)
+
+
+SQUARES: dict[Aspect, Callable[[Pillow.Image, int, Colour, Pillow.Resampling], Pillow.Image]] = {
+    "crop": _crop,
+    "pad": _pad,
+    "squash": _squash,
+}
+
+
+# ---------------------------------------------------------------------------------------------- decoding
+
+
+def _decode(picture: Pillow.Image, where: str) -> Pillow.Image:
+    """Decode the pixels, turn them upright and make them RGB."""
+    try:
+        picture.load()
+    except Exception:  # see open_image
+        raise _unreadable(where) from None
+    try:
+        upright = ImageOps.exif_transpose(picture)
+    except Exception:  # a damaged EXIF block does not make the pixels unreadable
+        upright = picture
+    return _rgb(upright, where)
+
+
+def _rgb(picture: Pillow.Image, where: str) -> Pillow.Image:
+    if picture.mode == "F":
+        raise DataError(f"{where}: pixels are floating-point numbers", "save the picture with 8 or 16 bits per channel")
+    if picture.mode.startswith("I"):  # 16 bits per pixel, whatever the container; Pillow would clip at 255
+        wide = np.asarray(picture).clip(0, 65535)
+        picture = Pillow.fromarray((wide / 257).round().astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Pillow.new("RGBA", picture.size, "white")
+        picture = Pillow.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def _open_bytes(source: str | Path | bytes, where: str) -> BinaryIO:
+    if isinstance(source, bytes):
+        return BytesIO(source)
+    if str(source).startswith(("http://", "https://")):
+        raise DataError(f"{where}: pictures are not fetched from the network", "download it and name the file")
+    try:
+        return Path(source).open("rb")
+    except FileNotFoundError:
+        raise DataError(f"{where}: no such picture", "check the path, and the folder that paths start from") from None
+    except (OSError, ValueError) as error:
+        cause = error.strerror if isinstance(error, OSError) and error.strerror else "not a valid path"
+        raise DataError(f"{where}: cannot be opened ({cause})", "check the path and its permissions") from None
+
+
+def _check_size(picture: Pillow.Image, where: str) -> None:
+    if min(picture.size) < 1:
+        raise DataError(f"{where}: the picture has no pixels", "remove it")
+    if picture.width * picture.height > MOST_PIXELS:
+        raise _too_large(where)
+
+
+def _too_large(where: str) -> DataError:
+    limit = MOST_PIXELS // 1_000_000
+    return DataError(
+        f"{where}: more than {limit} megapixels", "scale it down; encoders see a few hundred pixels a side"
+    )
+
+
+def _unreadable(where: str) -> DataError:
+    return DataError(f"{where}: the picture is damaged or cut short", "replace the file, or remove the record")
+
+
+def _name(source: Source) -> str:
+    if isinstance(source, str | Path):
+        return str(source)
+    return "a picture in memory"

@@ -1,0 +1,203 @@
+"""Which sample comes when: a pure function of the seed and a step number, so that a resume needs one integer.
+
+Sets are interleaved on a fixed cycle in which each appears in proportion to its weight and as evenly as possible, so
+any stretch of draws follows the weights to within a sample or two. Each set is walked in a fresh random permutation
+per epoch; the permutation is computed position by position (a Feistel network keyed by seed, set and epoch), so
+neither time nor memory depends on how far a run has come or on how large a set is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence, Sized
+from hashlib import blake2b
+from typing import Literal, TypeAlias
+
+from isthmus.data.pack import pack
+from isthmus.types import ConfigError, DataError
+
+Ref: TypeAlias = tuple[int, int]
+"""(number of the set, number of the item in it)."""
+
+Batching: TypeAlias = Literal["bucketed", "shuffled", "packed"]
+
+CYCLE = 4096
+"""Draws after which the interleaving repeats; weights are rounded to multiples of 1 / CYCLE, and none to zero."""
+ROUNDS = 4
+
+
+def permuted(position: int, size: int, key: tuple[int, ...]) -> int:
+    """Where a random permutation of `range(size)` sends `position`; `key` chooses the permutation.
+
+    A four-round Feistel network over the next power of four, walked until it lands inside the range.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    keyed = blake2b(repr(key).encode(), digest_size=8)
+    while True:
+        left, right = position >> half, position & mask
+        for turn in range(ROUNDS):
+            digest = keyed.copy()
+            digest.update(f" {turn} {right}".encode())
+            left, right = right, left ^ (int.from_bytes(digest.digest()) & mask)
+        position = left << half | right
+        if position < size:
+            return position
+
+
+class Mix:
+    """An endless stream over several sets: `mix[i]` is the (set, item) of draw i.
+
+    Args:
+        sets: anything with a length.
+        weights: share of the draws of each set; they need not add up to 1.
+        seed: chooses the order within the sets.
+
+    Raises:
+        DataError: a set is empty.
+        ConfigError: there is no set, or a weight is not positive.
+    """
+
+    def __init__(self, sets: Sequence[Sized], weights: Sequence[float], seed: int) -> None:
+        if not sets or len(sets) != len(weights) or min(weights) <= 0:
+            raise ConfigError("a mix needs sets and a positive weight for each", "name at least one data set")
+        for number, items in enumerate(sets):
+            if not len(items):
+                raise DataError(f"data set {number} of the mix is empty", "raise its limit, or leave it out")
+        self.sizes = [len(items) for items in sets]
+        self.seed = seed
+        counts = _shares(weights, CYCLE if len(sets) > 1 else 1)
+        # Draw k of a set that has n draws in the cycle belongs at time (k + 1/2) / n.
+        draws = [((k + 0.5) / n, number, k) for number, n in enumerate(counts) for k in range(n)]
+        self._cycle = [(number, k) for _, number, k in sorted(draws)]
+        self._counts = counts
+
+    @property
+    def epoch_length(self) -> int:
+        """As many draws as the sets have items together; a set with a large share repeats sooner."""
+        return sum(self.sizes)
+
+    def __getitem__(self, index: int) -> Ref:
+        cycle, place = divmod(index, len(self._cycle))
+        number, k = self._cycle[place]
+        epoch, position = divmod(cycle * self._counts[number] + k, self.sizes[number])
+        return number, permuted(position, self.sizes[number], (self.seed, number, epoch))
+
+
+class Batches:
+    """Batches over a mix: `batches[step]` are the samples of a step, a pure function of the step.
+
+    Draws are planned in windows of `window` batches. `bucketed` sorts a window by length, so that a batch pads
+    little, and shuffles the order of its batches; `packed` fills rows with whole samples and deals the rows out
+    evenly, so that a step has `batch_size` samples on average. A sample of length 0 is left out.
+
+    Args:
+        mix: the stream of samples.
+        batch_size: samples per step, over all ranks.
+        length: tokens of a sample; needed unless `shuffled`.
+        max_length: tokens that a packed row holds.
+        media: media of a sample, and `max_media` the number that a packed row holds.
+    """
+
+    def __init__(
+        self,
+        mix: Mix,
+        batch_size: int,
+        batching: Batching = "bucketed",
+        length: Callable[[Ref], int] | None = None,
+        window: int = 32,
+        seed: int = 0,
+        world_size: int = 1,
+        rank: int = 0,
+        max_length: int = 2048,
+        media: Callable[[Ref], int] = lambda ref: 0,
+        max_media: int | None = None,
+    ) -> None:
+        if batch_size < world_size:
+            raise ConfigError(f"batch_size {batch_size} leaves some of {world_size} ranks without work", "raise it")
+        if length is None and batching != "shuffled":
+            raise ConfigError(f"{batching} batching needs the samples' lengths", "give a length, or shuffle")
+        self.mix, self.batch_size, self.window, self.seed = mix, batch_size, window, seed
+        self.world_size, self.rank = world_size, rank
+        self.max_length, self.max_media = max_length, max_media
+        self._length, self._media = length, media
+        self._arrange = {"bucketed": self._bucketed, "shuffled": self._shuffled, "packed": self._packed}[batching]
+        self._planned: dict[int, list[list[list[Ref]]]] = {}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.mix.epoch_length // self.batch_size)
+
+    def __getitem__(self, step: int) -> list[Ref]:
+        """This rank's samples of a step."""
+        return [ref for row in self.rows(step) for ref in row]
+
+    def rows(self, step: int) -> list[list[Ref]]:
+        """This rank's rows of a step; a row holds several samples only when packed.
+
+        Raises:
+            DataError: overlong samples were left out until nothing remained.
+        """
+        window, place = divmod(step, self.window)
+        if window not in self._planned:
+            self._planned = {window: self._plan(window)}
+        rows = self._planned[window][place][self.rank :: self.world_size]
+        if not rows:
+            raise DataError(f"step {step} is empty: its samples are longer than max_length", "raise max_length")
+        return rows
+
+    def padding_share(self, steps: range) -> float:
+        """Share of the tokens of these steps' batches that is padding."""
+        if self._length is None:
+            raise ConfigError("padding cannot be told without lengths", "give the batches a length")
+        real = padded = 0
+        for step in steps:
+            lengths = [sum(self._length(ref) for ref in row) for row in self.rows(step)]
+            real += sum(lengths)
+            padded += max(lengths) * len(lengths)
+        return 1 - real / padded
+
+    def _plan(self, number: int) -> list[list[list[Ref]]]:
+        """The batches of a window, each a list of rows."""
+        draws = self.window * self.batch_size
+        refs = [self.mix[index] for index in range(number * draws, (number + 1) * draws)]
+        if self._length is None:
+            return self._arrange(refs, [1] * draws, number)
+        lengths = [self._length(ref) for ref in refs]
+        kept = [(ref, length) for ref, length in zip(refs, lengths) if length > 0]
+        return self._arrange([ref for ref, _ in kept], [length for _, length in kept], number)
+
+    def _shuffled(self, refs: list[Ref], lengths: list[int], number: int) -> list[list[list[Ref]]]:
+        return _deal([[ref] for ref in refs], self.window)
+
+    def _bucketed(self, refs: list[Ref], lengths: list[int], number: int) -> list[list[list[Ref]]]:
+        order = sorted(range(len(refs)), key=lengths.__getitem__)
+        return self._shuffle(_deal([[refs[index]] for index in order], self.window), number)
+
+    def _packed(self, refs: list[Ref], lengths: list[int], number: int) -> list[list[list[Ref]]]:
+        rows = pack(lengths, [self._media(ref) for ref in refs], self.max_length, self.max_media)
+        needed = min(len(refs), self.window * self.world_size)
+        while len(rows) < needed:  # every rank of every step gets a row
+            fullest = max(range(len(rows)), key=lambda row: len(rows[row]))
+            rows.append(rows[fullest][1::2])
+            rows[fullest] = rows[fullest][::2]
+        dealt = _deal(self._shuffle(rows, number), self.window)
+        return [[[refs[index] for index in row] for row in batch] for batch in dealt]
+
+    def _shuffle(self, items: list, number: int) -> list:
+        return [items[permuted(place, len(items), (self.seed, -1, number))] for place in range(len(items))]
+
+
+def _deal(rows: list, batches: int) -> list[list]:
+    """Contiguous stretches of nearly equal size."""
+    return [rows[len(rows) * k // batches : len(rows) * (k + 1) // batches] for k in range(batches)]
+
+
+def _shares(weights: Sequence[float], total: int) -> list[int]:
+    """Whole numbers in proportion to the weights that add up to `total`, none of them zero (largest remainders)."""
+    exact = [weight / sum(weights) * total for weight in weights]
+    counts = [max(1, int(share)) for share in exact]
+    while sum(counts) < total:
+        counts[max(range(len(counts)), key=lambda number: exact[number] - counts[number])] += 1
+    while sum(counts) > total:
+        counts[max(range(len(counts)), key=lambda number: (counts[number] > 1, counts[number] - exact[number]))] -= 1
+    return counts

@@ -1,0 +1,244 @@
+"""Named sets of samples: the embedded ones, and the user's own files.
+
+Training draws from the recipe's seed; every other split is the same for all seeds, so that scores compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any, Literal, TypeAlias, cast, overload
+
+from pydantic import Field, field_validator
+
+from isthmus import packages
+from isthmus.config import Frozen, Source, check, nearest
+from isthmus.data import easyvqa, sprites
+from isthmus.data.concepts import Split, concepts, countable, names
+from isthmus.data.questions import Asker
+from isthmus.data.scenes import Scene, compose, crowd, layout
+from isthmus.types import ConfigError, Image, Sample, Turn
+
+SPLITS = ("train", "val", "test", "unseen")
+MANY, FEW = 20_000, 500
+"""Pictures of a generated set, in training and elsewhere, unless `count` says otherwise."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a report says about a set."""
+
+    name: str
+    licence: str
+    attribution: str
+    source: str
+    size: int
+    """Samples."""
+
+
+class Set(Sequence[Sample]):
+    """Samples made one by one when they are asked for; nothing is drawn before a picture is needed."""
+
+    def __init__(self, card: Card, item: Callable[[int], Sample]) -> None:
+        self.card, self._item = card, item
+
+    def __len__(self) -> int:
+        return self.card.size
+
+    def first(self, count: int) -> Set:
+        """The set's first `count` samples, or all if it has fewer."""
+        return Set(replace(self.card, size=min(count, self.card.size)), self._item)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Sample]: ...
+
+    def __getitem__(self, index: int | slice) -> Sample | Sequence[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.card.name} has {len(self)} samples, not {index}")
+        return self._item(index % len(self))
+
+
+def open_set(source: Source, seed: int) -> Set:
+    """The set that a recipe names: an embedded one, or a `.json` or `.jsonl` file.
+
+    Raises:
+        ConfigError: no such set, split or option.
+        DataError: the file or a sample in it is wrong.
+        IsthmusError: an embedded package was not fetched.
+    """
+    if Path(source.name).suffix in {".json", ".jsonl"}:
+        opened = _file(source)
+    elif source.name in EMBEDDED:
+        opened = EMBEDDED[source.name](source, seed)
+    else:
+        raise ConfigError(
+            f"no data set is named {source.name!r}{nearest(source.name, list(EMBEDDED))}",
+            f"use {', '.join(EMBEDDED)}, or a path that ends in .json or .jsonl",
+        )
+    return opened if source.limit is None else opened.first(source.limit)
+
+
+def cards() -> list[Card]:
+    """The cards of the embedded sets, with the sizes of their training splits."""
+    return [open_set(Source.model_validate({"name": name}), seed=0).card for name in EMBEDDED]
+
+
+def _file(source: Source) -> Set:
+    from isthmus.data import formats
+
+    samples = formats.load(Path(source.name), source.images)
+    return Set(Card(source.name, "the user's own", "", source.name, len(samples)), samples.__getitem__)
+
+
+# ---------------------------------------------------------------------------------------------- easy-VQA
+
+
+class EasyOptions(Frozen):
+    """Options of `easy-vqa`."""
+
+    kinds: tuple[Literal["yesno", "open", "caption"], ...] = ("yesno", "open")
+    conversation: bool = False
+    """All questions about a picture in one sample."""
+
+
+def _easy_vqa(source: Source, seed: int) -> Set:
+    options = check(EasyOptions, source.options, "easy-vqa")
+    make = easyvqa.conversations if options.conversation else easyvqa.samples
+    samples = make(source.split, options.kinds)
+    return Set(_card("easy-vqa", (packages.EASY_VQA,), len(samples)), samples.__getitem__)
+
+
+# ---------------------------------------------------------------------------------------------- generated sets
+
+
+Kind: TypeAlias = Literal["naming", "presence", "counting", "colour", "relation", "caption"]
+FAMILIES: dict[str, frozenset[Kind]] = {
+    "single": frozenset({"naming"}),
+    "layout": frozenset({"presence", "colour", "relation", "caption"}),
+    "crowd": frozenset({"presence", "counting", "colour", "caption"}),
+}
+"""What can be asked of one object, of several different ones, and where some object is there several times."""
+
+
+class SceneOptions(Frozen):
+    """Options of `scenes` and `naming`."""
+
+    kinds: tuple[Kind, ...] = ("presence", "counting", "colour", "relation", "caption")
+    conversation: bool = False
+    """All questions about a picture in one sample; otherwise each makes a sample of its own."""
+    count: int | None = Field(None, ge=1)
+    """Pictures."""
+    size: int = Field(224, ge=32)
+    """Pixels of a side."""
+    styles: tuple[str, ...] = (sprites.OPENMOJI,)
+    """Drawing styles, one of which is drawn per picture; concepts that all styles share, if any is not OpenMoji."""
+
+    @field_validator("styles")
+    @classmethod
+    def _known(cls, styles: tuple[str, ...]) -> tuple[str, ...]:
+        for style in styles:
+            sprites.check_style(style)
+        return styles
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Makes the samples of a generated set, each from its number alone."""
+
+    split: str
+    seed: int
+    options: SceneOptions
+    singles: tuple[str, ...]
+    """Concepts of the split, in the order in which they are shown alone."""
+    pool: tuple[str, ...]
+    """Those of them that can be among others."""
+    groups: tuple[tuple[str, tuple[Kind, ...]], ...]
+    """The samples of one cycle: whose family of pictures, and what is asked."""
+
+    def sample(self, index: int) -> Sample:
+        cycle, position = divmod(index, len(self.groups))
+        family, kinds = self.groups[position]
+        scene, main = self._scene(family, cycle)
+        pool = self.singles if family == "single" else self.pool
+        asker = Asker(scene, pool, main, varied=self.split == "train")
+        questions = [asker.ask(kind) for kind in kinds]
+        meta: dict[str, Any] = {
+            "kind": "conversation",
+            "cluster": names()[main] if family == "single" else scene.key,
+            "style": scene.style,
+            "boxes": scene.boxes,
+        }
+        if len(questions) == 1:
+            meta |= {"kind": questions[0].kind, "choices": questions[0].choices, "answer": questions[0].answer}
+        turns = _converse(scene, [(question.text, question.answer) for question in questions])
+        return Sample(turns, f"scenes/{self.split}/{family}/{cycle}/{'+'.join(kinds)}", meta)
+
+    def _scene(self, family: str, number: int) -> tuple[Scene, str]:
+        """A picture of a family, and the concept that naming or counting asks for."""
+        seed = f"{self.split} {self.seed} {family} {number}"
+        style = Random(f"style {seed}").choice(self.options.styles)
+        if family == "single":
+            char = self.singles[number % len(self.singles)]
+            return compose(seed, [char], self.options.size, style), char
+        if family == "layout":
+            return layout(seed, self.pool, self.options.size, style), ""
+        return crowd(seed, self.pool, self.options.size, style)
+
+
+def _scenes(source: Source, seed: int) -> Set:
+    if source.split not in SPLITS:
+        raise ConfigError(f"{source.name} has no split {source.split!r}", f"use one of {', '.join(SPLITS)}")
+    options = check(SceneOptions, source.options, source.name)
+    seed = seed if source.split == "train" else 0
+    known = concepts(cast(Split, source.split))
+    if options.styles != (sprites.OPENMOJI,):
+        known = tuple(char for char in known if char in sprites.shared())
+    singles = Random(f"order {seed}").sample(known, len(known))
+    groups = tuple(_groups(options))
+    generator = Generator(source.split, seed, options, tuple(singles), tuple(filter(countable, known)), groups)
+    pictures = options.count or (MANY if source.split == "train" else FEW)
+    cycles = -(-pictures // len({family for family, _ in groups}))
+    drawn = tuple(sprites.package(style) for style in options.styles)
+    return Set(_card(source.name, drawn, cycles * len(groups)), generator.sample)
+
+
+def _groups(options: SceneOptions) -> Iterator[tuple[str, tuple[Kind, ...]]]:
+    """What is asked of one picture of each family: all in one sample, or one question each."""
+    for family, possible in FAMILIES.items():
+        kinds = tuple(kind for kind in options.kinds if kind in possible)
+        if options.conversation and kinds:
+            yield family, kinds
+        else:
+            yield from ((family, (kind,)) for kind in kinds)
+
+
+def _naming(source: Source, seed: int) -> Set:
+    """One object per picture, every concept of the split as often as every other."""
+    return _scenes(source.but(options={"kinds": ("naming",), **source.options}), seed)
+
+
+def _converse(scene: Scene, asked: Iterable[tuple[str, str]]) -> tuple[Turn, ...]:
+    """Questions and answers as turns; the first question shows the picture."""
+    turns: list[Turn] = []
+    for text, answer in asked:
+        shown = () if turns else (Image(scene),)
+        turns += [Turn.say("user", *shown, text), Turn.say("assistant", answer)]
+    return tuple(turns)
+
+
+def _card(name: str, origins: tuple[packages.Package, ...], size: int) -> Card:
+    licence = ", ".join(dict.fromkeys(origin.licence for origin in origins))
+    attribution = "; ".join(origin.attribution for origin in origins)
+    source = ", ".join(f"{origin.name} {origin.version}" for origin in origins)
+    return Card(name, licence, attribution, source, size)
+
+
+EMBEDDED: dict[str, Callable[[Source, int], Set]] = {"easy-vqa": _easy_vqa, "naming": _naming, "scenes": _scenes}
+"""The sets that come with Isthmus, by name."""

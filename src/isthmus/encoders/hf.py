@@ -1,0 +1,126 @@
+"""Any vision transformer of transformers: CLIP, SigLIP, DINOv2, ViT and their kin, used unmodified.
+
+Hidden states are counted as transformers counts them: index 0 is the embeddings, index L the last block's output,
+-2 the penultimate block's (LLaVA's choice). The state is taken before any final norm.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig
+
+from isthmus.config import EncoderConfig
+from isthmus.encoders import Encoder
+from isthmus.types import ConfigError, Features
+
+
+class Transformer(Encoder):
+    """A transformers vision model that turns square pictures into patch tokens.
+
+    Args:
+        config: which states to return, and whether a class token is kept.
+        tower: the vision model, with or without its weights.
+        processor: its image processor.
+        source: what identifies the weights (name and fingerprint).
+
+    Raises:
+        ConfigError: the tower has no hidden states per patch, or a layer that it does not have is asked for.
+    """
+
+    def __init__(self, config: EncoderConfig, tower: torch.nn.Module, processor: Any, source: dict[str, str]):
+        super().__init__()
+        self.tower, self.processor = tower, processor
+        self._config, self._source = config, source
+        architecture = tower.config
+        self.aspect = config.aspect
+        size = config.image_size or architecture.image_size
+        self.size = size if isinstance(size, int) else size[0]
+        self.grid = (self.size // architecture.patch_size,) * 2
+        self.width = architecture.hidden_size
+        self.tap_widths = {str(tap): self.width for tap in config.taps}
+        self.extra = _extra_tokens(tower, self.grid)
+        self._layer = self._index(config.layer)
+        self._taps = {str(tap): self._index(tap) for tap in config.taps}
+        self._interpolates = self.size != architecture.image_size
+
+    @property
+    def tokens(self) -> int:
+        kept = self.extra if self._config.class_token == "keep" else 0
+        return self.grid[0] * self.grid[1] + kept
+
+    def identity(self) -> dict[str, str]:
+        chosen = {"layer": str(self._layer), "taps": str(self._taps), "class_token": self._config.class_token}
+        picture = {"size": str(self.size), "aspect": self._config.aspect, "processor": self.processor.to_json_string()}
+        return self._source | chosen | picture
+
+    def forward(self, pixels: Tensor) -> Features:
+        """pixels [N, 3, H, W] -> x [N, S, E]."""
+        interpolate = {"interpolate_pos_encoding": True} if self._interpolates else {}
+        states = self.tower(pixel_values=pixels, output_hidden_states=True, **interpolate).hidden_states
+        taps = {name: self._patches(states[index]) for name, index in self._taps.items()}
+        return Features(self._patches(states[self._layer]), taps, self.grid)
+
+    def _patches(self, x_NSE: Tensor) -> Tensor:
+        return x_NSE if self._config.class_token == "keep" else x_NSE[:, self.extra :]
+
+    def _index(self, layer: int | str) -> int:
+        depth = self.tower.config.num_hidden_layers
+        try:
+            index = int(layer)
+        except ValueError:
+            raise ConfigError(f"layer {layer!r} of a transformer is a number", "-2 is the penultimate") from None
+        if not -depth - 1 <= index <= depth:
+            raise ConfigError(f"layer {index} of a tower with {depth} blocks", f"use {-depth - 1} to {depth}")
+        return index
+
+
+def load(config: EncoderConfig, folder: Path, source: dict[str, str], dtype: torch.dtype) -> Transformer:
+    """The real tower with its weights from a folder."""
+    whole = AutoConfig.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    vision = model if not hasattr(whole, "vision_config") else model.vision_model
+    return Transformer(config, vision, _sized(processor(folder), config), source)
+
+
+def empty(config: EncoderConfig, architecture: dict[str, Any], processor: Any, source: dict[str, str]) -> Transformer:
+    """The tower's structure from its architecture's config; weights come from a checkpoint, or never (a plan)."""
+    tower = AutoModel.from_config(_vision(AutoConfig.for_model(**architecture)))
+    return Transformer(config, tower, processor, source)
+
+
+def processor(folder: Path) -> Any:
+    """A folder's image processor, the one that needs no torchvision."""
+    return AutoImageProcessor.from_pretrained(folder, backend="pil")
+
+
+def architecture(folder: Path) -> dict[str, Any]:
+    """The vision part of a model's config as plain values, saved inside our own config."""
+    return _vision(AutoConfig.from_pretrained(folder)).to_dict()
+
+
+def _vision(config: PreTrainedConfig) -> PreTrainedConfig:
+    return config.vision_config if hasattr(config, "vision_config") else config
+
+
+def _sized(processor: Any, config: EncoderConfig) -> Any:
+    """The processor at the configured side; pictures are square by then, so resizing is all that remains."""
+    if config.image_size is not None:
+        side = config.image_size
+        processor.size = {"height": side, "width": side}
+        processor.crop_size = {"height": side, "width": side}
+    return processor
+
+
+def _extra_tokens(tower: torch.nn.Module, grid: tuple[int, int]) -> int:
+    """How many leading tokens are not patches (class token, registers), counted on one empty picture."""
+    config = tower.config
+    side = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+    weight = next(tower.parameters())
+    with torch.no_grad():
+        probe = weight.new_zeros(1, config.num_channels, side, side)
+        tokens = tower(pixel_values=probe).last_hidden_state.shape[1]
+    return tokens - (side // config.patch_size) ** 2

@@ -1,0 +1,25 @@
+"""What goes wrong, said in two lines: a cause and a remedy. Light, so that the command line can import it first."""
+
+from __future__ import annotations
+
+
+class IsthmusError(Exception):
+    """A cause in one line, and a remedy in one line; `code` is the process's exit code."""
+
+    code = 1
+
+    def __init__(self, cause: str, remedy: str = "") -> None:
+        super().__init__(cause if not remedy else f"{cause}\n{remedy}")
+        self.cause, self.remedy = cause, remedy
+
+
+class ConfigError(IsthmusError):
+    """A recipe, an override or a part's name is wrong."""
+
+    code = 2
+
+
+class DataError(IsthmusError):
+    """A sample, a picture or a file of data is wrong; the cause names it."""
+
+    code = 3

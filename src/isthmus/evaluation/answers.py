@@ -1,0 +1,138 @@
+"""What was answered to each item, right, wrong or not scored, and the JSON-lines file in which it is kept.
+
+The first line of a file is its header: task, control, rule, settings and a fingerprint of all that the answers
+depend on. A file is written whole and renamed, so that a reader finds a complete one or none.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from isthmus.types import DataError
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One item: what was asked, what was answered, and whether it was right (None: not scored)."""
+
+    id: str
+    task: str
+    control: str | None
+    prompt: str
+    choices: tuple[str, ...]
+    scores: tuple[float, ...]
+    """Natural-log probability of each choice, or the cosine; for a reference answer, that of the answer alone."""
+    prediction: str | None
+    answer: str
+    right: bool | None
+    cluster: str
+    kind: str = ""
+    tokens: int = 0
+    """Tokens that the last score sums over, where the score is turned into NLL per token."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Header:
+    """The first line of a predictions file."""
+
+    task: str
+    control: str | None
+    rule: str
+    fingerprint: str
+    items: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write(path: Path, header: Header, predictions: Sequence[Prediction]) -> None:
+    """Write header and predictions, one JSON object a line, all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [_line(asdict(header)), *(_line(asdict(prediction)) for prediction in predictions)]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(lines), encoding="utf-8")
+    partial.replace(path)
+
+
+def read(path: Path) -> tuple[Header, list[Prediction]]:
+    """Read a predictions file.
+
+    Raises:
+        DataError: unreadable, not JSON lines, a field is unknown, or lines are missing.
+    """
+    try:
+        first, *rest = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+        header = Header(**first)
+        predictions = [Prediction(**{**row, **_tuples(row)}) for row in rest]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path}: not a predictions file ({error})", "remove it and evaluate again") from None
+    if len(predictions) != header.items:
+        raise DataError(
+            f"{path}: {len(predictions)} predictions of {header.items}", "remove the file and evaluate again"
+        )
+    return header, predictions
+
+
+def reusable(path: Path, fingerprint: str) -> list[Prediction] | None:
+    """The predictions in `path` if it is complete and was made from the same things, else None."""
+    if not path.exists():
+        return None
+    try:
+        header, predictions = read(path)
+    except DataError:
+        return None
+    return predictions if header.fingerprint == fingerprint else None
+
+
+def choose(choices: Sequence[str], scores: Sequence[float], answer: str) -> tuple[str | None, bool | None]:
+    """The most likely choice, and whether it is the answer.
+
+    Not scored (None) where a score is not finite, the answer is not among the choices, or it ties for the first place.
+    """
+    if answer not in choices or not all(math.isfinite(score) for score in scores):
+        return None, None
+    best = max(scores)
+    first = [choice for choice, score in zip(choices, scores) if score == best]
+    if len(first) > 1 and answer in first:
+        return None, None
+    return first[0], first[0] == answer
+
+
+def match(reply: str | None, answer: str, *, contains: bool = False) -> bool | None:
+    """Whether a free reply is the answer after `normalise`, or contains it as whole words.
+
+    Not scored (None) where there is no reply or the answer is empty; an empty reply is wrong.
+    """
+    truth = normalise(answer)
+    if reply is None or not truth:
+        return None
+    said = normalise(reply)
+    return f" {truth} " in f" {said} " if contains else said == truth
+
+
+def normalise(text: str) -> str:
+    """Lower case without accents, punctuation, articles or doubled blanks; small number words become digits."""
+    folded = unicodedata.normalize("NFKD", text.casefold())
+    letters = "".join(c for c in folded if not unicodedata.combining(c))
+    words = re.sub(r"[^\w\s]|_", " ", letters).split()
+    return " ".join(_DIGITS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+_ARTICLES = {"a", "an", "the"}
+_DIGITS = {
+    word: str(number) for number, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"])
+}
+
+
+def _line(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def _tuples(row: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    return {name: tuple(row[name]) for name in ("choices", "scores")}

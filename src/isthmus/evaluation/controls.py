@@ -1,0 +1,110 @@
+"""Baselines that show whether the picture was used: blanked pictures, and pictures exchanged between items.
+
+Both change samples before they are rendered, so that the model's path is the same as in the real run.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+
+from PIL import Image as Pillow
+
+from isthmus.data.media import content_key, open_image
+from isthmus.data.scenes import Scene
+from isthmus.types import KIND, Audio, DataError, Image, Part, Sample, Source, Video
+
+GREY = 128
+
+
+@dataclass(frozen=True)
+class Blank:
+    """A mean-grey picture, drawn when needed."""
+
+    width: int
+    height: int
+
+    @property
+    def key(self) -> str:
+        return f"blank-{self.width}x{self.height}-{GREY}"
+
+    def draw(self) -> Pillow.Image:
+        return Pillow.new("RGB", (self.width, self.height), (GREY, GREY, GREY))
+
+
+def blind(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
+    """Every picture replaced by a mean-grey one of the same size. The seed is not used."""
+    return [_with_pictures(sample, [Image(Blank(*_size(p.source))) for p in _pictures(sample)]) for sample in samples]
+
+
+def shuffled(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
+    """Pictures exchanged among samples with equally many, so that none keeps its own or one equal to it.
+
+    Raises:
+        DataError: more than half of them show the same picture, or a sample has no partner.
+    """
+    found = list(samples)
+    counts = [len(_pictures(sample)) for sample in samples]
+    for count in sorted(set(counts) - {0}):
+        members = [index for index, own in enumerate(counts) if own == count]
+        pictures = [tuple(_pictures(samples[index])) for index in members]
+        partners = derangement([tuple(key(p) for p in own) for own in pictures], seed)
+        for index, partner in zip(members, partners):
+            found[index] = _with_pictures(samples[index], pictures[partner])
+    return found
+
+
+CONTROLS: dict[str, Callable[[Sequence[Sample], int], list[Sample]]] = {"blind": blind, "shuffled": shuffled}
+
+
+def derangement(keys: Sequence[Hashable], seed: int) -> list[int]:
+    """A permutation p with keys[p[i]] != keys[i] for all i.
+
+    Equal keys stand in one block of a seeded order; turning the order by the longest block's length leaves none in
+    its own block.
+
+    Raises:
+        DataError: one key has more than half of the places, so that there is no such permutation.
+    """
+    dice = random.Random(seed)
+    blocks: dict[Hashable, list[int]] = {}
+    for index, own in enumerate(keys):
+        blocks.setdefault(own, []).append(index)
+    order = list(blocks.values())
+    dice.shuffle(order)
+    for block in order:
+        dice.shuffle(block)
+    turn = max(len(block) for block in order)
+    if 2 * turn > len(keys):
+        raise DataError(
+            f"{turn} of {len(keys)} items show the same picture: they cannot be exchanged",
+            "leave out the shuffled control for this task, or evaluate more items",
+        )
+    line = [index for block in order for index in block]
+    partner = dict(zip(line, line[turn:] + line[:turn]))
+    return [partner[index] for index in range(len(keys))]
+
+
+def key(part: Part) -> Hashable:
+    """What makes a part of a turn the same as another: its text, or its medium's content."""
+    return (KIND[type(part)], content_key(part.source)) if isinstance(part, Image | Video | Audio) else part
+
+
+def _size(source: Source) -> tuple[int, int]:
+    """Width and height; scenes are not drawn for it."""
+    return (source.size, source.size) if isinstance(source, Scene) else open_image(source).size
+
+
+def _pictures(sample: Sample) -> list[Image]:
+    return [medium for medium in sample.media if isinstance(medium, Image)]
+
+
+def _with_pictures(sample: Sample, pictures: Sequence[Image]) -> Sample:
+    """The sample with its pictures replaced in order of appearance."""
+    fresh = iter(pictures)
+    turns = tuple(
+        replace(turn, parts=tuple(next(fresh) if isinstance(part, Image) else part for part in turn.parts))
+        for turn in sample.turns
+    )
+    return sample.but(turns=turns)

@@ -1,0 +1,107 @@
+"""Measuring a model: every task of a recipe under every condition that it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from isthmus.config import TaskConfig
+from isthmus.data.collate import Look
+from isthmus.evaluation import tasks
+from isthmus.evaluation.answers import Prediction
+from isthmus.evaluation.results import Column
+from isthmus.evaluation.score import Scorer
+from isthmus.evaluation.tasks import Task
+from isthmus.model import VLM
+from isthmus.speakers.local import Local
+from isthmus.types import Sample
+
+Measured: TypeAlias = dict[str, tuple[Task, dict[Column, list[Prediction]]]]
+"""Per task name: the task, and its predictions by column of the result table."""
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called with what is measured, and how many of how many items are done."""
+
+
+def build(configs: Sequence[TaskConfig], seed: int) -> list[tuple[Task, TaskConfig]]:
+    """The tasks, with the items that the seed draws."""
+    return [(tasks.named(config.name)(config, seed), config) for config in configs]
+
+
+def measure(
+    model: VLM,
+    built: Sequence[tuple[Task, TaskConfig]],
+    seed: int,
+    folder: Path,
+    *,
+    column: Column = "after",
+    look: Look | None = None,
+    settings: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Measured:
+    """Predictions of every task, and of its controls where `column` is `after`.
+
+    Args:
+        folder: where predictions are kept, below a folder named after the column; complete ones are reused.
+        settings: what else the answers depend on, above all which weights these are.
+    """
+    scorer = _scorer(model, look)
+    found: Measured = {}
+    for task, config in built:
+        conditions: dict[Column, tasks.Control | None] = {column: None}
+        if column == "after":
+            conditions |= {control: control for control in config.controls}
+            conditions |= {"cosine": "cosine"} if task.cosine else {}
+        runs: dict[Column, list[Prediction]] = {}
+        for name, control in conditions.items():
+            advance = _advance(f"{task.name} {name}", len(task.items), progress)
+            with _arithmetic(model):
+                runs[name] = tasks.run(
+                    task,
+                    scorer,
+                    control=control,
+                    folder=folder / column,
+                    settings={"dtype": str(model.dtype), **(settings or {})},
+                    seed=seed,
+                    advance=advance,
+                )
+        found[task.name] = task, runs
+    return found
+
+
+def merge(before: Measured, after: Measured) -> Measured:
+    """Both measurements under one roof, columns in the table's order."""
+    return {name: (task, {**before.get(name, (task, {}))[1], **runs}) for name, (task, runs) in after.items()}
+
+
+def _scorer(model: VLM, look: Look | None) -> Scorer:
+    processor, speaker = model.processor, Local(model, look, max_new_tokens=24)
+
+    def reply(samples: Sequence[Sample]) -> list[str | None]:
+        return list(speaker.say_all(samples))
+
+    return Scorer(model, processor.renderer(), lambda samples: processor.prompts(samples, look), reply=reply)
+
+
+def _arithmetic(model: VLM) -> Any:
+    """bfloat16 base parts and float32 joints meet under autocast, as they did in training."""
+    if model.dtype == torch.bfloat16:
+        return torch.autocast(model.device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def _advance(what: str, total: int, progress: Progress | None) -> Callable[[int], None] | None:
+    if progress is None:
+        return None
+    done = 0
+
+    def advance(more: int) -> None:
+        nonlocal done
+        done += more
+        progress(what, done, total)
+
+    progress(what, 0, total)
+    return advance

@@ -1,0 +1,82 @@
+"""The report of a run, beside the model: `report.json`, one self-contained `report.html`, and a table for the terminal.
+
+What it says is a `Report` (in `results`); the page is laid out in `page`, its figures in `drawing`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+from rich.text import Text as RichText
+
+from isthmus.evaluation import page
+from isthmus.evaluation.results import (
+    COLUMNS,
+    Credit,
+    Curve,
+    Example,
+    Generation,
+    Part,
+    Report,
+    Row,
+    examples,
+    headline,
+    interval,
+    rows,
+)
+from isthmus.evaluation.statistics import Estimate, short
+
+__all__ = [
+    "Credit",
+    "Curve",
+    "Example",
+    "Generation",
+    "Part",
+    "Report",
+    "Row",
+    "examples",
+    "rows",
+    "table",
+    "write",
+]
+
+
+def write(report: Report, folder: Path) -> tuple[Path, Path]:
+    """Write `report.json` and `report.html` into the folder, and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "report.json", folder / "report.html"
+    texts = json.dumps(report.plain(), indent=2, ensure_ascii=False, allow_nan=False), page.render(report)
+    for path, text in zip(paths, texts):
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    return paths
+
+
+def table(report: Report) -> Table:
+    """The results for the terminal."""
+    shown = [column for column in COLUMNS if any(column in row.cells for row in report.rows)]
+    result = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), title=report.title, title_justify="left", caption=report.sentence)
+    result.caption_justify = "left"
+    result.add_column("task")
+    for column in shown:
+        result.add_column(column, justify="right", style="bold" if column == "after" else "", min_width=8)
+    result.add_column("chance", justify="right", style="dim")
+    for row in report.rows:
+        cells = [_terminal_cell(row.cells.get(column)) for column in shown]
+        task = RichText(row.label).append(f"\n{row.n:,} items", style="dim")
+        result.add_row(task, *cells, "" if row.chance is None else short(row.chance))
+    return result
+
+
+def _terminal_cell(value: Estimate | None) -> RichText:
+    if value is None:
+        return RichText("·", style="dim")
+    text = RichText(headline(value))
+    text.append(f"\n{interval(value)}", style="dim not bold")
+    if value.unscored:
+        text.append(f"\n{value.unscored} not scored", style="yellow not bold")
+    return text

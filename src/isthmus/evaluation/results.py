@@ -1,0 +1,243 @@
+"""What a report says, as plain values: parts, result rows with intervals, curves, examples, credits.
+
+Rows are made from predictions by `rows`; `Report.plain` is what `report.json` holds.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, Literal, TypeAlias
+
+from PIL import Image as Pillow
+
+from isthmus.data.media import open_image
+from isthmus.evaluation import statistics
+from isthmus.evaluation.answers import Prediction
+from isthmus.evaluation.statistics import Estimate, short
+from isthmus.evaluation.tasks import Cut, Task
+from isthmus.types import Image
+
+Column: TypeAlias = Literal["before", "after", "blind", "shuffled", "cosine"]
+COLUMNS: tuple[Column, ...] = ("before", "after", "blind", "shuffled", "cosine")
+Runs: TypeAlias = Mapping[Column, Sequence[Prediction]]
+"""A task's predictions, item by item in the same order, under every condition that was measured."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the model; `trained` of its `parameters` were trained."""
+
+    role: Literal["encoder", "joint", "llm", "adapter"]
+    name: str
+    source: str
+    parameters: int
+    trained: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result table. `gains` are paired differences of `after` from the other columns."""
+
+    task: str
+    label: str
+    unit: str
+    n: int
+    clusters: int
+    cells: Mapping[Column, Estimate]
+    gains: Mapping[Column, Estimate] = field(default_factory=dict)
+    kinds: Mapping[str, Estimate] = field(default_factory=dict)
+    """After training, within each kind of question, where there are several; `macro` is their mean."""
+    macro: Estimate | None = None
+    chance: float | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses of one stage, as (step, loss)."""
+
+    stage: str
+    train: tuple[tuple[float, float], ...]
+    validation: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Example:
+    """One item with its picture, as answered before and after training."""
+
+    label: str
+    question: str
+    picture: Pillow.Image
+    after: Prediction
+    before: Prediction | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What the model says in its own words, shown as it comes."""
+
+    prompt: str
+    reply: str
+    picture: Pillow.Image | None = None
+    reference: str = ""
+
+
+@dataclass(frozen=True)
+class Credit:
+    """Whose work was used, and under which licence."""
+
+    name: str
+    used_as: str
+    licence: str
+    author: str = ""
+    address: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a report says.
+
+    Attributes:
+        sentence: the result in one sentence.
+        method: how it was measured, label -> text, in the order of the page: rule, machine, dtype, package versions.
+        seconds: how long each leg took.
+        draw: how examples were chosen, in one sentence.
+    """
+
+    title: str
+    sentence: str
+    parts: tuple[Part, ...]
+    rows: tuple[Row, ...]
+    curves: tuple[Curve, ...]
+    fingerprint: str
+    data_hash: str
+    seed: int
+    revision: str
+    method: Mapping[str, str] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    examples: tuple[Example, ...] = ()
+    generations: tuple[Generation, ...] = ()
+    credits: tuple[Credit, ...] = ()
+    draw: str = "Drawn by the seed, the same number from each task, whether right or wrong."
+
+    @property
+    def parameters(self) -> int:
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def trained(self) -> int:
+        return sum(part.trained for part in self.parts)
+
+    def plain(self) -> dict[str, Any]:
+        """All the numbers, for JSON; pictures stay in the page."""
+        return {"isthmus_report": 1, "parameters": self.parameters, "trained": self.trained, **_plain(self)}
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+def rows(task: Task, runs: Runs, seed: int = 0) -> tuple[Row, ...]:
+    """The rows that a task fills, one per cut that has items."""
+    return tuple(_row(task, cut, runs, seed) for cut in task.cuts if any(cut.takes(item.kind) for item in task.items))
+
+
+def _row(task: Task, cut: Cut, runs: Runs, seed: int) -> Row:
+    chosen = {
+        column: [prediction for prediction in runs[column] if cut.takes(prediction.kind)]
+        for column in COLUMNS
+        if column in runs
+    }
+    cells = {column: estimate(predictions, task.unit, seed) for column, predictions in chosen.items()}
+    sample = next(iter(chosen.values()))
+    row = Row(task.name, cut.label, task.unit, len(sample), len({p.cluster for p in sample}), cells)
+    if task.unit != "accuracy" or "after" not in chosen:
+        return row
+    after = chosen["after"]
+    right, clusters, kinds = [p.right for p in after], [p.cluster for p in after], [p.kind for p in after]
+    several = len(set(kinds)) > 1
+    sizes = [len(p.choices) for p in after]
+    return Row(
+        row.task,
+        row.label,
+        row.unit,
+        row.n,
+        row.clusters,
+        cells,
+        gains={
+            column: statistics.difference(right, [p.right for p in other], clusters, seed=seed)
+            for column, other in chosen.items()
+            if column != "after"
+        },
+        kinds=statistics.by_kind(right, kinds, clusters, seed=seed) if several else {},
+        macro=statistics.macro(right, kinds, clusters, seed=seed) if several else None,
+        chance=sum(1 / size for size in sizes) / len(sizes) if all(sizes) else None,
+    )
+
+
+def estimate(predictions: Sequence[Prediction], unit: str = "accuracy", seed: int = 0) -> Estimate:
+    """Accuracy, or NLL per token, with its interval clustered as the predictions say."""
+    clusters = [prediction.cluster for prediction in predictions]
+    if unit == "accuracy":
+        return statistics.accuracy([prediction.right for prediction in predictions], clusters, seed=seed)
+    totals = [-prediction.scores[-1] for prediction in predictions]
+    return statistics.mean(totals, clusters, [prediction.tokens for prediction in predictions], seed=seed)
+
+
+def examples(runs: Mapping[str, tuple[Task, Runs]], count: int = 10, seed: int = 0) -> tuple[Example, ...]:
+    """`count` items with their pictures, from tasks by label with their predictions before and after training.
+
+    Raises:
+        DataError: a picture cannot be read.
+    """
+    found = []
+    for label, place in draw_examples(runs, count, seed):
+        task, columns = runs[label]
+        prompt = task.items[place].prompt
+        image = next(medium for medium in prompt.media if isinstance(medium, Image))
+        before = columns["before"][place] if "before" in columns else None
+        question = prompt.turns[-1].text
+        found.append(Example(label, question, open_image(image.source, prompt.id), columns["after"][place], before))
+    return tuple(found)
+
+
+def draw_examples(runs: Mapping[str, tuple[Task, Runs]], count: int = 10, seed: int = 0) -> list[tuple[str, int]]:
+    """(label of the runs, item's place), `count` in all, drawn by the seed alike from every task with choices."""
+    dice = random.Random(seed)
+    with_choices = [label for label, (task, _) in runs.items() if task.items[0].choices]
+    places = {label: dice.sample(range(len(runs[label][0].items)), len(runs[label][0].items)) for label in with_choices}
+    turns = [(label, places[label][turn]) for turn in range(count) for label in with_choices if turn < len(places[label])]
+    return sorted(turns[:count], key=lambda found: with_choices.index(found[0]))
+
+
+# ---------------------------------------------------------------------------------------------- words
+
+
+def headline(value: Estimate) -> str:
+    """The number, or the range where some items were not scored."""
+    if value.unscored:
+        return f"{short(value.lowest)}–{short(value.highest)}"
+    return short(value.value)
+
+
+def interval(value: Estimate) -> str:
+    """The interval, with two decimals."""
+    return f"{short(value.low, 2)}–{short(value.high, 2)}"
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses to plain values; a picture becomes its size, a number that is none becomes null."""
+    if isinstance(value, Pillow.Image):
+        return {"width": value.width, "height": value.height}
+    if isinstance(value, Estimate | Prediction):
+        return _plain(asdict(value))
+    if is_dataclass(value):
+        return {name: _plain(content) for name, content in vars(value).items()}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(content) for name, content in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(content) for content in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

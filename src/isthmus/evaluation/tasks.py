@@ -1,0 +1,358 @@
+"""What is asked: items, how they are answered (choice, likelihood, free generation), and the demo's tasks by name.
+
+A task asks each sample's last user turn and keeps the assistant's answer for the score. `run` measures one task under
+one condition and keeps every prediction in a file, which a later run with the same fingerprint reuses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeAlias
+
+from isthmus import config
+from isthmus.config import TaskConfig, nearest
+from isthmus.data import sets
+from isthmus.data.chat import write_box
+from isthmus.evaluation import answers, controls
+from isthmus.evaluation.answers import Prediction
+from isthmus.evaluation.score import COSINE_RULE, RULE, Question, Scorer
+from isthmus.types import KIND, Box, ConfigError, DataError, Part, Sample, Tag, Text
+
+Control: TypeAlias = Literal["blind", "shuffled", "cosine"]
+Advance: TypeAlias = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question: a prompt that ends with the user's turn, and what is known of its answer."""
+
+    prompt: Sample
+    answer: str
+    choices: tuple[str, ...]
+    cluster: str
+    kind: str
+
+    @property
+    def question(self) -> Question:
+        return Question(self.prompt, self.choices)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A row of the result table: all of a task's items, or those of some kinds."""
+
+    label: str
+    kinds: frozenset[str] | None = None
+
+    def takes(self, kind: str) -> bool:
+        return self.kinds is None or kind in self.kinds
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """Items and the way they are answered.
+
+    Attributes:
+        cuts: the rows that the task fills in a result table.
+        cosine: whether the joint alone is measured too.
+    """
+
+    name: str
+    items: tuple[Item, ...]
+    cuts: tuple[Cut, ...]
+    cosine: bool = False
+
+    unit: ClassVar[Literal["accuracy", "nats per token"]] = "accuracy"
+
+    @property
+    @abstractmethod
+    def rule(self) -> str:
+        """In one sentence, how an item is scored."""
+
+    @abstractmethod
+    def predict(self, scorer: Scorer, prompts: Sequence[Sample], advance: Advance | None) -> list[Prediction]:
+        """One prediction per item, with the item's prompt replaced by that of `prompts`."""
+
+    def joint_alone(self, scorer: Scorer, advance: Advance | None) -> list[Prediction]:
+        """One prediction per item from the joint without the LLM, where the task has choices."""
+        raise ConfigError(f"task {self.name!r} has no choices to compare pictures with", "leave out the cosine control")
+
+    def _prediction(self, item: Item, prompt: Sample, **scored: Any) -> Prediction:
+        return Prediction(
+            id=prompt.id,
+            task=self.name,
+            control=None,
+            prompt=plain(prompt),
+            answer=item.answer,
+            cluster=item.cluster,
+            kind=item.kind,
+            **scored,
+        )
+
+
+@dataclass(frozen=True)
+class Choice(Task):
+    """The most likely of an item's choices is the answer."""
+
+    @property
+    def rule(self) -> str:
+        return f"most likely choice; {RULE}"
+
+    def predict(self, scorer: Scorer, prompts: Sequence[Sample], advance: Advance | None) -> list[Prediction]:
+        found = scorer.likelihoods([Question(p, item.choices) for p, item in zip(prompts, self.items)], advance)
+        return [
+            self._chosen(item, prompt, scores.values, scores.seconds)
+            for item, prompt, scores in zip(self.items, prompts, found)
+        ]
+
+    def joint_alone(self, scorer: Scorer, advance: Advance | None) -> list[Prediction]:
+        found = scorer.cosines([item.question for item in self.items], advance)
+        return [
+            self._chosen(item, item.prompt, scores.values, scores.seconds) for item, scores in zip(self.items, found)
+        ]
+
+    def _chosen(self, item: Item, prompt: Sample, scores: tuple[float, ...], seconds: float) -> Prediction:
+        best, right = answers.choose(item.choices, scores, item.answer)
+        return self._prediction(
+            item, prompt, choices=item.choices, scores=scores, prediction=best, right=right, seconds=seconds
+        )
+
+
+@dataclass(frozen=True)
+class Likelihood(Task):
+    """How surprising the reference answer is: negative log-likelihood per token."""
+
+    unit: ClassVar[Literal["accuracy", "nats per token"]] = "nats per token"
+
+    @property
+    def rule(self) -> str:
+        return f"negative log-likelihood per token of the reference answer; {RULE}"
+
+    def predict(self, scorer: Scorer, prompts: Sequence[Sample], advance: Advance | None) -> list[Prediction]:
+        found = scorer.likelihoods([Question(p, (item.answer,)) for p, item in zip(prompts, self.items)], advance)
+        return [
+            self._prediction(
+                item,
+                prompt,
+                choices=(),
+                scores=scores.values,
+                prediction=None,
+                right=None,
+                tokens=scores.tokens[0],
+                seconds=scores.seconds,
+            )
+            for item, prompt, scores in zip(self.items, prompts, found)
+        ]
+
+
+@dataclass(frozen=True)
+class Generate(Task):
+    """A free reply that is, or contains, the answer."""
+
+    contains: bool = True
+
+    @property
+    def rule(self) -> str:
+        how = "contains the answer as whole words" if self.contains else "equals the answer"
+        return f"free reply {how}, after case, accents, punctuation, articles and number words are evened out"
+
+    def predict(self, scorer: Scorer, prompts: Sequence[Sample], advance: Advance | None) -> list[Prediction]:
+        if scorer.reply is None:
+            raise ConfigError(f"task {self.name!r} needs free replies", "give the scorer a `reply` function")
+        found = []
+        for start in range(0, len(prompts), scorer.batch_size):
+            part, clock = prompts[start : start + scorer.batch_size], time.perf_counter()
+            replies = scorer.reply(part)
+            seconds = (time.perf_counter() - clock) / len(part)
+            for item, prompt, reply in zip(self.items[start:], part, replies, strict=False):
+                right = answers.match(reply, item.answer, contains=self.contains)
+                found.append(
+                    self._prediction(
+                        item, prompt, choices=(), scores=(), prediction=reply, right=right, seconds=seconds
+                    )
+                )
+            if advance is not None:
+                advance(len(part))
+        return found
+
+
+# ---------------------------------------------------------------------------------------------- one run
+
+
+def run(
+    task: Task,
+    scorer: Scorer,
+    *,
+    control: Control | None = None,
+    folder: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    advance: Advance | None = None,
+) -> list[Prediction]:
+    """Predictions of a task, or of one of its controls, one per item in the task's order.
+
+    Args:
+        folder: where predictions are kept as `<task>[.<control>].jsonl`; a complete file with the same fingerprint
+            is read instead of asking the model.
+        settings: all else that the answers depend on: weights, template, decoding, picture size, dtype.
+        seed: of the shuffled control.
+
+    Raises:
+        ConfigError: the task does not have this control.
+        DataError: an item cannot be rendered, or pictures cannot be exchanged.
+    """
+    prompts = [item.prompt for item in task.items]
+    if control in controls.CONTROLS:
+        prompts = controls.CONTROLS[control](prompts, seed)
+    rule = COSINE_RULE if control == "cosine" else task.rule
+    fingerprint = _fingerprint(task, prompts, control, rule, settings or {})
+    path = folder / f"{task.name}{'.' + control if control else ''}.jsonl" if folder else None
+    if path and (known := answers.reusable(path, fingerprint)) is not None:
+        if advance is not None:
+            advance(len(known))
+        return known
+    raw = task.joint_alone(scorer, advance) if control == "cosine" else task.predict(scorer, prompts, advance)
+    found = [replace(prediction, control=control) for prediction in raw]
+    if path:
+        answers.write(
+            path, answers.Header(task.name, control, rule, fingerprint, len(found), dict(settings or {})), found
+        )
+    return found
+
+
+def _fingerprint(
+    task: Task, prompts: Sequence[Sample], control: Control | None, rule: str, settings: Mapping[str, Any]
+) -> str:
+    """Twelve hex digits that change with anything that the predictions depend on."""
+    asked = [
+        [prompt.id, plain(prompt), [str(controls.key(medium)) for medium in prompt.media], item.answer, item.choices]
+        for prompt, item in zip(prompts, task.items)
+    ]
+    canonical = json.dumps([task.name, control, rule, asked, dict(settings)], sort_keys=True, default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def plain(sample: Sample) -> str:
+    """The conversation as text, pictures as `<image>`, one turn a line."""
+    return "\n".join(f"{turn.role}: {' '.join(map(_word, turn.parts))}" for turn in sample.turns)
+
+
+def _word(part: Part) -> str:
+    if isinstance(part, Text | Tag):
+        return part.text
+    return write_box(part) if isinstance(part, Box) else f"<{KIND[type(part)]}>"
+
+
+# ---------------------------------------------------------------------------------------------- the demo's tasks
+
+Builder: TypeAlias = Callable[[TaskConfig, int], Task]
+
+LIMIT = 500
+"""Items of a task whose config names no limit. They are drawn from the whole set by the seed."""
+
+
+def named(name: str) -> Builder:
+    """The builder of a task: `named("naming")(TaskConfig(name="naming"), seed)`.
+
+    Raises:
+        ConfigError: there is no such task; the nearest name is given.
+    """
+    if name not in _TASKS:
+        raise ConfigError(f"no task named {name!r}{nearest(name, list(_TASKS))}", f"tasks are {sorted(_TASKS)}")
+    return _TASKS[name]
+
+
+def naming(task: TaskConfig, seed: int) -> Choice:
+    """Concepts that training never saw, one of ten names."""
+    items = _scene_items(task, seed, "naming", split="unseen")
+    return Choice(task.name, items, (Cut("Naming unseen concepts"),), cosine=True)
+
+
+def naming_freely(task: TaskConfig, seed: int) -> Generate:
+    """The same pictures, named in the model's own words."""
+    items = _scene_items(task, seed, "naming", split="unseen")
+    return Generate(task.name, items, (Cut("Naming unseen concepts, free reply"),))
+
+
+def easy_vqa(task: TaskConfig, seed: int) -> Choice:
+    """The official test questions, each among all thirteen answers; in total, and without yes/no."""
+    items = _items(task, seed, config.Source(name="easy-vqa", split="test", options=task.options))
+    cuts = (Cut("easy-VQA, official test"), Cut("easy-VQA without yes/no", frozenset({"open"})))
+    return Choice(task.name, items, cuts)
+
+
+def presence(task: TaskConfig, seed: int) -> Choice:
+    """Whether a named thing is in the picture; as often as not it is absent."""
+    return Choice(task.name, _scene_items(task, seed, "presence"), (Cut("Presence"),))
+
+
+def counting(task: TaskConfig, seed: int) -> Choice:
+    """How many of a thing there are."""
+    return Choice(task.name, _scene_items(task, seed, "counting"), (Cut("Counting"),))
+
+
+def relation(task: TaskConfig, seed: int) -> Choice:
+    """Which thing stands left of, right of, above or below another."""
+    return Choice(task.name, _scene_items(task, seed, "relation"), (Cut("Relations"),))
+
+
+def colour(task: TaskConfig, seed: int) -> Choice:
+    """The colour of the background, one of ten."""
+    return Choice(task.name, _scene_items(task, seed, "colour"), (Cut("Background colour"),))
+
+
+def caption(task: TaskConfig, seed: int) -> Likelihood:
+    """The reference caption's negative log-likelihood."""
+    return Likelihood(task.name, _scene_items(task, seed, "caption"), (Cut("Captions, NLL"),))
+
+
+_TASKS: dict[str, Builder] = {
+    "naming": naming,
+    "naming-free": naming_freely,
+    "easy-vqa": easy_vqa,
+    "presence": presence,
+    "counting": counting,
+    "relation": relation,
+    "colour": colour,
+    "caption": caption,
+}
+
+
+def _scene_items(task: TaskConfig, seed: int, kind: str, split: str = "test") -> tuple[Item, ...]:
+    options = {"kinds": [kind], "count": task.limit or LIMIT, **task.options}
+    return _items(task, seed, config.Source(name="scenes", split=split, options=options))
+
+
+def _items(task: TaskConfig, seed: int, source: config.Source) -> tuple[Item, ...]:
+    """Up to the limit of items of a set, drawn by the seed and kept in the set's order."""
+    samples = sets.open_set(source, seed)
+    count = min(task.limit or LIMIT, len(samples))
+    if count == 0:
+        raise DataError(f"{source.name}/{source.split} has no item for task {task.name!r}", "see `isthmus data stats`")
+    return tuple(item(samples[index]) for index in sorted(random.Random(seed).sample(range(len(samples)), count)))
+
+
+def item(sample: Sample) -> Item:
+    """A sample with its answer taken out of the conversation; `meta` holds choices, cluster and kind.
+
+    Raises:
+        DataError: it does not end with an answer, or its choices repeat or miss the answer.
+    """
+    *asked, last = sample.turns
+    if last.role != "assistant" or not asked:
+        raise DataError(f"{sample.id}: does not end with an assistant's answer", "give question and answer as turns")
+    answer = str(sample.meta.get("answer", last.text))
+    choices = tuple(str(choice) for choice in sample.meta.get("choices", ()))
+    if choices and (len(set(choices)) < len(choices) or answer not in choices):
+        raise DataError(
+            f"{sample.id}: {answer!r} must be one of distinct choices, got {choices}", "repair meta.choices"
+        )
+    kind, cluster = str(sample.meta.get("kind", "")), str(sample.meta.get("cluster", sample.id))
+    return Item(sample.but(turns=tuple(asked)), answer, choices, cluster, kind)

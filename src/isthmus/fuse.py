@@ -1,0 +1,106 @@
+"""Where the modalities meet: splicing vectors over placeholders, positions, and who may look at whom.
+
+Masks are always built from segments and a rule, never guessed from positions: transformers reads any step in
+`position_ids` other than +1 as a border between packed samples, and a 2-D mask with packing leaks across them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedConfig
+from transformers.masking_utils import create_masks_for_generate
+
+from isthmus.types import DataError, Features, Media
+
+Rule: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""`rule(batch, head, q, kv) -> bool`, on index tensors; q and kv are absolute positions in the row."""
+
+
+def splice(embeds_BTD: Tensor, at_BT: Tensor, y_MD: Tensor, what: str) -> Tensor:
+    """Overwrite the embeddings where `at_BT` is True by the rows of `y_MD`, in order.
+
+    Raises:
+        DataError: the number of placeholders and the number of vectors differ.
+    """
+    places = int(at_BT.sum())
+    if places != len(y_MD):
+        raise DataError(
+            f"{places} {what} placeholders for {len(y_MD)} vectors from the connector",
+            "render text and media with the model's own processor, which knows how many tokens a medium takes",
+        )
+    return embeds_BTD.masked_scatter(at_BT.unsqueeze(-1), y_MD.to(embeds_BTD.dtype))
+
+
+def rows(y_NQD: Tensor, features: Features | None, tokens: Callable[[int], int]) -> Tensor:
+    """Connected media one after another, [M, D], without the padding rows of pictures that differ in size."""
+    if features is None or features.lengths_N is None:
+        return y_NQD.flatten(0, 1)
+    return torch.cat([y_QD[: tokens(int(s))] for y_QD, s in zip(y_NQD, features.lengths_N)])
+
+
+def by_row(connected: dict[str, Tensor], media: dict[str, Media], rows: int) -> tuple[Tensor, Tensor]:
+    """Connected media that stay aside, gathered per batch row in order of appearance.
+
+    Returns:
+        vision_BKQD, zero where a row has fewer than K media, and media_at_BK, their columns, -1 there.
+    """
+    y_NQD = torch.cat([connected[kind] for kind in media])
+    row_N = torch.cat([some.row_N for some in media.values()])
+    at_N = torch.cat([some.at_N for some in media.values()])
+    most = int(torch.bincount(row_N, minlength=rows).max())
+    vision_BKQD = y_NQD.new_zeros(rows, most, *y_NQD.shape[1:])
+    media_at_BK = torch.full((rows, most), -1, device=y_NQD.device)
+    for row in range(rows):
+        chosen = (row_N == row).nonzero().flatten()
+        chosen = chosen[at_N[chosen].argsort()]
+        vision_BKQD[row, : len(chosen)] = y_NQD[chosen]
+        media_at_BK[row, : len(chosen)] = at_N[chosen]
+    return vision_BKQD, media_at_BK
+
+
+def positions(segment_BT: Tensor) -> Tensor:
+    """Position of each token within its segment, from 0; padding (segment 0) counts on its own, harmlessly."""
+    steps = torch.arange(segment_BT.shape[1], device=segment_BT.device).expand_as(segment_BT)
+    border = torch.ones_like(segment_BT, dtype=torch.bool)
+    border[:, 1:] = segment_BT[:, 1:] != segment_BT[:, :-1]
+    start = torch.where(border, steps, 0).cummax(dim=1).values
+    return steps - start
+
+
+def is_plain(segment_BT: Tensor, cached: int) -> bool:
+    """Whether causality alone is the right mask: one segment per row, and padding, if any, only on the right of
+    a sequence that has no cache (nothing real ever looks back at it)."""
+    one = segment_BT.max() <= 1 and bool((segment_BT[:, 0] > 0).all())
+    return bool(one and (cached == 0 or (segment_BT > 0).all()))
+
+
+def masks(
+    config: PreTrainedConfig, embeds_BTD: Tensor, segment_BS: Tensor, cache: Cache | None, rule: Rule | None
+) -> Tensor | dict[str, Tensor] | None:
+    """The attention mask (or one per layer type) of a decoder for causality, segments and a rule.
+
+    `segment_BS` covers the cached positions too; with a static cache the mask covers its whole length. Padding
+    looks at padding, so that no row is empty. None is returned where causality alone is right, which lets
+    kernels skip the mask.
+    """
+    cached = cache.get_seq_length() if cache is not None else 0
+    if rule is None and is_plain(segment_BS, cached) and not (cache is not None and cache.is_compileable):
+        return None
+    reach = max(segment_BS.shape[1], cache.get_max_cache_shape() if cache is not None else 0)
+    segment = torch.nn.functional.pad(segment_BS, (0, reach - segment_BS.shape[1]), value=-1)
+
+    def allowed(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        same = segment[b, q] == segment[b, kv]
+        return same if rule is None else same & rule(b, h, q, kv)
+
+    return create_masks_for_generate(
+        config=config,
+        inputs_embeds=embeds_BTD,
+        attention_mask=None,
+        past_key_values=cache,
+        and_mask_function=allowed,
+    )

@@ -1,0 +1,325 @@
+"""The multimodal model: unmodified transformers parts, one joint, and the way between them.
+
+`VLM.run` is the whole computation: embed, encode, connect, splice (or keep aside), rule, mask, LLM. Training calls it
+with a `Batch`; `forward` and `generate` (in `generation`) are the same computation in the shape that transformers
+expects. Nothing here knows a paper: every choice is asked of the aligner.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.configuration_utils import SubConfigSpec
+from transformers.modeling_outputs import BaseModelOutput
+
+from isthmus import aligner as aligners
+from isthmus import fuse, graft, lora, sites, storage, tokens
+from isthmus.config import EncoderConfig, LoRA
+from isthmus.encoders import Encoder
+from isthmus.generation import Generation
+from isthmus.processor import VLMProcessor
+from isthmus.types import Batch, ConfigError, Context, DataError, Media, Modality, Output, Past, Side
+
+
+class VLMConfig(PreTrainedConfig):
+    """Everything that the structure of a VLM is a function of.
+
+    Fields:
+        text_config: the LLM's own architecture.
+        llm: `LLMConfig` fields and the fingerprint of the base weights.
+        encoders: per kind, `EncoderConfig` fields, the architecture and the fingerprint.
+        aligner: name and options.
+        surgery: dotted module path inside the LLM -> [out, in] of a Linear whose shape was changed (pruning).
+        lora: LoRA grafts in order of attachment: {globs, name, r, alpha, dropout, dora}.
+        trained: globs of base parameters that were trained in full, and so are saved with the joint.
+        whole: whether the checkpoint holds the base parts' weights too.
+        template: how conversations are rendered (`chat`, `plain`).
+    """
+
+    model_type = "isthmus"
+    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
+
+    text_config: dict | PreTrainedConfig | None = None
+    llm: dict | None = None
+    encoders: dict | None = None
+    aligner: dict | None = None
+    surgery: dict | None = None
+    lora: list | None = None
+    trained: list | None = None
+    whole: bool = False
+    template: str = "chat"
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.is_encoder_decoder = bool(self.text_config.is_encoder_decoder)
+        for name in ("llm", "encoders", "aligner", "surgery"):
+            setattr(self, name, getattr(self, name) or {})
+        for name in ("lora", "trained"):
+            setattr(self, name, getattr(self, name) or [])
+
+    def encoder(self, kind: str) -> EncoderConfig:
+        return EncoderConfig(**self.encoders[kind]["config"])
+
+
+class VLM(Generation, PreTrainedModel, GenerationMixin):
+    """Encoder(s), connector(s) and LLM as one model that trains, generates, saves and loads like any other.
+
+    Parameters are named `encoders.<kind>.*`, `connectors.<kind>.*`, `llm.*` and `heads.*`; what is added inside a
+    part contains `.grafts.`.
+
+    Args:
+        config: the structure.
+        llm: the base LLM, loaded or empty.
+        encoders: the encoders by kind.
+
+    Raises:
+        ConfigError: the parts do not fit the joint, with the reason.
+    """
+
+    config_class = VLMConfig
+    processor: VLMProcessor
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: VLMConfig, llm: PreTrainedModel, encoders: dict[str, Encoder]):
+        super().__init__(config)
+        config.text_config = llm.config  # the LLM's own, with its attention kernel; ours was a copy
+        self.aligner = aligners.build(config.aligner["name"], config.aligner.get("options", {}))
+        if config.is_encoder_decoder and not self.aligner.encoder_decoder:
+            raise ConfigError(
+                f"{self.aligner.name} does not work with an encoder-decoder LLM", "choose a decoder-only LLM"
+            )
+        self.llm = llm.requires_grad_(False)
+        self.encoders = nn.ModuleDict(encoders).requires_grad_(False)
+        width = sites.embedding(llm).weight.shape[1]
+        _resize(llm, config.surgery)
+        self.vocabulary = tokens.add_tokens(llm, len(self.aligner.new_tokens())) + len(self.aligner.new_tokens())
+        self.connectors = nn.ModuleDict(
+            {kind: self.aligner.connector(kind, encoder, width) for kind, encoder in encoders.items()}
+        )
+        self.heads = nn.ModuleDict(self.aligner.heads(width))
+        additions = list(self.aligner.grafts(llm, self.encoders, width))
+        for path, name, addition in additions:
+            graft.graft(self, path, name, addition)
+        self._lends_side = bool(additions)
+        for adapter in config.lora:
+            self._attach(adapter)
+        self.generation_config = llm.generation_config
+        self.post_init()
+
+    def init_weights(self) -> None:
+        """Nothing: every part initialises itself, and base weights come from their checkpoints."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return sites.embedding(self.llm)
+
+    # ------------------------------------------------------------------------------------ placeholders
+
+    def placeholder(self, kind: str) -> int:
+        """The token id that media vectors overwrite: beyond the vocabulary, so it can be neither typed nor sampled."""
+        return self.vocabulary + int(Modality[kind.upper()]) - 1
+
+    def modality(self, ids_BT: Tensor) -> Tensor:
+        """What stands at each position, told from the placeholder ids."""
+        return (ids_BT - self.vocabulary + 1).clamp(min=0)
+
+    def queries(self, kind: str) -> int:
+        """Q: the connector tokens of one medium at the encoder's configured size."""
+        return self.connectors[kind].tokens(self.encoders[kind].tokens)
+
+    # ------------------------------------------------------------------------------------ the computation
+
+    def run(
+        self,
+        batch: Batch,
+        past: Past | None = None,
+        keep: bool = False,
+        need: Literal["hidden", "connected"] = "hidden",
+    ) -> Output:
+        """From a batch to the LLM's states.
+
+        Args:
+            batch: with `past`, `input_ids_BT` holds the new tokens only, while `segment_BT` and `modality_BT`
+                cover the past ones too.
+            past: what an earlier call with `keep` returned.
+            keep: return `Output.past` for the next call.
+            need: `connected` stops before the LLM.
+        """
+        connected = self.connect(batch)
+        if need == "connected":
+            return self._output(None, connected)
+        embeds_BTD = self.embed(batch, connected)
+        if self.config.is_encoder_decoder:
+            return self._run_encoder_decoder(batch, embeds_BTD, connected)
+        if past is None:
+            cache = DynamicCache(config=self.config.text_config) if keep else None
+            past = Past(cache, *self.aside(batch, connected))
+        hidden_BTD, side, positions_BT = self.think(
+            embeds_BTD, batch.segment_BT, batch.modality_BT, batch.route_BT, past
+        )
+        return self._output(hidden_BTD, connected, positions_BT, side, past if keep else None)
+
+    def connect(self, batch: Batch) -> dict[str, Tensor]:
+        """Every kind of medium through its encoder (unless features were cached) and connector: y_NQD by kind."""
+        return {kind: self._connect(kind, media, batch) for kind, media in batch.media.items()}
+
+    def _connect(self, kind: str, media: Media, batch: Batch) -> Tensor:
+        encoder, connector = self.encoders[kind], self.connectors[kind]
+        features = media.features
+        if features is None:
+            if media.pixels is None:
+                raise DataError(f"{kind} without pixels or features", "collate with a reader of pixels or features")
+            with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(encoder)):
+                features = encoder(media.pixels.to(next(encoder.parameters()).dtype))
+        weight = next(connector.parameters())
+        route_N = None if batch.route_BT is None else _first(batch.route_BT, batch.segment_BT, media)
+        context = Context(batch.extra_text, route_N)
+        return connector(features.map(lambda x: x.to(weight.dtype)), context)
+
+    def embed(self, batch: Batch, connected: dict[str, Tensor]) -> Tensor:
+        """Token embeddings, with connected media in place of their placeholders where the joint splices."""
+        ids_BT = batch.input_ids_BT
+        embeds_BTD = sites.embedding(self.llm)(ids_BT.masked_fill(ids_BT >= self.vocabulary, 0))
+        if self.aligner.splices:
+            for kind, y_NQD in connected.items():
+                y_MD = fuse.rows(y_NQD, batch.media[kind].features, self.connectors[kind].tokens)
+                embeds_BTD = fuse.splice(embeds_BTD, ids_BT == self.placeholder(kind), y_MD, kind)
+        return embeds_BTD
+
+    def aside(self, batch: Batch, connected: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """What stays out of the LLM's input, per row: vision_BKQD and its columns; nothing where the joint splices."""
+        if self.aligner.splices or not connected:
+            return None, None
+        return fuse.by_row(connected, batch.media, len(batch.segment_BT))
+
+    def think(
+        self, embeds_BTD: Tensor, segment_BS: Tensor, modality_BS: Tensor, route_BS: Tensor | None, past: Past
+    ) -> tuple[Tensor, Side, Tensor]:
+        """The decoder with the joint's positions, rule and side: states of the T new positions, the last of S."""
+        new = embeds_BTD.shape[1]
+        positions_BS = self.aligner.positions(segment_BS, modality_BS)
+        positions_BT = (fuse.positions(segment_BS) if positions_BS is None else positions_BS)[:, -new:]
+        rule = self.aligner.rule(segment_BS, modality_BS)
+        mask = fuse.masks(self.config.text_config, embeds_BTD, segment_BS, past.cache, rule)
+        route_BT = None if route_BS is None else route_BS[:, -new:]
+        side = Side(modality_BS[:, -new:], segment_BS[:, -new:], route_BT, past.vision_BKQD)
+        if past.media_at_BK is not None:
+            column_BT = torch.arange(segment_BS.shape[1], device=segment_BS.device).expand_as(segment_BS)[:, -new:]
+            side = replace(side, media_mask_BTK=self.aligner.media_mask(column_BT, side.segment_BT, past.media_at_BK))
+        lent = {"side": side} if self._lends_side else {}
+        states = self.llm.base_model(
+            inputs_embeds=embeds_BTD,
+            attention_mask=mask,
+            position_ids=positions_BT,
+            past_key_values=past.cache,
+            use_cache=past.cache is not None,
+            **lent,
+        )
+        return states.last_hidden_state, side, positions_BT
+
+    def _run_encoder_decoder(self, batch: Batch, embeds_BTD: Tensor, connected: dict[str, Tensor]) -> Output:
+        """The encoder reads prompt and media, the decoder writes the answer; packing does not apply."""
+        if batch.decoder_ids_BU is None:
+            raise DataError("an encoder-decoder needs decoder_ids_BU", "collate with the model's own processor")
+        states = self.llm(
+            encoder_outputs=self.read(embeds_BTD, batch.segment_BT),
+            attention_mask=(batch.segment_BT > 0).long(),
+            decoder_input_ids=batch.decoder_ids_BU,
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        return self._output(states.decoder_hidden_states[-1], connected)
+
+    def read(self, embeds_BTD: Tensor, segment_BT: Tensor) -> BaseModelOutput:
+        """An encoder-decoder's encoder on spliced embeddings."""
+        if segment_BT.max() > 1:
+            raise DataError("packed samples cannot share an encoder-decoder's row", "use batching=bucketed")
+        return self.llm.get_encoder()(inputs_embeds=embeds_BTD, attention_mask=(segment_BT > 0).long())
+
+    def _output(
+        self,
+        hidden_BTD: Tensor | None,
+        connected: dict[str, Tensor],
+        positions_BT: Tensor | None = None,
+        side: Side | None = None,
+        past: Past | None = None,
+    ) -> Output:
+        embedding = sites.embedding(self.llm)
+        return Output(hidden_BTD, connected, sites.head(self.llm), embedding, positions_BT, side, past)
+
+    # ------------------------------------------------------------------------------------ change and store
+
+    def add_lora(self, globs: list[str], how: LoRA, name: str) -> list[str]:
+        """Attach LoRA to the Linears that the globs match, and remember it in the config; their names are returned."""
+        adapter = {"globs": list(globs), "name": name, **how.model_dump()}
+        paths = self._attach(adapter)
+        self.config.lora = [*self.config.lora, adapter]
+        return paths
+
+    def _attach(self, adapter: dict[str, Any]) -> list[str]:
+        how = LoRA(**{key: adapter[key] for key in LoRA.model_fields})
+        return lora.attach(self, adapter["globs"], how, adapter["name"])
+
+    def save_pretrained(self, folder: str | Path, whole: bool = False, **unused: Any) -> None:
+        """Write a Hugging Face directory: config, weights, generation settings, processor.
+
+        Without `whole`, base weights that were never trained stay where they are and are referred to by source
+        and fingerprint; what was trained or added is written.
+        """
+        storage.save(self, Path(folder), whole)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *unused: Any, dtype: torch.dtype | str = "auto", **more: Any) -> Self:
+        """A model from a directory (or hub name) that `save_pretrained` wrote, in eval mode.
+
+        Raises:
+            IsthmusError: a key is missing or unexpected, a file is damaged, or a base part is not the one it was.
+        """
+        return storage.load(cls, folder, dtype, revision=more.get("revision"))
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _first(route_BT: Tensor, segment_BT: Tensor, media: Media) -> Tensor:
+    """The route of each medium's segment."""
+    here_NT = segment_BT[media.row_N] == media.segment_N[:, None]
+    return route_BT[media.row_N].gather(1, here_NT.int().argmax(1, keepdim=True)).squeeze(1)
+
+
+def _resize(llm: nn.Module, shapes: dict[str, list[int]]) -> None:
+    """Give Linears of a pruned LLM the shapes that its checkpoint has."""
+    for path, (out, width) in shapes.items():
+        parent, _, name = path.rpartition(".")
+        old = llm.get_submodule(path)
+        if old.weight.shape == (out, width):
+            continue
+        new = nn.Linear(width, out, bias=old.bias is not None, dtype=old.weight.dtype, device=old.weight.device)
+        setattr(llm.get_submodule(parent), name, new)
+
+
+AutoConfig.register("isthmus", VLMConfig)
+AutoModel.register(VLMConfig, VLM)
+AutoModelForImageTextToText.register(VLMConfig, VLM)
+AutoProcessor.register(VLMConfig, VLMProcessor)

@@ -1,0 +1,86 @@
+"""What a recipe would cost, before any weights are read: parameters by part and what each stage trains."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+
+from isthmus import parts
+from isthmus.config import Recipe
+from isthmus.model import VLM, VLMConfig
+from isthmus.training.optimizer import prepare
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: which parameters train."""
+
+    name: str
+    trained: int
+    by_part: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Parameters of the parts, and of what every stage trains."""
+
+    recipe: str
+    parts: dict[str, int]
+    tokens: dict[str, int]
+    """Connector tokens of one medium, by kind."""
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Build the recipe's structure without memory for weights, and count.
+
+    Raises:
+        ConfigError: parts do not fit, or a stage's glob matches nothing.
+    """
+    model = outline(recipe)
+    tokens = {kind: model.queries(kind) for kind in model.encoders}
+    whole = count(model)
+    stages = []
+    for stage in recipe.stages:
+        prepare(model, stage)
+        trained = count(model, trained=True)
+        stages.append(StagePlan(stage.name, sum(trained.values()), trained))
+    return Plan(recipe.name, whole, tokens, tuple(stages))
+
+
+def outline(recipe: Recipe) -> VLM:
+    """The model's structure on the meta device: shapes and names, no numbers."""
+    text = parts.llm_config(recipe.llm)
+    architectures = {kind: parts.encoder_architecture(config) for kind, config in recipe.encoders.items()}
+    config = VLMConfig(
+        text_config=copy.deepcopy(text),
+        llm={"config": recipe.llm.model_dump(mode="json"), "weights": None},
+        encoders={
+            kind: {"config": encoder.model_dump(mode="json"), "architecture": architectures[kind], "weights": None}
+            for kind, encoder in recipe.encoders.items()
+        },
+        aligner=recipe.aligner.model_dump(mode="json"),
+    )
+    with torch.device("meta"):
+        llm = parts.empty_llm(text, recipe.llm.attention)
+        encoders = {kind: parts.empty_encoder(config.encoder(kind), architectures[kind]) for kind in architectures}
+        return VLM(config, llm, encoders)
+
+
+def count(model: VLM, trained: bool = False) -> dict[str, int]:
+    """Parameters by part; with `trained`, only those that require gradients. Grafts count apart from their hosts."""
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if trained and not parameter.requires_grad:
+            continue
+        top, rest = name.split(".", 1)
+        part = f"{top}.{rest.split('.', 1)[0]}" if top in ("encoders", "connectors", "heads") else top
+        part = f"{part} grafts" if ".grafts." in name else part
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    return counts

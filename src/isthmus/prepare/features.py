@@ -1,0 +1,169 @@
+"""A frozen encoder's features, computed once per picture and memory-mapped.
+
+A folder per encoder identity (source, weights, depth, preprocessing, dtype) holds `rows.bin`, fixed-size rows in the
+encoder's own dtype, and `index.txt`, the content key of each row. Rows are on disk before the index names them, so an
+interrupted run keeps what it has and a half-written row is never read.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isthmus.data import media as pictures
+from isthmus.encoders import Encoder
+from isthmus.types import Features, IsthmusError, Medium
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total)."""
+
+
+class FeatureCache:
+    """The features of one encoder; calling it is a collator's `look`.
+
+    Args:
+        encoder: the frozen encoder. Its features must not vary in size.
+        folder: parent folder; every encoder identity has its own below it.
+        batch_size: pictures per forward of the encoder.
+    """
+
+    def __init__(self, encoder: Encoder, folder: Path, batch_size: int = 32):
+        self.encoder, self.batch_size = encoder.eval(), batch_size
+        identity = json.dumps(encoder.identity(), sort_keys=True)
+        self.folder = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "identity.json").write_text(identity)
+        self._dtype = next(encoder.parameters()).dtype
+        self._shapes = self._probe()
+        self._sizes = [math.prod(shape) for shape in self._shapes.values()]
+        self._row_bytes = sum(self._sizes) * self._dtype.itemsize
+        self._rows: np.memmap | None = None
+        self._place: dict[str, int] = {}
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def __call__(self, kind: str, media: Sequence[Medium]) -> tuple[None, Features]:
+        """Features of these media, from the cache; those that it lacks are computed and kept."""
+        self.fill(media)
+        keys = [pictures.content_key(medium.source) for medium in media]
+        raw = torch.from_numpy(self._rows[[self._place[key] for key in keys]]).view(self._dtype)
+        parts = {
+            name: part.unflatten(1, shape)
+            for (name, shape), part in zip(self._shapes.items(), raw.split(self._sizes, dim=1))
+        }
+        return None, Features(parts.pop("x"), parts, self.encoder.grid)
+
+    def fill(self, media: Iterable[Medium], progress: Progress | None = None) -> int:
+        """Compute what is missing; returns how many pictures that was.
+
+        Raises:
+            DataError: a picture cannot be read; it is named.
+            IsthmusError: the disk is full.
+        """
+        wanted = {pictures.content_key(medium.source): medium for medium in media}
+        missing = [medium for key, medium in wanted.items() if key not in self._place]
+        if not missing:
+            return 0
+        with self._locked(), ThreadPoolExecutor(1) as drawing:
+            self._open()
+            chunks = list(_chunks(missing, self.batch_size))
+            done = 0
+            for chunk, pixels in zip(chunks, drawing.map(self._pixels, chunks)):
+                self._append([pictures.content_key(medium.source) for medium in chunk], self._encode(pixels))
+                done += len(chunk)
+                if progress is not None:
+                    progress(done, len(missing))
+            self._open()
+        return len(missing)
+
+    @torch.inference_mode()
+    def _encode(self, pixels: Tensor) -> np.ndarray:
+        """One row of raw bytes per picture."""
+        device = next(self.encoder.parameters()).device
+        features = self.encoder(pixels.to(device, self._dtype))
+        parts = [features.x_NSE, *features.taps.values()]
+        flat = torch.cat([part.to(self._dtype).flatten(1) for part in parts], dim=1).cpu().contiguous()
+        return flat.view(torch.uint8).numpy()
+
+    def _pixels(self, media: Sequence[Medium]) -> Tensor:
+        pixels = [
+            pictures.pixels(pictures.open_image(medium.source), self.encoder.processor, self.encoder.aspect)
+            for medium in media
+        ]
+        return torch.stack(pixels)
+
+    def _probe(self) -> dict[str, torch.Size]:
+        """Shapes of x and every tap for one picture."""
+        side = self.encoder.size
+        device = next(self.encoder.parameters()).device
+        with torch.inference_mode():
+            features = self.encoder(torch.zeros(1, 3, side, side, dtype=self._dtype, device=device))
+        return {"x": features.x_NSE.shape[1:]} | {name: tap.shape[1:] for name, tap in features.taps.items()}
+
+    # ------------------------------------------------------------------------------------ files
+
+    def _open(self) -> None:
+        """Map what is on disk; rows that the index does not name, or that are cut short, do not exist."""
+        index, rows = self.folder / "index.txt", self.folder / "rows.bin"
+        if not index.is_file() or not rows.is_file():
+            return
+        whole = rows.stat().st_size // self._row_bytes
+        keys = index.read_text().splitlines()[:whole]
+        self._place = {key: row for row, key in enumerate(keys)}
+        if keys:
+            self._rows = np.memmap(rows, np.uint8, "r", shape=(len(keys), self._row_bytes))
+
+    def _append(self, keys: Sequence[str], rows: np.ndarray) -> None:
+        """Rows first, flushed to disk; then their keys."""
+        start = len(self._place)
+        try:
+            with (self.folder / "rows.bin").open("ab") as stream:
+                stream.truncate(start * self._row_bytes)
+                stream.write(rows.tobytes())
+                stream.flush()
+                os.fsync(stream.fileno())
+            with (self.folder / "index.txt").open("a") as stream:
+                stream.truncate(sum(len(key) + 1 for key in self._place))
+                stream.write("".join(f"{key}\n" for key in keys))
+        except OSError as error:
+            raise IsthmusError(
+                f"{self.folder}: features cannot be written ({error.strerror})",
+                "free some space, or set ISTHMUS_HOME to a larger disk; what was cached is kept",
+            ) from None
+        self._place |= {key: start + row for row, key in enumerate(keys)}
+
+    def _locked(self) -> _Lock:
+        return _Lock(self.folder / "lock")
+
+
+class _Lock:
+    """An advisory lock on a file, so that two runs do not append at once."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        self._stream = self.path.open("w")
+        fcntl.flock(self._stream, fcntl.LOCK_EX)
+
+    def __exit__(self, *unused: object) -> None:
+        self._stream.close()
+
+
+def _chunks(media: Sequence[Medium], size: int) -> Iterator[list[Medium]]:
+    stream = iter(media)
+    while chunk := list(islice(stream, size)):
+        yield chunk

@@ -1,0 +1,158 @@
+"""Text and pictures in, model inputs out, and ids back to text: the processor that is saved beside a VLM.
+
+It speaks two languages over one renderer: ours (`Sample`, `Batch`) and transformers' (`processor(images=, text=)`,
+`apply_chat_template`), so that a saved model works with tools that know neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+from isthmus.data import chat, collate, formats, media
+from isthmus.types import Batch, DataError, Features, Layout, Medium, Sample
+
+if TYPE_CHECKING:
+    from isthmus.model import VLM
+
+MARKER = "<image>"
+"""Where a picture goes in a plain string given to `__call__`; in conversations it is ordinary text."""
+
+
+class VLMProcessor(ProcessorMixin):
+    """Tokenizer, image processor, and what the joint says of how media stand in the text.
+
+    Args:
+        layouts: per kind, the fields of `Layout`.
+        placeholders: per kind, the token id that media vectors overwrite.
+        aspect: how pictures become square.
+        template: `chat` or `plain` (see `Stage.template`).
+        decoder_start: the first id of an encoder-decoder's decoder; None for a decoder alone.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        layouts: dict[str, dict[str, Any]] | None = None,
+        placeholders: dict[str, int] | None = None,
+        aspect: str = "pad",
+        template: str = "chat",
+        decoder_start: int | None = None,
+        chat_template: str | None = None,
+    ):
+        self.layouts, self.placeholders = layouts or {}, placeholders or {}
+        self.aspect, self.template, self.decoder_start = aspect, template, decoder_start
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def of(cls, model: VLM, tokenizer: PreTrainedTokenizerBase) -> VLMProcessor:
+        """The processor of a freshly composed model."""
+        layouts = {kind: model.aligner.layout(kind, model.queries(kind)) for kind in model.encoders}
+        return cls(
+            model.encoders["image"].processor,
+            tokenizer,
+            layouts={kind: vars(layout) for kind, layout in layouts.items()},
+            placeholders={kind: model.placeholder(kind) for kind in model.encoders},
+            aspect=model.config.encoder("image").aspect,
+            decoder_start=model.config.text_config.decoder_start_token_id if model.config.is_encoder_decoder else None,
+            chat_template=tokenizer.chat_template,
+        )
+
+    # ------------------------------------------------------------------------------------ our language
+
+    def renderer(self, template: str | None = None) -> chat.Renderer:
+        """What turns conversations into ids, with the spans that are trained and the media's places."""
+        layouts = {kind: Layout(**fields) for kind, fields in self.layouts.items()}
+        return chat.Renderer(
+            self.tokenizer,
+            layouts,
+            self.placeholders,
+            template=template or self.template,
+            decoder_start=self.decoder_start,
+        )
+
+    def look(self, kind: str, seen: Sequence[Medium]) -> tuple[Tensor | None, Features | None]:
+        """Pixels of media as they are, [N, C, H, W]; a feature cache is the other reader (`prepare.features`)."""
+        pictures = (media.open_image(medium.source) for medium in seen)
+        return torch.stack([media.pixels(picture, self.image_processor, self.aspect) for picture in pictures]), None
+
+    def collator(
+        self, look: collate.Look | None = None, template: str | None = None, **settings: Any
+    ) -> collate.Collator:
+        """A collator for this model; `settings` are those of `data.collate.Collator`."""
+        return collate.Collator(self.renderer(template), look or self.look, self.pad, **settings)
+
+    def prompts(self, samples: Sequence[Sample], look: collate.Look | None = None) -> Batch:
+        """A left-padded batch that ends where the assistant is to speak."""
+        return self.collator(look, open_answer=True, side="left")(samples)
+
+    @property
+    def pad(self) -> int:
+        """The id that fills rows up; masked everywhere, so any will do."""
+        own, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return own if own is not None else end if end is not None else 0
+
+    # ------------------------------------------------------------------------------------ transformers' language
+
+    def __call__(
+        self, images: Any = None, text: str | Sequence[str] | None = None, return_tensors: str = "pt", **unused: Any
+    ) -> BatchFeature:
+        """Strings with one `<image>` per picture -> input_ids, attention_mask, pixel_values, left-padded.
+
+        Raises:
+            DataError: the number of markers and of pictures differ.
+        """
+        texts = [text] if isinstance(text, str) else list(text or [""])
+        pictures = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+        pictures = [] if images is None else pictures
+        markers = sum(string.count(MARKER) for string in texts)
+        if markers != len(pictures):
+            raise DataError(f"{markers} {MARKER} markers for {len(pictures)} pictures", "write one marker per picture")
+        rows = [self._ids(string) for string in texts]
+        width = max(map(len, rows))
+        ids = torch.tensor([[self.pad] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if pictures:
+            opened = [media.pixels(media.open_image(p), self.image_processor, self.aspect) for p in pictures]
+            inputs["pixel_values"] = torch.stack(opened)
+        return BatchFeature(inputs, tensor_type=return_tensors)
+
+    def apply_chat_template(self, conversation: Any, add_generation_prompt: bool = True, **unused: Any) -> BatchFeature:
+        """Messages in the common form (roles; text and image parts) -> model inputs, ending with the prompt."""
+        many = conversation if isinstance(conversation[0], list) else [conversation]
+        samples = [Sample(formats.turns(messages)) for messages in many]
+        batch = self.collator(open_answer=add_generation_prompt, side="left")(samples)
+        inputs = {"input_ids": batch.input_ids_BT, "attention_mask": (batch.segment_BT > 0).long()}
+        if "image" in batch.media:
+            inputs["pixel_values"] = batch.media["image"].pixels
+        return BatchFeature(inputs)
+
+    def decode(self, ids: Any, **options: Any) -> str:
+        """Ids to text; media placeholders are left out."""
+        return self.tokenizer.decode([i for i in _list(ids) if i not in self.placeholders.values()], **options)
+
+    def batch_decode(self, rows: Any, **options: Any) -> list[str]:
+        return [self.decode(row, **options) for row in rows]
+
+    def _ids(self, string: str) -> list[int]:
+        layout, rows = Layout(**self.layouts["image"]), []
+        for index, piece in enumerate(string.split(MARKER)):
+            if index:
+                rows += (
+                    self._plain(layout.before) + [self.placeholders["image"]] * layout.count + self._plain(layout.after)
+                )
+            rows += self._plain(piece)
+        return rows
+
+    def _plain(self, string: str) -> list[int]:
+        return self.tokenizer.encode(string, add_special_tokens=False) if string else []
+
+
+def _list(ids: Any) -> list[int]:
+    return ids.tolist() if isinstance(ids, Tensor) else list(ids)

@@ -1,0 +1,11 @@
+"""The demo: LLaVA on embedded parts, sized for ten minutes on two cores."""
+
+from __future__ import annotations
+
+from isthmus.config import Recipe
+from isthmus.recipes.llava import embedded
+
+
+def demo(minutes: float = 5.0) -> Recipe:
+    """What `isthmus demo` runs; `minutes` is the time for training alone."""
+    return embedded(minutes=minutes, name="demo").but(about="What `isthmus demo` runs: LLaVA on embedded parts")

@@ -1,0 +1,62 @@
+"""A VLM in this process as a Speaker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from threading import Thread
+from typing import Any
+
+import torch
+from transformers import TextIteratorStreamer
+
+from isthmus.data.collate import Look
+from isthmus.model import VLM
+from isthmus.types import Batch, Sample, Turn
+
+
+class Local:
+    """Speaks with a VLM.
+
+    Args:
+        model: the model; answers are computed in its own arithmetic.
+        look: how media become pixels or features; the processor's own by default.
+        decode: options of `generate` (`max_new_tokens`, `do_sample`, `temperature`, `top_p`, `num_beams`).
+    """
+
+    def __init__(self, model: VLM, look: Look | None = None, **decode: Any):
+        self.model, self.look = model, look
+        self.decode = {"max_new_tokens": 128, "do_sample": False, "pad_token_id": model.processor.pad} | decode
+
+    def say(self, turns: Sequence[Turn]) -> str:
+        """The answer to a conversation that ends with the user."""
+        return self.say_all([Sample(tuple(turns))])[0]
+
+    def say_all(self, samples: Sequence[Sample]) -> list[str]:
+        """Answers to several conversations in one left-padded batch."""
+        batch = self._prompt(samples)
+        ids = self.model.generate(batch, **self.decode)
+        start = 0 if self.model.config.is_encoder_decoder else batch.input_ids_BT.shape[1]
+        return [text.strip() for text in self.model.processor.batch_decode(ids[:, start:], skip_special_tokens=True)]
+
+    def stream(self, turns: Sequence[Turn]) -> Iterator[str]:
+        """The answer in pieces as it is generated; an error in the model is raised here."""
+        streamer = TextIteratorStreamer(self.model.processor.tokenizer, skip_special_tokens=True)
+        batch, failed = self._prompt([Sample(tuple(turns))]), []
+
+        def generate() -> None:
+            try:
+                self.model.generate(batch, streamer=streamer, **self.decode)
+            except BaseException as error:
+                failed.append(error)
+                streamer.end()
+
+        thread = Thread(target=generate, daemon=True)
+        thread.start()
+        yield from streamer
+        thread.join()
+        if failed:
+            raise failed[0]
+
+    def _prompt(self, samples: Sequence[Sample]) -> Batch:
+        with torch.inference_mode():
+            return self.model.processor.prompts(samples, self.look).to(self.model.device)

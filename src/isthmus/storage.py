@@ -1,0 +1,161 @@
+"""Saving and loading a VLM as one Hugging Face directory.
+
+By default a directory holds a delta: what was added or trained, plus references to the base parts by source and
+fingerprint. Every key is accounted for on load; transformers' own loader would leave a delta's base keys random
+without an error.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from isthmus import parts
+from isthmus.config import LLMConfig
+from isthmus.processor import VLMProcessor
+from isthmus.types import IsthmusError
+
+if TYPE_CHECKING:
+    from isthmus.model import VLM
+
+MANIFEST = "manifest.json"
+"""Names and sha256 of the weight files beside it."""
+
+
+def save(model: VLM, folder: Path, whole: bool) -> None:
+    """Write config, weights, generation settings, processor and a manifest of hashes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.whole = whole
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = sites_dtype(model)
+    kept = stored(model, whole)
+    state = {key: tensor for key, tensor in model.state_dict().items() if key in kept}
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()
+    try:
+        save_torch_state_dict(state, folder, max_shard_size="5GB")
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        model.processor.save_pretrained(folder)
+    except OSError as error:
+        raise IsthmusError(
+            f"{folder}: cannot be written ({error.strerror})", "free some space or name another folder"
+        ) from None
+    hashes = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+    (folder / MANIFEST).write_text(json.dumps(hashes, indent=1))
+
+
+def load(cls: type[VLM], source: str | Path, dtype: torch.dtype | str, revision: str | None = None) -> VLM:
+    """A model from a directory or hub name, in eval mode; every key is compared."""
+    folder = parts.folder(str(source), revision)
+    if not (folder / "config.json").is_file():
+        raise IsthmusError(
+            f"{folder}: no config.json", "name a directory that `isthmus train` or save_pretrained wrote"
+        )
+    config = cls.config_class.from_pretrained(folder)
+    if isinstance(dtype, str):
+        dtype = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    llm_config = LLMConfig(**config.llm["config"])
+    if config.whole:
+        llm = parts.empty_llm(config.text_config, llm_config.attention).to(dtype)
+        encoders = {
+            kind: parts.empty_encoder(config.encoder(kind), entry["architecture"], folder).to(dtype)
+            for kind, entry in config.encoders.items()
+        }
+    else:
+        parts.confirm("llm", parts.folder(llm_config.source, llm_config.revision), config.llm["weights"])
+        llm = parts.load_llm(llm_config, dtype)
+        encoders = {}
+        for kind, entry in config.encoders.items():
+            parts.confirm(f"{kind} encoder", parts.encoder_weights(config.encoder(kind)), entry["weights"])
+            encoders[kind] = parts.load_encoder(config.encoder(kind), dtype)
+    model = cls(config, llm, encoders)
+    _fill(model, read_weights(folder), config.whole, folder)
+    model.processor = VLMProcessor.from_pretrained(folder)
+    return model.eval()
+
+
+def stored(model: VLM, whole: bool) -> set[str]:
+    """The keys of a checkpoint: everything, or everything but base weights that were never trained.
+
+    Of tied weights only the first name is stored.
+    """
+    seen: dict[int, str] = {}
+    keys = set()
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if seen.setdefault(id(tensor), key) != key:
+            continue
+        if whole or not is_base(key) or any(fnmatch.fnmatch(key, glob) for glob in model.config.trained):
+            keys.add(key)
+    return keys
+
+
+def is_base(key: str) -> bool:
+    """Whether a parameter belongs to a pretrained part as it came, and not to what was added inside it."""
+    return key.startswith(("llm.", "encoders.")) and ".grafts." not in key
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a directory's safetensors files, checked against the manifest where there is one.
+
+    Raises:
+        IsthmusError: no weights, or a file is damaged; the file is named.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise IsthmusError(f"{folder}: no safetensors weights", "is this the directory of a finished stage?")
+    manifest = folder / MANIFEST
+    hashes = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    state: dict[str, torch.Tensor] = {}
+    for file in files:
+        if file.name in hashes and sha256(file) != hashes[file.name]:
+            raise IsthmusError(
+                f"{file}: damaged (its content is not what was saved)", "copy it again, or use an earlier checkpoint"
+            )
+        try:
+            state |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise IsthmusError(
+                f"{file}: cannot be read ({str(error).splitlines()[0]})", "copy it again, or use an earlier checkpoint"
+            ) from None
+    if lost := set(hashes) - {file.name for file in files}:
+        raise IsthmusError(f"{folder / min(lost)}: missing", "copy it again, or use an earlier checkpoint")
+    return state
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sites_dtype(model: VLM) -> torch.dtype:
+    """The arithmetic of the base LLM."""
+    return model.get_input_embeddings().weight.dtype
+
+
+def _fill(model: VLM, state: dict[str, Any], whole: bool, folder: Path) -> None:
+    """Load a checkpoint's tensors, whose keys and shapes must be exactly the expected ones."""
+    expected = stored(model, whole)
+    own = model.state_dict()
+    wrong = [f"missing {key}" for key in sorted(expected - set(state))]
+    wrong += [f"unexpected {key}" for key in sorted(set(state) - expected)]
+    wrong += [
+        f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
+        for key in sorted(expected & set(state))
+        if state[key].shape != own[key].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise IsthmusError(
+            f"{folder}: weights do not fit the config: {'; '.join(wrong[:5])}{more}",
+            "config.json and the safetensors files must come from the same save",
+        )
+    model.load_state_dict(state, strict=False)

@@ -1,0 +1,217 @@
+"""What trains and how: an ordered map of globs becomes parameter groups, a schedule, and a table to read."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from isthmus.config import LoRA, Stage, Train, nearest
+from isthmus.model import VLM
+from isthmus.training.step import Step
+from isthmus.types import ConfigError, IsthmusError
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One parameter that trains, by its name in the Step."""
+
+    name: str
+    parameter: nn.Parameter
+    lr: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """One line of `Stage.train`; `graft` is the name of the LoRA that it attached."""
+
+    glob: str
+    how: Train
+    graft: str | None
+
+    def claims(self, name: str) -> bool:
+        return fnmatch.fnmatchcase(name, self.glob) or self.owns(name)
+
+    def owns(self, name: str) -> bool:
+        return self.graft is not None and f".grafts.{self.graft}." in name
+
+    def trains(self, name: str) -> bool:
+        return self.owns(name) if self.graft else self.how.mode == "full"
+
+
+def choose(step: Step, stage: Stage) -> list[Trained]:
+    """Attach the stage's LoRA, freeze everything, and wake what the stage trains, as float32 masters.
+
+    The last glob that matches a parameter decides; what none matches is frozen. Objectives' own parameters train
+    at the stage's rate.
+
+    Raises:
+        ConfigError: a glob matches nothing (the nearest name is suggested), or nothing trains.
+    """
+    rules = list(_rules(step.vlm, stage))
+    names = [name for name, _ in step.vlm.named_parameters()]
+    for rule in rules:
+        if not any(map(rule.claims, names)):
+            raise ConfigError(
+                f"stage {stage.name}: {rule.glob!r} matches no parameter{nearest(rule.glob, _globs(names))}",
+                "globs go over parameter names, such as connectors.* and llm.*",
+            )
+    step.requires_grad_(False)
+    chosen = [*_of_model(step.vlm, stage, rules), *_of_objectives(step, stage)]
+    if not chosen:
+        raise ConfigError(f"stage {stage.name} trains nothing", "give at least one glob a rate: connectors.*: 1e-3")
+    for each in chosen:
+        each.parameter.requires_grad_(True)
+        each.parameter.data = each.parameter.data.float()
+    fully = [rule.glob for rule in rules if rule.how.mode == "full"]
+    step.vlm.config.trained = list(dict.fromkeys([*step.vlm.config.trained, *fully]))
+    return chosen
+
+
+def adamw(trained: Sequence[Trained], betas: tuple[float, float]) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) with one group per rate and decay; `base_lr` of a group is its rate before schedule."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for each in trained:
+        groups.setdefault((each.lr, each.weight_decay), []).append(each.parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "lr": lr, "base_lr": lr, "weight_decay": decay}
+            for (lr, decay), parameters in groups.items()
+        ],
+        betas=betas,
+        fused=True,
+    )
+
+
+def rate(step: int, steps: int, warmup: float, schedule: Schedule) -> float:
+    """The factor of the learning rate at a step counted from 0, as transformers' schedules compute it."""
+    rising = math.ceil(steps * warmup)
+    if step < rising:
+        return step / rising
+    done = (step - rising) / max(1, steps - rising)
+    match schedule:
+        case "cosine":
+            return max(0.0, 0.5 * (1 + math.cos(math.pi * done)))
+        case "linear":
+            return max(0.0, 1 - done)
+        case "constant":
+            return 1.0
+
+
+def table(step: Step, trained: Sequence[Trained]) -> Table:
+    """What trains, by part: parameters, trained parameters, their share of the part, and the rates."""
+    rates: dict[str, float] = {each.name: each.lr for each in trained}
+    parts: dict[str, list[tuple[str, int]]] = {}
+    for name, parameter in step.named_parameters():
+        parts.setdefault(_part(name), []).append((name, parameter.numel()))
+    view = Table(title="What trains")
+    for column in ("part", "parameters", "trained", "share", "learning rate"):
+        view.add_column(column, justify="left" if column == "part" else "right")
+    for part, members in parts.items():
+        lrs = sorted({rates[name] for name, _ in members if name in rates})
+        view.add_row(part, *_counts(members, rates), ", ".join(f"{lr:g}" for lr in lrs) or "frozen")
+    view.add_section()
+    view.add_row("all", *_counts([member for members in parts.values() for member in members], rates), "")
+    return view
+
+
+# ---------------------------------------------------------------------------------------------- health of gradients
+
+
+def check_reached(step: Step, trained: Sequence[Trained]) -> None:
+    """After a backward: every trainable tensor is part of the graph, unless the joint says that it sleeps at birth.
+
+    Raises:
+        IsthmusError: some are not; they are named.
+    """
+    missed = [each.name for each in trained if each.parameter.grad is None and not _asleep(step, each.name)]
+    if missed:
+        raise IsthmusError(
+            f"{len(missed)} trainable tensors got no gradient: {', '.join(missed[:4])}{' ...' * (len(missed) > 4)}",
+            "no objective of the stage depends on them; freeze them, or add data or an objective that does",
+        )
+
+
+def still_zero(trained: Iterable[Trained]) -> list[Trained]:
+    """Those whose gradient is absent or exactly zero (behind a zero gate, or LoRA's A while B is zero)."""
+    return [each for each in trained if each.parameter.grad is None or not bool(each.parameter.grad.any())]
+
+
+def sleepers(step: Step, silent: Sequence[Trained]) -> list[str]:
+    """Names among `silent` that the joint does not declare asleep at birth."""
+    return [each.name for each in silent if not _asleep(step, each.name)]
+
+
+def first_bad(shares: dict[str, Tensor], trained: Sequence[Trained]) -> str:
+    """The first tensor that is not finite: a term of the loss, else a gradient."""
+    for name, share in shares.items():
+        if not bool(share.isfinite()):
+            return f"the loss {name} ({float(share)})"
+    for each in trained:
+        if each.parameter.grad is not None and not bool(each.parameter.grad.isfinite().all()):
+            return f"the gradient of {each.name}"
+    return "the norm of all gradients"
+
+
+# ---------------------------------------------------------------------------------------------- inside
+
+
+def _rules(vlm: VLM, stage: Stage) -> Iterator[_Rule]:
+    """The stage's map in order, each LoRA attached under a name of its own."""
+    for glob, how in stage.train.items():
+        graft = None
+        if isinstance(how.mode, LoRA):
+            graft = _free_name(stage.name, [adapter["name"] for adapter in vlm.config.lora])
+            vlm.add_lora([glob], how.mode, graft)
+        yield _Rule(glob, how, graft)
+
+
+def _of_model(vlm: VLM, stage: Stage, rules: Sequence[_Rule]) -> Iterator[Trained]:
+    for name, parameter in vlm.named_parameters():
+        rule = next((rule for rule in reversed(rules) if rule.claims(name)), None)
+        if rule and rule.trains(name):
+            decay = rule.how.weight_decay if parameter.ndim > 1 else 0.0  # none on biases and norms
+            yield Trained(f"vlm.{name}", parameter, rule.how.lr or stage.lr, decay)
+
+
+def _of_objectives(step: Step, stage: Stage) -> Iterator[Trained]:
+    for name, parameter in step.objectives.named_parameters():
+        yield Trained(f"objectives.{name}", parameter, stage.lr, 0.0)
+
+
+def _free_name(name: str, taken: Sequence[str]) -> str:
+    """`name`, or `name-2` and so on when an earlier stage took it."""
+    candidates = (name if number == 1 else f"{name}-{number}" for number in range(1, len(taken) + 2))
+    return next(candidate for candidate in candidates if candidate not in taken)
+
+
+def _globs(names: Iterable[str]) -> list[str]:
+    """Globs that people mean: every dotted prefix, with `.*` behind it."""
+    prefixes = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
+    return sorted(f"{prefix}.*" for prefix in prefixes)
+
+
+def _asleep(step: Step, name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name.removeprefix("vlm."), glob) for glob in step.vlm.aligner.asleep)
+
+
+def _part(name: str) -> str:
+    """`connectors.image`, `llm`, `llm + sft` (what a graft added), `objectives.contrastive`."""
+    steps = name.removeprefix("vlm.").split(".")
+    part = steps[0] if steps[0] == "llm" else ".".join(steps[:2])
+    return f"{part} + {steps[steps.index('grafts') + 1]}" if "grafts" in steps else part
+
+
+def _counts(members: Sequence[tuple[str, int]], rates: dict[str, float]) -> tuple[str, str, str]:
+    total = sum(count for _, count in members)
+    moving = sum(count for name, count in members if name in rates)
+    return f"{total:,}", f"{moving:,}", f"{moving / total:.2%}"

@@ -1,0 +1,292 @@
+"""The renderer against `apply_chat_template`, and label safety as a property (R7)."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image as Pillow
+from tiny_tokenizers import CHATML, LLAMA3, byte_level, metaspace, unigram, zoo
+
+from isthmus.data.chat import Renderer
+from isthmus.types import Box, ConfigError, DataError, Image, Layout, Modality, Tag, Turn, Video
+
+PICTURE = Image(Pillow.new("RGB", (2, 2)))
+IMAGE = 1_000_000
+
+
+def renderer(tokenizer, count=3, before="", after="", **options):
+    return Renderer(tokenizer, {"image": Layout(count, before, after)}, {"image": IMAGE}, **options)
+
+
+def messages(turns):
+    return [{"role": turn.role, "content": turn.text} for turn in turns]
+
+
+def learnt(rendered, tokenizer):
+    ids = rendered.ids if rendered.decoder_ids is None else rendered.decoder_ids
+    return tokenizer.decode([token for token, learn in zip(ids, rendered.trained) if learn], skip_special_tokens=True)
+
+
+TALK = (
+    Turn.say("user", "What is in the picture?"),
+    Turn.say("assistant", "A red fox.\n\nAnd two boats: äöü 日本."),
+    Turn.say("user", "How many dogs?\n"),
+    Turn.say("assistant", "three"),
+)
+SYSTEM = Turn.say("system", "Be brief.")
+UNENDED = {"glm"}  # ends no answer at the end of a conversation, so an end token is added
+
+
+@pytest.mark.parametrize("name", sorted(set(zoo()) - {"none"}))
+@pytest.mark.parametrize("with_system", [False, True])
+def test_ids_equal_apply_chat_template(name, with_system):
+    tokenizer = zoo()[name]
+    if name == "llama2" and with_system:
+        with pytest.raises(ConfigError, match="System role not supported"):
+            renderer(tokenizer).render((SYSTEM, *TALK))
+        return
+    turns = (SYSTEM, *TALK) if with_system else TALK
+    ids = tokenizer.apply_chat_template(messages(turns), return_dict=False)
+    assert renderer(tokenizer).render(turns).ids == ids + [tokenizer.eos_token_id] * (name in UNENDED)
+    prompt = tokenizer.apply_chat_template(messages(turns[:-1]), add_generation_prompt=True, return_dict=False)
+    assert renderer(tokenizer).render(turns[:-1], open_answer=True).ids == prompt
+
+
+def test_bos_is_never_doubled_and_trained_is_answer_and_its_end():
+    tokenizer = zoo()["vicuna"]
+    assert tokenizer.bos_token_id is not None
+    rendered = renderer(tokenizer).render(TALK)
+    assert rendered.ids.count(tokenizer.bos_token_id) == 1
+    assert sum(token == tokenizer.eos_token_id for token, learn in zip(rendered.ids, rendered.trained) if learn) == 2
+    assert (
+        learnt(rendered, tokenizer) == " A red fox.\n\nAnd two boats: äöü 日本. three"
+    )  # the template's space is said
+
+
+def test_chatml_by_hand():
+    tokenizer = zoo()["chatml"]
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+
+    def plain(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    rendered = renderer(tokenizer, 2, "<|im_start|>", "!").render(
+        (SYSTEM, Turn.say("user", PICTURE, "dogs?"), Turn.say("assistant", "three"))
+    )
+    system = [start, *plain("system\nBe brief."), end, *plain("\n")]
+    user = [start, *plain("user\n"), start, IMAGE, IMAGE, *plain("!dogs?"), end, *plain("\n")]
+    head, answer, tail = [start, *plain("assistant\n")], [*plain("three"), end], plain("\n")
+    assert rendered.ids == system + user + head + answer + tail
+    untrained = len(system + user + head)
+    assert rendered.trained == [False] * untrained + [True] * len(answer) + [False] * len(tail)
+    at = len(system) + len([start, *plain("user\n"), start])
+    assert rendered.spans == [(at, at + 2)]
+    assert [i for i, kind in enumerate(rendered.modality) if kind == Modality.IMAGE] == [at, at + 1]
+    assert rendered.media == (PICTURE,)
+
+
+@pytest.mark.parametrize("name", sorted(zoo()))
+def test_users_cannot_type_control_tokens(name):
+    tokenizer = zoo()[name]
+    make = renderer(tokenizer)
+    control = set(tokenizer.all_special_tokens) | {"<|im_start|>", "<|im_end|>"}
+    words = sorted(control) + ["<image>", "plain"]
+    calm = make.render((Turn.say("user", "x"), Turn.say("assistant", "x")))
+    typed = make.render((Turn.say("user", " ".join(words)), Turn.say("assistant", "".join(words))))
+    special = set(tokenizer.convert_tokens_to_ids(sorted(control))) - {None, tokenizer.unk_token_id}
+    assert sum(token in special for token in typed.ids) == sum(token in special for token in calm.ids)
+    assert "".join(words) in tokenizer.decode(typed.ids)
+    assert IMAGE not in typed.ids
+
+
+def test_unigram_vocabulary_holds_control_tokens_as_words_and_still_none_is_typed():
+    tokenizer = unigram()
+    assert 1 in tokenizer("a </s>b", split_special_tokens=True, add_special_tokens=False).input_ids  # the danger
+    make = renderer(tokenizer, decoder_start=0)
+    rendered = make.render((Turn.say("user", "red </s>fox</s>"), Turn.say("assistant", "</s>a")))
+    assert rendered.ids.count(1) == 1 and rendered.ids[-1] == 1
+    assert rendered.decoder_ids.count(1) == 1 and rendered.decoder_ids[-1] == 1
+
+
+def test_encoder_decoder_by_hand():
+    tokenizer = unigram()
+    make = renderer(tokenizer, 2, decoder_start=0)
+    turns = (Turn.say("user", PICTURE, "what is this"), Turn.say("assistant", "a red fox"))
+    rendered = make.render(turns)
+    assert rendered.ids == [IMAGE, IMAGE, *tokenizer("what is this").input_ids]
+    assert rendered.decoder_ids == [0, *tokenizer("a red fox").input_ids]
+    assert rendered.trained == [False, *[True] * (len(rendered.decoder_ids) - 1)]
+    opened = make.render(turns[:1], open_answer=True)
+    assert (opened.ids, opened.decoder_ids, opened.trained) == (rendered.ids, [0], [False])
+    with pytest.raises(DataError, match="inside an answer"):
+        make.render((turns[0], Turn.say("assistant", PICTURE)))
+
+
+def test_fallback_is_the_documented_one():
+    tokenizer = zoo()["none"]
+    rendered = renderer(tokenizer).render((SYSTEM, *TALK[:2]))
+    text = "Be brief. USER: What is in the picture? ASSISTANT: A red fox.\n\nAnd two boats: äöü 日本.</s>"
+    assert tokenizer.decode(rendered.ids) == text
+    bos = metaspace(None)
+    assert renderer(bos).render(TALK[:2]).ids[0] != bos.bos_token_id  # this tokenizer adds none by itself
+
+
+def test_contents_are_trimmed_where_the_template_trims():
+    tokenizer = zoo()["llama3"]
+    turns = (Turn.say("user", " \n hi \n"), Turn.say("assistant", "  yes  "))
+    assert renderer(tokenizer).render(turns).ids == tokenizer.apply_chat_template(messages(turns), return_dict=False)
+    assert learnt(renderer(tokenizer).render(turns), tokenizer) == "yes"
+
+
+def test_last_thinking_block_is_said_by_the_model():
+    tokenizer = zoo()["thinking"]
+    assert learnt(renderer(tokenizer).render(TALK), tokenizer).endswith("<think>\n\n</think>\n\nthree")
+
+
+def test_a_prompt_is_a_prefix_even_where_the_tokenizers_own_is_not():
+    """GPT-2's word rule reads "\\n\\n" at the end of a prompt as one word, and as two before an answer."""
+    tokenizer = byte_level(LLAMA3, ["<|end_header_id|>", "<|eot_id|>"], eos_token="<|eot_id|>", bos_token="<s>")
+    turns = (Turn.say("user", "hi"), Turn.say("assistant", "yes"))
+    own = tokenizer.apply_chat_template(messages(turns), return_dict=False)
+    prompt = tokenizer.apply_chat_template(messages(turns[:1]), add_generation_prompt=True, return_dict=False)
+    assert own[: len(prompt)] != prompt  # the danger
+    make = renderer(tokenizer)
+    assert make.render(turns[:1], open_answer=True).ids == prompt
+    whole = make.render(turns)
+    assert whole.ids[: len(prompt)] == prompt
+    assert tokenizer.decode(whole.ids) == tokenizer.decode(own)
+    assert learnt(whole, tokenizer) == "yes"
+
+
+@pytest.mark.parametrize(
+    "template, cause",
+    [
+        ("{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}", "drops.*system"),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "drops or changes"),
+        ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "repeats"),
+        ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", "reorders"),
+        ("{% for m in messages %}{{ m.content | replace(' ', '_') }}{% endfor %}", "white space"),
+        ("{{ nothing.there }}", "refuses"),
+    ],
+)
+def test_a_template_that_loses_contents_is_refused(template, cause):
+    tokenizer = byte_level(template, eos_token="</s>")
+    with pytest.raises(ConfigError, match=cause):
+        renderer(tokenizer).render((SYSTEM, *TALK))
+
+
+def test_refusals():
+    tokenizer = byte_level(CHATML)
+    with pytest.raises(ConfigError, match="no end-of-sequence token"):
+        renderer(tokenizer)
+    make = renderer(zoo()["chatml"])
+    with pytest.raises(ConfigError, match="no encoder for video"):
+        make.render((Turn.say("user", Video("clip.mp4")),))
+    with pytest.raises(DataError, match="after an answer"):
+        make.render(TALK, open_answer=True)
+    with pytest.raises(DataError, match="empty"):
+        make.render(())
+
+
+def test_plain_is_media_then_answer():
+    tokenizer = zoo()["chatml"]
+    make = renderer(tokenizer, 2, template="plain")
+    turns = (Turn.say("user", "Describe it.", PICTURE), Turn.say("assistant", "a fox"))
+    answer = tokenizer("a fox").input_ids + [tokenizer.eos_token_id]
+    rendered = make.render(turns)
+    assert rendered.ids == [IMAGE, IMAGE, *answer]
+    assert rendered.trained == [False, False, *[True] * len(answer)]
+    assert make.render(turns[:1], open_answer=True).ids == [IMAGE, IMAGE]
+    with pytest.raises(DataError, match="no assistant turn"):
+        make.render(turns[:1])
+
+
+def test_layouts_may_depend_on_the_medium_and_tags_and_boxes_are_text():
+    tokenizer = zoo()["chatml"]
+    make = Renderer(tokenizer, {"image": lambda medium: Layout(medium.source.width)}, {"image": IMAGE})
+    box = Box((0.0, 0.25, 0.5, 1.0))
+    rendered = make.render((Turn.say("user", PICTURE, Tag("fox", 0.5), " at ", box), Turn.say("assistant", "yes")))
+    assert rendered.ids.count(IMAGE) == 2
+    assert "fox at [0.000,0.250,0.500,1.000]<|im_end|>" in tokenizer.decode([i for i in rendered.ids if i != IMAGE])
+    own = renderer(tokenizer, write_box=lambda box: "BOX").render((Turn.say("user", box),))
+    assert "BOX" in tokenizer.decode(own.ids)
+
+
+def test_a_joint_that_stays_aside_marks_the_place_with_text():
+    tokenizer = zoo()["chatml"]
+    rendered = renderer(tokenizer, 0, "<|im_start|>").render((Turn.say("user", "a", PICTURE, "b"),))
+    (span,) = rendered.spans
+    assert span[0] == span[1] and rendered.ids[span[0] - 1] == tokenizer.bos_token_id
+    assert IMAGE not in rendered.ids
+
+
+def test_preview_marks_trained_text_and_media():
+    tokenizer = zoo()["chatml"]
+    make = renderer(tokenizer)
+    text = make.preview(make.render((Turn.say("user", PICTURE, "what?"), Turn.say("assistant", "a fox"))))
+    styled = {text.plain[span.start : span.end]: span.style for span in text.spans}
+    assert styled["[image × 3]"] == "cyan"
+    assert styled["a fox<|im_end|>"] == "bold green"
+    assert {style for words, style in styled.items() if "what?" in words} == {"dim"}
+
+
+# ------------------------------------------------------------------------------------------- R7, label safety
+
+PIECES = st.sampled_from([*"ab .,\n\t:<|>/äß日 ", "</s>", "<|im_end|>", "<|user|>", "<image>", "USER:", "red fox"])
+WORDS = st.lists(PIECES, max_size=12).map("".join)
+ANSWERS = WORDS.filter(str.strip)
+
+
+@st.composite
+def conversations(draw, system=True):
+    turns = [Turn.say("system", draw(ANSWERS))] if system and draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 4))):
+        parts = draw(st.lists(st.one_of(WORDS, st.just(PICTURE)), min_size=1, max_size=3))
+        turns += [Turn.say("user", *parts), Turn.say("assistant", draw(ANSWERS))]
+    return tuple(turns)
+
+
+def check_label_safety(name, turns, template):
+    tokenizer = zoo()[name]
+    make = renderer(tokenizer, 2, template=template)
+    rendered = make.render(turns)
+    assert len(rendered.ids) == len(rendered.trained) == len(rendered.modality)
+    answers = [turn.text for turn in turns if turn.role == "assistant"]
+    answers = answers[:1] if template == "plain" else answers
+
+    groups, last = [], False
+    for token, learn, kind in zip(rendered.ids, rendered.trained, rendered.modality):
+        assert (token == IMAGE) == (kind == Modality.IMAGE)
+        assert not (learn and token == IMAGE)
+        if learn and not last:
+            groups.append([])
+        if learn:
+            groups[-1].append(token)
+        last = learn
+    said = [tokenizer.decode(group[:-1]) for group in groups]  # the last one is the end of the turn
+    assert [text.removeprefix("<think>\n\n</think>").strip() for text in said] == [text.strip() for text in answers]
+    for group in groups:
+        assert group[-1] in tokenizer.all_special_ids or group[-1] in tokenizer.added_tokens_decoder
+
+    assert sum(end - start for start, end in rendered.spans) == rendered.ids.count(IMAGE) == 2 * len(rendered.media)
+    if template == "chat":
+        prompt = make.render(turns[:-1], open_answer=True).ids
+        assert len(prompt) < len(rendered.ids) and rendered.ids[: len(prompt)] == prompt
+
+
+NAMES = st.sampled_from(sorted(zoo()))
+TEMPLATES = st.sampled_from(["chat", "chat", "plain"])
+
+
+@given(st.data(), NAMES, TEMPLATES)
+@settings(max_examples=300, deadline=None)
+def test_label_safety(data, name, template):
+    check_label_safety(name, data.draw(conversations(system=name != "llama2")), template)
+
+
+@pytest.mark.slow
+@given(st.data(), NAMES, TEMPLATES)
+@settings(max_examples=10_000, deadline=None)
+def test_label_safety_at_length(data, name, template):
+    check_label_safety(name, data.draw(conversations(system=name != "llama2")), template)

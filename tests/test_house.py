@@ -1,0 +1,128 @@
+"""Who may import whom, walked over the source's own import statements; and the manners that a grep can check."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import isthmus
+
+ROOT = Path(isthmus.__file__).parent
+
+FLOORS: list[set[str]] = [
+    {"types", "errors", "config", "assets", "torchfile"},
+    {"graft", "lora", "sites", "fuse", "tokens", "objectives", "data"},
+    {"encoders", "connectors", "generators"},
+    {"aligner", "parts", "processor"},
+    {"aligners", "model", "generation", "storage", "assembly"},
+    {"prepare", "exporting"},
+    {"training"},
+    {"planning"},
+    {"evaluation", "speakers", "compress", "federate", "serving", "apps"},
+    {"recipes"},
+    {"cli"},
+]
+"""From the ground up; a room may import its own floor and those below."""
+
+BANNED = ("pickle", "dill", "cloudpickle", "marshal", "shelve")
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names inside the package that a file imports when it is imported (type-checking blocks aside)."""
+    found: set[str] = set()
+
+    def walk(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            walk(child)
+
+    walk(ast.parse(path.read_text()))
+    return {name.removeprefix("isthmus.") for name in found if name.startswith("isthmus.")}
+
+
+def room(dotted: str) -> str:
+    return dotted.split(".")[0]
+
+
+def floor(name: str) -> int:
+    for level, rooms in enumerate(FLOORS):
+        if name in rooms:
+            return level
+    raise AssertionError(f"{name} is on no floor of the house: add it to FLOORS and to the design")
+
+
+def files() -> list[Path]:
+    return [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]
+
+
+def dotted(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def test_imports_go_down():
+    upward = [
+        f"{dotted(path)} -> {target}"
+        for path in files()
+        for target in imports(path)
+        if floor(room(target)) > floor(room(dotted(path)))
+    ]
+    assert upward == []
+
+
+def test_no_cycles_between_files():
+    names = {dotted(path) for path in files()}
+    graph = {}
+    for path in files():
+        targets = set()
+        for target in imports(path):
+            targets |= {target, target.rpartition(".")[0]} & names
+        graph[dotted(path)] = targets - {dotted(path)}
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_objectives_and_data_see_types_alone():
+    allowed = {"objectives", "data", "types", "errors", "config", "assets"}
+    for path in files():
+        if room(dotted(path)) in {"objectives", "data"}:
+            assert {room(target) for target in imports(path)} <= allowed, path
+
+
+def test_aligners_are_siblings_that_never_meet():
+    for path in files():
+        if path.parent.name == "aligners":
+            assert not any(target.startswith("aligners.") for target in imports(path)), path
+
+
+def test_the_model_names_no_paper():
+    papers = [path.stem for path in (ROOT / "aligners").glob("*.py") if path.stem != "__init__"]
+    for name in ("model", "generation", "fuse", "graft", "storage", "processor"):
+        text = (ROOT / f"{name}.py").read_text().lower()
+        assert not [paper for paper in papers if f"aligners.{paper}" in text]
+
+
+def test_nothing_executes_what_a_file_says():
+    for path in files():
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+                assert not [name for name in names if name.split(".")[0] in BANNED], path
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in {"eval", "exec", "yaml.load", "torch.load", "torch.save"}, f"{path}: {called}"
+                arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert arguments.get("shell") != "True" and arguments.get("trust_remote_code") != "True", path
+
+
+def test_every_file_says_what_it_is_and_stays_short():
+    for path in files():
+        text = path.read_text()
+        assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
+        assert len(text.splitlines()) <= 400, f"{path} passes 400 lines: it is two files"

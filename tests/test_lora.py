@@ -1,0 +1,219 @@
+"""LoRA and DoRA against peft, which computes the same thing from the same weights in its own way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from isthmus import lora
+from isthmus.config import LoRA
+from isthmus.graft import Graft, at, graft
+from isthmus.types import ConfigError
+from tiny import LLMS, WIDTH, llm
+
+IDS = torch.arange(20, 36).reshape(2, 8)
+PROJECTIONS = {"llama": "*.q_proj", "qwen2": "*.q_proj", "qwen3": "*.mlp.*", "glm": "*.gate_up_proj", "opt": "*.fc1"}
+PROJECTIONS |= {"t5": "decoder.*.q"}
+
+
+class Expert(Graft):
+    """Half of the outputs come from elsewhere."""
+
+    def forward(self, host, base, x, *args, side, **kw):
+        y = base(x, *args, **kw)
+        return torch.cat([y[..., ::2], torch.zeros_like(y[..., ::2])], -1)
+
+
+def run(model) -> torch.Tensor:
+    kwargs = {"decoder_input_ids": IDS.flip(1)} if model.config.is_encoder_decoder else {}
+    return model(input_ids=IDS, **kwargs).logits
+
+
+def trained(model, globs, how: LoRA, name: str = "lora", seed: int = 5) -> list[str]:
+    """Attach, and move every parameter of LoRA as training would."""
+    paths = lora.attach(model, globs, how, name)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for path in paths:
+            for parameter in at(model.get_submodule(path))[name].parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return paths
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("family", LLMS)
+def test_identity_at_birth_and_merged_equals_unmerged(family, dora):
+    model, plain = llm(family), run(llm(family))
+    how = LoRA(r=4, alpha=8, dora=dora)
+    lora.attach(model, PROJECTIONS[family], how, "born")
+    assert torch.equal(run(model), plain)
+    lora.merge(model, "born")
+    torch.testing.assert_close(run(model), plain, rtol=1e-6, atol=1e-5)
+    paths = trained(model, PROJECTIONS[family], how)
+    unmerged = run(model)
+    assert not torch.allclose(unmerged, plain, atol=1e-2)
+    assert lora.merge(model) == paths
+    torch.testing.assert_close(run(model), unmerged, rtol=1e-4, atol=1e-4)
+    assert [type(m) for m in model.modules()] == [type(m) for m in llm(family).modules()]
+    assert model.state_dict().keys() == llm(family).state_dict().keys()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt"])
+def test_peft_reads_ours_runs_and_merges_the_same(family, dora, tmp_path):
+    model = llm(family)
+    trained(model, ["*.q_proj", "*.v_proj", "*.fc1" if family == "opt" else "*.up_proj"], LoRA(r=4, alpha=8, dora=dora))
+    lora.to_peft(model, "lora", tmp_path)
+    theirs = peft.PeftModel.from_pretrained(llm(family), tmp_path).eval()
+    torch.testing.assert_close(run(model), run(theirs), rtol=1e-6, atol=1e-5)
+    lora.merge(model)
+    merged = theirs.merge_and_unload().state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, merged[name], rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_ours_reads_peft_and_has_its_gradients(dora, tmp_path):
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["k_proj", "down_proj"], use_dora=dora, init_lora_weights=False
+    )
+    torch.manual_seed(1)
+    theirs = peft.get_peft_model(llm("qwen2"), config)
+    theirs.save_pretrained(tmp_path)
+    model = llm("qwen2")
+    paths = lora.from_peft(model, tmp_path)
+    assert len(paths) == 6 and all(path.endswith(("k_proj", "down_proj")) for path in paths)
+    torch.testing.assert_close(run(model), run(theirs), rtol=1e-6, atol=1e-5)
+    for each in (model, theirs):
+        run(each).square().mean().backward()
+    names = {".lora_A.default.weight": "A", ".lora_B.default.weight": "B"}
+    names |= {".lora_magnitude_vector.default.weight": "magnitude"} if dora else {}
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.requires_grad}
+    assert len(gradients) == len(paths) * len(names)
+    for path in paths:
+        for key, field in names.items():
+            mine = getattr(at(model.get_submodule(path))["lora"], field).grad
+            torch.testing.assert_close(mine, gradients[f"base_model.model.{path}{key}"], rtol=1e-4, atol=1e-6)
+
+
+def test_round_trip_through_a_folder_is_exact(tmp_path):
+    model = llm("llama")
+    trained(model, "*.q_proj", LoRA(r=3, alpha=5, dora=True))
+    lora.to_peft(model, "lora", tmp_path)
+    again = llm("llama")
+    lora.from_peft(again, tmp_path, "other")
+    assert torch.equal(run(again), run(model))
+
+
+def test_update_is_the_papers_formula():
+    host, x = nn.Linear(6, 4), torch.randn(3, 6)
+    root = nn.ModuleDict({"host": host})
+    trained(root, "host", LoRA(r=2, alpha=3))
+    adapter = at(host)["lora"]
+    expected = x @ (host.weight + 3 / 2 * adapter.B @ adapter.A).T + host.bias
+    torch.testing.assert_close(host(x), expected)
+
+
+def test_masters_stay_float32_under_a_bfloat16_base_and_on_its_device():
+    host = nn.Linear(6, 4, dtype=torch.bfloat16, device="meta")
+    adapter = lora.LowRank(host, LoRA(r=2, dora=True))
+    assert {p.dtype for p in adapter.parameters()} == {torch.float32} and adapter.A.device.type == "meta"
+    root = nn.ModuleDict({"host": nn.Linear(6, 4, dtype=torch.bfloat16)})
+    trained(root, "host", LoRA(r=2, dora=True))
+    y = root["host"](torch.randn(3, 6, dtype=torch.bfloat16))
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert {p.grad.dtype for p in at(root["host"])["lora"].parameters()} == {torch.float32}
+
+
+def test_dropout_acts_on_the_low_rank_path_alone_and_only_in_training():
+    root = nn.ModuleDict({"host": nn.Linear(64, 8)})
+    trained(root, "host", LoRA(r=2, dropout=0.5))
+    x, adapter = torch.randn(4, 64), at(root["host"])["lora"]
+    root.eval()
+    assert torch.equal(root["host"](x), root["host"](x))
+    root.train()
+    assert not torch.equal(root["host"](x), root["host"](x))
+    with torch.no_grad():
+        adapter.B.zero_()
+    assert torch.equal(root["host"](x), nn.functional.linear(x, root["host"].weight, root["host"].bias))
+
+
+def test_innermost_even_when_attached_last():
+    model = llm("llama")
+    path = "model.layers.0.self_attn.q_proj"
+    graft(model, path, "expert", Expert())
+    trained(model, path, LoRA(r=4))
+    host = model.get_submodule(path)
+    assert list(at(host)) == ["lora", "expert"]
+    x = torch.randn(2, WIDTH)
+    changed = nn.functional.linear(x, at(host)["lora"].merged(host))
+    torch.testing.assert_close(host(x)[..., : WIDTH // 2], changed[..., ::2])
+    assert host(x)[..., WIDTH // 2 :].abs().max() == 0
+
+
+def test_merge_refuses_what_would_be_wrong_and_changes_nothing():
+    def refused(model, cause: str, name: str = "lora") -> None:
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        with pytest.raises(ConfigError, match=cause):
+            lora.merge(model, name)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+    routed = llm("llama")
+    trained(routed, "*.q_proj", LoRA(r=2))
+    graft(routed, "model.layers.2.self_attn.q_proj", "expert", Expert())
+    refused(routed, r"layers.2.self_attn.q_proj carries \['expert'\] too")
+    tied = llm("llama")
+    trained(tied, ["*.q_proj", "lm_head"], LoRA(r=2))
+    refused(tied, "weight of lm_head is shared by .*embed_tokens")
+    both = llm("llama")
+    trained(both, "*.q_proj", LoRA(r=2), "first")
+    trained(both, "*.q_proj", LoRA(r=2, dora=True), "second")
+    refused(both, r"carries \['second'\] too", "first")
+    refused(both, r"carries \['first'\] too", "second")
+    refused(llm("llama"), "has no LoRA named 'lora'")
+
+
+def test_two_plain_adapters_on_one_host_merge_one_after_the_other():
+    model = llm("llama")
+    trained(model, "*.q_proj", LoRA(r=2), "first")
+    trained(model, "*.q_proj", LoRA(r=3, alpha=1), "second", seed=6)
+    unmerged = run(model)
+    lora.merge(model, "first")
+    torch.testing.assert_close(run(model), unmerged, rtol=1e-5, atol=1e-5)
+    lora.merge(model, "second")
+    torch.testing.assert_close(run(model), unmerged, rtol=1e-5, atol=1e-5)
+
+
+def test_globs_choose_linears_only():
+    model = llm("qwen2")
+    assert len(lora.attach(model, "*", LoRA(r=2), "every")) == 3 * 7  # all but the head, as in peft's all-linear
+    assert lora.attach(model, "lm_head", LoRA(r=2), "head") == ["lm_head"]
+    with pytest.raises(ConfigError, match=r"'\*.norm' matches no Linear"):
+        lora.attach(model, ["*.q_proj", "*.norm"], LoRA(r=2))
+    with pytest.raises(ConfigError, match="did you mean 'model.layers.1.mlp.up_proj'"):
+        lora.attach(model, "model.layers.1.mlp.upproj", LoRA(r=2))
+    assert not any("lora" in at(module) for module in model.modules())  # refused before anything was attached
+
+
+def test_adapters_that_are_not_plain_are_refused(tmp_path):
+    model = llm("llama")
+    trained(model, "*.q_proj", LoRA(r=2))
+    lora.to_peft(model, "lora", tmp_path)
+
+    def change(**fields) -> Path:
+        config = json.loads((tmp_path / lora.CONFIG).read_text())
+        (tmp_path / lora.CONFIG).write_text(json.dumps(config | fields))
+        return tmp_path
+
+    with pytest.raises(ConfigError, match="uses .'use_rslora'."):
+        lora.from_peft(llm("llama"), change(use_rslora=True))
+    with pytest.raises(ConfigError, match="missing or unknown keys"):
+        lora.from_peft(llm("llama"), change(use_rslora=False, use_dora=True))
+    with pytest.raises(ConfigError, match="shape"):
+        lora.from_peft(llm("llama"), change(use_dora=False, r=3))

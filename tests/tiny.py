@@ -1,0 +1,168 @@
+"""Tiny random transformers models, tokenizers and folders, built in code so that no test needs a network.
+
+Every model is 32 wide, has a few layers, weights from a fixed seed and is in eval mode. Weights are drawn wider than
+the libraries' defaults, so that logits differ clearly between tokens and a test of sensitivity can fail.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
+)
+from transformers.image_processing_backends import PilBackend
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+DECODERS = ("llama", "qwen2", "qwen3", "opt", "glm")
+"""Families of decoder-only LLMs that `llm` builds."""
+LLMS = (*DECODERS, "t5")
+"""All families that `llm` builds; T5 is the encoder-decoder."""
+VISION = ("clip", "siglip", "dinov2", "vit")
+"""Families of image encoders that `vision` builds."""
+
+VOCAB, WIDTH, IMAGE, PATCH = 320, 32, 32, 8
+PAD, BOS, EOS = 0, 1, 2
+SPECIAL = ("<|pad|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
+MERGES = "Ġ t,Ġ a,h e,i n,r e,o n,Ġt he,a t,e r,Ġ s,o u,Ġ c,i s,e n,Ġ w,o r,i t,Ċ Ċ,. Ċ,a s,u s"
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Qwen2 splits text before merging; transformers rebuilds its tokenizer with this rule whatever a folder says."""
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+_DECODER = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+_GATED = {**_DECODER, "intermediate_size": 64, "num_key_value_heads": 2, "initializer_range": 0.2}
+_CONFIGS = {
+    "llama": {**_GATED, "tie_word_embeddings": True},
+    "qwen2": {**_GATED, "tie_word_embeddings": False},
+    "qwen3": {**_GATED, "tie_word_embeddings": True, "head_dim": 8},
+    "glm": {**_GATED, "tie_word_embeddings": False, "head_dim": 8},
+    "opt": {**_DECODER, "ffn_dim": 64, "word_embed_proj_dim": WIDTH, "init_std": 0.2, "dropout": 0.0},
+    "t5": {
+        "vocab_size": VOCAB,
+        "d_model": WIDTH,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_decoder_layers": 3,
+        "num_heads": 4,
+        "dropout_rate": 0.0,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "decoder_start_token_id": PAD,
+    },
+}
+_TOWER = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": IMAGE,
+    "patch_size": PATCH,
+    "initializer_range": 0.2,
+}
+_TOWERS = {
+    "clip": (CLIPVisionModel, CLIPVisionConfig, {**_TOWER, "intermediate_size": 64}),
+    "siglip": (SiglipVisionModel, SiglipVisionConfig, {**_TOWER, "intermediate_size": 64}),
+    "dinov2": (Dinov2Model, Dinov2Config, {**_TOWER, "mlp_ratio": 2, "layerscale_value": 0.5}),
+    "vit": (ViTModel, ViTConfig, {**_TOWER, "intermediate_size": 64}),
+}
+_CROP = {"size": {"shortest_edge": IMAGE}, "crop_size": {"height": IMAGE, "width": IMAGE}}
+_SQUARE = {"size": {"height": IMAGE, "width": IMAGE}}
+_PROCESSORS: dict[str, tuple[type[PilBackend], dict]] = {
+    "clip": (CLIPImageProcessorPil, _CROP),
+    "siglip": (SiglipImageProcessorPil, _SQUARE),
+    "dinov2": (BitImageProcessorPil, _CROP),
+    "vit": (ViTImageProcessorPil, _SQUARE),
+}
+
+
+def llm(family: str = "llama", *, seed: int = 0, **changes) -> PreTrainedModel:
+    """A language model of a family in `LLMS`; `changes` replace fields of its config."""
+    config = AutoConfig.for_model(family, **{**_CONFIGS[family], **changes})
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return auto.from_config(config).eval()
+
+
+def vision(family: str = "clip", *, seed: int = 0, **changes) -> PreTrainedModel:
+    """An image encoder of a family in `VISION`: 32 x 32 pixels, 16 patches; `changes` replace fields of its config."""
+    model, config, fields = _TOWERS[family]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model(config(**{**fields, **changes})).eval()
+
+
+def tokenizer(vocab: int = VOCAB) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with four special tokens, ChatML and exactly `vocab` entries; any text round-trips."""
+    merges = [(a, b) for a, b in (pair.split(" ") for pair in MERGES.split(","))]
+    pieces = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
+    pieces += [f"<unused{i}>" for i in range(vocab - len(pieces))]
+    bpe = models.BPE(vocab={piece: i for i, piece in enumerate(pieces[:vocab])}, merges=merges)
+    inner = Tokenizer(bpe)
+    words = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token=SPECIAL[PAD],
+        bos_token=SPECIAL[BOS],
+        eos_token=SPECIAL[EOS],
+        unk_token=SPECIAL[3],
+        chat_template=CHATML,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def processor(family: str = "clip") -> PilBackend:
+    """The image processor of `vision(family)`."""
+    kind, options = _PROCESSORS[family]
+    return kind(**options)
+
+
+def llm_folder(path: Path, family: str = "llama", **changes) -> Path:
+    """Write model and tokenizer as a Hugging Face folder, and return `path`."""
+    llm(family, **changes).save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+def vision_folder(path: Path, family: str = "clip", **changes) -> Path:
+    """Write encoder and image processor as a Hugging Face folder, and return `path`."""
+    vision(family, **changes).save_pretrained(path)
+    processor(family).save_pretrained(path)
+    return path
