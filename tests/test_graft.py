@@ -138,6 +138,7 @@ def test_birth_is_identity_and_waking_is_not(family, attention):
     model = grown(family, attn_implementation=attention)
     assert torch.equal(model(IDS, side=a_side()).logits, plain)
     assert torch.equal(model(IDS).logits, plain)
+    assert not any(module.training for module in model.modules())  # additions take the mode of their host
     wake(model)
     assert not torch.allclose(model(IDS, side=a_side()).logits, plain, atol=1e-2)
     assert torch.equal(model(IDS).logits, plain)  # text only: both additions step aside
@@ -147,6 +148,7 @@ def test_birth_is_identity_and_waking_is_not(family, attention):
 def test_media_change_only_what_may_look_at_them(family):
     model = grown(family, awake=True)
     one, other = a_side(1), a_side(1)
+    assert other.vision_BKQD is not None
     other.vision_BKQD[:, 1] += 1.0  # the second picture, at column 3
     first, second = model(IDS, side=one).logits, model(IDS, side=other).logits
     assert torch.equal(first[:, :3], second[:, :3])
@@ -155,7 +157,7 @@ def test_media_change_only_what_may_look_at_them(family):
 
 def test_expert_leaves_text_positions_alone():
     model = grown("llama", awake=True)
-    q_proj = sites.layers(model).modules[2].self_attn.q_proj
+    q_proj = model.model.layers[2].self_attn.q_proj
     outputs = []
     handle = q_proj.register_forward_hook(lambda module, args, output: outputs.append((args[0], output)))
     side = a_side()
@@ -170,7 +172,7 @@ def test_expert_leaves_text_positions_alone():
 
 def test_a_shut_gate_has_a_gradient_and_what_lies_behind_it_has_none():
     model = grown("llama")
-    cross = sites.layers(model).modules[1].grafts["cross"]
+    cross = model.model.layers[1].grafts["cross"]
     loss = lambda: model(IDS, side=a_side(), labels=IDS).loss  # noqa: E731
     loss().backward()
     assert cross.attention_gate.grad.abs() > 1e-6
@@ -192,8 +194,7 @@ def test_recomputed_gradients_with_two_forwards_before_one_backward(family):
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         runs = []
-        stack = sites.layers(model).modules[1]
-        stack.self_attn.register_forward_hook(lambda *_: runs.append(1))
+        sites.attention(sites.layers(model).modules[1]).register_forward_hook(lambda *_: runs.append(1))
         losses = [model(IDS, side=a_side(seed), labels=IDS, use_cache=False).loss for seed in seeds]
         sum(losses).backward()
         assert len(runs) == (4 if recompute else 2)  # the layer was truly run again
@@ -273,14 +274,16 @@ def test_a_model_of_ours_may_stand_above():
         def forward(self, ids):
             return self.inner(ids, side=side)
 
-    model, log, side = Ours(), [], a_side()
+    model, side = Ours(), a_side()
+    log: list = []
     graft(model, "inner.model.layers.2.mlp", "probe", Probe(log))
     model(IDS)
     assert log == [("", side)]
 
 
 def test_side_reaches_both_stacks_of_an_encoder_decoder():
-    model, log = llm("t5"), []
+    model = llm("t5")
+    log: list = []
     graft(model, "encoder.block.1", "probe", Probe(log, "encoder"))
     graft(model, sites.mlp(sites.layers(model).modules[2]), "probe", Probe(log, "decoder"))
     side = a_side()
@@ -291,7 +294,8 @@ def test_side_reaches_both_stacks_of_an_encoder_decoder():
 
 @pytest.mark.parametrize("family", VISION)
 def test_encoder_layers_carry_a_side(family):
-    model, log = vision(family), []
+    model = vision(family)
+    log: list = []
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     plain = model(pixel_values=pixels).last_hidden_state
     stack, side = sites.layers(model), a_side()
@@ -308,7 +312,8 @@ def test_encoder_layers_carry_a_side(family):
 
 
 def test_side_is_lent_only_while_the_layer_runs():
-    model, log, side = llm("llama"), [], a_side()
+    model, side = llm("llama"), a_side()
+    log: list = []
     layer = model.model.layers[0]
     graft(model, "model.layers.0.mlp", "probe", Probe(log))
     model(IDS, side=side)
@@ -322,7 +327,8 @@ def test_a_layer_that_fails_takes_its_side_back():
         def forward(self, host, base, x, *args, side, **kw):
             raise RuntimeError("no")
 
-    model, log = llm("llama"), []
+    model = llm("llama")
+    log: list = []
     graft(model, "model.layers.0.mlp", "probe", Probe(log))
     graft(model, "model.layers.0.self_attn", "failing", Failing())
     with pytest.raises(RuntimeError, match="no"):
@@ -340,7 +346,8 @@ def test_a_layer_that_runs_within_itself_gives_each_run_its_own_side():
                 host(x, *args, **kw)
             return base(x, *args, **kw)
 
-    model, log, side = llm("llama"), [], a_side()
+    model, side = llm("llama"), a_side()
+    log: list = []
     graft(model, "model.layers.0", "twice", Twice())
     graft(model, "model.layers.0.mlp", "probe", Probe(log))
     model(IDS, side=side)
@@ -348,30 +355,34 @@ def test_a_layer_that_runs_within_itself_gives_each_run_its_own_side():
 
 
 def test_threads_do_not_see_each_others_side():
-    model, log = llm("llama"), []
-    graft(model, "model.layers.0.mlp", "probe", Probe(log))
-    inside, done = threading.Event(), threading.Event()
+    class Meeting(Graft):
+        """Goes on when both threads are inside the layer."""
 
-    class Waiting(Graft):
         def forward(self, host, base, x, *args, side, **kw):
-            if side is not None:
-                inside.set()
-                done.wait(10)
+            both.wait(10)
             return base(x, *args, **kw)
 
-    graft(model, "model.layers.0.self_attn", "waiting", Waiting())
-    side = a_side()
-    thread = threading.Thread(target=lambda: model(IDS, side=side))
-    thread.start()
-    assert inside.wait(10)
-    model(IDS)
-    done.set()
-    thread.join()
-    assert [seen for _, seen in log] == [None, side]
+    class Naming(Graft):
+        def forward(self, host, base, x, *args, side, **kw):
+            seen[threading.current_thread().name] = side
+            return base(x, *args, **kw)
+
+    model, both = llm("llama"), threading.Barrier(2)
+    seen: dict = {}
+    graft(model, "model.layers.0.self_attn", "meeting", Meeting())
+    graft(model, "model.layers.0.mlp", "naming", Naming())
+    sides = {"one": a_side(1), "other": a_side(2)}
+    threads = [threading.Thread(target=model, args=(IDS,), kwargs={"side": s}, name=n) for n, s in sides.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen["one"] is sides["one"] and seen["other"] is sides["other"]
 
 
 def test_modules_outside_of_layers_are_told_nothing_unless_called_with_it():
-    model, log, side = llm("llama"), [], a_side()
+    model, side = llm("llama"), a_side()
+    log: list = []
     for path in ("model.embed_tokens", "lm_head", "model.norm"):
         graft(model, path, "probe", Probe(log, path))
     assert torch.equal(model(IDS, side=side).logits, llm("llama")(IDS).logits)
@@ -394,7 +405,8 @@ def test_a_host_that_is_called_with_keywords_only():
 
 
 def test_additions_nest_like_middleware_and_the_innermost_stays_inside():
-    model, log = llm("llama"), []
+    model = llm("llama")
+    log: list = []
     path = "model.layers.0.mlp.up_proj"
     for kind, tag in ((Probe, "one"), (Probe, "two"), (Inner, "low"), (Probe, "three")):
         graft(model, path, tag, kind(log, tag))
@@ -423,12 +435,13 @@ def test_names_classes_and_hidden_states_are_those_of_the_base():
 def test_ungraft_restores_classes_and_attributes_exactly():
     plain, model = llm("llama"), llm("llama")
     before = [(type(m), set(vars(m)), set(m._modules)) for m in model.modules()]
-    sites_of = {"cross": "model.layers.1", "inner": "model.layers.1.mlp", "far": "lm_head"}
-    for name, path in sites_of.items():
-        graft(model, path, name, Probe([]))
+    log: list = []
+    places = {"cross": "model.layers.1", "inner": "model.layers.1.mlp", "far": "lm_head"}
+    for name, path in places.items():
+        graft(model, path, name, Probe(log if name == "inner" else []))
     ungraft(model, "model.layers.1", "cross")
     assert isinstance(model.model.layers[1], grafting.Carrier)  # one is left inside
-    side, log = a_side(), grafting.at(model.model.layers[1].mlp)["inner"].log
+    side = a_side()
     model(IDS, side=side)
     assert log == [("", side)]
     ungraft(model, "model.layers.1.mlp", "inner")
@@ -482,8 +495,9 @@ def test_sharded_by_fsdp2_on_one_process():
         losses = model(IDS, side=side, labels=IDS, use_cache=False).loss
         losses.backward()
         gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
-        with pytest.raises(ConfigError, match="sharded already"):
-            graft(model, "model.layers.0", "late", Probe([]))
+        for path in ("model.layers.0", "model.layers.0.mlp.up_proj", "lm_head"):
+            with pytest.raises(ConfigError, match="sharded already"):
+                graft(model, path, "late", Probe([]))
     finally:
         dist.destroy_process_group()
     expected = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
@@ -498,13 +512,14 @@ def test_sharded_by_fsdp2_on_one_process():
 def test_refusals_name_the_cause():
     model = llm("llama")
     graft(model, "lm_head", "probe", Probe([]))
-    for path, name, cause in [
+    refused: list[tuple] = [
         ("model.layers.0.mpl", "probe", "did you mean 'model.layers.0.mlp'"),
         ("lm_head", "probe", "already has a graft named 'probe'"),
         ("lm_head", "a.b", "cannot name a graft"),
         ("model.layers", "probe", "never called"),
         (nn.Linear(1, 1), "probe", "is not inside LlamaForCausalLM"),
-    ]:
+    ]
+    for path, name, cause in refused:
         with pytest.raises(ConfigError, match=cause):
             graft(model, path, name, Probe([]))
     with pytest.raises(ConfigError, match="reads its weight"):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import peft
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from isthmus import lora
 from isthmus.config import LoRA
@@ -27,6 +29,10 @@ class Expert(Graft):
     def forward(self, host, base, x, *args, side, **kw):
         y = base(x, *args, **kw)
         return torch.cat([y[..., ::2], torch.zeros_like(y[..., ::2])], -1)
+
+
+def low_rank(**fields) -> LoRA:
+    return LoRA.model_validate(fields)
 
 
 def run(model) -> torch.Tensor:
@@ -49,7 +55,7 @@ def trained(model, globs, how: LoRA, name: str = "lora", seed: int = 5) -> list[
 @pytest.mark.parametrize("family", LLMS)
 def test_identity_at_birth_and_merged_equals_unmerged(family, dora):
     model, plain = llm(family), run(llm(family))
-    how = LoRA(r=4, alpha=8, dora=dora)
+    how = low_rank(r=4, alpha=8, dora=dora)
     lora.attach(model, PROJECTIONS[family], how, "born")
     assert torch.equal(run(model), plain)
     lora.merge(model, "born")
@@ -67,7 +73,9 @@ def test_identity_at_birth_and_merged_equals_unmerged(family, dora):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "opt"])
 def test_peft_reads_ours_runs_and_merges_the_same(family, dora, tmp_path):
     model = llm(family)
-    trained(model, ["*.q_proj", "*.v_proj", "*.fc1" if family == "opt" else "*.up_proj"], LoRA(r=4, alpha=8, dora=dora))
+    trained(
+        model, ["*.q_proj", "*.v_proj", "*.fc1" if family == "opt" else "*.up_proj"], low_rank(r=4, alpha=8, dora=dora)
+    )
     lora.to_peft(model, "lora", tmp_path)
     theirs = peft.PeftModel.from_pretrained(llm(family), tmp_path).eval()
     torch.testing.assert_close(run(model), run(theirs), rtol=1e-6, atol=1e-5)
@@ -103,7 +111,7 @@ def test_ours_reads_peft_and_has_its_gradients(dora, tmp_path):
 
 def test_round_trip_through_a_folder_is_exact(tmp_path):
     model = llm("llama")
-    trained(model, "*.q_proj", LoRA(r=3, alpha=5, dora=True))
+    trained(model, "*.q_proj", low_rank(r=3, alpha=5, dora=True))
     lora.to_peft(model, "lora", tmp_path)
     again = llm("llama")
     lora.from_peft(again, tmp_path, "other")
@@ -112,35 +120,35 @@ def test_round_trip_through_a_folder_is_exact(tmp_path):
 
 def test_update_is_the_papers_formula():
     host, x = nn.Linear(6, 4), torch.randn(3, 6)
-    root = nn.ModuleDict({"host": host})
-    trained(root, "host", LoRA(r=2, alpha=3))
-    adapter = at(host)["lora"]
+    root: Any = nn.ModuleDict({"host": host})
+    trained(root, "host", low_rank(r=2, alpha=3))
+    adapter: Any = at(host)["lora"]
     expected = x @ (host.weight + 3 / 2 * adapter.B @ adapter.A).T + host.bias
     torch.testing.assert_close(host(x), expected)
 
 
 def test_masters_stay_float32_under_a_bfloat16_base_and_on_its_device():
     host = nn.Linear(6, 4, dtype=torch.bfloat16, device="meta")
-    adapter = lora.LowRank(host, LoRA(r=2, dora=True))
+    adapter = lora.LowRank(host, low_rank(r=2, dora=True))
     assert {p.dtype for p in adapter.parameters()} == {torch.float32} and adapter.A.device.type == "meta"
-    root = nn.ModuleDict({"host": nn.Linear(6, 4, dtype=torch.bfloat16)})
-    trained(root, "host", LoRA(r=2, dora=True))
+    root: Any = nn.ModuleDict({"host": nn.Linear(6, 4, dtype=torch.bfloat16)})
+    trained(root, "host", low_rank(r=2, dora=True))
     y = root["host"](torch.randn(3, 6, dtype=torch.bfloat16))
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
-    assert {p.grad.dtype for p in at(root["host"])["lora"].parameters()} == {torch.float32}
+    assert {cast(torch.Tensor, p.grad).dtype for p in at(root["host"])["lora"].parameters()} == {torch.float32}
 
 
 def test_dropout_acts_on_the_low_rank_path_alone_and_only_in_training():
-    root = nn.ModuleDict({"host": nn.Linear(64, 8)})
-    trained(root, "host", LoRA(r=2, dropout=0.5))
-    x, adapter = torch.randn(4, 64), at(root["host"])["lora"]
+    root: Any = nn.ModuleDict({"host": nn.Linear(64, 8)})
+    trained(root, "host", low_rank(r=2, dropout=0.5))
+    x = torch.randn(4, 64)
     root.eval()
     assert torch.equal(root["host"](x), root["host"](x))
     root.train()
     assert not torch.equal(root["host"](x), root["host"](x))
     with torch.no_grad():
-        adapter.B.zero_()
+        cast(lora.LowRank, at(root["host"])["lora"]).B.zero_()
     assert torch.equal(root["host"](x), nn.functional.linear(x, root["host"].weight, root["host"].bias))
 
 
@@ -148,11 +156,11 @@ def test_innermost_even_when_attached_last():
     model = llm("llama")
     path = "model.layers.0.self_attn.q_proj"
     graft(model, path, "expert", Expert())
-    trained(model, path, LoRA(r=4))
+    trained(model, path, low_rank(r=4))
     host = model.get_submodule(path)
     assert list(at(host)) == ["lora", "expert"]
     x = torch.randn(2, WIDTH)
-    changed = nn.functional.linear(x, at(host)["lora"].merged(host))
+    changed = nn.functional.linear(x, cast(lora.LowRank, at(host)["lora"]).merged(host))
     torch.testing.assert_close(host(x)[..., : WIDTH // 2], changed[..., ::2])
     assert host(x)[..., WIDTH // 2 :].abs().max() == 0
 
@@ -165,15 +173,15 @@ def test_merge_refuses_what_would_be_wrong_and_changes_nothing():
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
     routed = llm("llama")
-    trained(routed, "*.q_proj", LoRA(r=2))
+    trained(routed, "*.q_proj", low_rank(r=2))
     graft(routed, "model.layers.2.self_attn.q_proj", "expert", Expert())
     refused(routed, r"layers.2.self_attn.q_proj carries \['expert'\] too")
     tied = llm("llama")
-    trained(tied, ["*.q_proj", "lm_head"], LoRA(r=2))
+    trained(tied, ["*.q_proj", "lm_head"], low_rank(r=2))
     refused(tied, "weight of lm_head is shared by .*embed_tokens")
     both = llm("llama")
-    trained(both, "*.q_proj", LoRA(r=2), "first")
-    trained(both, "*.q_proj", LoRA(r=2, dora=True), "second")
+    trained(both, "*.q_proj", low_rank(r=2), "first")
+    trained(both, "*.q_proj", low_rank(r=2, dora=True), "second")
     refused(both, r"carries \['second'\] too", "first")
     refused(both, r"carries \['first'\] too", "second")
     refused(llm("llama"), "has no LoRA named 'lora'")
@@ -181,8 +189,8 @@ def test_merge_refuses_what_would_be_wrong_and_changes_nothing():
 
 def test_two_plain_adapters_on_one_host_merge_one_after_the_other():
     model = llm("llama")
-    trained(model, "*.q_proj", LoRA(r=2), "first")
-    trained(model, "*.q_proj", LoRA(r=3, alpha=1), "second", seed=6)
+    trained(model, "*.q_proj", low_rank(r=2), "first")
+    trained(model, "*.q_proj", low_rank(r=3, alpha=1), "second", seed=6)
     unmerged = run(model)
     lora.merge(model, "first")
     torch.testing.assert_close(run(model), unmerged, rtol=1e-5, atol=1e-5)
@@ -192,18 +200,26 @@ def test_two_plain_adapters_on_one_host_merge_one_after_the_other():
 
 def test_globs_choose_linears_only():
     model = llm("qwen2")
-    assert len(lora.attach(model, "*", LoRA(r=2), "every")) == 3 * 7  # all but the head, as in peft's all-linear
-    assert lora.attach(model, "lm_head", LoRA(r=2), "head") == ["lm_head"]
+    assert len(lora.attach(model, "*", low_rank(r=2), "every")) == 3 * 7  # all but the head, as in peft's all-linear
+    assert lora.attach(model, "lm_head", low_rank(r=2), "head") == ["lm_head"]
     with pytest.raises(ConfigError, match=r"'\*.norm' matches no Linear"):
-        lora.attach(model, ["*.q_proj", "*.norm"], LoRA(r=2))
+        lora.attach(model, ["*.q_proj", "*.norm"], low_rank(r=2))
     with pytest.raises(ConfigError, match="did you mean 'model.layers.1.mlp.up_proj'"):
-        lora.attach(model, "model.layers.1.mlp.upproj", LoRA(r=2))
+        lora.attach(model, "model.layers.1.mlp.upproj", low_rank(r=2))
     assert not any("lora" in at(module) for module in model.modules())  # refused before anything was attached
+
+
+def test_models_that_hand_no_side_on_can_still_have_lora():
+    sizes = {"vocab_size": 64, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", eos_token_id=2, **sizes)).eval()
+    before = run(model)
+    paths = trained(model, "*.dense_h_to_4h", low_rank(r=2))
+    assert len(paths) == 2 and not torch.allclose(run(model), before, atol=1e-3)
 
 
 def test_adapters_that_are_not_plain_are_refused(tmp_path):
     model = llm("llama")
-    trained(model, "*.q_proj", LoRA(r=2))
+    trained(model, "*.q_proj", low_rank(r=2))
     lora.to_peft(model, "lora", tmp_path)
 
     def change(**fields) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ from tiny import DECODERS, LLMS, VISION, WIDTH, llm, vision
 IDS = torch.arange(20, 36).reshape(2, 8)
 STACKS = {"opt": "model.decoder.layers", "t5": "decoder.block", "clip": "encoder.layers", "siglip": "encoder.layers"}
 STACKS |= {"dinov2": "encoder.layer", "vit": "layers"}
-SCALED = {
+SCALED: dict[str, dict] = {
     "gemma2": {"head_dim": 8, "final_logit_softcapping": 3.0},
     "granite": {"logits_scaling": 3.0},
     "cohere": {"logit_scale": 0.3},
@@ -45,7 +47,7 @@ def test_head_equals_the_models_own_logits(family):
 
 @pytest.mark.parametrize("family", SCALED)
 def test_head_keeps_scale_and_softcap(family):
-    sizes = {"vocab_size": 64, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes: dict[str, int] = {"vocab_size": 64, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1}
     config = AutoConfig.for_model(family, eos_token_id=2, **sizes, **SCALED[family])
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -101,7 +103,8 @@ def test_the_two_stacks_of_an_encoder_decoder():
     assert sites.layers(model).modules is model.decoder.block
     assert sites.norm(model) is model.decoder.final_layer_norm
     assert sites.norm(model, "encoder") is model.encoder.final_layer_norm
-    assert sites.attention(model.decoder.block[0]) is model.decoder.block[0].layer[0].SelfAttention
+    block: Any = model.decoder.block[0]
+    assert sites.attention(block) is block.layer[0].SelfAttention
 
 
 def test_mlp_or_the_reason_why_not():
@@ -112,7 +115,7 @@ def test_mlp_or_the_reason_why_not():
                 sites.mlp(layer)
         else:
             assert sites.mlp(layer) is layer.mlp
-    block = llm("t5").decoder.block[0]
+    block: Any = llm("t5").decoder.block[0]
     assert sites.mlp(block) is block.layer[2].DenseReluDense
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -24,6 +26,11 @@ def run(model, ids=IDS):
 
 def last(output) -> torch.Tensor:
     return (output.get("decoder_hidden_states") or output.hidden_states)[-1]
+
+
+def new_rows(host) -> Any:
+    """The rows that a grafted embedding or head uses."""
+    return cast(Any, at(host)["tokens"]).rows
 
 
 def rows(model) -> dict[str, torch.nn.Parameter]:
@@ -49,8 +56,8 @@ def test_the_result_is_that_of_a_resized_model(family):
     resized.resize_token_embeddings(VOCAB + N, mean_resizing=False)
     tied = resized.get_output_embeddings().weight is resized.get_input_embeddings().weight
     with torch.no_grad():
-        resized.get_input_embeddings().weight[VOCAB:] = at(sites.embedding(model))["tokens"].rows
-        resized.get_output_embeddings().weight[VOCAB:] = at(model.get_output_embeddings())["tokens"].rows
+        resized.get_input_embeddings().weight[VOCAB:] = new_rows(sites.embedding(model))
+        resized.get_output_embeddings().weight[VOCAB:] = new_rows(model.get_output_embeddings())
     assert len(rows(model)) == (1 if tied else 2)
     ids = IDS.clone()
     ids[0, 2], ids[1, 5], ids[1, 7] = VOCAB, VOCAB + 1, VOCAB + 2
@@ -76,7 +83,7 @@ def test_gradients_reach_the_new_rows_only(family):
     F.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
     learned = {name for name, p in model.named_parameters() if p.grad is not None}
     assert learned == set(rows(model)) and len(learned) == (2 if family == "qwen2" else 1)
-    inputs = at(sites.embedding(model))["tokens"].rows.grad
+    inputs = new_rows(sites.embedding(model)).grad
     if family == "qwen2":  # untied: a row that was not read has no gradient from the input side
         assert inputs[1].abs().max() > 0 and inputs[[0, 2]].abs().max() == 0
 
@@ -87,7 +94,7 @@ def test_generate_writes_new_tokens_and_reads_them_again(beams):
     first = add_tokens(model, N)
     with torch.no_grad():
         states = last(run(model))[:, -1].mean(0)
-        at(model.get_output_embeddings())["tokens"].rows[1] = 30 * states / states.norm()
+        new_rows(model.get_output_embeddings())[1] = 30 * states / states.norm()
     found = model.generate(
         IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=4, num_beams=beams, do_sample=False, eos_token_id=None
     )
@@ -113,10 +120,10 @@ def test_state_dict_round_trip():
 def test_births():
     model, base = llm("llama"), llm("llama").get_input_embeddings().weight
     add_tokens(model, N)
-    torch.testing.assert_close(at(sites.embedding(model))["tokens"].rows, base.mean(0).expand(N, -1))
+    torch.testing.assert_close(new_rows(sites.embedding(model)), base.mean(0).expand(N, -1))
     model = llm("llama")
     add_tokens(model, 4000, "normal")
-    new = at(sites.embedding(model))["tokens"].rows
+    new = new_rows(sites.embedding(model))
     torch.testing.assert_close(new.mean(0), base.mean(0), atol=0.02, rtol=0)
     torch.testing.assert_close(new.std(0), base.std(0), atol=0.02, rtol=0)
 

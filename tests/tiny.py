@@ -7,6 +7,7 @@ the libraries' defaults, so that logits differ clearly between tokens and a test
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -18,7 +19,6 @@ from transformers import (
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -106,7 +106,7 @@ _PROCESSORS: dict[str, tuple[type[PilBackend], dict]] = {
 }
 
 
-def llm(family: str = "llama", *, seed: int = 0, **changes) -> PreTrainedModel:
+def llm(family: str = "llama", *, seed: int = 0, **changes) -> Any:
     """A language model of a family in `LLMS`; `changes` replace fields of its config."""
     config = AutoConfig.for_model(family, **{**_CONFIGS[family], **changes})
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -115,7 +115,7 @@ def llm(family: str = "llama", *, seed: int = 0, **changes) -> PreTrainedModel:
         return auto.from_config(config).eval()
 
 
-def vision(family: str = "clip", *, seed: int = 0, **changes) -> PreTrainedModel:
+def vision(family: str = "clip", *, seed: int = 0, **changes) -> Any:
     """An image encoder of a family in `VISION`: 32 x 32 pixels, 16 patches; `changes` replace fields of its config."""
     model, config, fields = _TOWERS[family]
     with torch.random.fork_rng(devices=[]):

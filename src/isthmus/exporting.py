@@ -23,6 +23,7 @@ from isthmus import lora
 from isthmus.aligners.llava import LLaVA
 from isthmus.config import AlignerConfig, EncoderConfig, LLMConfig
 from isthmus.connectors.mlp import MLP
+from isthmus.encoders import hf
 from isthmus.encoders.hf import Transformer
 from isthmus.model import VLM, VLMConfig
 from isthmus.processor import MARKER, VLMProcessor
@@ -52,7 +53,8 @@ def import_llava(source: Path, out: Path) -> Parity:
         ConfigError: the directory uses something that our LLaVA does not have.
         IsthmusError: the logits differ.
     """
-    theirs = LlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float32, use_safetensors=True).eval()
+    with hf.quiet():
+        theirs = LlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float32, use_safetensors=True).eval()
     processor = AutoProcessor.from_pretrained(source, backend="pil")
     ours = from_llava(theirs, processor, str(source))
     parity = compare(ours, theirs)
@@ -115,7 +117,8 @@ def export(source: str | Path, out: Path, to: str = "llava") -> Parity:
     theirs, processor = to_llava(ours)
     parity = compare(ours, theirs)
     parity.require(f"export of {source}")
-    theirs.save_pretrained(out)
+    with hf.quiet():
+        theirs.save_pretrained(out)
     processor.save_pretrained(out)
     return parity
 

@@ -63,10 +63,13 @@ def by_row(connected: dict[str, Tensor], media: dict[str, Media], rows: int) -> 
 
 
 def positions(segment_BT: Tensor) -> Tensor:
-    """Position of each token within its segment, from 0; padding (segment 0) counts on its own, harmlessly."""
+    """Position of each token within its segment, from 0.
+
+    Padding on the right counts on: a step other than +1 would make transformers build a mask where none is needed.
+    """
     steps = torch.arange(segment_BT.shape[1], device=segment_BT.device).expand_as(segment_BT)
     border = torch.ones_like(segment_BT, dtype=torch.bool)
-    border[:, 1:] = segment_BT[:, 1:] != segment_BT[:, :-1]
+    border[:, 1:] = (segment_BT[:, 1:] != segment_BT[:, :-1]) & (segment_BT[:, 1:] > 0)
     start = torch.where(border, steps, 0).cummax(dim=1).values
     return steps - start
 
@@ -79,23 +82,30 @@ def is_plain(segment_BT: Tensor, cached: int) -> bool:
 
 
 def masks(
-    config: PreTrainedConfig, embeds_BTD: Tensor, segment_BS: Tensor, cache: Cache | None, rule: Rule | None
+    config: PreTrainedConfig,
+    embeds_BTD: Tensor,
+    segment_BS: Tensor,
+    cache: Cache | None,
+    rule: Rule | None,
+    counted: bool = True,
 ) -> Tensor | dict[str, Tensor] | None:
     """The attention mask (or one per layer type) of a decoder for causality, segments and a rule.
 
     `segment_BS` covers the cached positions too; with a static cache the mask covers its whole length. Padding
     looks at padding, so that no row is empty. None is returned where causality alone is right, which lets
-    kernels skip the mask.
+    kernels skip the mask; never where positions are not `counted` by `positions`, whose steps transformers would
+    then read as borders between packed samples.
     """
     cached = cache.get_seq_length() if cache is not None else 0
-    if rule is None and is_plain(segment_BS, cached) and not (cache is not None and cache.is_compileable):
+    fixed = cache is not None and cache.is_compileable
+    if rule is None and counted and not fixed and is_plain(segment_BS, cached):
         return None
-    reach = max(segment_BS.shape[1], cache.get_max_cache_shape() if cache is not None else 0)
+    reach = max(segment_BS.shape[1], cache.get_max_length() if cache is not None else 0)
     segment = torch.nn.functional.pad(segment_BS, (0, reach - segment_BS.shape[1]), value=-1)
 
     def allowed(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         same = segment[b, q] == segment[b, kv]
-        return same if rule is None else same & rule(b, h, q, kv)
+        return same if rule is None else same & rule(b, h, q, kv.clamp(max=segment_BS.shape[1] - 1))
 
     return create_masks_for_generate(
         config=config,

@@ -6,15 +6,16 @@ joint's rule and positions are functions of whole rows and generate slices every
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMixin
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
 from isthmus import sites
-from isthmus.types import IGNORE, Batch, Media, Modality, Past
+from isthmus.types import IGNORE, Batch, DataError, Media, Modality, Past
 
 if TYPE_CHECKING:
     from isthmus.model import VLM
@@ -28,8 +29,11 @@ class Generation(GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_at: Tensor | None = None,
         labels: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
         past_key_values: Cache | None = None,
         modality: Tensor | None = None,
         route: Tensor | None = None,
@@ -47,30 +51,50 @@ class Generation(GenerationMixin):
             input_ids: [B, T] with the processor's placeholders.
             attention_mask: [B, past + T], 0 at padding.
             pixel_values: [N, C, H, W], all images of the batch in order of appearance.
+            image_at: [N, 2], row and column of each image, as the processor gives them; told from the placeholders
+                where it is left out.
             labels: [B, T], unshifted, -100 where there is no loss.
+            decoder_input_ids: [B, U], with labels of that shape, for an encoder-decoder.
+            encoder_outputs: its encoder's states, where they are known already.
             modality, route: [B, past + T], carried by `generate`; pass `modality` when continuing a cache by hand
                 that holds images.
             vision, media_at: connected media of a joint that keeps them aside.
             logits_to_keep: the last n positions, or a [T] index or mask.
         """
+        if use_cache is False:
+            past_key_values = None
+        if self.config.is_encoder_decoder:
+            if encoder_outputs is None:
+                batch = self.as_batch(input_ids, attention_mask, pixel_values, image_at)
+                attention_mask = batch.segment_BT
+                encoder_outputs = self._read(batch)
+            read_BTD = encoder_outputs.last_hidden_state
+            hidden_BTD = self.tell(decoder_input_ids, read_BTD, attention_mask, route, past_key_values)
+            return self._answer(hidden_BTD, labels, logits_to_keep, past_key_values)
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         rows, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         if attention_mask is None:
             attention_mask = torch.ones(rows, cached + length, dtype=torch.long, device=self.device)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config.text_config)
+        past = Past(past_key_values, vision, media_at)
+        segment_BS = (attention_mask > 0).long()
         if inputs_embeds is None:
-            batch = self.as_batch(input_ids, attention_mask[:, -length:], pixel_values)
+            batch = self.as_batch(input_ids, attention_mask[:, -length:], pixel_values, image_at)
             connected = self.connect(batch)
             inputs_embeds = self.embed(batch, connected)
             if modality is None:
                 modality = nn.functional.pad(batch.modality_BT, (cached, 0))
-            if connected:
-                vision, media_at = self.aside(batch, connected)
+            past = self.aside(replace(batch, segment_BT=segment_BS), connected, past)
         if modality is None:
             modality = torch.zeros_like(attention_mask)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config.text_config)
-        past = Past(past_key_values, vision, media_at)
-        hidden_BTD, _, _ = self.think(inputs_embeds, (attention_mask > 0).long(), modality, route, past)
+        hidden_BTD, _, _ = self.think(inputs_embeds, segment_BS, modality, route, past)
+        return self._answer(hidden_BTD, labels, logits_to_keep, past_key_values)
+
+    def _answer(
+        self: VLM, hidden_BTD: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor, cache: Cache | None
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the mean loss where labels are given."""
         if isinstance(logits_to_keep, int):
             logits_to_keep = slice(-logits_to_keep if logits_to_keep else None, None)
         logits = sites.head(self.llm)(hidden_BTD[:, logits_to_keep])
@@ -78,29 +102,27 @@ class Generation(GenerationMixin):
         if labels is not None:
             flat = logits[:, :-1].flatten(0, 1).float()
             loss = nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORE)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
     @torch.no_grad()
     def generate(self: VLM, inputs: Tensor | Batch | None = None, **kwargs: Any) -> Any:
-        """As in transformers, from `input_ids, attention_mask, pixel_values` or from a left-padded `Batch`.
+        """As in transformers, from what the processor returns or from a left-padded `Batch`.
 
         Media are connected once, so beams and later steps cost no second look. Returned ids start with the
-        prompt, as is usual for decoder-only models; those of an encoder-decoder hold the answer alone.
+        prompt, as is usual for decoder-only models; those of an encoder-decoder hold the answer alone, and its
+        cache is a dynamic one.
         """
         batch = inputs if isinstance(inputs, Batch) else self._prompt(inputs, kwargs)
-        connected = self.connect(batch)
-        embeds_BTD, mask_BT = self.embed(batch, connected), (batch.segment_BT > 0).long()
+        carried = {"attention_mask": (batch.segment_BT > 0).long(), "route": batch.route_BT}
         if self.config.is_encoder_decoder:
-            states = self.read(embeds_BTD, batch.segment_BT)
-            return self.llm.generate(encoder_outputs=states, attention_mask=mask_BT, **kwargs)
-        vision_BKQD, media_at_BK = self.aside(batch, connected)
-        carried = {
-            "modality": batch.modality_BT,
-            "route": batch.route_BT,
-            "vision": vision_BKQD,
-            "media_at": media_at_BK,
-        }
-        answer = super().generate(inputs_embeds=embeds_BTD, attention_mask=mask_BT, **carried, **kwargs)
+            # T5's config counts the encoder's layers; the decoder's own, which sizes the cache, counts the decoder's
+            config = self.llm.get_decoder().config
+            cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+            return super().generate(encoder_outputs=self._read(batch), past_key_values=cache, **carried, **kwargs)
+        connected = self.connect(batch)
+        embeds_BTD, past = self.embed(batch, connected), self.aside(batch, connected, Past(None))
+        carried |= {"modality": batch.modality_BT, "vision": past.vision_BKQD, "media_at": past.media_at_BK}
+        answer = super().generate(inputs_embeds=embeds_BTD, **carried, **kwargs)
         sequences = answer if isinstance(answer, Tensor) else answer.sequences
         prompt = batch.input_ids_BT.repeat_interleave(len(sequences) // len(embeds_BTD), 0)
         whole = torch.cat([prompt, sequences], 1)
@@ -109,12 +131,16 @@ class Generation(GenerationMixin):
         answer.sequences = whole
         return answer
 
+    def _read(self: VLM, batch: Batch) -> BaseModelOutput:
+        """An encoder-decoder's encoder on a batch, as transformers passes it around."""
+        connected = self.connect(batch)
+        return BaseModelOutput(self.read(batch, self.embed(batch, connected), connected))
+
     def _prompt(self: VLM, ids_BT: Tensor | None, kwargs: dict[str, Any]) -> Batch:
         """The processor's tensors, taken out of generate's arguments, as a batch."""
         ids_BT = kwargs.pop("input_ids", ids_BT)
-        mask_BT = kwargs.pop("attention_mask", None)
-        mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
-        return self.as_batch(ids_BT, mask_BT, kwargs.pop("pixel_values", None))
+        names = ("attention_mask", "pixel_values", "image_at")
+        return self.as_batch(ids_BT, *(kwargs.pop(name, None) for name in names))
 
     def create_masks_for_generate(self, attention_mask: Tensor | None, **unused: Any) -> Tensor | None:
         """The 2-D mask as it is: a mask built here, without the modality, would lose the joint's rule."""
@@ -131,18 +157,36 @@ class Generation(GenerationMixin):
         updated = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder, num_new_tokens
         )
+        if self.config.is_encoder_decoder:  # its decoder reads the route of the prompt, and nothing that grows
+            return updated
         updated["modality"] = nn.functional.pad(updated["modality"], (0, num_new_tokens))
         if updated.get("route") is not None:
             last = updated["route"][:, -1:].expand(-1, num_new_tokens)
             updated["route"] = torch.cat([updated["route"], last], 1)
         return updated
 
-    def as_batch(self: VLM, ids_BT: Tensor, mask_BT: Tensor, pixels: Tensor | None) -> Batch:
-        """Ids, mask and pixels as a batch of one segment per row; media are told from the placeholders."""
+    def as_batch(
+        self: VLM,
+        ids_BT: Tensor,
+        mask_BT: Tensor | None = None,
+        pixels: Tensor | None = None,
+        image_at: Tensor | None = None,
+    ) -> Batch:
+        """Ids, mask, pixels and their places as a batch of one segment per row.
+
+        Raises:
+            DataError: the places of the pixels are neither given nor to be told from placeholders.
+        """
         modality_BT, media = self.modality(ids_BT), {}
         if pixels is not None:
-            row_M, column_M = (modality_BT == Modality.IMAGE).nonzero(as_tuple=True)
-            first = slice(None, None, self.queries("image"))
-            row_N = row_M[first]
-            media["image"] = Media(row_N, torch.ones_like(row_N), column_M[first], pixels=pixels)
-        return Batch(ids_BT, (mask_BT > 0).long(), modality_BT, media=media)
+            if image_at is None:
+                image_at = (modality_BT == Modality.IMAGE).nonzero()[:: max(1, self.queries("image"))]
+            if len(image_at) != len(pixels):
+                raise DataError(
+                    f"{len(pixels)} pictures for {len(image_at)} places in the text",
+                    "pass on everything that the model's own processor returns",
+                )
+            row_N, at_N = image_at.unbind(1)
+            media["image"] = Media(row_N, torch.ones_like(row_N), at_N, pixels=pixels)
+        segment_BT = torch.ones_like(ids_BT) if mask_BT is None else (mask_BT > 0).long()
+        return Batch(ids_BT, segment_BT, modality_BT, media=media)

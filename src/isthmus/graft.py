@@ -34,6 +34,7 @@ class Graft(nn.Module):
     """One addition to ONE module inside somebody else's model.
 
     Several on one module nest like middleware: the last attached is outermost, and its `base` runs the others.
+    Parameters have at least one dimension (a gate is a vector of one): FSDP2 refuses scalars.
     """
 
     innermost: ClassVar[bool] = False
@@ -72,7 +73,7 @@ def graft(root: nn.Module, path: str | nn.Module, name: str, addition: Graft) ->
         _become(host, carries=isinstance(host, Carrier), grafted=True)
         host.grafts = nn.ModuleDict()
         host._loan = _Loan() if layer is None else layer._loan
-    host.grafts = nn.ModuleDict(_nested({**host.grafts, name: addition.train(host.training)}))
+    host.grafts = nn.ModuleDict(_nested({**host.grafts, name: addition})).train(host.training)
 
 
 def ungraft(root: nn.Module, path: str | nn.Module, name: str) -> Graft:
@@ -85,7 +86,7 @@ def ungraft(root: nn.Module, path: str | nn.Module, name: str) -> Graft:
     host = _host(root, path)
     if not isinstance(host, Grafted) or name not in host.grafts:
         raise ConfigError(f"{path} has no graft named {name!r}", f"it has {sorted(at(host))}")
-    _check_swappable(host, path)
+    _check_swappable(root, path)
     addition = at(host)[name]
     del host.grafts[name]
     if not len(host.grafts):
@@ -213,14 +214,16 @@ def _check_host(root: nn.Module, path: str, name: str) -> None:
         raise ConfigError(f"{path} is never called: nn.MultiheadAttention reads its weight", "graft on its parent")
     if isinstance(host, nn.ModuleList | nn.ModuleDict):
         raise ConfigError(f"{path} is a list of modules and is never called", "graft on its items")
-    _check_swappable(host, path)
+    _check_swappable(root, path)
 
 
-def _check_swappable(host: nn.Module, path: str) -> None:
-    if "forward" in vars(host):
+def _check_swappable(root: nn.Module, path: str) -> None:
+    if "forward" in vars(root.get_submodule(path)):
         raise ConfigError(f"{path} has a forward of its own, put there by another library", "graft before its hooks")
-    if any(cls.__name__ == "FSDPModule" for cls in type(host).__mro__):
-        raise ConfigError(f"{path} is sharded already", "graft before fully_shard")
+    steps = path.split(".")
+    for above in (root.get_submodule(".".join(steps[:depth])) for depth in range(len(steps) + 1)):
+        if any(cls.__name__ == "FSDPModule" for cls in type(above).__mro__):
+            raise ConfigError(f"{path} is sharded already", "graft before fully_shard")
 
 
 def _check_reach(root: nn.Module, path: str) -> None:

@@ -19,12 +19,12 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     DynamicCache,
+    EncoderDecoderCache,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.configuration_utils import SubConfigSpec
-from transformers.modeling_outputs import BaseModelOutput
 
 from isthmus import aligner as aligners
 from isthmus import fuse, graft, lora, sites, storage, tokens
@@ -161,7 +161,7 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
         Args:
             batch: with `past`, `input_ids_BT` holds the new tokens only, while `segment_BT` and `modality_BT`
                 cover the past ones too.
-            past: what an earlier call with `keep` returned.
+            past: what an earlier call with `keep` returned; its cache grows in place.
             keep: return `Output.past` for the next call.
             need: `connected` stops before the LLM.
         """
@@ -172,8 +172,8 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
         if self.config.is_encoder_decoder:
             return self._run_encoder_decoder(batch, embeds_BTD, connected)
         if past is None:
-            cache = DynamicCache(config=self.config.text_config) if keep else None
-            past = Past(cache, *self.aside(batch, connected))
+            past = Past(DynamicCache(config=self.config.text_config) if keep else None)
+        past = self.aside(batch, connected, past)
         hidden_BTD, side, positions_BT = self.think(
             embeds_BTD, batch.segment_BT, batch.modality_BT, batch.route_BT, past
         )
@@ -206,11 +206,17 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
                 embeds_BTD = fuse.splice(embeds_BTD, ids_BT == self.placeholder(kind), y_MD, kind)
         return embeds_BTD
 
-    def aside(self, batch: Batch, connected: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """What stays out of the LLM's input, per row: vision_BKQD and its columns; nothing where the joint splices."""
+    def aside(self, batch: Batch, connected: dict[str, Tensor], past: Past) -> Past:
+        """The past with this batch's media behind those it holds; unchanged where the joint splices."""
         if self.aligner.splices or not connected:
-            return None, None
-        return fuse.by_row(connected, batch.media, len(batch.segment_BT))
+            return past
+        vision_BKQD, media_at_BK = fuse.by_row(connected, batch.media, len(batch.segment_BT))
+        cached = batch.segment_BT.shape[1] - batch.input_ids_BT.shape[1]
+        media_at_BK = torch.where(media_at_BK < 0, media_at_BK, media_at_BK + cached)
+        if past.vision_BKQD is not None and past.media_at_BK is not None:
+            vision_BKQD = torch.cat([past.vision_BKQD, vision_BKQD], 1)
+            media_at_BK = torch.cat([past.media_at_BK, media_at_BK], 1)
+        return Past(past.cache, vision_BKQD, media_at_BK)
 
     def think(
         self, embeds_BTD: Tensor, segment_BS: Tensor, modality_BS: Tensor, route_BS: Tensor | None, past: Past
@@ -220,41 +226,77 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
         positions_BS = self.aligner.positions(segment_BS, modality_BS)
         positions_BT = (fuse.positions(segment_BS) if positions_BS is None else positions_BS)[:, -new:]
         rule = self.aligner.rule(segment_BS, modality_BS)
-        mask = fuse.masks(self.config.text_config, embeds_BTD, segment_BS, past.cache, rule)
-        route_BT = None if route_BS is None else route_BS[:, -new:]
-        side = Side(modality_BS[:, -new:], segment_BS[:, -new:], route_BT, past.vision_BKQD)
-        if past.media_at_BK is not None:
-            column_BT = torch.arange(segment_BS.shape[1], device=segment_BS.device).expand_as(segment_BS)[:, -new:]
-            side = replace(side, media_mask_BTK=self.aligner.media_mask(column_BT, side.segment_BT, past.media_at_BK))
-        lent = {"side": side} if self._lends_side else {}
+        mask = fuse.masks(self.config.text_config, embeds_BTD, segment_BS, past.cache, rule, positions_BS is None)
+        side = self._side(new, segment_BS, modality_BS, route_BS, past)
         states = self.llm.base_model(
             inputs_embeds=embeds_BTD,
             attention_mask=mask,
             position_ids=positions_BT,
             past_key_values=past.cache,
             use_cache=past.cache is not None,
-            **lent,
+            **self._lent(side),
         )
         return states.last_hidden_state, side, positions_BT
 
+    def _side(
+        self, new: int, segment_BS: Tensor, modality_BS: Tensor, route_BS: Tensor | None, past: Past
+    ) -> Side:
+        """What layers may need for the last `new` positions of the row."""
+        segment_BT, modality_BT = segment_BS[:, -new:], modality_BS[:, -new:]
+        side = Side(modality_BT, segment_BT, None if route_BS is None else route_BS[:, -new:], past.vision_BKQD)
+        if past.media_at_BK is None:
+            return side
+        column_BT = torch.arange(segment_BS.shape[1], device=segment_BS.device).expand_as(segment_BS)[:, -new:]
+        allowed_BTK = self.aligner.media_mask(column_BT, segment_BT, past.media_at_BK)
+        last = segment_BS.shape[1] - 1  # a medium at the very end has nothing behind its place yet
+        own_BK = segment_BS.gather(1, past.media_at_BK.clamp(0, last))
+        return replace(side, media_mask_BTK=allowed_BTK & (own_BK[:, None] == segment_BT[..., None]))
+
+    def _lent(self, side: Side) -> dict[str, Side]:
+        """Keyword arguments that carry `side` to the layers, where anything reads it."""
+        return {"side": side} if self._lends_side else {}
+
+    # ------------------------------------------------------------------------------------ encoder-decoders
+
     def _run_encoder_decoder(self, batch: Batch, embeds_BTD: Tensor, connected: dict[str, Tensor]) -> Output:
-        """The encoder reads prompt and media, the decoder writes the answer; packing does not apply."""
+        """The encoder reads prompt and media, the decoder writes the answer."""
         if batch.decoder_ids_BU is None:
             raise DataError("an encoder-decoder needs decoder_ids_BU", "collate with the model's own processor")
-        states = self.llm(
-            encoder_outputs=self.read(embeds_BTD, batch.segment_BT),
-            attention_mask=(batch.segment_BT > 0).long(),
-            decoder_input_ids=batch.decoder_ids_BU,
-            output_hidden_states=True,
-            use_cache=False,
-        )
-        return self._output(states.decoder_hidden_states[-1], connected)
+        states_BTD = self.read(batch, embeds_BTD, connected)
+        hidden_BUD = self.tell(batch.decoder_ids_BU, states_BTD, batch.segment_BT, batch.route_BT, None)
+        return self._output(hidden_BUD, connected)
 
-    def read(self, embeds_BTD: Tensor, segment_BT: Tensor) -> BaseModelOutput:
-        """An encoder-decoder's encoder on spliced embeddings."""
+    def read(self, batch: Batch, embeds_BTD: Tensor, connected: dict[str, Tensor]) -> Tensor:
+        """The encoder's states of prompt and media. Packing and a joint's rule and positions do not apply here."""
+        segment_BT, modality_BT = batch.segment_BT, batch.modality_BT
         if segment_BT.max() > 1:
             raise DataError("packed samples cannot share an encoder-decoder's row", "use batching=bucketed")
-        return self.llm.get_encoder()(inputs_embeds=embeds_BTD, attention_mask=(segment_BT > 0).long())
+        past = self.aside(batch, connected, Past(None))
+        side = self._side(segment_BT.shape[1], segment_BT, modality_BT, batch.route_BT, past)
+        mask_BT = (segment_BT > 0).long()
+        encoder = self.llm.get_encoder()
+        return encoder(inputs_embeds=embeds_BTD, attention_mask=mask_BT, **self._lent(side)).last_hidden_state
+
+    def tell(
+        self,
+        ids_BU: Tensor,
+        read_BTD: Tensor,
+        segment_BT: Tensor,
+        route_BT: Tensor | None,
+        cache: EncoderDecoderCache | None,
+    ) -> Tensor:
+        """The decoder's states at the new ids; of the side it knows the route alone."""
+        text_BU = torch.zeros_like(ids_BU)
+        side = Side(text_BU, text_BU + 1, None if route_BT is None else route_BT[:, -1:].expand_as(ids_BU))
+        decoder = self.llm.get_decoder()
+        return decoder(
+            input_ids=ids_BU,
+            encoder_hidden_states=read_BTD,
+            encoder_attention_mask=(segment_BT > 0).long(),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **self._lent(side),
+        ).last_hidden_state
 
     def _output(
         self,

@@ -103,9 +103,10 @@ def load_llm(config: LLMConfig, dtype: torch.dtype) -> PreTrainedModel:
     """An LLM with its weights."""
     path = folder(config.source, config.revision)
     architecture = AutoConfig.from_pretrained(path)
-    return _auto(architecture).from_pretrained(
-        path, dtype=dtype, attn_implementation=config.attention, use_safetensors=True
-    )
+    with hf.quiet():
+        return _auto(architecture).from_pretrained(
+            path, dtype=dtype, attn_implementation=config.attention, use_safetensors=True
+        )
 
 
 def empty_llm(architecture: PreTrainedConfig, attention: str) -> PreTrainedModel:

@@ -102,7 +102,9 @@ class VLMProcessor(ProcessorMixin):
     def __call__(
         self, images: Any = None, text: str | Sequence[str] | None = None, return_tensors: str = "pt", **unused: Any
     ) -> BatchFeature:
-        """Strings with one `<image>` per picture -> input_ids, attention_mask, pixel_values, left-padded.
+        """Strings with one `<image>` per picture -> input_ids, attention_mask, pixel_values, image_at, left-padded.
+
+        `image_at` [N, 2] is the row and column of each picture.
 
         Raises:
             DataError: the number of markers and of pictures differ.
@@ -114,13 +116,15 @@ class VLMProcessor(ProcessorMixin):
         if markers != len(pictures):
             raise DataError(f"{markers} {MARKER} markers for {len(pictures)} pictures", "write one marker per picture")
         rows = [self._ids(string) for string in texts]
-        width = max(map(len, rows))
-        ids = torch.tensor([[self.pad] * (width - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        inputs = {"input_ids": ids, "attention_mask": mask}
+        width = max(len(ids) for ids, _ in rows)
+        ids_BT = torch.tensor([[self.pad] * (width - len(ids)) + ids for ids, _ in rows])
+        mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in rows])
+        inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
         if pictures:
             opened = [media.pixels(media.open_image(p), self.image_processor, self.aspect) for p in pictures]
             inputs["pixel_values"] = torch.stack(opened)
+            at = [(row, width - len(ids) + start) for row, (ids, starts) in enumerate(rows) for start in starts]
+            inputs["image_at"] = torch.tensor(at)
         return BatchFeature(inputs, tensor_type=return_tensors)
 
     def apply_chat_template(self, conversation: Any, add_generation_prompt: bool = True, **unused: Any) -> BatchFeature:
@@ -129,8 +133,11 @@ class VLMProcessor(ProcessorMixin):
         samples = [Sample(formats.turns(messages)) for messages in many]
         batch = self.collator(open_answer=add_generation_prompt, side="left")(samples)
         inputs = {"input_ids": batch.input_ids_BT, "attention_mask": (batch.segment_BT > 0).long()}
+        if batch.decoder_ids_BU is not None:
+            inputs["decoder_input_ids"] = batch.decoder_ids_BU
         if "image" in batch.media:
-            inputs["pixel_values"] = batch.media["image"].pixels
+            images = batch.media["image"]
+            inputs |= {"pixel_values": images.pixels, "image_at": torch.stack([images.row_N, images.at_N], 1)}
         return BatchFeature(inputs)
 
     def decode(self, ids: Any, **options: Any) -> str:
@@ -140,15 +147,16 @@ class VLMProcessor(ProcessorMixin):
     def batch_decode(self, rows: Any, **options: Any) -> list[str]:
         return [self.decode(row, **options) for row in rows]
 
-    def _ids(self, string: str) -> list[int]:
-        layout, rows = Layout(**self.layouts["image"]), []
-        for index, piece in enumerate(string.split(MARKER)):
-            if index:
-                rows += (
-                    self._plain(layout.before) + [self.placeholders["image"]] * layout.count + self._plain(layout.after)
-                )
-            rows += self._plain(piece)
-        return rows
+    def _ids(self, string: str) -> tuple[list[int], list[int]]:
+        """A plain string's ids, and the column at which each of its pictures starts."""
+        layout = Layout(**self.layouts["image"])
+        first, *others = string.split(MARKER)
+        ids, starts = self._plain(first), []
+        for piece in others:
+            ids += self._plain(layout.before)
+            starts.append(len(ids))
+            ids += [self.placeholders["image"]] * layout.count + self._plain(layout.after) + self._plain(piece)
+        return ids, starts
 
     def _plain(self, string: str) -> list[int]:
         return self.tokenizer.encode(string, add_special_tokens=False) if string else []

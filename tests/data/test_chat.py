@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -98,6 +100,11 @@ def test_users_cannot_type_control_tokens(name):
     assert sum(token in special for token in typed.ids) == sum(token in special for token in calm.ids)
     assert "".join(words) in tokenizer.decode(typed.ids)
     assert IMAGE not in typed.ids
+
+
+def test_a_copy_for_a_worker_still_sees_no_control_tokens():
+    codec = copy.deepcopy(renderer(zoo()["chatml"]))._chat.codec
+    assert codec._backend.encode_special_tokens
 
 
 def test_unigram_vocabulary_holds_control_tokens_as_words_and_still_none_is_typed():

@@ -135,7 +135,8 @@ def test_a_picture_cut_short_is_refused_by_name(format):
         media.open_image(raw[: len(raw) // 2], where="row 7")
 
 
-def test_a_huge_picture_is_refused_before_it_is_decoded(recwarn):
+@pytest.mark.filterwarnings("error")
+def test_a_huge_picture_is_refused_before_it_is_decoded():
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -60,7 +61,9 @@ def _wrap(backend: Tokenizer, template: str | None, special: list[str | AddedTok
     return tokenizer
 
 
-def byte_level(template: str | None, special: list[str | AddedToken] = (), pattern: str | None = None, **named: str):
+def byte_level(
+    template: str | None, special: Sequence[str | AddedToken] = (), pattern: str | None = None, **named: str
+):
     """GPT-2-like: byte-level BPE with a few merges, so that tokens would cross borders if they could."""
     backend = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)

@@ -6,6 +6,7 @@ import json
 import math
 import random
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,21 @@ def made_up() -> Report:
 
 def make_report() -> Report:
     """Nothing here was measured."""
-    answers = ("yes", "no", "red", "blue", "green", "circle", "square", "triangle", "black", "gray", "teal", "brown", "gold")
+    answers = (
+        "yes",
+        "no",
+        "red",
+        "blue",
+        "green",
+        "circle",
+        "square",
+        "triangle",
+        "black",
+        "gray",
+        "teal",
+        "brown",
+        "gold",
+    )
     naming = make_task("naming", "Naming unseen concepts", NAMES, 500)
     vqa = make_task("easy-vqa", "easy-VQA, official test", answers, 600)
     presence = make_task("presence", "Presence", ("yes", "no"), 500)
@@ -157,8 +172,15 @@ def make_report() -> Report:
         seconds={"training": 301.0, "evaluation": 128.4, "features": 61.2},
         examples=examples,
         generations=(
-            Generation("What is in the picture?", "A red apple and a teapot on a green field.", sprite(40), "a red apple left of a teapot"),
-            Generation("How many wombats?", "There are <script>alert(1)</script> 3 wombats wombats wombats", sprite(41)),
+            Generation(
+                "What is in the picture?",
+                "A red apple and a teapot on a green field.",
+                sprite(40),
+                "a red apple left of a teapot",
+            ),
+            Generation(
+                "How many wombats?", "There are <script>alert(1)</script> 3 wombats wombats wombats", sprite(41)
+            ),
         ),
         credits=(
             Credit("OpenMoji", "sprites of the scenes", "CC-BY-SA-4.0", "the OpenMoji project", "https://openmoji.org"),
@@ -252,14 +274,14 @@ def test_unscored_items_never_leave_a_bare_number(made_up: Report) -> None:
     html = page.render(made_up)
     assert html.count("9 not scored") == len(row.cells)
     assert f"{cell.value:.3f}".removeprefix("0") + "</b>" not in html.split("Counting")[1].split("</tr>")[0]
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))
+    console = Console(width=160, record=True, file=StringIO())
     console.print(report.table(made_up))
     shown = console.export_text()
     assert "9 not scored" in shown and results.headline(cell) in shown
 
 
 def test_table_fits_a_narrow_terminal(made_up: Report) -> None:
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))
+    console = Console(width=80, record=True, file=StringIO())
     console.print(report.table(made_up))
     shown = console.export_text()
     assert "…" not in shown and "joint alone" not in shown
@@ -274,7 +296,9 @@ def test_examples_are_drawn_alike_from_tasks_with_choices(made_up: Report) -> No
 
 def test_nothing_measured_but_after_still_makes_a_page() -> None:
     task = make_task("naming", "Naming", NAMES, 20)
-    bare = Report("Bare", "Nothing else.", (), results.rows(task, make_runs(task, {"after": 0.5})), (), "f", "d", 3, "r")
+    bare = Report(
+        "Bare", "Nothing else.", (), results.rows(task, make_runs(task, {"after": 0.5})), (), "f", "d", 3, "r"
+    )
     assert Page(page.render(bare)).open == []
 
 

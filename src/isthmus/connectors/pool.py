@@ -24,20 +24,24 @@ class Pool(Connector):
         ConfigError: the grid is smaller than `side`.
     """
 
+    cells_QS: Tensor
+
     def __init__(self, inner: Connector, grid: tuple[int, int], side: int):
         super().__init__()
         if side > min(grid):
             raise ConfigError(f"cannot pool a {grid[0]}x{grid[1]} grid to {side}x{side}", f"use pool <= {min(grid)}")
-        self.inner, self.grid, self.side = inner, grid, side
+        self.inner, self.side = inner, side
+        one_hot = torch.eye(grid[0] * grid[1]).unflatten(1, grid)
+        # One row of weights per cell: a matrix product pools faster than a window sliding over strided channels.
+        cells = F.adaptive_avg_pool2d(one_hot, side).flatten(1).T.contiguous()
+        self.register_buffer("cells_QS", cells, persistent=False)
 
     def tokens(self, s: int) -> int:
         return self.inner.tokens(self.side**2)
 
     def forward(self, features: Features, context: Context) -> Tensor:
         """x [N, rows * columns, E] -> y of the inner connector for [N, side * side, E]."""
-        rows, columns = features.grid or self.grid
-        x_NEhw = features.x_NSE.transpose(1, 2).unflatten(2, (rows, columns))
-        pooled = F.adaptive_avg_pool2d(x_NEhw, self.side).flatten(2).transpose(1, 2)
+        pooled = self.cells_QS.to(features.x_NSE.dtype) @ features.x_NSE
         return self.inner(replace(features, x_NSE=pooled, grid=(self.side, self.side)), context)
 
 

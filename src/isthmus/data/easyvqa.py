@@ -1,124 +1,110 @@
 """easy-VQA: one coloured shape per picture, yes/no and open questions, 13 answers, with its official split.
 
-Source: vzhou842/easy-VQA. Five hundredths of its training pictures, chosen by hash, are our validation split.
+Source: vzhou842/easy-VQA. A twentieth of its training pictures, chosen by hash, are our validation split.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from isthmus import assets, packages
+from isthmus import assets
+from isthmus.assets import packages
 from isthmus.types import ConfigError, Image, Sample, Turn
 
-SHAPES = ("circle", "rectangle", "triangle")
-YES_NO = ("yes", "no")
-KINDS = ("yesno", "open", "caption")
+SHAPES = frozenset({"circle", "rectangle", "triangle"})
+YES_NO = frozenset({"yes", "no"})
 CAPTION = "What is in the picture?"
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(NamedTuple):
+    """A question about a picture."""
+
     question: str
     answer: str
     image: int
-
-    @property
-    def kind(self) -> str:
-        return "yesno" if self.answer in YES_NO else "open"
+    kind: str
 
 
-@cache
-def answers() -> tuple[str, ...]:
-    """All answers of the data set, in its own order."""
-    return tuple(assets.locate(packages.EASY_VQA, "easy_vqa/data/answers.txt").read_text(encoding="utf-8").split())
+@dataclass(frozen=True)
+class EasyVQA:
+    """A split as samples: each asks the questions of one group, which are about one picture."""
+
+    split: str
+    groups: Sequence[tuple[Asked, ...]]
+    answers: tuple[str, ...]
+    images: Path
+
+    def sample(self, index: int) -> Sample:
+        rows = self.groups[index]
+        first = rows[0]
+        picture = Image(self.images / f"{first.image}.png")
+        turns: list[Turn] = []
+        for row in rows:
+            shown = () if turns else (picture,)
+            turns += [Turn.say("user", *shown, row.question), Turn.say("assistant", row.answer)]
+        meta: dict[str, Any] = {"kind": "conversation", "cluster": f"easy-vqa/{_folder(self.split)}/{first.image}"}
+        if len(rows) == 1:
+            choices = () if first.kind == "caption" else self.answers
+            meta |= {"kind": first.kind, "choices": choices, "answer": first.answer}
+        return Sample(tuple(turns), f"easy-vqa/{self.split}/{first.image}/{index}", meta)
 
 
-@cache
-def asked(split: str) -> tuple[Asked, ...]:
-    """The questions of a split, in the file's order.
+def read(split: str, kinds: Sequence[str], conversation: bool) -> EasyVQA:
+    """The questions of some kinds (`yesno`, `open`, `caption`), one a sample, or all about a picture in one.
 
     Raises:
         ConfigError: easy-VQA has no such split.
     """
     if split not in {"train", "val", "test"}:
         raise ConfigError(f"easy-vqa has no split {split!r}", "use train, val or test")
+    answers = tuple(assets.locate(packages.EASY_VQA, "easy_vqa/data/answers.txt").read_text(encoding="utf-8").split())
+    rows = [row for row in _rows(split) if row.kind in kinds]
+    if "caption" in kinds:
+        rows += _captions((row for row in _rows(split) if row.kind == "open"), set(answers) - SHAPES - YES_NO)
+    groups = _by_picture(rows) if conversation else [(row,) for row in rows]
+    images = packages.EASY_VQA.folder / "easy_vqa" / "data" / _folder(split) / "images"
+    return EasyVQA(split, groups, answers, images)
+
+
+@cache
+def _rows(split: str) -> tuple[Asked, ...]:
+    """A split's questions in the file's order."""
     path = assets.locate(packages.EASY_VQA, f"easy_vqa/data/{_folder(split)}/questions.json")
-    rows = [Asked(*row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    rows = [
+        Asked(question, answer, image, "yesno" if answer in YES_NO else "open")
+        for question, answer, image in json.loads(path.read_text(encoding="utf-8"))
+    ]
     return tuple(row for row in rows if split == "test" or _held_out(row.image) == (split == "val"))
 
 
-def samples(split: str, kinds: tuple[str, ...]) -> list[Sample]:
-    """One sample per question of these kinds; `caption` is put together from the open answers about a picture."""
-    questions = [sample(split, row, index) for index, row in enumerate(asked(split)) if row.kind in kinds]
-    return questions + (captions(split) if "caption" in kinds else [])
-
-
-def conversations(split: str, kinds: tuple[str, ...]) -> list[Sample]:
-    """One sample per picture, in which all its questions follow each other."""
-    groups: dict[int, list[Asked]] = {}
-    for row in asked(split):
-        if row.kind in kinds:
-            groups.setdefault(row.image, []).append(row)
-    return [_conversation(split, image, rows) for image, rows in groups.items()]
-
-
-def sample(split: str, row: Asked, index: int) -> Sample:
-    """One question as a sample."""
-    turns = (
-        Turn.say("user", Image(picture(split, row.image)), row.question),
-        Turn.say("assistant", row.answer),
-    )
-    meta = {"kind": row.kind, "choices": answers(), "answer": row.answer, "cluster": _cluster(split, row.image)}
-    return Sample(turns, f"easy-vqa/{split}/{index}", meta)
-
-
-def captions(split: str) -> list[Sample]:
-    """`a blue triangle`, for every picture whose open questions tell both its colour and its shape."""
-    told: dict[int, tuple[str, str]] = {}
-    seen: dict[int, set[str]] = {}
-    for row in asked(split):
-        if row.kind == "open":
-            seen.setdefault(row.image, set()).update(row.question.rstrip("?").split(), [row.answer])
-    colours = set(answers()) - set(SHAPES) - set(YES_NO)
-    for image, words in seen.items():
-        colour, shape = words & colours, words & set(SHAPES)
-        if colour and shape:
-            told[image] = (min(colour), min(shape))
-    return [_caption(split, image, f"a {colour} {shape}") for image, (colour, shape) in told.items()]
-
-
-def _caption(split: str, image: int, answer: str) -> Sample:
-    turns = (Turn.say("user", Image(picture(split, image)), CAPTION), Turn.say("assistant", answer))
-    meta = {"kind": "caption", "choices": (), "answer": answer, "cluster": _cluster(split, image)}
-    return Sample(turns, f"easy-vqa/{split}/caption/{image}", meta)
-
-
-def _conversation(split: str, image: int, rows: list[Asked]) -> Sample:
-    turns: list[Turn] = []
+def _captions(rows: Iterable[Asked], colours: set[str]) -> Iterator[Asked]:
+    """`a blue triangle`, for every picture whose open questions and answers tell both its colour and its shape."""
+    told: dict[int, set[str]] = {}
     for row in rows:
-        shown = () if turns else (Image(picture(split, image)),)
-        turns += [Turn.say("user", *shown, row.question), Turn.say("assistant", row.answer)]
-    meta = {"kind": "conversation", "cluster": _cluster(split, image)}
-    return Sample(tuple(turns), f"easy-vqa/{split}/image/{image}", meta)
+        told.setdefault(row.image, set()).update([row.answer, *row.question.rstrip("?").split()])
+    for image, words in told.items():
+        colour, shape = words & colours, words & SHAPES
+        if colour and shape:
+            yield Asked(CAPTION, f"a {min(colour)} {min(shape)}", image, "caption")
 
 
-def picture(split: str, image: int) -> Path:
-    """The file of a picture."""
-    folder = packages.EASY_VQA.folder / "easy_vqa" / "data" / _folder(split) / "images"
-    return folder / PurePosixPath(f"{image}.png")
+def _by_picture(rows: Iterable[Asked]) -> list[tuple[Asked, ...]]:
+    pictures: dict[int, list[Asked]] = {}
+    for row in rows:
+        pictures.setdefault(row.image, []).append(row)
+    return [tuple(asked) for asked in pictures.values()]
 
 
 def _folder(split: str) -> str:
     return "test" if split == "test" else "train"
 
 
-def _cluster(split: str, image: int) -> str:
-    return f"easy-vqa/{_folder(split)}/{image}"
-
-
+@cache
 def _held_out(image: int) -> bool:
     return int(hashlib.sha256(f"easy-vqa {image}".encode()).hexdigest(), 16) % 20 == 0

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, cast, overload
 
 from pydantic import Field, field_validator
 
-from isthmus import packages
+from isthmus.assets import packages
 from isthmus.config import Frozen, Source, check, nearest
 from isthmus.data import easyvqa, sprites
 from isthmus.data.concepts import Split, concepts, countable, names
@@ -110,9 +110,8 @@ class EasyOptions(Frozen):
 
 def _easy_vqa(source: Source, seed: int) -> Set:
     options = check(EasyOptions, source.options, "easy-vqa")
-    make = easyvqa.conversations if options.conversation else easyvqa.samples
-    samples = make(source.split, options.kinds)
-    return Set(_card("easy-vqa", (packages.EASY_VQA,), len(samples)), samples.__getitem__)
+    data = easyvqa.read(source.split, options.kinds, options.conversation)
+    return Set(_card("easy-vqa", (packages.EASY_VQA,), len(data.groups)), data.sample)
 
 
 # ---------------------------------------------------------------------------------------------- generated sets

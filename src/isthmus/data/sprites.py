@@ -12,7 +12,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from isthmus import assets, packages
+from isthmus import assets
+from isthmus.assets import packages
 from isthmus.config import nearest
 from isthmus.data.concepts import names
 from isthmus.types import ConfigError, IsthmusError

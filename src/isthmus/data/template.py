@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from tokenizers import AddedToken
@@ -114,7 +115,7 @@ class Template:
     def _fill(self, roles: Sequence[Role], contents: Sequence[str], prompt: bool = False) -> str:
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
         try:
-            return self._tokenizer.apply_chat_template(
+            text = self._tokenizer.apply_chat_template(
                 messages, chat_template=self._jinja, tokenize=False, add_generation_prompt=prompt
             )
         except TemplateError as error:
@@ -123,6 +124,7 @@ class Template:
                 f"the chat template refuses the turns {', '.join(roles)}: {cause}",
                 "put a system text into the first user turn, and let user and assistant alternate",
             ) from None
+        return str(text)
 
 
 def _sentinels(roles: Sequence[Role]) -> list[str]:
@@ -178,6 +180,10 @@ class Codec:
         self._backend.encode_special_tokens = True
         self._anchor = f"<{secrets.token_hex(16)}>"
         self._backend.add_tokens([AddedToken(self._anchor, normalized=False, special=False)])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._backend.encode_special_tokens = True  # copies of a tokenizer forget it
 
     def plain(self, text: str, follows: bool) -> list[int]:
         """Ids of a text that `follows` a control token or starts the sequence; none of them is a control token."""

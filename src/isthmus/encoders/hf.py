@@ -6,12 +6,15 @@ Hidden states are counted as transformers counts them: index 0 is the embeddings
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig
+from transformers.utils import logging
 
 from isthmus.config import EncoderConfig
 from isthmus.encoders import Encoder
@@ -78,10 +81,23 @@ class Transformer(Encoder):
         return index
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars over weights on disk: commands show their own. Downloads keep theirs."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def load(config: EncoderConfig, folder: Path, source: dict[str, str], dtype: torch.dtype) -> Transformer:
     """The real tower with its weights from a folder."""
     whole = AutoConfig.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    with quiet():
+        model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     vision = model if not hasattr(whole, "vision_config") else model.vision_model
     return Transformer(config, vision, _sized(processor(folder), config), source)
 

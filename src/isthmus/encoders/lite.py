@@ -113,6 +113,8 @@ class EfficientNetLite(Encoder):
         ConfigError: no such depth.
     """
 
+    processor: CLIPImageProcessorPil
+
     def __init__(self, config: EncoderConfig, source: Mapping[str, str]) -> None:
         super().__init__()
         self.stem = Convolution(3, STEM, 3, stride=2)

@@ -126,7 +126,10 @@ def normalise(text: str) -> str:
 
 _ARTICLES = {"a", "an", "the"}
 _DIGITS = {
-    word: str(number) for number, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"])
+    word: str(number)
+    for number, word in enumerate(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    )
 }
 
 

@@ -138,7 +138,7 @@ def legend(columns: Sequence[Column]) -> str:
 
 # ---------------------------------------------------------------------------------------------- curves
 
-_W, _H, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 210, 44, 12, 12, 30
+_W, _H, _LEFT, _RIGHT, _TOP, _BOTTOM = 320, 180, 36, 8, 10, 28
 
 
 def curve(losses: Curve) -> str:
@@ -181,8 +181,8 @@ def _tick(point: str, text: str) -> str:
 
 
 def _story(train: Sequence[Point], validation: Sequence[Point]) -> str:
-    parts = [f"{name} {line[0][1]:.2f} to {line[-1][1]:.2f}" for name, line in (("training", train), ("validation", validation)) if line]
-    return ", ".join(parts)
+    lines = {"training": train, "validation": validation}
+    return ", ".join(f"{name} {line[0][1]:.2f} to {line[-1][1]:.2f}" for name, line in lines.items() if line)
 
 
 def thin(points: Sequence[Point], most: int = 240) -> list[Point]:

@@ -22,6 +22,7 @@ HEADS: dict[Column, str] = {
     "shuffled": "shuffled",
     "cosine": "joint alone",
 }
+ROLES = {"encoder": "encoder", "joint": "joint", "llm": "language model", "adapter": "in the language model"}
 
 
 def render(report: Report) -> str:
@@ -51,8 +52,9 @@ def render(report: Report) -> str:
 {_head(report)}
 {"".join(sections)}
 </main>
-<footer>Made by Isthmus · recipe <code>{escape(report.fingerprint)}</code> · data <code>{escape(report.data_hash)}</code>
- · seed {report.seed} · revision <code>{escape(report.revision)}</code></footer>
+<footer>Made by Isthmus · recipe <code>{escape(report.fingerprint)}</code>
+ · data <code>{escape(report.data_hash)}</code> · seed {report.seed}
+ · revision <code>{escape(report.revision)}</code></footer>
 </body>
 </html>
 """
@@ -88,7 +90,8 @@ def _results(report: Report) -> str:
     return f"""{drawing.legend(shown)}
 <div class="wide"><table class="results">
 <caption class="hidden">Results by task and condition</caption>
-<thead><tr><th scope="col">task</th><th scope="col">{axis}</th>{heads}<th scope="col" class="chance">chance</th></tr></thead>
+<thead><tr><th scope="col">task</th><th scope="col">{axis}</th>{heads}<th scope="col" class="chance">chance</th></tr>
+</thead>
 <tbody>{body}</tbody></table></div>
 <p class="note below">{_units(report.rows)}</p>
 {_gains(report.rows)}"""
@@ -101,7 +104,9 @@ def _units(rows: Sequence[Row]) -> str:
         parts.append("Share of right answers (higher is better).")
     if any(row.unit != "accuracy" for row in rows):
         parts.append("Captions: negative log-likelihood in nats per token (lower is better), on a scale of their own.")
-    parts.append("Small figures are 95 % intervals. Blank and shuffled: after training, with a grey picture or another’s.")
+    parts.append(
+        "Small figures are 95 % intervals. Blank and shuffled: after training, with a grey picture or another’s."
+    )
     return " ".join(parts)
 
 
@@ -139,7 +144,7 @@ def _gains(rows: Iterable[Row]) -> str:
             lines.append(f"<dt>{escape(row.label)}</dt><dd>{'; '.join(parts)}</dd>")
     if not lines:
         return ""
-    return f"<details><summary>Paired differences and kinds</summary><dl class=\"pairs\">{''.join(lines)}</dl></details>"
+    return f'<details><summary>Paired differences and kinds</summary><dl class="pairs">{"".join(lines)}</dl></details>'
 
 
 def _signed(value: Estimate) -> str:
@@ -159,7 +164,7 @@ def _signed(value: Estimate) -> str:
 def _parts(report: Report) -> str:
     lines = "".join(
         f'<tr><th scope="row">{escape(part.name)}<small>{escape(part.source)}</small></th>'
-        f'<td>{escape(part.role)}</td><td class="count">{count(part.parameters)}</td>'
+        f'<td>{ROLES[part.role]}</td><td class="count">{count(part.parameters)}</td>'
         f'<td class="count">{count(part.trained) if part.trained else "frozen"}</td>'
         f'<td class="count">{_share(part.trained, report.parameters)}</td></tr>\n'
         for part in report.parts

@@ -59,7 +59,9 @@ def write(report: Report, folder: Path) -> tuple[Path, Path]:
 def table(report: Report) -> Table:
     """The results for the terminal."""
     shown = [column for column in COLUMNS if any(column in row.cells for row in report.rows)]
-    result = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), title=report.title, title_justify="left", caption=report.sentence)
+    result = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), title=report.title, title_justify="left", caption=report.sentence
+    )
     result.caption_justify = "left"
     result.add_column("task")
     for column in shown:

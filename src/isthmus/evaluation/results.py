@@ -207,7 +207,9 @@ def draw_examples(runs: Mapping[str, tuple[Task, Runs]], count: int = 10, seed: 
     dice = random.Random(seed)
     with_choices = [label for label, (task, _) in runs.items() if task.items[0].choices]
     places = {label: dice.sample(range(len(runs[label][0].items)), len(runs[label][0].items)) for label in with_choices}
-    turns = [(label, places[label][turn]) for turn in range(count) for label in with_choices if turn < len(places[label])]
+    turns = [
+        (label, places[label][turn]) for turn in range(count) for label in with_choices if turn < len(places[label])
+    ]
     return sorted(turns[:count], key=lambda found: with_choices.index(found[0]))
 
 

@@ -88,8 +88,8 @@ class Scorer:
         collate: Callable[[Sequence[Sample]], Batch],
         *,
         reply: Callable[[Sequence[Sample]], Sequence[str | None]] | None = None,
-        batch_size: int = 16,
-        rows: int = 256,
+        batch_size: int = 8,
+        rows: int = 128,
     ) -> None:
         self.model, self.renderer, self.collate, self.reply = model, renderer, collate, reply
         self.batch_size, self.rows = batch_size, rows
@@ -240,8 +240,8 @@ class Scorer:
 
 
 def cosine(pictures_ND: Tensor, names_MD: Tensor) -> Tensor:
-    """[N, D] and [M, D] -> cosines [N, M]."""
-    pictures, names = (torch.nn.functional.normalize(x.float(), dim=-1) for x in (pictures_ND, names_MD))
+    """[N, D] and [M, D] -> cosines [N, M], in float64, which autocast leaves alone."""
+    pictures, names = (torch.nn.functional.normalize(x.double(), dim=-1) for x in (pictures_ND, names_MD))
     return pictures @ names.T
 
 

@@ -195,6 +195,8 @@ def _bounds(right: Sequence[Right]) -> tuple[np.ndarray, np.ndarray]:
 def _scored(right: Sequence[Right], one_hot: np.ndarray) -> float:
     """Mean over kinds of the accuracy of scored items."""
     scored = np.asarray([x is not None for x in right])
+    if not scored.any():
+        return float("nan")
     hits = np.asarray([bool(x) for x in right], dtype=float)
     with np.errstate(invalid="ignore"):
         return float(np.nanmean(hits[scored] @ one_hot[scored] / one_hot[scored].sum(0)))

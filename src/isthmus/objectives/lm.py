@@ -67,9 +67,7 @@ def cross_entropy(hidden_ND: Tensor, target_N: Tensor, head: Head, rows: int) ->
     if not torch.is_grad_enabled():
         return _sum(_block(h, t, head) for h, t in _blocks(hidden_ND, target_N, rows))
     if head(hidden_ND[:1].detach()).requires_grad:
-        return _sum(
-            checkpoint(_block, h, t, head, use_reentrant=False) for h, t in _blocks(hidden_ND, target_N, rows)
-        )
+        return _sum(checkpoint(_block, h, t, head, use_reentrant=False) for h, t in _blocks(hidden_ND, target_N, rows))
     return _FrozenHead.apply(hidden_ND, target_N, head, rows)
 
 
@@ -78,7 +76,8 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, target_N: Tensor, head: Head, rows: int) -> Tensor:
-        losses, gradients = [], []
+        losses: list[Tensor] = []
+        gradients: list[Tensor] = []
         for hidden, target in _blocks(hidden_ND, target_N, rows):
             with torch.enable_grad():
                 hidden = hidden.detach().requires_grad_()

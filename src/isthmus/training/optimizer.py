@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from isthmus.config import LoRA, Stage, Train, nearest
 from isthmus.model import VLM
 from isthmus.training.step import Step
-from isthmus.types import ConfigError, IsthmusError
+from isthmus.types import Batch, ConfigError, IsthmusError
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -127,28 +127,42 @@ def table(step: Step, trained: Sequence[Trained]) -> Table:
 # ---------------------------------------------------------------------------------------------- health of gradients
 
 
-def check_reached(step: Step, trained: Sequence[Trained]) -> None:
-    """After a backward: every trainable tensor is part of the graph, unless the joint says that it sleeps at birth.
+PATIENCE = 20
+"""Steps after which a trainable tensor whose gradient was always zero is worth a warning."""
 
-    Raises:
-        IsthmusError: some are not; they are named.
+
+class Watch:
+    """Finds what trains in name only: outside of the graph at once, behind a zero that stays zero after a while.
+
+    A tensor is missed only once every kind of medium has been seen, and never if the joint says that it sleeps at
+    birth.
     """
-    missed = [each.name for each in trained if each.parameter.grad is None and not _asleep(step, each.name)]
-    if missed:
-        raise IsthmusError(
-            f"{len(missed)} trainable tensors got no gradient: {', '.join(missed[:4])}{' ...' * (len(missed) > 4)}",
-            "no objective of the stage depends on them; freeze them, or add data or an objective that does",
-        )
 
+    def __init__(self, step: Step, trained: Sequence[Trained]):
+        awake = [each for each in trained if not _asleep(step.vlm, each.name)]
+        self.unreached, self.silent = awake, awake
+        self.unseen = set(step.vlm.connectors)
+        self.steps = 0
 
-def still_zero(trained: Iterable[Trained]) -> list[Trained]:
-    """Those whose gradient is absent or exactly zero (behind a zero gate, or LoRA's A while B is zero)."""
-    return [each for each in trained if each.parameter.grad is None or not bool(each.parameter.grad.any())]
+    def look(self, batches: Sequence[Batch]) -> str | None:
+        """After the backward of an optimizer step: a warning, or None.
 
-
-def sleepers(step: Step, silent: Sequence[Trained]) -> list[str]:
-    """Names among `silent` that the joint does not declare asleep at birth."""
-    return [each.name for each in silent if not _asleep(step, each.name)]
+        Raises:
+            IsthmusError: no gradient reaches some tensors; they are named.
+        """
+        self.steps += 1
+        self.unreached = [each for each in self.unreached if each.parameter.grad is None]
+        # absent or exactly zero: behind a zero gate, or LoRA's A while B is zero
+        self.silent = [each for each in self.silent if each.parameter.grad is None or not each.parameter.grad.any()]
+        self.unseen -= {kind for batch in batches for kind in batch.media}
+        if self.unreached and not self.unseen:
+            raise IsthmusError(
+                f"{len(self.unreached)} trainable tensors got no gradient: {_list(self.unreached)}",
+                "no objective of the stage depends on them; freeze them, or add data or an objective that does",
+            )
+        if self.steps == PATIENCE and self.silent:
+            return f"warning: the gradient of {_list(self.silent)} has been zero for {PATIENCE} steps"
+        return None
 
 
 def first_bad(shares: dict[str, Tensor], trained: Sequence[Trained]) -> str:
@@ -200,8 +214,13 @@ def _globs(names: Iterable[str]) -> list[str]:
     return sorted(f"{prefix}.*" for prefix in prefixes)
 
 
-def _asleep(step: Step, name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name.removeprefix("vlm."), glob) for glob in step.vlm.aligner.asleep)
+def _asleep(vlm: VLM, name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name.removeprefix("vlm."), glob) for glob in vlm.aligner.asleep)
+
+
+def _list(some: Sequence[Trained]) -> str:
+    """The first names."""
+    return ", ".join(each.name for each in some[:4]) + " ..." * (len(some) > 4)
 
 
 def _part(name: str) -> str:

@@ -79,7 +79,7 @@ class Step(nn.Module):
         for module in self.vlm.llm.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.gradient_checkpointing = True
-                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+                setattr(module, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))  # noqa: B010
 
 
 def held_out(batches: Sequence[Batch]) -> Callable[[Step], float]:

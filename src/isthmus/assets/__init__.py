@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import io
 import os
 import shutil
 import subprocess
@@ -17,13 +18,13 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeAlias, cast
 
+from isthmus.assets.packages import GROUPS, LITE, LLM, Package, home
 from isthmus.errors import ConfigError, DataError, IsthmusError
-from isthmus.packages import GROUPS, LITE, LLM, Package, home
 from isthmus.torchfile import read_tensors
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -211,7 +212,7 @@ def llm_folder() -> Path:
     target = _llm_target()
     if not target.is_dir():
         gguf = locate(LLM, LLM.members[0])
-        with _replacing(target) as fresh:
+        with _replacing(target) as fresh, redirect_stderr(io.StringIO()):  # the caller shows progress, not tqdm
             _convert_llm(gguf, fresh)
     return target
 
@@ -224,15 +225,12 @@ def _convert_llm(gguf: Path, target: Path) -> None:
     """Write model, tokenizer, chat template and generation settings as transformers reads them."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
-    from transformers.utils import logging
 
     try:
         import gguf as _  # noqa: F401  (transformers needs it, and names it only deep inside)
     except ImportError:
         raise IsthmusError("gguf is not installed", "pip install 'isthmus[embedded]'") from None
     origin: dict[str, Any] = {"gguf_file": gguf.name}
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # our caller shows progress
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **origin)
     tokenizer.backend_tokenizer.pre_tokenizer = _smollm_pre_tokenizer()
     tokenizer.model_max_length = 8192
@@ -245,8 +243,6 @@ def _convert_llm(gguf: Path, target: Path) -> None:
         bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
     )
     model.save_pretrained(target)
-    if bars:
-        logging.enable_progress_bar()
 
 
 def _smollm_pre_tokenizer() -> Any:

@@ -1,0 +1,280 @@
+"""What a run leaves on disk so that it can go on exactly where it stopped, whatever stops it.
+
+A checkpoint is a folder that appears by one rename, when all that is in it has reached the disk: what trains, the
+optimizer's moments, counters, and a manifest with the sha256 of each file. There is no random state in it, because
+every step derives its own seed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from isthmus.config import Stage
+from isthmus.training.optimizer import Trained
+from isthmus.training.step import Step
+from isthmus.types import ConfigError, IsthmusError
+
+WEIGHTS, MOMENTS, STATE, MANIFEST = "trainable.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+KEEP = 2
+"""Resumable checkpoints that stay; the best one by validation loss stays besides."""
+
+
+@dataclass
+class State:
+    """Where a stage stands at the border between two optimizer steps."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0
+    loss: float | None = None
+    validation_loss: float | None = None
+    best_step: int | None = None
+    best_loss: float | None = None
+
+    def improves(self, loss: float) -> bool:
+        return self.best_loss is None or loss < self.best_loss
+
+
+class Checkpoints:
+    """The checkpoints of one stage: `step-*` to go on from, `best-*` to hand over.
+
+    Args:
+        folder: where they live.
+        step, trained, optimizer: what is saved and filled.
+        say: is told about damaged checkpoints that were passed over.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        step: Step,
+        trained: Sequence[Trained],
+        optimizer: torch.optim.Optimizer,
+        say: Callable[[str], None],
+    ):
+        self.folder, self.step, self.trained, self.optimizer, self.say = folder, step, trained, optimizer, say
+
+    def save(self, state: State) -> None:
+        """Write a resumable checkpoint and drop all but the last `KEEP`."""
+        files = {WEIGHTS: self._moving(), MOMENTS: self._moments()}
+        write_folder(self.folder / f"step-{state.step:07d}", lambda folder: _fill(folder, files, state))
+        self._prune("step", KEEP)
+
+    def save_best(self, state: State) -> None:
+        """Write the weights that validated best so far, and drop those they beat."""
+        files = {WEIGHTS: self._moving()}
+        write_folder(self.folder / f"best-{state.step:07d}", lambda folder: _fill(folder, files, state))
+        self._prune("best", 1)
+
+    def resume(self) -> State:
+        """Fill weights and moments from the newest sound checkpoint; a fresh `State` when there is none.
+
+        Raises:
+            IsthmusError: a sound checkpoint holds other tensors than the model has.
+        """
+        for stray in self.folder.glob(".*"):
+            self.say(f"{stray} was left half-written by an interrupted save; removed")
+            shutil.rmtree(stray, ignore_errors=True)
+        for folder in self._found("step"):
+            if fault := damage(folder):
+                self.say(f"{fault}; going back to the checkpoint before")
+                continue
+            state = State(**json.loads((folder / STATE).read_text()))
+            _copy(folder / WEIGHTS, self._moving())
+            self._set_moments(folder / MOMENTS)
+            return state
+        return State()
+
+    def restore_best(self, state: State) -> None:
+        """Fill the weights that validated best, if they are not the present ones."""
+        if state.best_step in (None, state.step):
+            return
+        folder = self.folder / f"best-{state.best_step:07d}"
+        if fault := damage(folder):
+            self.say(f"{fault}; the last weights are kept instead of the best")
+            return
+        _copy(folder / WEIGHTS, self._moving())
+
+    def _found(self, kind: str) -> list[Path]:
+        """Finished checkpoints of a kind, newest first."""
+        return sorted(self.folder.glob(f"{kind}-*"), reverse=True)
+
+    def _prune(self, kind: str, keep: int) -> None:
+        for old in self._found(kind)[keep:]:
+            remove(old)
+
+    def _moving(self) -> dict[str, Tensor]:
+        """Everything that training changes: trainable tensors, and statistics of the modules that own them."""
+        moving = {each.name: each.parameter.data for each in self.trained}
+        owners = {name.rpartition(".")[0] for name in moving}
+        kept = self.step.state_dict()
+        buffers = {name: buffer for name, buffer in self.step.named_buffers() if name.rpartition(".")[0] in owners}
+        return moving | {name: buffer for name, buffer in buffers.items() if name in kept}
+
+    def _moments(self) -> dict[str, Tensor]:
+        return {
+            f"{field}/{each.name}": tensor
+            for each in self.trained
+            for field, tensor in self.optimizer.state[each.parameter].items()
+        }
+
+    def _set_moments(self, file: Path) -> None:
+        parameters = {each.name: each.parameter for each in self.trained}
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - not a mapping
+                field, _, name = key.partition("/")
+                parameter = parameters[name]
+                self.optimizer.state[parameter][field] = tensors.get_tensor(key).to(parameter.device)
+
+
+def begin(folder: Path, stage: Stage, seed: int, steps: Callable[[], int]) -> int:
+    """The number of steps of the stage in this folder: decided on the first call, read back ever after.
+
+    Raises:
+        ConfigError: the folder holds a run of another stage; what differs is named.
+    """
+    file = folder / MANIFEST
+    wanted = {"seed": seed, **stage.model_dump(mode="json")}
+    if file.is_file():
+        manifest = _read_json(file)
+        changed = [f"{key} was {manifest['run'].get(key)}" for key in wanted if manifest["run"].get(key) != wanted[key]]
+        if changed:
+            raise ConfigError(
+                f"{folder} holds stage {stage.name} of another run: {'; '.join(changed[:3])}",
+                "name another output folder, or remove this one to start over",
+            )
+        return manifest["steps"]
+    manifest = {"run": wanted, "steps": steps()}
+    with writing(file):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(manifest, indent=1))
+    return manifest["steps"]
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, naming the file; None if it is sound."""
+    try:
+        hashes = json.loads((folder / MANIFEST).read_text())
+        for name, known in hashes.items():
+            if sha256(folder / name) != known:
+                return f"{folder / name} is damaged (its content is not what was saved)"
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{folder / MANIFEST} cannot be read ({error})"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- atomic files
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Make a folder appear at once, with all its files on the disk, in place of an earlier one.
+
+    Raises:
+        IsthmusError: it cannot be written; what was there before is intact.
+    """
+    part = target.with_name(f".{target.name}.part")
+    with writing(target):
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            fill(part)
+            for path in [*part.rglob("*"), part]:
+                _sync(path)
+            remove(target)
+            part.rename(target)
+            _sync(target.parent)
+        except Exception:
+            shutil.rmtree(part, ignore_errors=True)  # a full disk gets its space back
+            raise
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace a file's text at once."""
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    _sync(part)
+    part.replace(file)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder so that no half of it is ever taken for the whole."""
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a disk that refuses into a cause and a remedy."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise IsthmusError(
+            f"{path}: cannot be written ({reason})",
+            "free some space or make the folder writable, then run again: it goes on from the last checkpoint",
+        ) from error
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- inside
+
+
+def _fill(folder: Path, files: Mapping[str, Mapping[str, Tensor]], state: State) -> None:
+    for name, tensors in files.items():
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, folder / name)
+    (folder / STATE).write_text(json.dumps(asdict(state), indent=1))
+    hashes = {name: sha256(folder / name) for name in (*files, STATE)}
+    (folder / MANIFEST).write_text(json.dumps(hashes, indent=1))
+
+
+def _copy(file: Path, into: Mapping[str, Tensor]) -> None:
+    """Fill tensors in place from a file that must hold exactly them."""
+    with safe_open(file, framework="pt") as tensors:
+        if wrong := set(tensors.keys()) ^ set(into):
+            raise IsthmusError(
+                f"{file} and the model do not hold the same tensors: {sorted(wrong)[:3]}",
+                "resume with the recipe that began the run, or name another output folder",
+            )
+        for key, tensor in into.items():
+            tensor.copy_(tensors.get_tensor(key))
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise IsthmusError(f"{file} cannot be read ({error})", "remove the folder to start the stage over") from None
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or a folder's entries are on the disk."""
+    with contextlib.suppress(PermissionError):  # Windows opens no folders
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

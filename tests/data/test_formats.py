@@ -1,0 +1,211 @@
+"""Users' files: what is right is read exactly, and every fault is found with its line and id."""
+
+from __future__ import annotations
+
+import base64
+import json
+from io import BytesIO
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image as Pillow
+
+from isthmus.data import formats
+from isthmus.types import DataError, Image, Text, Turn
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.png", "sub/b.png"):
+        Pillow.new("RGB", (2, 2)).save(folder / name)
+    Pillow.new("RGB", (2, 2)).save(tmp_path / "outside.png")
+    return folder
+
+
+def llava(question="<image>\nWhat?", answer="A fox.", **more):
+    said = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": "one", "image": "a.png", "conversations": said, **more}
+
+
+def chat(*messages, **more):
+    return {"messages": [{"role": role, "content": content} for role, content in messages], **more}
+
+
+def write(tmp_path, *records, lines=False):
+    path = tmp_path / ("data.jsonl" if lines else "data.json")
+    text = "\n".join(map(json.dumps, records)) if lines else json.dumps(list(records), indent=2)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_llava_json(tmp_path, images):
+    several = llava("first <image> second <image>", images=["sub/b.png", "a.png"], id=7)
+    del several["image"]
+    silent = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
+    path = write(tmp_path, llava(), several, silent)
+    one, two, three = formats.load(path, images)
+    assert one.turns == (
+        Turn("user", (Image(images / "a.png"), Text("\nWhat?"))),
+        Turn.say("assistant", "A fox."),
+    )
+    assert one.id == "one" and one.meta["line"] == 2
+    parts = Text("first "), Image(images / "sub/b.png"), Text(" second "), Image(images / "a.png")
+    assert two.turns[0].parts == parts and two.id == "7"
+    assert three.media == () and three.id.startswith("data:")
+
+
+def test_messages_jsonl(tmp_path, images):
+    buffer = BytesIO()
+    Pillow.new("RGB", (1, 1)).save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    parts = [
+        {"type": "text", "text": "look "},
+        {"type": "image_url", "image_url": {"url": "a.png"}},
+        {"type": "image", "image": "sub/b.png"},
+        {"type": "image_url", "image_url": {"url": url}},
+    ]
+    path = write(
+        tmp_path,
+        chat(("system", "Be brief."), ("user", parts), ("assistant", "yes"), meta={"route": 2}),
+        chat(("user", "<image>which?"), ("assistant", [{"type": "text", "text": "it"}]), images=["a.png"], id="x"),
+        lines=True,
+    )
+    one, two = formats.load(path, images)
+    assert [turn.role for turn in one.turns] == ["system", "user", "assistant"]
+    sources = [medium.source for medium in one.media]
+    assert sources == [images / "a.png", images / "sub/b.png", buffer.getvalue()]
+    assert one.meta["route"] == 2 and two.meta["line"] == 2
+    assert two.turns[0].parts == (Image(images / "a.png"), Text("which?"))
+
+
+FAULTS = {
+    "count low": (llava("What?"), "0 <image> in the text, 1 pictures", "once per picture"),
+    "count high": (llava("<image><image>"), "2 <image> in the text, 1 pictures", "once per picture"),
+    "missing file": (llava(image="no.png"), "no picture no.png", "check the path"),
+    "absolute": (llava(image="/etc/passwd"), "outside the images folder", "below it"),
+    "escape": (llava(image="sub/../../outside.png"), "outside the images folder", "below it"),
+    "nul": (llava(image="a\0.png"), "no picture", "check the path"),
+    "long": (llava(image="a" * 5000), "no picture", "check the path"),
+    "network": (llava(image="https://example.org/a.png"), "lies on the network", "download"),
+    "bad data url": (llava(image="data:image/png;base64,@@@"), "not base64", "data:image/png"),
+    "empty answer": (llava(answer=" \n"), "an answer is empty", "write the answer"),
+    "no answer": ({"conversations": [{"from": "human", "value": "hi"}]}, "no assistant turn", "add the answer"),
+    "nobody": ({"conversations": []}, "no assistant turn", "add the answer"),
+    "role": (chat(("tool", "x"), ("assistant", "y")), "unknown role 'tool'", "roles are"),
+    "twice": (chat(("user", "x"), ("user", "y"), ("assistant", "z")), "turn 2 is user", "alternate"),
+    "answer first": (chat(("assistant", "y")), "turn 1 is assistant", "alternate"),
+    "late system": (chat(("user", "x"), ("system", "y"), ("assistant", "z")), "turn 2 is system", "system first"),
+    "neither": ({"text": "hi"}, "neither conversations nor messages", "two forms"),
+    "no object": ("hi", "not an object", "conversations"),
+    "id": (llava(id=[1]), "id is neither", "text"),
+    "value": (llava(answer=3), "not a text", "string"),
+    "content": (chat(("user", 3)), "content is not a list", "array"),
+    "part": (chat(("user", [{"type": "video"}])), "unknown part 'video'", "text, image"),
+    "meta": (llava(meta=3), "meta is not", "meta"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("lines", [False, True])
+def test_every_fault_has_its_line_id_and_remedy(name, lines, tmp_path, images):
+    record, message, remedy = FAULTS[name]
+    path = write(tmp_path, llava(), record, llava(), lines=lines)
+    (fault,) = formats.check(path, images)
+    text = path.read_text().split("\n")
+    assert fault.line == (2 if lines else text.index("  },") + 2)  # where the first record's closing brace is passed
+    assert message in fault.message and remedy in fault.remedy
+    if isinstance(record, dict) and isinstance(record.get("id"), str):
+        assert fault.id == record["id"]
+    with pytest.raises(DataError) as caught:
+        formats.load(path, images)
+    assert f"line {fault.line}" in caught.value.cause and message in caught.value.cause
+    assert remedy in caught.value.remedy
+
+
+def test_check_collects_all_and_load_names_the_first_few(tmp_path, images):
+    path = write(tmp_path, *[llava("What?", id=f"r{number}") for number in range(10)], lines=True)
+    assert [fault.id for fault in formats.check(path, images)] == [f"r{number}" for number in range(10)]
+    with pytest.raises(DataError, match=r"r0.*r1.*r2.*10 faults in all") as caught:
+        formats.load(path, images)
+    assert "r3" not in caught.value.cause
+
+
+def test_without_an_images_folder_paths_start_from_the_file(tmp_path, images):
+    path = write(tmp_path, llava(image="images/a.png"), llava(image=str(tmp_path / "outside.png")))
+    first, second = formats.load(path, None)
+    assert first.media == (Image(tmp_path / "images/a.png"),)
+    assert second.media == (Image(tmp_path / "outside.png"),)
+
+
+def test_broken_files(tmp_path):
+    path = tmp_path / "data.json"
+    cases = {
+        b'{"messages": []}\n\xff\xfe': (2, "not UTF-8"),
+        b'[\n{"id": "a"},\n{"id" "b"}]': (3, "not JSON"),
+        b'[\n{"id": "a"}\n{"id": "b"}]': (3, "no comma"),
+        b'[\n{"id": "a"},\n': (3, "not JSON"),
+        b'[\n{"id": "a"}': (2, "no comma"),
+        b'{"id": "a"}\n{"id": ': (2, "not JSON"),
+        b"[" * 100_000: (1, "not JSON"),
+        b'{"id": ' + b"9" * 5000 + b"}": (1, "not JSON"),
+    }
+    for raw, (line, message) in cases.items():
+        path.write_bytes(raw)
+        last = formats.check(path, None)[-1]
+        assert (last.line, message in last.message) == (line, True), (raw[:40], last)
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match="no conversation"):
+        formats.load(path, None)
+    with pytest.raises(DataError, match="cannot be read"):
+        formats.check(tmp_path / "missing.json", None)
+
+
+def test_a_byte_order_mark_and_odd_line_separators_are_fine(tmp_path):
+    path = tmp_path / "data.jsonl"
+    record = json.dumps(chat(("user", "a\u2028b"), ("assistant", "c")), ensure_ascii=False)
+    path.write_text("\ufeff" + record + "\r\n\r\n" + record + "\r\n", encoding="utf-8")
+    assert [sample.meta["line"] for sample in formats.load(path, None)] == [1, 3]
+
+
+def test_turns_in_memory():
+    picture = Pillow.new("RGB", (1, 1))
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "an <image> is text here"}]
+    (turn,) = formats.turns([{"role": "user", "content": content}])
+    assert turn == Turn("user", (Image(picture), Text("an <image> is text here")))
+    with pytest.raises(DataError, match="holds no picture"):
+        formats.turns([{"role": "user", "content": [{"type": "image"}]}])
+    with pytest.raises(DataError, match="unknown role"):
+        formats.turns([{"role": "tool", "content": "x"}])
+
+
+JUNK = st.sampled_from([None, True, 0, -1.5, "", "user", "<image>", "a\0", [], [[]], [None], {}, {"type": "text"}])
+
+
+@st.composite
+def damaged(draw):
+    """A good record in which one value somewhere has become something else, or has gone."""
+    parts = [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "a.png"}}]
+    good = draw(st.sampled_from([llava(), chat(("user", parts), ("assistant", "y"), images=[], id="x")]))
+    root = {"record": json.loads(json.dumps(good))}
+    holder, key = root, "record"
+    while isinstance(holder[key], dict | list) and holder[key] and draw(st.integers(0, 3)):
+        holder = holder[key]
+        key = draw(st.sampled_from(sorted(holder) if isinstance(holder, dict) else range(len(holder))))
+    if draw(st.booleans()):
+        holder[key] = draw(JUNK)
+    else:
+        del holder[key]
+    return root.get("record", {})
+
+
+@given(st.lists(damaged(), min_size=1, max_size=3))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_damage_escapes_as_a_traceback(tmp_path, records):
+    path = write(tmp_path, *records)
+    faults = formats.check(path, tmp_path)
+    assert all(fault.message and fault.remedy for fault in faults)
+    if not faults:
+        assert len(formats.load(path, tmp_path)) == len(records)

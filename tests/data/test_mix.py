@@ -1,0 +1,147 @@
+"""The order of samples: pure in (seed, step), fair to the weights, and every item once per epoch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import permutations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from isthmus.data.mix import CYCLE, Batches, Mix, permuted
+from isthmus.types import ConfigError, DataError
+
+
+@given(st.integers(1, 300), st.integers(0, 5))
+def test_permuted_is_a_bijection(size, seed):
+    assert sorted(permuted(i, size, (seed,)) for i in range(size)) == list(range(size))
+
+
+def test_permuted_reaches_all_orders_about_equally_and_far_positions_at_once():
+    orders = Counter(tuple(permuted(i, 3, (seed,)) for i in range(3)) for seed in range(6000))
+    assert set(orders) == set(permutations(range(3)))
+    assert all(850 < count < 1150 for count in orders.values())  # 1000 each, σ ≈ 29
+    firsts = Counter(permuted(0, 50, (seed,)) * 5 // 50 for seed in range(5000))
+    assert all(850 < firsts[fifth] < 1150 for fifth in range(5))
+    assert 0 <= permuted(10**12 - 1, 10**12, (0,)) < 10**12
+
+
+def test_each_set_is_walked_once_per_epoch_in_a_new_order():
+    mix = Mix([range(30), range(7)], [1, 1], seed=3)
+    walks = {0: [], 1: []}
+    for index in range(120):
+        number, item = mix[index]
+        walks[number].append(item)
+    for number, size in ((0, 30), (1, 7)):
+        epochs = [walks[number][start : start + size] for start in range(0, 60 // size * size, size)]
+        assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+        assert epochs[0] != epochs[1] != list(range(size))
+    assert mix.epoch_length == 37
+
+
+def test_draws_are_pure_and_depend_on_the_seed():
+    sets, weights = [range(1000), range(50)], [0.7, 0.3]
+    one, again, other = Mix(sets, weights, 1), Mix(sets, weights, 1), Mix(sets, weights, 2)
+    far = [one[index] for index in range(100_000, 100_050)]
+    assert far == [again[index] for index in reversed(range(100_000, 100_050))][::-1]
+    assert far != [other[index] for index in range(100_000, 100_050)]
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=6), st.integers(0, 3 * CYCLE), st.integers(1, 2 * CYCLE))
+@settings(max_examples=50, deadline=None)
+def test_any_stretch_follows_the_weights(weights, start, length):
+    mix = Mix([range(10)] * len(weights), weights, seed=0)
+    counts = Counter(mix._cycle[index % len(mix._cycle)][0] for index in range(start, start + length))
+    for number, weight in enumerate(weights):
+        expected = length * weight / sum(weights)
+        rounding = length * (len(weights) / CYCLE)  # weights are multiples of 1 / CYCLE
+        assert abs(counts[number] - expected) <= 1 + len(weights) + rounding
+
+
+def test_a_tiny_weight_is_still_drawn():
+    mix = Mix([range(10), range(10)], [1e6, 1], seed=0)
+    assert Counter(number for number, _ in mix._cycle) == {0: CYCLE - 1, 1: 1}
+
+
+def test_refusals():
+    with pytest.raises(DataError, match="set 1 of the mix is empty"):
+        Mix([range(3), []], [1, 1], 0)
+    for weights in ([], [1], [1, 0]):
+        with pytest.raises(ConfigError, match="positive weight"):
+            Mix([range(3), range(3)], weights, 0)
+    mix = Mix([range(3)], [1], 0)
+    with pytest.raises(ConfigError, match="needs the samples' lengths"):
+        Batches(mix, 2)
+    with pytest.raises(ConfigError, match="without work"):
+        Batches(mix, 2, "shuffled", world_size=3)
+    with pytest.raises(ConfigError, match="without lengths"):
+        Batches(mix, 2, "shuffled").padding_share(range(3))
+
+
+def length(ref):
+    """Between 10 and 209, unrelated to the order of the set."""
+    return 10 + ref[1] * 7919 % 200
+
+
+MIX = Mix([range(1000), range(300)], [2, 1], seed=5)
+BATCHINGS = st.sampled_from(["bucketed", "shuffled", "packed"])
+
+
+def batches(batching, **options):
+    return Batches(MIX, 8, batching, length, window=6, max_length=400, **options)
+
+
+@given(BATCHINGS, st.integers(0, 40), st.integers(0, 3))
+@settings(deadline=None)
+def test_a_step_is_pure(batching, step, seed):
+    fresh, used = batches(batching, seed=seed), batches(batching, seed=seed)
+    for other in (step + 9, step, 0):
+        used.rows(other)
+    assert fresh.rows(step) == used.rows(step)
+    assert fresh[step] == [ref for row in fresh.rows(step) for ref in row]
+
+
+@given(BATCHINGS, st.integers(1, 4))
+@settings(deadline=None)
+def test_a_window_holds_each_of_its_draws_once_whatever_the_ranks(batching, world_size):
+    ranks = [batches(batching, world_size=world_size, rank=rank) for rank in range(world_size)]
+    seen = [ref for step in range(6, 12) for rank in ranks for ref in rank[step]]
+    assert sorted(seen) == sorted(MIX[index] for index in range(6 * 8, 12 * 8))
+    if batching != "packed":
+        assert all(sum(len(rank[step]) for rank in ranks) == 8 for step in range(12))
+
+
+def test_bucketing_pads_less_and_still_shuffles():
+    made = {name: Batches(MIX, 8, name, length, max_length=400) for name in ("shuffled", "bucketed", "packed")}
+    share = {name: some.padding_share(range(64)) for name, some in made.items()}
+    assert share["shuffled"] > 0.3 and share["bucketed"] < 0.05 and share["packed"] < 0.05
+    longest = [max(map(length, batches("bucketed")[step])) for step in range(6)]
+    assert longest != sorted(longest)
+    assert batches("bucketed", seed=1)[0] != batches("bucketed", seed=2)[0]
+
+
+def test_padding_share_by_hand():
+    lengths = {0: 10, 1: 30}
+    pair = Batches(Mix([range(2)], [1], 0), 2, "bucketed", lambda ref: lengths[ref[1]], window=1)
+    assert pair.padding_share(range(1)) == pytest.approx(20 / 60)
+
+
+def test_packed_rows_hold_whole_samples_within_the_limits():
+    packed = batches("packed", media=lambda ref: 1, max_media=3)
+    for step in range(30):
+        for row in packed.rows(step):
+            assert sum(map(length, row)) <= 400 and len(row) <= 3
+
+
+def test_short_samples_leave_no_rank_of_a_packed_step_without_work():
+    ranks = [Batches(MIX, 8, "packed", lambda ref: 5, 6, world_size=4, rank=rank) for rank in range(4)]
+    assert all(rank[step] for rank in ranks for step in range(12))
+
+
+@pytest.mark.parametrize("batching", ["bucketed", "packed", "shuffled"])
+def test_samples_of_length_zero_are_left_out(batching):
+    short = Batches(MIX, 8, batching, lambda ref: 0 if ref[1] % 2 else 10, window=6)
+    assert all(item % 2 == 0 for step in range(12) for _, item in short[step])
+    with pytest.raises(DataError, match="step 0 is empty"):
+        Batches(MIX, 8, batching, lambda ref: 0)[0]

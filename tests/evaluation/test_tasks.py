@@ -1,0 +1,181 @@
+"""Tasks ask what they say, under every condition, and keep and reuse what was answered."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fake_vlm import FakeCollator, FakeRenderer, FakeVLM
+from PIL import Image as Pillow
+
+from isthmus import config
+from isthmus.config import TaskConfig
+from isthmus.data import sets
+from isthmus.evaluation import answers, tasks
+from isthmus.evaluation.score import RULE, Scorer
+from isthmus.evaluation.tasks import Choice, Cut, Generate, Likelihood, item, named, plain, run
+from isthmus.types import Box, ConfigError, DataError, Image, Sample, Tag, Turn
+
+
+def sample(place: int, choices: tuple[str, ...] = ("yes", "no", "maybe")) -> Sample:
+    picture = Image(Pillow.new("RGB", (4, 4), (place * 20 % 256, 40, 200 - place)))
+    return Sample(
+        (Turn.say("user", picture, f"Is it {place}?"), Turn.say("assistant", choices[place % len(choices)])),
+        id=f"s{place}",
+        meta={"choices": choices, "answer": choices[place % len(choices)], "cluster": f"c{place // 2}", "kind": "odd"},
+    )
+
+
+ITEMS = tuple(item(sample(place)) for place in range(6))
+
+
+@pytest.fixture(scope="module")
+def model() -> FakeVLM:
+    return FakeVLM()
+
+
+def scorer(model: FakeVLM, reply: object = None) -> Scorer:
+    renderer = FakeRenderer()
+    return Scorer(model, renderer, FakeCollator(renderer), reply=reply, batch_size=4)  # type: ignore[arg-type]
+
+
+def test_item_takes_the_answer_out_of_the_prompt() -> None:
+    one = item(sample(1))
+    assert [turn.role for turn in one.prompt.turns] == ["user"]
+    assert (one.answer, one.choices, one.cluster, one.kind) == ("no", ("yes", "no", "maybe"), "c0", "odd")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        sample(0).but(turns=sample(0).turns[:1]),
+        sample(0).but(meta={"choices": ("a", "b"), "answer": "c"}),
+        sample(0).but(meta={"choices": ("a", "a"), "answer": "a"}),
+    ],
+)
+def test_item_refuses_what_cannot_be_scored(broken: Sample) -> None:
+    with pytest.raises(DataError, match="s0"):
+        item(broken)
+
+
+def test_plain_shows_all_parts() -> None:
+    turn = Turn("user", (Image("x.png"), Tag("cat"), Box((0, 0, 0.5, 1))))
+    assert plain(Sample((turn, Turn.say("assistant", "yes")))) == (
+        "user: <image> cat [0.000,0.000,0.500,1.000]\nassistant: yes"
+    )
+
+
+def test_choice_predicts_the_likeliest(model: FakeVLM) -> None:
+    task = Choice("t", ITEMS, (Cut("T"),))
+    found = run(task, scorer(model))
+    direct = scorer(model).likelihoods([one.question for one in ITEMS])
+    for one, prediction, scores in zip(ITEMS, found, direct, strict=True):
+        assert prediction.scores == pytest.approx(scores.values)
+        assert prediction.prediction == one.choices[max(range(3), key=lambda n: scores.values[n])]
+        assert prediction.right == (prediction.prediction == one.answer)
+        assert (prediction.id, prediction.cluster, prediction.kind) == (one.prompt.id, one.cluster, "odd")
+        assert prediction.prompt.startswith("user: <image> Is it")
+    assert RULE in task.rule
+
+
+def test_controls_change_the_picture_that_is_scored(model: FakeVLM) -> None:
+    task = Choice("t", ITEMS, (Cut("T"),))
+    real, blank, other = (run(task, scorer(model), control=c) for c in (None, "blind", "shuffled"))  # type: ignore[arg-type]
+    assert {p.control for p in blank} == {"blind"} and {p.control for p in other} == {"shuffled"}
+    for one, two, three in zip(real, blank, other):
+        assert len({one.scores, two.scores, three.scores}) == 3
+        assert one.answer == two.answer == three.answer
+    same = [replace(one, prompt=ITEMS[0].prompt.but(id=one.prompt.id)) for one in ITEMS]
+    with pytest.raises(DataError, match="same picture"):
+        run(Choice("t", tuple(same), (Cut("T"),)), scorer(model), control="shuffled")
+
+
+def test_joint_alone_leaves_the_llm_out(model: FakeVLM) -> None:
+    model.tokens_run = 0
+    found = run(Choice("t", ITEMS, (Cut("T"),), cosine=True), scorer(model), control="cosine")
+    assert model.tokens_run == 0
+    assert all(-1 <= score <= 1 for prediction in found for score in prediction.scores)
+    with pytest.raises(ConfigError, match="no choices"):
+        run(Likelihood("t", ITEMS, (Cut("T"),)), scorer(model), control="cosine")
+
+
+def test_likelihood_scores_the_reference_alone(model: FakeVLM) -> None:
+    found = run(Likelihood("t", ITEMS, (Cut("T"),)), scorer(model))
+    for one, prediction in zip(ITEMS, found, strict=True):
+        (only,) = scorer(model).likelihoods([replace(one.question, choices=(one.answer,))])
+        assert prediction.scores == pytest.approx(only.values)
+        assert prediction.tokens == len(one.answer) + 1 and prediction.right is None
+
+
+def test_generate_scores_free_replies_in_three_states(model: FakeVLM) -> None:
+    said = iter(["Yes!", "I think no", "perhaps", None, "", "maybe"])
+
+    def reply(samples: Sequence[Sample]) -> list[str | None]:
+        assert all(one.turns[-1].role == "user" for one in samples)
+        return [next(said) for _ in samples]
+
+    task = Generate("t", ITEMS, (Cut("T"),))
+    assert [p.right for p in run(task, scorer(model, reply))] == [True, True, False, None, False, True]
+    with pytest.raises(ConfigError, match="free replies"):
+        run(task, scorer(model))
+
+
+def test_predictions_are_kept_and_reused(model: FakeVLM, tmp_path: Path) -> None:
+    task = Choice("t", ITEMS, (Cut("T"),))
+    settings = {"weights": "w1"}
+    first = run(task, scorer(model), control="blind", folder=tmp_path, settings=settings)
+    assert answers.read(tmp_path / "t.blind.jsonl")[0].settings == settings
+    model.tokens_run = 0
+    heard: list[int] = []
+    again = run(task, scorer(model), control="blind", folder=tmp_path, settings=settings, advance=heard.append)
+    assert again == first and model.tokens_run == 0 and sum(heard) == len(ITEMS)
+    run(task, scorer(model), control="blind", folder=tmp_path, settings={"weights": "w2"})
+    assert model.tokens_run > 0
+    model.tokens_run = 0
+    fewer = Choice("t", ITEMS[:4], (Cut("T"),))
+    assert len(run(fewer, scorer(model), control="blind", folder=tmp_path, settings={"weights": "w2"})) == 4
+    assert model.tokens_run > 0
+
+
+def test_unknown_task_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'counting'"):
+        named("countin")
+
+
+NAMES = ("naming", "naming-free", "easy-vqa", "presence", "counting", "relation", "colour", "caption")
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[config.Source]:
+    """Every set that is opened; each holds 700 samples of two kinds."""
+    seen: list[config.Source] = []
+
+    def open_set(source: config.Source, seed: int) -> list[Sample]:
+        seen.append(source)
+        made = [sample(place) for place in range(700)]
+        return [one.but(meta={**one.meta, "kind": "yesno" if n % 4 else "open"}) for n, one in enumerate(made)]
+
+    monkeypatch.setattr(sets, "open_set", open_set)
+    return seen
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_named_tasks_take_500_items_or_the_limit(name: str, opened: list[config.Source]) -> None:
+    task = named(name)(TaskConfig(name=name), 0)
+    assert task.name == name and len(task.items) == 500
+    assert len(named(name)(TaskConfig(name=name, limit=40), 0).items) == 40
+    assert task == named(name)(TaskConfig(name=name), 0)
+    assert opened[0].split == ("unseen" if name.startswith("naming") else "test")
+    assert task.cosine == (name == "naming")
+
+
+def test_easy_vqa_is_drawn_from_all_of_the_test_set_and_cut_twice(opened: list[config.Source]) -> None:
+    task = named("easy-vqa")(TaskConfig(name="easy-vqa", limit=100), 7)
+    places = [int(one.prompt.id[1:]) for one in task.items]
+    assert places == sorted(random.Random(7).sample(range(700), 100))
+    total, without = task.cuts
+    assert total.takes("yesno") and total.takes("open") and without.takes("open") and not without.takes("yesno")
+    assert set(tasks._TASKS) == set(NAMES)
