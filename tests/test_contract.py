@@ -382,11 +382,11 @@ def test_generation_from_the_processors_tensors_equals_that_from_a_batch(joint, 
     talk = [{"role": "user", "content": [{"type": "image", "image": picture(1).source}, {"type": "text", "text": "?"}]}]
     inputs = model.processor.apply_chat_template(talk)
     batch = model.processor.prompts([Sample((Turn.say("user", picture(1), "?"),))])
-    greedy = {"max_new_tokens": 5, "do_sample": False}
-    found = model.generate(**inputs, **greedy)
-    assert torch.equal(found, model.generate(batch, **greedy))
+    greedy = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    found, expected = model.generate(**inputs, **greedy), model.generate(batch, **greedy)
+    assert torch.equal(found.sequences, expected.sequences) and torch.equal(found.logits[0], expected.logits[0])
     blind = model.generate(**{**inputs, "pixel_values": torch.zeros_like(inputs["pixel_values"])}, **greedy)
-    assert not torch.equal(found, blind)
+    assert (blind.logits[0] - found.logits[0]).abs().max() > 1e-3
 
 
 @every
@@ -437,14 +437,15 @@ def test_recomputed_gradients_equal_plain_ones(joint, family):
     collator = model.processor.collator()
     batches = [collator(MIX[:2]), collator(MIX[1:])]
     calls: list[int] = []
-    sites.layers(model.llm).modules[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    inside = sites.attention(sites.layers(model.llm).modules[0])  # hooks of the layer itself run outside the checkpoint
+    inside.register_forward_pre_hook(lambda *_: calls.append(1))
     step.ready()
     plain = backward(step, batches)
     assert len(calls) == 2
     step.recompute()
     step.ready()
     again = backward(step, batches)
-    assert len(calls) == 6, "the layer ran twice per forward"
+    assert len(calls) == 6, "the layer runs twice per forward"
     assert plain.keys() == again.keys() and any("connectors" in name for name in plain)
     for name in plain:
         assert torch.equal(plain[name], again[name]), name
@@ -537,7 +538,7 @@ def test_merged_lora_equals_unmerged(joint, family):
     unmerged = logits(model, batch)
     assert (unmerged - before).abs().max() > 1e-3
     lora.merge(model, "sft")
-    torch.testing.assert_close(logits(model, batch), unmerged, atol=2e-5, rtol=2e-5)
+    close(logits(model, batch) / unmerged.abs().max(), unmerged / unmerged.abs().max())
 
 
 @every

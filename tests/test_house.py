@@ -12,7 +12,7 @@ ROOT = Path(isthmus.__file__).parent
 
 FLOORS: list[set[str]] = [
     {"types", "errors", "config", "assets", "torchfile"},
-    {"graft", "lora", "sites", "fuse", "tokens", "objectives", "data"},
+    {"graft", "lora", "sites", "fuse", "tokens", "kernels", "objectives", "data"},
     {"encoders", "connectors", "generators"},
     {"aligner", "parts", "processor"},
     {"aligners", "model", "generation", "storage", "assembly"},
@@ -20,6 +20,7 @@ FLOORS: list[set[str]] = [
     {"training"},
     {"planning"},
     {"evaluation", "speakers", "compress", "federate", "serving", "apps"},
+    {"experiment"},
     {"recipes"},
     {"cli"},
 ]

@@ -10,6 +10,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from isthmus.graft import Graft
@@ -99,9 +100,8 @@ class Aligner:
 
 def known() -> dict[str, str]:
     """Every aligner's name and its module: files of `isthmus.aligners` and the entry-point group of that name."""
-    import isthmus.aligners as package
-
-    inside = {m.name: f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(package.__path__)}
+    folder = Path(__file__).with_name("aligners")
+    inside = {module.name: f"isthmus.aligners.{module.name}" for module in pkgutil.iter_modules([str(folder)])}
     outside = {point.name: point.value for point in entry_points(group="isthmus.aligners")}
     return outside | inside
 

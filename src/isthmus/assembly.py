@@ -44,7 +44,7 @@ def compose(recipe: Recipe, dtype: torch.dtype = torch.float32) -> VLM:
         model = VLM(config, llm, encoders)
         model.aligner.birth(model)
     tokenizer = parts.tokenizer(recipe.llm)
-    model.processor = VLMProcessor.of(model, tokenizer)
+    model.processor = VLMProcessor.of(model, tokenizer, recipe.system)
     return model.eval()
 
 

@@ -65,7 +65,8 @@ class LLMConfig(Frozen):
 
     source: str = "smollm2-135m-instruct"
     revision: str | None = None
-    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
+    attention: Literal["isthmus", "sdpa", "eager", "flex_attention", "flash_attention_2"] = "isthmus"
+    """transformers' attention kernel; `isthmus` is sdpa but for short rows on a CPU (see `kernels`)."""
     architecture: dict[str, Any] | None = None
     """The source's own config, inline, so that `plan` needs neither hub nor folder."""
 
@@ -211,6 +212,8 @@ class Recipe(Frozen):
     more_encoders: dict[Literal["video", "audio"], OneEncoder] = Field(default_factory=dict)
     llm: Annotated[LLMConfig, _named("source")] = LLMConfig()
     aligner: Annotated[AlignerConfig, _named("name")] = AlignerConfig()
+    system: str | None = None
+    """The system turn of conversations that have none; None leaves it to the LLM's chat template."""
     stages: tuple[Stage, ...] = ()
     eval: tuple[OneTask, ...] = ()
     seed: int = 0

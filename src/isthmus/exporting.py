@@ -6,6 +6,7 @@ is refused by name.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,18 +139,18 @@ def to_llava(ours: VLM) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
                 f"transformers' LLaVA cannot hold this model: {reason}", "keep it as it is; `load` reads it"
             )
     chosen = ours.config.encoder("image")
-    tokenizer = ours.processor.tokenizer
+    tokenizer, text = copy.deepcopy((ours.processor.tokenizer, ours.llm.config))  # both get the marker below
     tokenizer.add_special_tokens({"additional_special_tokens": [MARKER]})
     image_token = tokenizer.convert_tokens_to_ids(MARKER)
     strategy = "default" if chosen.class_token == "drop" else "full"
     config = LlavaConfig(
         vision_config=encoder.tower.config,
-        text_config=ours.llm.config,
+        text_config=text,
         image_token_index=image_token,
         image_seq_length=encoder.tokens,
         vision_feature_layer=int(chosen.layer),
         vision_feature_select_strategy=strategy,
-        tie_word_embeddings=ours.llm.config.tie_word_embeddings,
+        tie_word_embeddings=text.tie_word_embeddings,
     )
     theirs = LlavaForConditionalGeneration(config).eval()
     theirs.model.vision_tower.load_state_dict(encoder.tower.state_dict())
@@ -157,7 +158,7 @@ def to_llava(ours: VLM) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     theirs.lm_head.load_state_dict(ours.llm.get_output_embeddings().state_dict())
     theirs.model.multi_modal_projector.linear_1.load_state_dict(joint.layers[0].state_dict())
     theirs.model.multi_modal_projector.linear_2.load_state_dict(joint.layers[2].state_dict())
-    if image_token >= config.text_config.vocab_size:
+    if image_token >= text.vocab_size:
         theirs.resize_token_embeddings(image_token + 1, mean_resizing=False)
     theirs.generation_config = ours.generation_config
     processor = LlavaProcessor(

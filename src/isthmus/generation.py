@@ -154,9 +154,7 @@ class Generation(GenerationMixin):
         num_new_tokens: int = 1,
     ) -> dict[str, Any]:
         """Carry modality and route along over the whole row: what is generated is text of the same route."""
-        updated = super()._update_model_kwargs_for_generation(
-            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
-        )
+        updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
         if self.config.is_encoder_decoder:  # its decoder reads the route of the prompt, and nothing that grows
             return updated
         updated["modality"] = nn.functional.pad(updated["modality"], (0, num_new_tokens))

@@ -238,9 +238,7 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
         )
         return states.last_hidden_state, side, positions_BT
 
-    def _side(
-        self, new: int, segment_BS: Tensor, modality_BS: Tensor, route_BS: Tensor | None, past: Past
-    ) -> Side:
+    def _side(self, new: int, segment_BS: Tensor, modality_BS: Tensor, route_BS: Tensor | None, past: Past) -> Side:
         """What layers may need for the last `new` positions of the row."""
         segment_BT, modality_BT = segment_BS[:, -new:], modality_BS[:, -new:]
         side = Side(modality_BT, segment_BT, None if route_BS is None else route_BS[:, -new:], past.vision_BKQD)

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from isthmus import assets
+from isthmus import assets, kernels
 from isthmus.config import EncoderConfig, LLMConfig
 from isthmus.encoders import Encoder, hf, lite
 from isthmus.types import ConfigError, IsthmusError
@@ -105,18 +105,28 @@ def load_llm(config: LLMConfig, dtype: torch.dtype) -> PreTrainedModel:
     architecture = AutoConfig.from_pretrained(path)
     with hf.quiet():
         return _auto(architecture).from_pretrained(
-            path, dtype=dtype, attn_implementation=config.attention, use_safetensors=True
+            path, dtype=dtype, attn_implementation=_kernel(architecture, config.attention), use_safetensors=True
         )
 
 
-def empty_llm(architecture: PreTrainedConfig, attention: str) -> PreTrainedModel:
-    """An LLM's structure; its weights come from a checkpoint."""
-    return _auto(architecture).from_config(architecture, attn_implementation=attention)
+def empty_llm(architecture: PreTrainedConfig, attention: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """An LLM's structure; its weights come from a checkpoint.
+
+    Born in `dtype`, not converted to it: rotary frequencies keep the float32 that they have in a loaded LLM.
+    """
+    return _auto(architecture).from_config(
+        architecture, attn_implementation=_kernel(architecture, attention), dtype=dtype
+    )
 
 
 def tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
     """The LLM's own tokenizer and chat template."""
     return AutoTokenizer.from_pretrained(folder(config.source, config.revision))
+
+
+def _kernel(architecture: PreTrainedConfig, attention: str) -> str:
+    """Encoder-decoders add position biases to their scores, which our kernel does not know of."""
+    return "sdpa" if attention == kernels.NAME and architecture.is_encoder_decoder else attention
 
 
 def _auto(architecture: PreTrainedConfig) -> Any:
@@ -149,9 +159,14 @@ def load_encoder(config: EncoderConfig, dtype: torch.dtype) -> Encoder:
     return hf.load(config, path, source, dtype)
 
 
-def empty_encoder(config: EncoderConfig, architecture: dict[str, Any], checkpoint: Path | None = None) -> Encoder:
+def empty_encoder(
+    config: EncoderConfig,
+    architecture: dict[str, Any],
+    checkpoint: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Encoder:
     """An encoder's structure; its weights and processor come from a checkpoint, or it is only planned with."""
     source = {"source": config.source, "weights": str(checkpoint)}
     if config.source == EMBEDDED_ENCODER:
-        return lite.EfficientNetLite(config, source)
-    return hf.empty(config, architecture, hf.processor(checkpoint) if checkpoint else None, source)
+        return lite.EfficientNetLite(config, source).to(dtype)
+    return hf.empty(config, architecture, hf.processor(checkpoint) if checkpoint else None, source, dtype)

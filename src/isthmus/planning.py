@@ -10,7 +10,8 @@ import torch
 from isthmus import parts
 from isthmus.config import Recipe
 from isthmus.model import VLM, VLMConfig
-from isthmus.training.optimizer import prepare
+from isthmus.training import optimizer
+from isthmus.training.step import Step
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def plan(recipe: Recipe) -> Plan:
     whole = count(model)
     stages = []
     for stage in recipe.stages:
-        prepare(model, stage)
+        optimizer.choose(Step(model, stage.objectives), stage)
         trained = count(model, trained=True)
         stages.append(StagePlan(stage.name, sum(trained.values()), trained))
     return Plan(recipe.name, whole, tokens, tuple(stages))

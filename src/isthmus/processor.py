@@ -6,7 +6,7 @@ It speaks two languages over one renderer: ours (`Sample`, `Batch`) and transfor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from isthmus.data import chat, collate, formats, media
-from isthmus.types import Batch, DataError, Features, Layout, Medium, Sample
+from isthmus.types import Batch, DataError, Features, Image, Layout, Medium, Sample
 
 if TYPE_CHECKING:
     from isthmus.model import VLM
@@ -31,6 +31,7 @@ class VLMProcessor(ProcessorMixin):
         placeholders: per kind, the token id that media vectors overwrite.
         aspect: how pictures become square.
         template: `chat` or `plain` (see `Stage.template`).
+        system: the system turn of conversations that have none.
         decoder_start: the first id of an encoder-decoder's decoder; None for a decoder alone.
     """
 
@@ -42,15 +43,16 @@ class VLMProcessor(ProcessorMixin):
         placeholders: dict[str, int] | None = None,
         aspect: str = "pad",
         template: str = "chat",
+        system: str | None = None,
         decoder_start: int | None = None,
         chat_template: str | None = None,
     ):
         self.layouts, self.placeholders = layouts or {}, placeholders or {}
-        self.aspect, self.template, self.decoder_start = aspect, template, decoder_start
+        self.aspect, self.template, self.system, self.decoder_start = aspect, template, system, decoder_start
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
-    def of(cls, model: VLM, tokenizer: PreTrainedTokenizerBase) -> VLMProcessor:
+    def of(cls, model: VLM, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> VLMProcessor:
         """The processor of a freshly composed model."""
         layouts = {kind: model.aligner.layout(kind, model.queries(kind)) for kind in model.encoders}
         return cls(
@@ -59,6 +61,7 @@ class VLMProcessor(ProcessorMixin):
             layouts={kind: vars(layout) for kind, layout in layouts.items()},
             placeholders={kind: model.placeholder(kind) for kind in model.encoders},
             aspect=model.config.encoder("image").aspect,
+            system=system,
             decoder_start=model.config.text_config.decoder_start_token_id if model.config.is_encoder_decoder else None,
             chat_template=tokenizer.chat_template,
         )
@@ -73,6 +76,7 @@ class VLMProcessor(ProcessorMixin):
             layouts,
             self.placeholders,
             template=template or self.template,
+            system=self.system,
             decoder_start=self.decoder_start,
         )
 
@@ -85,7 +89,7 @@ class VLMProcessor(ProcessorMixin):
         self, look: collate.Look | None = None, template: str | None = None, **settings: Any
     ) -> collate.Collator:
         """A collator for this model; `settings` are those of `data.collate.Collator`."""
-        return collate.Collator(self.renderer(template), look or self.look, self.pad, **settings)
+        return collate.Collator(self.renderer(template), self.look if look is None else look, self.pad, **settings)
 
     def prompts(self, samples: Sequence[Sample], look: collate.Look | None = None) -> Batch:
         """A left-padded batch that ends where the assistant is to speak."""
@@ -115,15 +119,17 @@ class VLMProcessor(ProcessorMixin):
         markers = sum(string.count(MARKER) for string in texts)
         if markers != len(pictures):
             raise DataError(f"{markers} {MARKER} markers for {len(pictures)} pictures", "write one marker per picture")
-        rows = [self._ids(string) for string in texts]
-        width = max(len(ids) for ids, _ in rows)
-        ids_BT = torch.tensor([[self.pad] * (width - len(ids)) + ids for ids, _ in rows])
-        mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in rows])
-        inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
+        renderer, left = self.renderer(), iter(pictures)
+        rows = [renderer.render_string(_interleave(string, left)) for string in texts]
+        width = max(len(row.ids) for row in rows)
+        gaps = [width - len(row.ids) for row in rows]
+        inputs = {
+            "input_ids": torch.tensor([[self.pad] * gap + row.ids for gap, row in zip(gaps, rows)]),
+            "attention_mask": torch.tensor([[0] * gap + [1] * len(row.ids) for gap, row in zip(gaps, rows)]),
+        }
         if pictures:
-            opened = [media.pixels(media.open_image(p), self.image_processor, self.aspect) for p in pictures]
-            inputs["pixel_values"] = torch.stack(opened)
-            at = [(row, width - len(ids) + start) for row, (ids, starts) in enumerate(rows) for start in starts]
+            inputs["pixel_values"], _ = self.look("image", [image for row in rows for image in row.media])
+            at = [(index, gaps[index] + start) for index, row in enumerate(rows) for start, _ in row.spans]
             inputs["image_at"] = torch.tensor(at)
         return BatchFeature(inputs, tensor_type=return_tensors)
 
@@ -147,19 +153,11 @@ class VLMProcessor(ProcessorMixin):
     def batch_decode(self, rows: Any, **options: Any) -> list[str]:
         return [self.decode(row, **options) for row in rows]
 
-    def _ids(self, string: str) -> tuple[list[int], list[int]]:
-        """A plain string's ids, and the column at which each of its pictures starts."""
-        layout = Layout(**self.layouts["image"])
-        first, *others = string.split(MARKER)
-        ids, starts = self._plain(first), []
-        for piece in others:
-            ids += self._plain(layout.before)
-            starts.append(len(ids))
-            ids += [self.placeholders["image"]] * layout.count + self._plain(layout.after) + self._plain(piece)
-        return ids, starts
 
-    def _plain(self, string: str) -> list[int]:
-        return self.tokenizer.encode(string, add_special_tokens=False) if string else []
+def _interleave(string: str, pictures: Iterator[Any]) -> list[str | Image]:
+    """The pieces of a string with the next pictures in place of its markers."""
+    first, *others = string.split(MARKER)
+    return [first, *(part for piece in others for part in (Image(next(pictures)), piece))]
 
 
 def _list(ids: Any) -> list[int]:

@@ -11,6 +11,7 @@ import fnmatch
 import hashlib
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,24 +32,37 @@ MANIFEST = "manifest.json"
 
 
 def save(model: VLM, folder: Path, whole: bool) -> None:
-    """Write config, weights, generation settings, processor and a manifest of hashes."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write config, weights, generation settings, processor and a manifest of hashes.
+
+    All of it is written beside the final place first, so that a full disk leaves an earlier save as it was.
+
+    Raises:
+        IsthmusError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
+            _write(model, Path(staging), whole)
+            for old in folder.glob("model*.safetensors*"):
+                old.unlink()
+            for new in Path(staging).iterdir():
+                new.replace(folder / new.name)
+    except Exception as error:  # writers in Rust raise plain Exceptions when the disk is full
+        raise IsthmusError(
+            f"{folder}: cannot be written ({error})", "free some space or name another folder"
+        ) from error
+
+
+def _write(model: VLM, folder: Path, whole: bool) -> None:
     model.config.whole = whole
     model.config.architectures = [type(model).__name__]
     model.config.dtype = sites_dtype(model)
     kept = stored(model, whole)
     state = {key: tensor for key, tensor in model.state_dict().items() if key in kept}
-    for old in folder.glob("model*.safetensors*"):
-        old.unlink()
-    try:
-        save_torch_state_dict(state, folder, max_shard_size="5GB")
-        model.config.save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
-        model.processor.save_pretrained(folder)
-    except OSError as error:
-        raise IsthmusError(
-            f"{folder}: cannot be written ({error.strerror})", "free some space or name another folder"
-        ) from None
+    save_torch_state_dict(state, folder, max_shard_size="5GB")
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    model.processor.save_pretrained(folder)
     hashes = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
     (folder / MANIFEST).write_text(json.dumps(hashes, indent=1))
 
@@ -60,14 +74,20 @@ def load(cls: type[VLM], source: str | Path, dtype: torch.dtype | str, revision:
         raise IsthmusError(
             f"{folder}: no config.json", "name a directory that `isthmus train` or save_pretrained wrote"
         )
+    kind = _read_json(folder / "config.json").get("model_type")
+    if kind != cls.config_class.model_type:
+        raise IsthmusError(
+            f"{folder} is a {kind} model, not a joint one",
+            "name it as a recipe's llm or encoder, or read it with `isthmus import`",
+        )
     config = cls.config_class.from_pretrained(folder)
     if isinstance(dtype, str):
         dtype = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     llm_config = LLMConfig(**config.llm["config"])
     if config.whole:
-        llm = parts.empty_llm(config.text_config, llm_config.attention).to(dtype)
+        llm = parts.empty_llm(config.text_config, llm_config.attention, dtype)
         encoders = {
-            kind: parts.empty_encoder(config.encoder(kind), entry["architecture"], folder).to(dtype)
+            kind: parts.empty_encoder(config.encoder(kind), entry["architecture"], folder, dtype)
             for kind, entry in config.encoders.items()
         }
     else:
@@ -113,7 +133,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     if not files:
         raise IsthmusError(f"{folder}: no safetensors weights", "is this the directory of a finished stage?")
     manifest = folder / MANIFEST
-    hashes = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    hashes = _read_json(manifest) if manifest.is_file() else {}
     state: dict[str, torch.Tensor] = {}
     for file in files:
         if file.name in hashes and sha256(file) != hashes[file.name]:
@@ -129,6 +149,16 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     if lost := set(hashes) - {file.name for file in files}:
         raise IsthmusError(f"{folder / min(lost)}: missing", "copy it again, or use an earlier checkpoint")
     return state
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        tree = None
+    if not isinstance(tree, dict):
+        raise IsthmusError(f"{file}: damaged (not a JSON object)", "copy it again, or use an earlier checkpoint")
+    return tree
 
 
 def sha256(file: Path) -> str:

@@ -77,10 +77,10 @@ def preview(
     chosen = recipe_of(recipe, overrides)
     leg = chosen.stage(stage) if stage else chosen.stages[-1]
     renderer = compose(chosen).processor.renderer(leg.template)
-    mix = mix_of(leg, chosen.seed)
+    data = mix_of(leg, chosen.seed)
     console = Console(highlight=False)
     for index in range(count):
-        sample = mix.sample(mix[index])
+        sample = data.sample(data.mix[index])
         console.print(f"[bold]{sample.id}[/bold]")
         console.print(renderer.preview(renderer.render(sample.turns)), end="\n\n")
 

@@ -60,14 +60,17 @@ def examine() -> dict[str, tuple[str, str]]:
     import torch
 
     from isthmus import assets
-    from isthmus.training.optimizer import fast_dtype
+    from isthmus.training.machine import arithmetic
 
     found = {"python": ("ok", platform.python_version())}
     for package in ("torch", "transformers", "safetensors", "tokenizers"):
         found[package] = ("ok", version(package))
     found["torchvision"] = _torchvision()
     found["accelerator"] = ("ok", str(torch.accelerator.current_accelerator() or "none: the CPU it is"))
-    found["arithmetic"] = ("ok", f"dtype=auto means {str(fast_dtype(torch.device('cpu'))).removeprefix('torch.')} here")
+    found["arithmetic"] = (
+        "ok",
+        f"dtype=auto means {str(arithmetic('auto', torch.device('cpu'))).removeprefix('torch.')} here",
+    )
     free = shutil.disk_usage(assets.home().parent if not assets.home().exists() else assets.home()).free / 1e9
     found["disk"] = ("ok" if free > 5 else "note", f"{free:.0f} GB free at {assets.home()}; the demo takes about 3")
     missing = assets.missing("demo")

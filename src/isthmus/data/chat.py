@@ -52,6 +52,7 @@ class Renderer:
         layouts: how a medium of each kind appears; a function of the medium where pictures differ in length.
         placeholders: the token id that stands for one vector of each kind.
         template: `chat` is the tokenizer's own (or `FALLBACK`); `plain` is LLaVA's first stage: media, answer, end.
+        system: the system turn of conversations that have none; None leaves it to the template.
         decoder_start: the id an encoder-decoder's decoder starts with; None for a decoder alone.
         write_box: how a region is written.
 
@@ -65,6 +66,7 @@ class Renderer:
         layouts: Layouts,
         placeholders: Mapping[str, int],
         template: Literal["chat", "plain"] = "chat",
+        system: str | None = None,
         decoder_start: int | None = None,
         write_box: Callable[[Box], str] = write_box,
     ) -> None:
@@ -78,6 +80,7 @@ class Renderer:
         self.layouts = layouts
         self.placeholders = placeholders
         self.template = template
+        self.system = system
         self.decoder_start = decoder_start
         self.write_box = write_box
         self._chat = Template(tokenizer)
@@ -93,9 +96,21 @@ class Renderer:
             raise DataError("an answer cannot be opened after an answer", "leave the last assistant turn out")
         if self.decoder_start is not None:
             return self._render_pair(turns, open_answer, self.decoder_start)
+        if self.system is not None and turns and turns[0].role != "system":
+            turns = (Turn.say("system", self.system), *turns)
         stream = _Stream(self._chat.codec)
         write = self._write_plain if self.template == "plain" else self._write_chat
         write(stream, turns, open_answer)
+        return stream.rendered()
+
+    def render_string(self, pieces: Sequence[str | Medium]) -> Rendered:
+        """Tokens of a string that was templated elsewhere, in which control tokens count, with media between."""
+        stream = _Stream(self._chat.codec)
+        for piece in pieces:
+            if isinstance(piece, str):
+                stream.template(piece)
+            else:
+                self._write_medium(stream, piece)
         return stream.rendered()
 
     def preview(self, rendered: Rendered) -> RichText:

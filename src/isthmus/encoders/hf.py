@@ -31,7 +31,7 @@ class Transformer(Encoder):
         source: what identifies the weights (name and fingerprint).
 
     Raises:
-        ConfigError: the tower has no hidden states per patch, or a layer that it does not have is asked for.
+        ConfigError: the tower has no hidden states per patch, cannot take the size asked for, or has no such layer.
     """
 
     def __init__(self, config: EncoderConfig, tower: torch.nn.Module, processor: Any, source: dict[str, str]):
@@ -40,15 +40,15 @@ class Transformer(Encoder):
         self._config, self._source = config, source
         architecture = tower.config
         self.aspect = config.aspect
-        size = config.image_size or architecture.image_size
-        self.size = size if isinstance(size, int) else size[0]
+        own = architecture.image_size if isinstance(architecture.image_size, int) else architecture.image_size[0]
+        self.size = config.image_size or own
         self.grid = (self.size // architecture.patch_size,) * 2
         self.width = architecture.hidden_size
         self.tap_widths = {str(tap): self.width for tap in config.taps}
-        self.extra = _extra_tokens(tower, self.grid)
+        self._interpolates = self.size != own
+        self.extra = self._extra_tokens()
         self._layer = self._index(config.layer)
         self._taps = {str(tap): self._index(tap) for tap in config.taps}
-        self._interpolates = self.size != architecture.image_size
 
     @property
     def tokens(self) -> int:
@@ -62,10 +62,35 @@ class Transformer(Encoder):
 
     def forward(self, pixels: Tensor) -> Features:
         """pixels [N, 3, H, W] -> x [N, S, E]."""
-        interpolate = {"interpolate_pos_encoding": True} if self._interpolates else {}
-        states = self.tower(pixel_values=pixels, output_hidden_states=True, **interpolate).hidden_states
+        states = self._see(pixels, output_hidden_states=True).hidden_states
         taps = {name: self._patches(states[index]) for name, index in self._taps.items()}
         return Features(self._patches(states[self._layer]), taps, self.grid)
+
+    def _see(self, pixels: Tensor, **options: Any) -> Any:
+        interpolate = {"interpolate_pos_encoding": True} if self._interpolates else {}
+        return self.tower(pixel_values=pixels, **interpolate, **options)
+
+    def _extra_tokens(self) -> int:
+        """How many leading tokens are not patches (class token, registers), counted on one empty picture."""
+        config, name = self.tower.config, type(self.tower).__name__
+        if self._interpolates and self.size % config.patch_size:
+            raise ConfigError(
+                f"image_size {self.size} does not divide into patches of {config.patch_size}",
+                f"use {self.size // config.patch_size * config.patch_size}",
+            )
+        weight = next(self.tower.parameters())
+        try:
+            with torch.no_grad():
+                seen = self._see(weight.new_zeros(1, config.num_channels, self.size, self.size))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"{name} does not take pictures of {self.size} pixels ({str(error).splitlines()[0]})",
+                "leave image_size out",
+            ) from None
+        extra = seen.last_hidden_state.shape[1] - self.grid[0] * self.grid[1]
+        if seen.last_hidden_state.ndim != 3 or extra < 0:
+            raise ConfigError(f"{name} does not keep one state per patch", "choose a plain vision transformer")
+        return extra
 
     def _patches(self, x_NSE: Tensor) -> Tensor:
         return x_NSE if self._config.class_token == "keep" else x_NSE[:, self.extra :]
@@ -78,7 +103,7 @@ class Transformer(Encoder):
             raise ConfigError(f"layer {layer!r} of a transformer is a number", "-2 is the penultimate") from None
         if not -depth - 1 <= index <= depth:
             raise ConfigError(f"layer {index} of a tower with {depth} blocks", f"use {-depth - 1} to {depth}")
-        return index
+        return index % (depth + 1)
 
 
 @contextmanager
@@ -96,21 +121,31 @@ def quiet() -> Iterator[None]:
 def load(config: EncoderConfig, folder: Path, source: dict[str, str], dtype: torch.dtype) -> Transformer:
     """The real tower with its weights from a folder."""
     whole = AutoConfig.from_pretrained(folder)
+    _vision(whole)
     with quiet():
         model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     vision = model if not hasattr(whole, "vision_config") else model.vision_model
     return Transformer(config, vision, _sized(processor(folder), config), source)
 
 
-def empty(config: EncoderConfig, architecture: dict[str, Any], processor: Any, source: dict[str, str]) -> Transformer:
+def empty(
+    config: EncoderConfig, architecture: dict[str, Any], processor: Any, source: dict[str, str], dtype: torch.dtype
+) -> Transformer:
     """The tower's structure from its architecture's config; weights come from a checkpoint, or never (a plan)."""
-    tower = AutoModel.from_config(_vision(AutoConfig.for_model(**architecture)))
+    tower = AutoModel.from_config(_vision(AutoConfig.for_model(**architecture)), dtype=dtype)
     return Transformer(config, tower, processor, source)
 
 
 def processor(folder: Path) -> Any:
-    """A folder's image processor, the one that needs no torchvision."""
-    return AutoImageProcessor.from_pretrained(folder, backend="pil")
+    """A folder's image processor, the one that needs no torchvision.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(folder, backend="pil")
+    except OSError:
+        raise ConfigError(f"{folder}: no image processor", "add the encoder's own preprocessor_config.json") from None
 
 
 def architecture(folder: Path) -> dict[str, Any]:
@@ -119,7 +154,17 @@ def architecture(folder: Path) -> dict[str, Any]:
 
 
 def _vision(config: PreTrainedConfig) -> PreTrainedConfig:
-    return config.vision_config if hasattr(config, "vision_config") else config
+    """The part of a model's config that describes a vision transformer.
+
+    Raises:
+        ConfigError: it describes something else.
+    """
+    vision = config.vision_config if hasattr(config, "vision_config") else config
+    if lacking := [name for name in ("image_size", "patch_size", "num_hidden_layers") if not hasattr(vision, name)]:
+        raise ConfigError(
+            f"{vision.model_type} is not a vision transformer (no {', '.join(lacking)})", "choose another encoder"
+        )
+    return vision
 
 
 def _sized(processor: Any, config: EncoderConfig) -> Any:
@@ -129,14 +174,3 @@ def _sized(processor: Any, config: EncoderConfig) -> Any:
         processor.size = {"height": side, "width": side}
         processor.crop_size = {"height": side, "width": side}
     return processor
-
-
-def _extra_tokens(tower: torch.nn.Module, grid: tuple[int, int]) -> int:
-    """How many leading tokens are not patches (class token, registers), counted on one empty picture."""
-    config = tower.config
-    side = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-    weight = next(tower.parameters())
-    with torch.no_grad():
-        probe = weight.new_zeros(1, config.num_channels, side, side)
-        tokens = tower(pixel_values=probe).last_hidden_state.shape[1]
-    return tokens - (side // config.patch_size) ** 2

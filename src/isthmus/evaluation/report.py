@@ -6,6 +6,7 @@ What it says is a `Report` (in `results`); the page is laid out in `page`, its f
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
@@ -57,17 +58,21 @@ def write(report: Report, folder: Path) -> tuple[Path, Path]:
 
 
 def table(report: Report) -> Table:
-    """The results for the terminal."""
-    shown = [column for column in COLUMNS if any(column in row.cells for row in report.rows)]
-    result = Table(
-        box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), title=report.title, title_justify="left", caption=report.sentence
-    )
-    result.caption_justify = "left"
+    """A report's results for the terminal."""
+    result = table_of(report.rows)
+    result.title, result.title_justify = report.title, "left"
+    return result
+
+
+def table_of(rows: Sequence[Row]) -> Table:
+    """Result rows for the terminal, every number with its interval."""
+    shown = [column for column in COLUMNS if any(column in row.cells for row in rows)]
+    result = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     result.add_column("task")
     for column in shown:
         result.add_column(column, justify="right", style="bold" if column == "after" else "", min_width=8)
     result.add_column("chance", justify="right", style="dim")
-    for row in report.rows:
+    for row in rows:
         cells = [_terminal_cell(row.cells.get(column)) for column in shown]
         task = RichText(row.label).append(f"\n{row.n:,} items", style="dim")
         result.add_row(task, *cells, "" if row.chance is None else short(row.chance))

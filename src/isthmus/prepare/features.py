@@ -12,10 +12,11 @@ import hashlib
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from isthmus.data import media as pictures
 from isthmus.encoders import Encoder
 from isthmus.types import Features, IsthmusError, Medium
 
+Item, Result = TypeVar("Item"), TypeVar("Result")
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
@@ -40,16 +42,17 @@ class FeatureCache:
 
     def __init__(self, encoder: Encoder, folder: Path, batch_size: int = 32):
         self.encoder, self.batch_size = encoder.eval(), batch_size
-        identity = json.dumps(encoder.identity(), sort_keys=True)
+        self._dtype = next(encoder.parameters()).dtype
+        identity = json.dumps(encoder.identity() | {"dtype": str(self._dtype)}, sort_keys=True)
         self.folder = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "identity.json").write_text(identity)
-        self._dtype = next(encoder.parameters()).dtype
         self._shapes = self._probe()
         self._sizes = [math.prod(shape) for shape in self._shapes.values()]
         self._row_bytes = sum(self._sizes) * self._dtype.itemsize
         self._rows: np.memmap | None = None
         self._place: dict[str, int] = {}
+        self._index_bytes = 0
         self._open()
 
     def __len__(self) -> int:
@@ -74,19 +77,22 @@ class FeatureCache:
             IsthmusError: the disk is full.
         """
         wanted = {pictures.content_key(medium.source): medium for medium in media}
-        missing = [medium for key, medium in wanted.items() if key not in self._place]
-        if not missing:
+        if wanted.keys() <= self._place.keys():
             return 0
-        with self._locked(), ThreadPoolExecutor(1) as drawing:
-            self._open()
-            chunks = list(_chunks(missing, self.batch_size))
+        with self._locked():
+            self._open()  # another run may have computed some meanwhile
+            missing = [key for key in wanted if key not in self._place]
+            chunks = [missing[start : start + self.batch_size] for start in range(0, len(missing), self.batch_size)]
             done = 0
-            for chunk, pixels in zip(chunks, drawing.map(self._pixels, chunks)):
-                self._append([pictures.content_key(medium.source) for medium in chunk], self._encode(pixels))
-                done += len(chunk)
-                if progress is not None:
-                    progress(done, len(missing))
-            self._open()
+            try:
+                drawn = _ahead(lambda keys: self._pixels([wanted[key] for key in keys]), chunks)
+                for pixels, keys in zip(drawn, chunks):
+                    self._append(keys, self._encode(pixels))
+                    done += len(keys)
+                    if progress is not None:
+                        progress(done, len(missing))
+            finally:
+                self._open()
         return len(missing)
 
     @torch.inference_mode()
@@ -121,8 +127,9 @@ class FeatureCache:
         if not index.is_file() or not rows.is_file():
             return
         whole = rows.stat().st_size // self._row_bytes
-        keys = index.read_text().splitlines()[:whole]
+        keys = index.read_text(encoding="utf-8").split("\n")[:-1][:whole]  # behind the last newline is a torn line
         self._place = {key: row for row, key in enumerate(keys)}
+        self._index_bytes = sum(len(key.encode()) + 1 for key in keys)
         if keys:
             self._rows = np.memmap(rows, np.uint8, "r", shape=(len(keys), self._row_bytes))
 
@@ -135,14 +142,16 @@ class FeatureCache:
                 stream.write(rows.tobytes())
                 stream.flush()
                 os.fsync(stream.fileno())
-            with (self.folder / "index.txt").open("a") as stream:
-                stream.truncate(sum(len(key) + 1 for key in self._place))
-                stream.write("".join(f"{key}\n" for key in keys))
+            lines = "".join(f"{key}\n" for key in keys).encode()
+            with (self.folder / "index.txt").open("ab") as stream:
+                stream.truncate(self._index_bytes)
+                stream.write(lines)
         except OSError as error:
             raise IsthmusError(
                 f"{self.folder}: features cannot be written ({error.strerror})",
                 "free some space, or set ISTHMUS_HOME to a larger disk; what was cached is kept",
             ) from None
+        self._index_bytes += len(lines)
         self._place |= {key: start + row for row, key in enumerate(keys)}
 
     def _locked(self) -> _Lock:
@@ -163,7 +172,13 @@ class _Lock:
         self._stream.close()
 
 
-def _chunks(media: Sequence[Medium], size: int) -> Iterator[list[Medium]]:
-    stream = iter(media)
-    while chunk := list(islice(stream, size)):
-        yield chunk
+def _ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`work(item)` for one item after another, each done in a thread while the result before it is used."""
+    with ThreadPoolExecutor(1) as pool:
+        pending: deque[Future[Result]] = deque()
+        for item in items:
+            pending.append(pool.submit(work, item))
+            if len(pending) > 1:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

@@ -103,6 +103,7 @@ def embedded(projector: str = "mlp2x_gelu", minutes: float = 5.0, name: str | No
         about=f"LLaVA on embedded parts: {projector} projector, SmolLM2-135M, EfficientNet-Lite0",
         encoder=EncoderConfig(layer="block5+block11+head", aspect="squash"),
         aligner=AlignerConfig(name="llava", options={"projector": projector, "pool": 3, "normalise": True}),
+        system="",  # the default one costs 17 tokens in every sample
         stages=(
             Stage(
                 name="warm",

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
@@ -89,6 +90,30 @@ class Progress:
 
     def say(self, what: RenderableType) -> None:
         self.console.print(what, soft_wrap=isinstance(what, str), highlight=False, markup=False)
+
+
+@contextlib.contextmanager
+def counting(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for work that reports (done, total); nothing is shown before the first report."""
+    bar = Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    tasks: list[TaskID] = []
+
+    def report(done: int, total: int) -> None:
+        if not tasks:
+            tasks.append(bar.add_task(title, total=total))
+            if not console.is_terminal:
+                console.print(f"{title}: {total}", highlight=False)
+        bar.update(tasks[0], completed=done)
+
+    with bar:
+        yield report
 
 
 def first_lines(title: str, table: RenderableType, sample: RenderableType | None) -> RenderableType:

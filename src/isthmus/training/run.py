@@ -138,9 +138,7 @@ class Run:
     def _stage(self, model: VLM, stage: Stage, look: Look) -> str:
         data = mix_of(stage, self.recipe.seed)
         self.fill(look, data.media())
-        collator = model.processor.collator(
-            look, stage.template, max_length=stage.max_length, overlong=stage.overlong
-        )
+        collator = model.processor.collator(look, stage.template, max_length=stage.max_length, overlong=stage.overlong)
         feed = Feed(stage, data, collator, self.recipe.seed)
         renderer = model.processor.renderer(stage.template)
         result = loop.run_stage(

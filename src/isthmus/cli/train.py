@@ -1,0 +1,123 @@
+"""`isthmus demo`, `train` and `plan`: from a recipe to a model, and what that costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from isthmus.cli.options import AsJson, Device, Out, Overrides, RecipeName
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from isthmus.config import Recipe
+
+Minutes = Annotated[float, typer.Option(min=0.1, help="Minutes of training; measured once, then a number of steps.")]
+FIXED = 4.0
+"""Minutes of the demo that are not training, on two cores: encoding pictures, measuring twice, the report."""
+
+
+def demo(
+    minutes: Minutes = 5.0,
+    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
+    out: Out = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+    overrides: Overrides = None,
+) -> None:
+    """Align a small LLM with a vision encoder on embedded data, measure before and after, write a report.
+
+    Running it again goes on where it stopped, or shows the finished report. Ctrl-C keeps what was done.
+    """
+    from rich.console import Console
+
+    from isthmus import assets
+    from isthmus.recipes.demo import demo as recipe_for
+
+    console = Console(stderr=as_json, highlight=False)
+    if missing := assets.missing("demo"):
+        console.print(f"fetching {', '.join(missing)} (about a minute, once)")
+        assets.fetch("demo")
+    recipe = recipe_for(minutes).but(seed=seed).override(overrides or [])
+    folder = out or Path("runs") / "demo"
+    if not (folder / "report.json").is_file():
+        console.print(
+            f"[bold]{recipe.about}[/bold]\n{minutes:g} minutes of training and about {FIXED:g} around it on two cores, "
+            f"into {folder}. Ctrl-C keeps what is done; the same command goes on."
+        )
+    _experiment(recipe, folder, device, console, as_json)
+
+
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Out = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Train all stages of a recipe, measure where it names tasks, write the report; resumes by itself."""
+    from rich.console import Console
+
+    from isthmus.cli.options import recipe_of
+
+    chosen = recipe_of(recipe, overrides)
+    _experiment(chosen, out or Path("runs") / chosen.name, device, Console(stderr=as_json, highlight=False), as_json)
+
+
+def plan(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Parameters by part, and what every stage trains, before any weights are read."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from isthmus.cli.options import recipe_of
+    from isthmus.planning import plan as plan_of
+
+    chosen = recipe_of(recipe, overrides)
+    planned = plan_of(chosen)
+    if as_json:
+        typer.echo(json.dumps(asdict(planned) | {"total": planned.total}, indent=2))
+        return
+    table = Table("part", "parameters", *(f"trained in {stage.name}" for stage in planned.stages), box=None)
+    for part in dict.fromkeys([*planned.parts, *(part for stage in planned.stages for part in stage.by_part)]):
+        table.add_row(
+            part,
+            f"{planned.parts.get(part, 0):,}" if part in planned.parts else "added",
+            *(f"{stage.by_part.get(part, 0):,}" for stage in planned.stages),
+        )
+    shares = (f"{stage.trained:,} ({stage.trained / planned.total:.1%})" for stage in planned.stages)
+    table.add_section()
+    table.add_row("all", f"{planned.total:,}", *shares)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(", ".join(f"{tokens} tokens per {kind}" for kind, tokens in planned.tokens.items()))
+
+
+def _experiment(recipe: Recipe, folder: Path, device: str, console: Console, as_json: bool) -> None:
+    """Run what is missing, then show the result and what to do next."""
+    from isthmus.cli.options import on
+    from isthmus.evaluation.report import table
+    from isthmus.experiment import experiment
+
+    result = experiment(recipe, folder, on(device), console)
+    if result is None:
+        console.print("interrupted; what was done is kept, and the same command goes on from there")
+        raise typer.Exit(130)
+    if as_json:
+        typer.echo(json.dumps(result.plain()))
+        return
+    console.print(table(result))
+    for example in result.examples:
+        state = {True: "right", False: "wrong", None: "not scored"}[example.after.right]
+        before = f", before: {example.before.prediction}" if example.before else ""
+        console.print(f"{example.question}  [bold]{example.after.prediction}[/bold] ({state}{before})")
+    for said in result.generations:
+        console.print(f"[dim]{said.prompt}[/dim]  {said.reply!r} [dim](reference: {said.reference})[/dim]")
+    model = folder / recipe.stages[-1].name / "model"
+    console.print(
+        f"\nreport  {folder / 'report.html'}\nmodel   {model}\nchat    isthmus chat {model} --image PICTURE.png"
+    )

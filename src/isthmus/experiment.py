@@ -1,0 +1,214 @@
+"""A recipe from its parts to its report: measured before, trained, measured after, written down."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from isthmus import __version__, parts
+from isthmus.assets import packages
+from isthmus.config import Recipe, Source, TaskConfig
+from isthmus.data import sets
+from isthmus.data.collate import Look
+from isthmus.data.media import open_image
+from isthmus.evaluation import report as reports
+from isthmus.evaluation.measure import Measured, build, measure, merge
+from isthmus.evaluation.results import Column, Credit, Curve, Generation, Part, Report, examples, headline, rows
+from isthmus.evaluation.tasks import Task
+from isthmus.model import VLM
+from isthmus.planning import count
+from isthmus.speakers.local import Local
+from isthmus.training import log
+from isthmus.training.run import Run
+from isthmus.types import Image
+
+
+@dataclass
+class Clock:
+    """How long each leg took, added up over interruptions."""
+
+    file: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.file.is_file():
+            self.seconds = json.loads(self.file.read_text())
+
+    def add(self, leg: str, since: float) -> None:
+        self.seconds[leg] = round(self.seconds.get(leg, 0.0) + time.perf_counter() - since, 1)
+        self.file.write_text(json.dumps(self.seconds, indent=1))
+
+
+def experiment(recipe: Recipe, folder: Path, device: torch.device, console: Console) -> Report | None:
+    """Measure, train, measure again and write `report.html` and `report.json`; None if interrupted.
+
+    What is finished is not done again: stages by their models, measurements by their prediction files.
+    """
+    run = Run(recipe, folder, device, console)
+    clock = Clock(folder / "seconds.json")
+    model = run.newborn()
+    look = run.look(model)
+    tasks = build(recipe.eval, recipe.seed)
+    start = time.perf_counter()
+    run.fill(look, pictures(task for task, _ in tasks))
+    clock.add("encoding pictures for the evaluation", start)
+    start = time.perf_counter()
+    before = _measure(run, model, look, tasks, "before")
+    clock.add("measuring before", start)
+    start = time.perf_counter()
+    trained = run.train(model, look)
+    clock.add("training, with encoding its pictures", start)
+    if trained is None:
+        return None
+    start = time.perf_counter()
+    after = _measure(run, trained, look, tasks, "after")
+    said = free_replies(trained, look, tasks)
+    clock.add("measuring after", start)
+    result = summarise(run, trained, tasks, merge(before, after), said, clock.seconds)
+    reports.write(result, folder)
+    return result
+
+
+def pictures(tasks: Iterable[Task]) -> list[Image]:
+    """Every picture that the tasks show."""
+    return [part for task in tasks for item in task.items for part in item.prompt.media if isinstance(part, Image)]
+
+
+def _measure(run: Run, model: VLM, look: Look, tasks: list[tuple[Task, TaskConfig]], column: Column) -> Measured:
+    """All tasks in one column of the table, with one bar for all."""
+    weights = run.recipe.fingerprint() + ("" if column == "before" else f" after {run.recipe.stages[-1].name}")
+    with log.counting(run.console, f"measuring {column} training") as advance:
+        each: dict[str, tuple[int, int]] = {}
+        planned = sum(_items(task, config, column) for task, config in tasks)
+
+        def progress(what: str, done: int, total: int) -> None:
+            each[what] = done, total
+            advance(sum(done for done, _ in each.values()), planned)
+
+        return measure(
+            model,
+            tasks,
+            run.recipe.seed,
+            run.folder / "predictions",
+            column=column,
+            look=look,
+            settings={"weights": weights},
+            progress=progress,
+        )
+
+
+def _items(task: Task, config: TaskConfig, column: Column) -> int:
+    """Items over all conditions of a task."""
+    controls = len(config.controls) + task.cosine if column == "after" else 0
+    return len(task.items) * (1 + controls)
+
+
+def free_replies(model: VLM, look: Look, tasks: list[tuple[Task, TaskConfig]], each: int = 2) -> tuple[Generation, ...]:
+    """The first pictures of every task, answered in the model's own words."""
+    speaker = Local(model, look, max_new_tokens=24)
+    asked = [(task, item) for task, _ in tasks for item in task.items[:each]]
+    replies = speaker.say_all([item.prompt for _, item in asked])
+    found = []
+    for (_, item), reply in zip(asked, replies):
+        shown = next(part for part in item.prompt.media if isinstance(part, Image))
+        question = item.prompt.turns[-1].text
+        found.append(Generation(question, reply, open_image(shown.source, item.prompt.id), item.answer))
+    return tuple(found)
+
+
+# ---------------------------------------------------------------------------------------------- the report
+
+
+def summarise(
+    run: Run,
+    model: VLM,
+    tasks: list[tuple[Task, TaskConfig]],
+    measured: Measured,
+    said: tuple[Generation, ...],
+    seconds: dict[str, float],
+) -> Report:
+    """Everything that the report says."""
+    recipe = run.recipe
+    table = tuple(row for task, runs in measured.values() for row in rows(task, runs, recipe.seed))
+    return Report(
+        title=f"{recipe.name}: {recipe.about}",
+        sentence="; ".join(
+            f"{row.label} {headline(row.cells['before'])} → {headline(row.cells['after'])}"
+            for row in table
+            if row.unit == "accuracy"
+        ),
+        parts=parts_of(recipe, model),
+        rows=table,
+        curves=tuple(_curve(run.folder / stage.name, stage.name) for stage in recipe.stages),
+        fingerprint=recipe.fingerprint(),
+        data_hash=data_hash(task for task, _ in tasks),
+        seed=recipe.seed,
+        revision=f"isthmus {__version__}",
+        method={
+            "rule": tasks[0][0].rule if tasks else "",
+            "arithmetic": f"{run.dtype} base parts, float32 for what trains; the same in training and measuring",
+            "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {run.device}",
+            "software": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")),
+        },
+        seconds=seconds,
+        examples=examples(measured, seed=recipe.seed),
+        generations=said,
+        credits=credits_of(recipe),
+    )
+
+
+def parts_of(recipe: Recipe, model: VLM) -> tuple[Part, ...]:
+    """The model's parts with what was trained of each."""
+    size = count(model)
+    added = {name: number for name, number in size.items() if "grafts" in name}
+    joint = sum(number for name, number in size.items() if name.startswith("connectors"))
+    found = [Part("encoder", kind, config.source, size[f"encoders.{kind}"]) for kind, config in recipe.encoders.items()]
+    found.append(Part("joint", recipe.aligner.name, "trained here", joint, joint))
+    found.append(Part("llm", recipe.llm.source, recipe.llm.source, size["llm"]))
+    found += [Part("adapter", name, "trained here", number, number) for name, number in added.items()]
+    return tuple(found)
+
+
+def data_hash(tasks: Iterable[Task]) -> str:
+    """Twelve hex digits over every item's id, question and answer."""
+    digest = hashlib.sha256()
+    for task in tasks:
+        for item in task.items:
+            digest.update(f"{item.prompt.id}\n{item.prompt.turns[-1].text}\n{item.answer}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def credits_of(recipe: Recipe) -> tuple[Credit, ...]:
+    """Licences and authors of the data and of embedded models."""
+    cards = {card.name: card for stage in recipe.stages for card in map(_card, stage.data)}
+    found = [Credit(card.name, "data", card.licence, card.attribution) for card in cards.values()]
+    used = {
+        parts.EMBEDDED_LLM: (recipe.llm.source, packages.LLM),
+        parts.EMBEDDED_ENCODER: (recipe.encoder.source, packages.LITE),
+    }
+    for name, (source, package) in used.items():
+        if source == name:
+            found.append(Credit(package.name, "model", package.licence, package.attribution))
+    return tuple(found)
+
+
+def _card(source: Source) -> sets.Card:
+    return sets.open_set(source, 0).card
+
+
+def _curve(folder: Path, stage: str) -> Curve:
+    kept = log.read_rows(folder / "metrics.jsonl")
+    return Curve(
+        stage,
+        tuple((row["step"], row["loss"]) for row in kept if "loss" in row),
+        tuple((row["step"], row["validation_loss"]) for row in kept if "validation_loss" in row),
+    )

@@ -1,0 +1,178 @@
+"""Cached features are the encoder's own, bit for bit, whatever happens to the run that writes them."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from pathlib import Path
+
+import composed
+import pytest
+import torch
+from composed import picture
+
+from isthmus import parts
+from isthmus.config import EncoderConfig, ObjectiveConfig
+from isthmus.encoders import Encoder
+from isthmus.prepare import features as prepare
+from isthmus.prepare.features import FeatureCache
+from isthmus.training.step import Step
+from isthmus.types import DataError, Image, IsthmusError
+
+PICTURES = [picture(seed, 40) for seed in range(7)]
+
+
+def encoder(vision: str = "clip", dtype: torch.dtype = torch.float32, **fields) -> Encoder:
+    return parts.load_encoder(EncoderConfig(source=str(composed.vision_folder(vision)), **fields), dtype)
+
+
+def cache(folder: Path, batch_size: int = 3, **fields) -> FeatureCache:
+    return FeatureCache(encoder(**fields), folder, batch_size)
+
+
+@torch.no_grad()
+def own(seen: Encoder, media: list[Image]) -> torch.Tensor:
+    """Features of each picture by itself."""
+    look = composed.model("llama").processor.look("image", media)[0]
+    return torch.cat([seen(one[None].to(next(seen.parameters()).dtype)).x_NSE for one in look])
+
+
+def right(found: FeatureCache, media: list[Image]) -> bool:
+    return torch.equal(found("image", media)[1].x_NSE, own(found.encoder, media))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+@torch.no_grad()
+def test_cached_equals_on_the_fly(tmp_path, vision, dtype):
+    found = cache(tmp_path, vision=vision, dtype=dtype, taps=(0, -1), batch_size=len(PICTURES))
+    look = composed.model("llama", vision=vision).processor.look
+    expected = found.encoder(look("image", PICTURES)[0].to(dtype))
+    for again in (found, cache(tmp_path, vision=vision, dtype=dtype, taps=(0, -1))):
+        pixels, features = again("image", PICTURES[::-1])
+        assert pixels is None and features.grid == expected.grid
+        assert features.x_NSE.dtype == dtype and torch.equal(features.x_NSE, expected.x_NSE.flip(0))
+        assert features.taps.keys() == expected.taps.keys()
+        assert all(torch.equal(features.taps[name], tap.flip(0)) for name, tap in expected.taps.items())
+
+
+def test_each_picture_is_encoded_once(tmp_path, monkeypatch):
+    found, seen = cache(tmp_path), []
+    encode = found._encode
+    monkeypatch.setattr(found, "_encode", lambda pixels: seen.append(len(pixels)) or encode(pixels))
+    told: list[tuple[int, int]] = []
+    assert found.fill([*PICTURES, *PICTURES], lambda *done: told.append(done)) == 7
+    assert seen == [3, 3, 1] and told == [(3, 7), (6, 7), (7, 7)] and len(found) == 7
+    copy = Image(PICTURES[0].source.copy())
+    assert found.fill([copy]) == 0 and len(seen) == 3
+    assert cache(tmp_path).fill(PICTURES) == 0
+
+
+def test_the_folder_depends_on_all_that_features_depend_on(tmp_path):
+    variants = [
+        {},
+        {"vision": "vit"},
+        {"layer": -1},
+        {"image_size": 48},
+        {"aspect": "crop"},
+        {"class_token": "keep"},
+        {"taps": (1,)},
+        {"dtype": torch.bfloat16},
+    ]
+    assert len({cache(tmp_path, **variant).folder for variant in variants}) == len(variants)
+    assert cache(tmp_path).folder == cache(tmp_path).folder
+    converted = FeatureCache(encoder().to(torch.bfloat16), tmp_path)
+    assert converted.folder != cache(tmp_path).folder, "an encoder that was converted later writes other rows"
+
+
+@pytest.mark.parametrize("file", ["rows.bin", "index.txt"])
+@pytest.mark.parametrize("cut", [1, 65, 200])
+def test_an_interrupted_write_loses_the_torn_rows_alone(tmp_path, file, cut):
+    cache(tmp_path).fill(PICTURES)
+    path = next(tmp_path.rglob(file))
+    with path.open("r+b") as stream:
+        stream.truncate(path.stat().st_size - cut)
+    again = cache(tmp_path)
+    lost = 7 - len(again)
+    assert 1 <= lost <= 4
+    assert right(again, PICTURES[: 7 - lost])
+    assert again.fill(PICTURES) == lost
+    assert right(again, PICTURES) and right(cache(tmp_path), PICTURES)
+    assert again.fill([picture(99, 40)]) == 1 and right(cache(tmp_path), [*PICTURES, picture(99, 40)])
+
+
+def test_rows_without_an_index_are_written_over(tmp_path):
+    cache(tmp_path).fill(PICTURES)
+    next(tmp_path.rglob("index.txt")).unlink()
+    again = cache(tmp_path)
+    assert len(again) == 0 and again.fill(PICTURES[3:]) == 4 and right(cache(tmp_path), PICTURES[3:])
+
+
+def test_two_caches_in_one_folder_see_each_others_rows(tmp_path):
+    one, two = cache(tmp_path), cache(tmp_path)
+    one.fill(PICTURES[:4])
+    assert two.fill(PICTURES) == 3, "what the other has computed meanwhile is not computed again"
+    assert right(one, PICTURES[::-1]) and right(two, PICTURES)
+    assert next(tmp_path.rglob("index.txt")).read_text().count("\n") == 7
+
+
+def test_two_caches_at_the_same_time_do_not_mix_rows(tmp_path):
+    caches = [cache(tmp_path, batch_size=1) for _ in range(2)]
+    threads = [threading.Thread(target=each.fill, args=(PICTURES[:: 1 - 2 * n],)) for n, each in enumerate(caches)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(right(each, PICTURES) for each in (*caches, cache(tmp_path)))
+
+
+@pytest.mark.parametrize("file", ["rows.bin", "index.txt"])
+def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path, monkeypatch, file):
+    found = cache(tmp_path)
+    found.fill(PICTURES[:2])
+    genuine = Path.open
+
+    def full(path, mode="r", *args, **kwargs):
+        if path.name != file or "a" not in mode:
+            return genuine(path, mode, *args, **kwargs)
+        stream = genuine(path, mode, *args, **kwargs)
+        stream.write(b"torn")
+        stream.close()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "open", full)
+        with pytest.raises(IsthmusError, match="No space left on device"):
+            found.fill(PICTURES)
+    assert right(found, PICTURES[:2])
+    assert right(cache(tmp_path), PICTURES) and right(found, PICTURES)
+
+
+def test_a_bad_picture_leaves_what_was_read_before_it(tmp_path):
+    found = cache(tmp_path, batch_size=2)
+    with pytest.raises(DataError, match="damaged|not a picture"):
+        found.fill([*PICTURES[:2], Image(b"no picture")])
+    assert len(found) == 2 and right(found, PICTURES[:2]) and found.fill(PICTURES[:2]) == 0
+
+
+def test_pictures_are_drawn_one_batch_ahead_and_no_further(tmp_path, monkeypatch):
+    """All pixels of a large set would not fit into memory."""
+    drawn, most = [], 0
+    for _ in prepare._ahead(drawn.append, range(9)):
+        most = max(most, len(drawn))
+        drawn.pop(0)
+    assert most <= 2
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@torch.no_grad()
+def test_the_training_loss_through_the_cache_is_the_same(tmp_path, family):
+    model = composed.stir(composed.model(family))
+    step = Step(model, [ObjectiveConfig(name="lm")])
+    found = FeatureCache(model.encoders["image"], tmp_path)
+    losses = []
+    for look in (None, found):
+        batch = model.processor.collator(look)(composed.MIX)
+        assert (batch.media["image"].pixels is None) == (look is found)
+        losses.append(step(batch, step.scales([batch]))[0])
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-6)

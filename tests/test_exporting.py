@@ -1,0 +1,178 @@
+"""Exchange with transformers' own LLaVA class: equal logits and tokens both ways, and refusals that name the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import composed
+import pytest
+import tiny
+import torch
+from composed import picture, stir
+from tiny import IMAGE, PATCH, VOCAB
+from transformers import (
+    AutoProcessor,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    SiglipVisionConfig,
+)
+
+import isthmus
+from isthmus import exporting
+from isthmus.config import LoRA
+from isthmus.types import ConfigError, IsthmusError, Sample, Turn
+
+TEXT = "USER: <image>what is it? ASSISTANT:"
+"""For our processor, whose layout puts a newline behind a picture; theirs is told so."""
+CASES = [("clip", "llama", "default"), ("clip", "qwen2", "default"), ("siglip", "llama", "full")]
+CONFIGS = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}
+
+
+def theirs(folder: Path, vision: str = "clip", text: str = "llama", strategy: str = "default", **changes) -> Path:
+    """A LLaVA folder as transformers writes it, random weights, with its image token inside the vocabulary."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    config = LlavaConfig(
+        vision_config=tiny.vision(vision).config,
+        text_config=tiny.llm(text, vocab_size=VOCAB + 8).config,
+        image_token_index=VOCAB,
+        vision_feature_select_strategy=strategy,
+        **{"vision_feature_layer": -2, **changes},
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).eval()
+    for name, part in (
+        ("vision_tower", tiny.vision(vision)),
+        ("language_model", tiny.llm(text, vocab_size=VOCAB + 8).base_model),
+    ):
+        getattr(model.model, name).load_state_dict(part.state_dict())
+    for parameter in model.model.multi_modal_projector.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    processor = LlavaProcessor(
+        tiny.processor(vision),
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy=strategy,
+        image_token="<image>",
+        num_additional_image_tokens=1 if vision == "clip" else 0,
+        chat_template=tokenizer.chat_template,
+    )
+    processor.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def agree(
+    ours: isthmus.VLM, reference: LlavaForConditionalGeneration, processor: LlavaProcessor, atol: float = 1e-5
+) -> None:
+    """Equal logits at every position and equal greedy tokens on a picture and a text, each through its processor."""
+    image = picture(1, IMAGE).source  # square and of the right size: neither processor has anything to resize
+    expected = processor(images=image, text=TEXT.replace("<image>", "<image>\n"), return_tensors="pt")
+    found = ours.processor(images=image, text=TEXT)
+    assert torch.equal(found["pixel_values"], expected["pixel_values"])
+    assert found["input_ids"].shape == expected["input_ids"].shape
+    vocabulary = ours.config.text_config.vocab_size
+    logits = reference(**expected).logits
+    torch.testing.assert_close(ours(**found).logits, logits[..., :vocabulary], atol=atol, rtol=1e-5)
+    blind = reference(**{**expected, "pixel_values": torch.zeros_like(expected["pixel_values"])}).logits
+    assert (blind - logits).abs().max() > 1e-2
+    ours.generation_config.eos_token_id = reference.generation_config.eos_token_id = None
+    start, greedy = found["input_ids"].shape[1], {"max_new_tokens": 16, "do_sample": False}
+    never = {"suppress_tokens": list(range(VOCAB, logits.shape[-1]))}
+    tokens = ours.generate(**found, **greedy, **never)[:, start:]
+    assert torch.equal(tokens, reference.generate(**expected, **greedy, **never)[:, start:])
+
+
+@pytest.mark.parametrize(("vision", "text", "strategy"), CASES)
+def test_an_imported_llava_equals_transformers_own(tmp_path, vision, text, strategy):
+    source = theirs(tmp_path / "theirs", vision, text, strategy)
+    parity = exporting.import_llava(source, tmp_path / "ours")
+    assert parity.difference <= 1e-5
+    reference = LlavaForConditionalGeneration.from_pretrained(source).eval()
+    agree(isthmus.load(tmp_path / "ours"), reference, AutoProcessor.from_pretrained(source, backend="pil"))
+
+
+@pytest.mark.parametrize(("vision", "text", "strategy"), CASES)
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "lora"])
+def test_an_exported_model_equals_ours(tmp_path, vision, text, strategy, adapted):
+    token = "keep" if strategy == "full" else "drop"
+    ours = composed.model(text, vision=vision, class_token=token, aspect="crop")
+    if adapted:
+        ours.add_lora(["llm.*.q_proj"], LoRA(r=2), "sft")
+    stir(ours).save_pretrained(tmp_path / "ours")
+    parity = exporting.export(tmp_path / "ours", tmp_path / "theirs")
+    assert parity.difference <= 1e-4
+    reference = LlavaForConditionalGeneration.from_pretrained(tmp_path / "theirs").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "theirs", backend="pil")
+    assert isinstance(processor, LlavaProcessor)
+    agree(isthmus.load(tmp_path / "ours"), reference, processor, atol=1e-4 if adapted else 1e-5)  # merging rounds
+
+
+def test_there_and_back_is_the_same_model(tmp_path):
+    ours = stir(composed.model("llama", aspect="crop"))
+    ours.save_pretrained(tmp_path / "ours")
+    exporting.export(tmp_path / "ours", tmp_path / "theirs")
+    exporting.import_llava(tmp_path / "theirs", tmp_path / "back")
+    again = isthmus.load(tmp_path / "back")
+    inputs = ours.processor(images=picture(1).source, text=TEXT)
+    placeholder = inputs["input_ids"] == ours.placeholder("image")
+    moved = inputs["input_ids"].masked_fill(placeholder, again.placeholder("image"))
+    with torch.no_grad():
+        found = again(**{**inputs, "input_ids": moved}).logits[..., :VOCAB]
+        torch.testing.assert_close(found, ours(**inputs).logits, atol=1e-5, rtol=1e-5)
+    talk = [Sample((Turn.say("user", picture(1), "what is it?"),))]
+    assert torch.equal(again.processor.prompts(talk).modality_BT, ours.processor.prompts(talk).modality_BT)
+
+
+REFUSED = {
+    "linear": (("llama", "llava", {"projector": "linear"}), "two-layer MLP"),
+    "pooled": (("llama", "llava", {"pool": 2}), "two-layer MLP"),
+    "t5": (("t5",), "encoder-decoder"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_export_refuses_what_their_class_cannot_hold(tmp_path, case):
+    built, reason = REFUSED[case]
+    composed.model(*built).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ConfigError, match=reason):
+        exporting.export(tmp_path / "ours", tmp_path / "theirs")
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_export_refuses_an_unknown_class(tmp_path):
+    with pytest.raises(ConfigError, match="no export named 'onnx'"):
+        exporting.export(tmp_path, tmp_path, to="onnx")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"vision_feature_layer": [-2, -1]}, "vision_feature_layer"),
+        ({"projector_hidden_act": "relu"}, "projector"),
+        ({"multimodal_projector_bias": False}, "projector"),
+    ],
+)
+def test_import_refuses_what_our_joint_does_not_have(tmp_path, changes, reason):
+    with pytest.raises(ConfigError, match=reason):
+        exporting.import_llava(theirs(tmp_path / "theirs", **changes), tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_nothing_is_written_when_logits_differ(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
+    with pytest.raises(IsthmusError, match="logits differ"):
+        exporting.import_llava(theirs(tmp_path / "theirs"), tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_parity_notices_a_wrong_weight(tmp_path):
+    reference = LlavaForConditionalGeneration.from_pretrained(theirs(tmp_path)).eval()
+    ours = exporting.from_llava(reference, AutoProcessor.from_pretrained(tmp_path, backend="pil"), str(tmp_path))
+    assert exporting.compare(ours, reference).difference <= 1e-5
+    with torch.no_grad():
+        ours.connectors["image"].layers[0].weight[0] += 1
+    assert exporting.compare(ours, reference).difference > 1e-3

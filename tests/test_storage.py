@@ -1,0 +1,320 @@
+"""A directory holds exactly what it must, loads everywhere, and says what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import composed
+import pytest
+import tiny
+import torch
+from composed import MIX, stir
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+import isthmus
+from isthmus import aligner as aligners
+from isthmus import storage
+from isthmus.aligners.llava import LLaVA
+from isthmus.config import AlignerConfig, Budget, EncoderConfig, LLMConfig, LoRA, ObjectiveConfig, Recipe, Stage
+from isthmus.model import VLM, VLMConfig
+from isthmus.processor import VLMProcessor
+from isthmus.training.optimizer import choose
+from isthmus.training.step import Step
+from isthmus.types import ConfigError, IsthmusError
+
+
+@torch.no_grad()
+def logits(model: VLM) -> torch.Tensor:
+    output = model.run(model.processor.collator()(MIX))
+    return output.head(output.hidden_BTD)
+
+
+def own_parts(tmp_path: Path, **llm) -> Recipe:
+    """A recipe over base parts of this test's own, free to be damaged."""
+    return Recipe(
+        encoder=EncoderConfig(source=str(tiny.vision_folder(tmp_path / "vision", "clip"))),
+        llm=LLMConfig(source=str(tiny.llm_folder(tmp_path / "llm", "llama", **llm))),
+        aligner=AlignerConfig(name="llava"),
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    stir(composed.model("llama")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["delta", "whole"])
+def test_every_auto_class_loads_it(tmp_path, whole):
+    model = stir(composed.model("qwen2"))
+    model.save_pretrained(tmp_path, whole=whole)
+    expected = logits(model)
+    for load in (
+        isthmus.load,
+        VLM.from_pretrained,
+        AutoModel.from_pretrained,
+        AutoModelForImageTextToText.from_pretrained,
+    ):
+        again = load(tmp_path)
+        assert type(again) is VLM and not again.training and torch.equal(logits(again), expected)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is VLMConfig
+    assert type(AutoProcessor.from_pretrained(tmp_path)) is VLMProcessor
+
+
+def test_a_delta_holds_the_joint_alone_and_a_whole_everything(tmp_path):
+    model = composed.model("llama")
+    model.save_pretrained(tmp_path / "delta")
+    model.save_pretrained(tmp_path / "whole", whole=True)
+    delta, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("delta", "whole"))
+    assert set(delta) == {name for name, _ in model.connectors.named_parameters(prefix="connectors")}
+    tied = {"llm.lm_head.weight"}
+    assert set(whole) == set(model.state_dict()) - tied, "of tied weights one name is stored"
+    assert all(torch.equal(whole[key], tensor) for key, tensor in delta.items())
+
+
+def test_a_whole_model_needs_no_base_parts(tmp_path):
+    model = stir(isthmus.compose(own_parts(tmp_path)))
+    model.save_pretrained(tmp_path / "whole", whole=True)
+    expected = logits(model)
+    shutil.rmtree(tmp_path / "llm")
+    shutil.rmtree(tmp_path / "vision")
+    assert torch.equal(logits(isthmus.load(tmp_path / "whole")), expected)
+
+
+def test_saving_over_an_older_save_leaves_nothing_of_it(tmp_path):
+    model = composed.model("llama")
+    model.save_pretrained(tmp_path, whole=True)
+    stir(model).save_pretrained(tmp_path)
+    assert torch.equal(logits(isthmus.load(tmp_path)), logits(model))
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors*")) == ["model.safetensors"]
+
+
+def test_a_loaded_model_is_saved_again_the_same(saved, tmp_path):
+    isthmus.load(saved).save_pretrained(tmp_path)
+    first, second = load_file(saved / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert json.loads((saved / "config.json").read_text()) == json.loads((tmp_path / "config.json").read_text())
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["delta", "whole"])
+def test_dtype_is_that_of_the_base_and_the_joint_keeps_float32(tmp_path, whole):
+    model = composed.model("llama", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path, whole=whole)
+    for asked, base in (("auto", torch.bfloat16), (torch.float32, torch.float32), ("float32", torch.float32)):
+        again = isthmus.load(tmp_path, dtype=asked)
+        assert {p.dtype for p in again.llm.parameters()} == {p.dtype for p in again.encoders.parameters()} == {base}
+        assert {p.dtype for p in again.connectors.parameters()} == {torch.float32}
+    assert torch.equal(logits(isthmus.load(tmp_path)), logits(model))
+
+
+def test_progress_bars_of_transformers_stay_silent(saved, tmp_path, capfd):
+    isthmus.load(saved).save_pretrained(tmp_path, whole=True)
+    isthmus.load(tmp_path)
+    assert capfd.readouterr().err == ""
+
+
+# ---------------------------------------------------------------------------------------------- what was trained
+
+
+def train(model: VLM, **globs) -> None:
+    """Choose as a stage does, then move what trains."""
+    stage = Stage(name="sft", data=("none",), train=globs, budget=Budget(steps=1))
+    with torch.no_grad():
+        for each in choose(Step(model, [ObjectiveConfig(name="lm")]), stage):
+            each.parameter.add_(0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_base_parameters_that_were_trained_are_in_the_delta(tmp_path, dtype):
+    model = composed.model("llama", dtype=dtype)
+    train(model, **{"connectors.*": 1e-3, "llm.model.layers.1.*": 1e-4, "encoders.image.*layers.0.*": 1e-4})
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    layers = [
+        name
+        for name in model.state_dict()
+        if "llm.model.layers.1." in name or ".layers.0." in name and "encoders" in name
+    ]
+    assert set(stored) == {*layers, *(name for name in model.state_dict() if name.startswith("connectors."))}
+    again = isthmus.load(tmp_path)
+    assert all(
+        torch.equal(again.state_dict()[key], tensor.to(again.state_dict()[key].dtype)) for key, tensor in stored.items()
+    )
+    if dtype == torch.float32:
+        assert torch.equal(logits(again), logits(model))
+
+
+def test_lora_of_two_stages_survives(tmp_path):
+    model = composed.model("llama")
+    model.add_lora(["llm.*.q_proj"], LoRA(r=2), "first")
+    model.add_lora(["llm.*.q_proj", "llm.*.down_proj"], LoRA(r=3, dora=True), "second")
+    stir(model).save_pretrained(tmp_path)
+    again = isthmus.load(tmp_path)
+    assert torch.equal(logits(again), logits(model)) and again.config.lora == model.config.lora
+    assert not any(".q_proj.weight" in key for key in load_file(tmp_path / "model.safetensors"))
+
+
+class Worded(LLaVA):
+    """LLaVA with two new tokens around each picture."""
+
+    name = "worded"
+
+    def new_tokens(self):
+        return ("<img>", "</img>")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "t5"])
+def test_new_tokens_survive_and_base_rows_stay(tmp_path, monkeypatch, family):
+    genuine = aligners.named
+    monkeypatch.setattr(aligners, "named", lambda name: Worded if name == "worded" else genuine(name))
+    model = composed.model(family, "worded")
+    assert model.vocabulary == tiny.VOCAB + 2 and model.placeholder("image") == tiny.VOCAB + 2
+    stir(model).save_pretrained(tmp_path)
+    again = isthmus.load(tmp_path)
+    assert torch.equal(logits(again), logits(model)) and logits(again).shape[-1] == tiny.VOCAB + 2
+    assert "llm." not in {key.partition(".grafts.")[0][:4] for key in load_file(tmp_path / "model.safetensors")} - {
+        "llm."
+    }
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+def test_another_base_under_the_same_name_is_refused(tmp_path):
+    isthmus.compose(own_parts(tmp_path)).save_pretrained(tmp_path / "out")
+    before = json.loads((tmp_path / "out/config.json").read_text())["llm"]["weights"]
+    tiny.llm_folder(tmp_path / "llm", "llama", seed=1)
+    with pytest.raises(IsthmusError, match=f"llm: the weights in .* are not those .*[0-9a-f]{{16}} != {before}"):
+        isthmus.load(tmp_path / "out")
+    tiny.llm_folder(tmp_path / "llm", "llama")
+    tiny.vision_folder(tmp_path / "vision", "clip", seed=1)
+    with pytest.raises(IsthmusError, match="image encoder: the weights"):
+        isthmus.load(tmp_path / "out")
+
+
+def test_a_base_that_is_gone_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    isthmus.compose(own_parts(tmp_path)).save_pretrained(tmp_path / "out")
+    shutil.rmtree(tmp_path / "llm")
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'llm'}.*neither a folder"):
+        isthmus.load(tmp_path / "out")
+
+
+def rewrite(folder: Path, change) -> None:
+    """Change the tensors, with a manifest to match."""
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    change(state)
+    save_file(state, file)
+    (folder / storage.MANIFEST).write_text(json.dumps({file.name: storage.sha256(file)}))
+
+
+KEY = "connectors.image.layers.0.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda state: state.pop(KEY), f"missing {KEY}"),
+        (lambda state: state.update(stray=torch.zeros(1)), "unexpected stray"),
+        (lambda state: state.update({KEY: torch.zeros(2, 3)}), rf"{KEY} is \(2, 3\), not \(32, 32\)"),
+        (lambda state: state.clear(), "missing connectors.image.layers.0.bias; .*"),
+    ],
+    ids=["missing", "unexpected", "shape", "empty"],
+)
+def test_keys_that_do_not_fit_are_named(copy, change, reason):
+    rewrite(copy, change)
+    with pytest.raises(IsthmusError, match=reason):
+        isthmus.load(copy)
+
+
+def test_a_damaged_file_is_named(copy):
+    file = copy / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(IsthmusError, match=f"{file}: damaged"):
+        isthmus.load(copy)
+    file.write_bytes(content[:40])
+    (copy / storage.MANIFEST).unlink()
+    with pytest.raises(IsthmusError, match=f"{file}: cannot be read"):
+        isthmus.load(copy)
+    file.unlink()
+    with pytest.raises(IsthmusError, match="no safetensors weights"):
+        isthmus.load(copy)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "config.json"])
+@pytest.mark.parametrize("content", ["{", "", "[1]"])
+def test_a_damaged_json_is_named(copy, name, content):
+    (copy / name).write_text(content)
+    with pytest.raises(IsthmusError, match=f"{copy / name}"):
+        isthmus.load(copy)
+
+
+def test_a_file_that_the_manifest_lists_must_be_there(copy):
+    hashes = json.loads((copy / storage.MANIFEST).read_text())
+    (copy / storage.MANIFEST).write_text(json.dumps(hashes | {"model-2.safetensors": "00"}))
+    with pytest.raises(IsthmusError, match="model-2.safetensors: missing"):
+        isthmus.load(copy)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(IsthmusError, match="no config.json"):
+        isthmus.load(tmp_path)
+
+
+def test_a_folder_of_another_kind_of_model_is_refused():
+    with pytest.raises(IsthmusError, match="is a llama"):
+        isthmus.load(composed.llm_folder("llama"))
+
+
+def test_an_interrupted_or_failed_save_keeps_the_older_one(copy, monkeypatch):
+    model = isthmus.load(copy)
+    expected = logits(model)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    stir(model)
+    monkeypatch.setattr(storage, "save_torch_state_dict", full)
+    with pytest.raises(IsthmusError, match="No space left on device"):
+        model.save_pretrained(copy)
+    assert torch.equal(logits(isthmus.load(copy)), expected)
+
+
+def test_a_disk_that_fills_up_keeps_the_older_save(copy):
+    """A real limit on file sizes, since writers in Rust raise errors of their own."""
+    model = stir(isthmus.load(copy))
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for limit in (4000, 11_000):  # the weights do not fit; the tokenizer does not
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+            with pytest.raises(IsthmusError, match="cannot be written.*File too large"):
+                model.save_pretrained(copy)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(IsthmusError, match="cannot be written"):
+        composed.model("llama").save_pretrained(tmp_path / "file")
