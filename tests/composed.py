@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tiny
 import torch
 from PIL import Image as Pillow
 
 import isthmus
+import tiny
 from isthmus import storage
 from isthmus.config import AlignerConfig, EncoderConfig, LLMConfig, Recipe
 from isthmus.model import VLM

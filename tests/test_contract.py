@@ -12,26 +12,26 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import composed
 import pytest
 import torch
-from composed import MIX, picture, sample, stir
-from tiny import DECODERS, llm
 from torch import nn
 from torch.nn import functional as F
-from transformers import StaticCache
+from transformers import PreTrainedModel, StaticCache
 
+import composed
 import isthmus
+from composed import MIX, picture, sample, stir
 from isthmus import aligner as aligners
-from isthmus import fuse, lora, sites, storage
+from isthmus import fuse, lora, parts, sites, storage
 from isthmus.aligner import Addition, Aligner
-from isthmus.config import Budget, Frozen, LoRA, ObjectiveConfig, Stage
+from isthmus.config import Budget, Frozen, LLMConfig, LoRA, ObjectiveConfig, Stage
 from isthmus.connectors.mlp import MLP
 from isthmus.graft import Graft
 from isthmus.model import VLM, VLMConfig
 from isthmus.training.optimizer import adamw, choose
 from isthmus.training.step import Step
 from isthmus.types import Batch, ConfigError, DataError, Layout, Modality, Past, Sample, Turn
+from tiny import DECODERS
 
 # ---------------------------------------------------------------------------------------------- throw-away joints
 
@@ -89,13 +89,13 @@ class Shared(Aligner):
     def layout(self, kind, tokens):
         return Layout(tokens, "look: ", "\n")
 
-    def positions(self, segment_BT, modality_BT):
+    def positions(self, counted_BT, segment_BT, modality_BT):
         image_BT = modality_BT == Modality.IMAGE
-        advance_BT = torch.ones_like(segment_BT)
-        advance_BT[:, 1:] -= (image_BT[:, 1:] & image_BT[:, :-1]).long()
-        total_BT = advance_BT.cumsum(1)
+        saved_BT = torch.zeros_like(segment_BT)
+        saved_BT[:, 1:] = (image_BT[:, 1:] & image_BT[:, :-1]).long()
+        total_BT = saved_BT.cumsum(1)
         column_BT = torch.arange(segment_BT.shape[1]).expand_as(segment_BT)
-        return total_BT - total_BT.gather(1, column_BT - fuse.positions(segment_BT))
+        return counted_BT - (total_BT - total_BT.gather(1, column_BT - fuse.positions(segment_BT)))
 
     def rule(self, segment_BT, modality_BT):
         if not self.options.alone:
@@ -144,6 +144,10 @@ def newborn(joint: str, family: str) -> VLM:
 
 def grown(joint: str, family: str) -> VLM:
     return stir(newborn(joint, family))
+
+
+def bare_llm(family: str) -> PreTrainedModel:
+    return parts.load_llm(LLMConfig(source=str(composed.llm_folder(family))), torch.float32)
 
 
 def logits(model: VLM, batch: Batch, **how: Any) -> torch.Tensor:
@@ -196,7 +200,7 @@ def step_of(model: VLM) -> Step:
 @every
 @torch.no_grad()
 def test_newborn_equals_the_bare_llm_on_text(joint, family):
-    model, bare = newborn(joint, family), llm(family)
+    model, bare = newborn(joint, family), bare_llm(family)
     batch = model.processor.collator()([MIX[1]])
     extra = {} if batch.decoder_ids_BU is None else {"decoder_input_ids": batch.decoder_ids_BU}
     expected = bare(input_ids=batch.input_ids_BT, use_cache=False, **extra).logits
@@ -210,7 +214,7 @@ def test_newborn_equals_the_bare_llm_on_text(joint, family):
 @pytest.mark.parametrize("family", ALL)
 @torch.no_grad()
 def test_a_joint_behind_shut_gates_equals_the_bare_llm_on_pictures_too(family):
-    model, bare = newborn("aside", family), llm(family)
+    model, bare = newborn("aside", family), bare_llm(family)
     batch = model.processor.collator()([MIX[2]])
     extra = {} if batch.decoder_ids_BU is None else {"decoder_input_ids": batch.decoder_ids_BU}
     assert torch.equal(logits(model, batch), bare(input_ids=batch.input_ids_BT, use_cache=False, **extra).logits)

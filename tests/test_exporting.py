@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import composed
 import pytest
-import tiny
 import torch
-from composed import picture, stir
-from tiny import IMAGE, PATCH, VOCAB
 from transformers import (
     AutoProcessor,
     CLIPVisionConfig,
@@ -19,10 +15,14 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+import composed
 import isthmus
+import tiny
+from composed import picture, stir
 from isthmus import exporting
 from isthmus.config import LoRA
 from isthmus.types import ConfigError, IsthmusError, Sample, Turn
+from tiny import IMAGE, PATCH, VOCAB
 
 TEXT = "USER: <image>what is it? ASSISTANT:"
 """For our processor, whose layout puts a newline behind a picture; theirs is told so."""

@@ -85,3 +85,14 @@ def test_rule_sees_absolute_positions_behind_a_cache(static):
     not_the_second = lambda b, h, q, kv: kv != 1  # noqa: E731
     row = fuse.masks(llm.config, embeds[:, :1], segment, cache, not_the_second)[0, 0, 0].int().tolist()
     assert row[:5] == [0, 0, 1, 1, 1] and not any(row[5:])
+
+
+def test_branches_go_on_from_the_shared_beginning_and_do_not_see_each_other():
+    segment = torch.tensor([[1, 1, 1, 1, 1, 2, 2, 0]])
+    branch = torch.tensor([[0, 0, 1, 1, 2, 0, 1, 0]])
+    assert fuse.positions(segment, branch)[0, :7].tolist() == [0, 1, 2, 3, 2, 0, 1]
+    config, embeds = tiny.llm("llama").config, torch.zeros(1, 8, 32)
+    rows = allowed(fuse.masks(config, embeds, segment, None, None, branch_BS=branch))
+    assert rows[3] == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert rows[4] == [1, 1, 0, 0, 1, 0, 0, 0]
+    assert rows[6] == [0, 0, 0, 0, 0, 1, 1, 0]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import composed
 import pytest
 import torch
-from composed import picture
 from transformers import AutoProcessor
 
+import composed
+from composed import picture
 from isthmus.data import media
 from isthmus.processor import VLMProcessor
 from isthmus.types import DataError, Modality, Sample, Text, Turn

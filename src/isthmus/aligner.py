@@ -13,13 +13,13 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from isthmus.graft import Graft
 from torch import Tensor, nn
 
 from isthmus.config import Frozen, check, nearest
 from isthmus.connectors import Connector
 from isthmus.encoders import Encoder
 from isthmus.fuse import Rule
+from isthmus.graft import Graft
 from isthmus.types import ConfigError, Layout
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ class Aligner:
         """Output modules on the LLM's states, by name (an output projector, a regression head)."""
         return {}
 
-    def positions(self, segment_BT: Tensor, modality_BT: Tensor) -> Tensor | None:
-        """Position ids over the whole row, or None for counting within each segment."""
+    def positions(self, counted_BT: Tensor, segment_BT: Tensor, modality_BT: Tensor) -> Tensor | None:
+        """Position ids over the whole row, or None for `counted_BT`, the count within each segment."""
         return None
 
     def rule(self, segment_BT: Tensor, modality_BT: Tensor) -> Rule | None:

@@ -50,4 +50,4 @@ def compose(recipe: Recipe, dtype: torch.dtype = torch.float32) -> VLM:
 
 def load(source: str | Path, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu") -> VLM:
     """A saved model, ready to answer: `isthmus.load("runs/demo/sft")`."""
-    return VLM.from_pretrained(source, dtype=dtype).to(device)
+    return VLM.from_pretrained(source, dtype=dtype).to(device)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from isthmus import __version__, parts
+from isthmus import parts
 from isthmus.assets import packages
 from isthmus.config import Recipe, Source, TaskConfig
 from isthmus.data import sets
@@ -152,7 +152,7 @@ def summarise(
         fingerprint=recipe.fingerprint(),
         data_hash=data_hash(task for task, _ in tasks),
         seed=recipe.seed,
-        revision=f"isthmus {__version__}",
+        revision=f"isthmus {version('isthmus')}",
         method={
             "rule": tasks[0][0].rule if tasks else "",
             "arithmetic": f"{run.dtype} base parts, float32 for what trains; the same in training and measuring",

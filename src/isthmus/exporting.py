@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def import_llava(source: Path, out: Path) -> Parity:
 
 def from_llava(theirs: LlavaForConditionalGeneration, processor: LlavaProcessor, source: str) -> VLM:
     """The same model in our frame, sharing the vision tower's and the LLM's weights."""
-    config = theirs.config
+    config: Any = theirs.config
     if not isinstance(config.vision_feature_layer, int):
         raise ConfigError(f"vision_feature_layer is {config.vision_feature_layer}", "only one depth can be imported")
     if config.projector_hidden_act != "gelu" or not config.multimodal_projector_bias:
@@ -142,7 +143,7 @@ def to_llava(ours: VLM) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     tokenizer, text = copy.deepcopy((ours.processor.tokenizer, ours.llm.config))  # both get the marker below
     tokenizer.add_special_tokens({"additional_special_tokens": [MARKER]})
     image_token = tokenizer.convert_tokens_to_ids(MARKER)
-    strategy = "default" if chosen.class_token == "drop" else "full"
+    strategy: Any = "default" if chosen.class_token == "drop" else "full"
     config = LlavaConfig(
         vision_config=encoder.tower.config,
         text_config=text,

@@ -62,16 +62,21 @@ def by_row(connected: dict[str, Tensor], media: dict[str, Media], rows: int) -> 
     return vision_BKQD, media_at_BK
 
 
-def positions(segment_BT: Tensor) -> Tensor:
-    """Position of each token within its segment, from 0.
+def positions(segment_BT: Tensor, branch_BT: Tensor | None = None) -> Tensor:
+    """Position of each token within its segment, from 0; every branch goes on where the shared beginning ends.
 
     Padding on the right counts on: a step other than +1 would make transformers build a mask where none is needed.
     """
     steps = torch.arange(segment_BT.shape[1], device=segment_BT.device).expand_as(segment_BT)
     border = torch.ones_like(segment_BT, dtype=torch.bool)
     border[:, 1:] = (segment_BT[:, 1:] != segment_BT[:, :-1]) & (segment_BT[:, 1:] > 0)
+    if branch_BT is None:
+        return steps - torch.where(border, steps, 0).cummax(dim=1).values
+    border[:, 1:] |= (branch_BT[:, 1:] != branch_BT[:, :-1]) & (branch_BT[:, 1:] > 0)
     start = torch.where(border, steps, 0).cummax(dim=1).values
-    return steps - start
+    shared = torch.zeros(len(segment_BT), int(segment_BT.max()) + 1, dtype=steps.dtype, device=steps.device)
+    shared.scatter_add_(1, segment_BT, (branch_BT == 0).to(steps.dtype))
+    return steps - start + shared.gather(1, segment_BT) * (branch_BT > 0)
 
 
 def is_plain(segment_BT: Tensor, cached: int) -> bool:
@@ -88,8 +93,11 @@ def masks(
     cache: Cache | None,
     rule: Rule | None,
     counted: bool = True,
+    branch_BS: Tensor | None = None,
 ) -> Tensor | dict[str, Tensor] | None:
-    """The attention mask (or one per layer type) of a decoder for causality, segments and a rule.
+    """The attention mask (or one per layer type) of a decoder for causality, segments, branches and a rule.
+
+    A branch sees the shared beginning of its segment and itself.
 
     `segment_BS` covers the cached positions too; with a static cache the mask covers its whole length. Padding
     looks at padding, so that no row is empty. None is returned where causality alone is right, which lets
@@ -98,14 +106,16 @@ def masks(
     """
     cached = cache.get_seq_length() if cache is not None else 0
     fixed = cache is not None and cache.is_compileable
-    if rule is None and counted and not fixed and is_plain(segment_BS, cached):
+    if rule is None and branch_BS is None and counted and not fixed and is_plain(segment_BS, cached):
         return None
     reach = max(segment_BS.shape[1], cache.get_max_length() if cache is not None else 0)
     segment = torch.nn.functional.pad(segment_BS, (0, reach - segment_BS.shape[1]), value=-1)
 
     def allowed(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        same = segment[b, q] == segment[b, kv]
-        return same if rule is None else same & rule(b, h, q, kv.clamp(max=segment_BS.shape[1] - 1))
+        seen = segment[b, q] == segment[b, kv]
+        if branch_BS is not None:
+            seen = seen & ((branch_BS[b, kv] == 0) | (branch_BS[b, q] == branch_BS[b, kv]))
+        return seen if rule is None else seen & rule(b, h, q, kv.clamp(max=segment_BS.shape[1] - 1))
 
     return create_masks_for_generate(
         config=config,

@@ -7,7 +7,7 @@ joint's rule and positions are functions of whole rows and generate slices every
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,12 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPas
 from isthmus import sites
 from isthmus.types import IGNORE, Batch, DataError, Media, Modality, Past
 
-if TYPE_CHECKING:
-    from isthmus.model import VLM
-
 
 class Generation(GenerationMixin):
-    """The part of a VLM that speaks transformers' own conventions."""
+    """The part of a VLM that speaks transformers' own conventions; `self` is the VLM."""
 
     def forward(
-        self: VLM,
+        self: Any,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
@@ -72,7 +69,8 @@ class Generation(GenerationMixin):
             hidden_BTD = self.tell(decoder_input_ids, read_BTD, attention_mask, route, past_key_values)
             return self._answer(hidden_BTD, labels, logits_to_keep, past_key_values)
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
-        rows, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        given: Any = input_ids if inputs_embeds is None else inputs_embeds
+        rows, length = given.shape[:2]
         if attention_mask is None:
             attention_mask = torch.ones(rows, cached + length, dtype=torch.long, device=self.device)
         if use_cache and past_key_values is None:
@@ -92,12 +90,11 @@ class Generation(GenerationMixin):
         return self._answer(hidden_BTD, labels, logits_to_keep, past_key_values)
 
     def _answer(
-        self: VLM, hidden_BTD: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor, cache: Cache | None
+        self: Any, hidden_BTD: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor, cache: Cache | None
     ) -> CausalLMOutputWithPast:
         """Logits, and the mean loss where labels are given."""
-        if isinstance(logits_to_keep, int):
-            logits_to_keep = slice(-logits_to_keep if logits_to_keep else None, None)
-        logits = sites.head(self.llm)(hidden_BTD[:, logits_to_keep])
+        kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep or None, None)
+        logits = sites.head(self.llm)(hidden_BTD[:, kept])
         loss = None
         if labels is not None:
             flat = logits[:, :-1].flatten(0, 1).float()
@@ -105,7 +102,9 @@ class Generation(GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
     @torch.no_grad()
-    def generate(self: VLM, inputs: Tensor | Batch | None = None, **kwargs: Any) -> Any:
+    def generate(  # type: ignore[override]
+        self: Any, inputs: Tensor | Batch | None = None, **kwargs: Any
+    ) -> Any:
         """As in transformers, from what the processor returns or from a left-padded `Batch`.
 
         Media are connected once, so beams and later steps cost no second look. Returned ids start with the
@@ -113,16 +112,17 @@ class Generation(GenerationMixin):
         cache is a dynamic one.
         """
         batch = inputs if isinstance(inputs, Batch) else self._prompt(inputs, kwargs)
-        carried = {"attention_mask": (batch.segment_BT > 0).long(), "route": batch.route_BT}
+        carried: dict[str, Any] = {"attention_mask": (batch.segment_BT > 0).long(), "route": batch.route_BT}
         if self.config.is_encoder_decoder:
             # T5's config counts the encoder's layers; the decoder's own, which sizes the cache, counts the decoder's
             config = self.llm.get_decoder().config
             cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
-            return super().generate(encoder_outputs=self._read(batch), past_key_values=cache, **carried, **kwargs)
+            carried |= {"encoder_outputs": self._read(batch), "past_key_values": cache}
+            return GenerationMixin.generate(self, **carried, **kwargs)
         connected = self.connect(batch)
         embeds_BTD, past = self.embed(batch, connected), self.aside(batch, connected, Past(None))
         carried |= {"modality": batch.modality_BT, "vision": past.vision_BKQD, "media_at": past.media_at_BK}
-        answer = super().generate(inputs_embeds=embeds_BTD, **carried, **kwargs)
+        answer: Any = GenerationMixin.generate(self, inputs_embeds=embeds_BTD, **carried, **kwargs)
         sequences = answer if isinstance(answer, Tensor) else answer.sequences
         prompt = batch.input_ids_BT.repeat_interleave(len(sequences) // len(embeds_BTD), 0)
         whole = torch.cat([prompt, sequences], 1)
@@ -131,12 +131,12 @@ class Generation(GenerationMixin):
         answer.sequences = whole
         return answer
 
-    def _read(self: VLM, batch: Batch) -> BaseModelOutput:
+    def _read(self: Any, batch: Batch) -> BaseModelOutput:
         """An encoder-decoder's encoder on a batch, as transformers passes it around."""
         connected = self.connect(batch)
         return BaseModelOutput(self.read(batch, self.embed(batch, connected), connected))
 
-    def _prompt(self: VLM, ids_BT: Tensor | None, kwargs: dict[str, Any]) -> Batch:
+    def _prompt(self: Any, ids_BT: Tensor | None, kwargs: dict[str, Any]) -> Batch:
         """The processor's tensors, taken out of generate's arguments, as a batch."""
         ids_BT = kwargs.pop("input_ids", ids_BT)
         names = ("attention_mask", "pixel_values", "image_at")
@@ -147,7 +147,7 @@ class Generation(GenerationMixin):
         return attention_mask
 
     def _update_model_kwargs_for_generation(
-        self,
+        self: Any,
         outputs: Any,
         model_kwargs: dict[str, Any],
         is_encoder_decoder: bool = False,
@@ -164,7 +164,7 @@ class Generation(GenerationMixin):
         return updated
 
     def as_batch(
-        self: VLM,
+        self: Any,
         ids_BT: Tensor,
         mask_BT: Tensor | None = None,
         pixels: Tensor | None = None,

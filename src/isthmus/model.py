@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -53,13 +53,13 @@ class VLMConfig(PreTrainedConfig):
     model_type = "isthmus"
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
 
-    text_config: dict | PreTrainedConfig | None = None
-    llm: dict | None = None
-    encoders: dict | None = None
-    aligner: dict | None = None
-    surgery: dict | None = None
-    lora: list | None = None
-    trained: list | None = None
+    text_config: Any = None
+    llm: Any = None
+    encoders: Any = None
+    aligner: Any = None
+    surgery: Any = None
+    lora: Any = None
+    trained: Any = None
     whole: bool = False
     template: str = "chat"
     tie_word_embeddings: bool = False
@@ -93,8 +93,11 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
 
     config_class = VLMConfig
     processor: VLMProcessor
+    encoders: Any
+    connectors: Any
+    heads: Any
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -175,7 +178,7 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
             past = Past(DynamicCache(config=self.config.text_config) if keep else None)
         past = self.aside(batch, connected, past)
         hidden_BTD, side, positions_BT = self.think(
-            embeds_BTD, batch.segment_BT, batch.modality_BT, batch.route_BT, past
+            embeds_BTD, batch.segment_BT, batch.modality_BT, batch.route_BT, past, batch.branch_BT
         )
         return self._output(hidden_BTD, connected, positions_BT, side, past if keep else None)
 
@@ -197,12 +200,18 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
         return connector(features.map(lambda x: x.to(weight.dtype)), context)
 
     def embed(self, batch: Batch, connected: dict[str, Tensor]) -> Tensor:
-        """Token embeddings, with connected media in place of their placeholders where the joint splices."""
+        """Token embeddings, with connected media in place of their placeholders where the joint splices.
+
+        Raises:
+            DataError: there are more or fewer placeholders than vectors.
+        """
         ids_BT = batch.input_ids_BT
         embeds_BTD = sites.embedding(self.llm)(ids_BT.masked_fill(ids_BT >= self.vocabulary, 0))
         if self.aligner.splices:
-            for kind, y_NQD in connected.items():
-                y_MD = fuse.rows(y_NQD, batch.media[kind].features, self.connectors[kind].tokens)
+            for kind, connector in self.connectors.items():
+                y_MD = embeds_BTD[0, :0]
+                if kind in connected:
+                    y_MD = fuse.rows(connected[kind], batch.media[kind].features, connector.tokens)
                 embeds_BTD = fuse.splice(embeds_BTD, ids_BT == self.placeholder(kind), y_MD, kind)
         return embeds_BTD
 
@@ -219,14 +228,21 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
         return Past(past.cache, vision_BKQD, media_at_BK)
 
     def think(
-        self, embeds_BTD: Tensor, segment_BS: Tensor, modality_BS: Tensor, route_BS: Tensor | None, past: Past
+        self,
+        embeds_BTD: Tensor,
+        segment_BS: Tensor,
+        modality_BS: Tensor,
+        route_BS: Tensor | None,
+        past: Past,
+        branch_BS: Tensor | None = None,
     ) -> tuple[Tensor, Side, Tensor]:
         """The decoder with the joint's positions, rule and side: states of the T new positions, the last of S."""
         new = embeds_BTD.shape[1]
-        positions_BS = self.aligner.positions(segment_BS, modality_BS)
-        positions_BT = (fuse.positions(segment_BS) if positions_BS is None else positions_BS)[:, -new:]
+        counted_BS = fuse.positions(segment_BS, branch_BS)
+        own_BS = self.aligner.positions(counted_BS, segment_BS, modality_BS)
+        positions_BT = (counted_BS if own_BS is None else own_BS)[:, -new:]
         rule = self.aligner.rule(segment_BS, modality_BS)
-        mask = fuse.masks(self.config.text_config, embeds_BTD, segment_BS, past.cache, rule, positions_BS is None)
+        mask = fuse.masks(self.config.text_config, embeds_BTD, segment_BS, past.cache, rule, own_BS is None, branch_BS)
         side = self._side(new, segment_BS, modality_BS, route_BS, past)
         states = self.llm.base_model(
             inputs_embeds=embeds_BTD,
@@ -320,7 +336,9 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
         how = LoRA(**{key: adapter[key] for key in LoRA.model_fields})
         return lora.attach(self, adapter["globs"], how, adapter["name"])
 
-    def save_pretrained(self, folder: str | Path, whole: bool = False, **unused: Any) -> None:
+    def save_pretrained(  # type: ignore[override]
+        self, folder: str | Path, whole: bool = False, **unused: Any
+    ) -> None:
         """Write a Hugging Face directory: config, weights, generation settings, processor.
 
         Without `whole`, base weights that were never trained stay where they are and are referred to by source
@@ -329,7 +347,9 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
         storage.save(self, Path(folder), whole)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *unused: Any, dtype: torch.dtype | str = "auto", **more: Any) -> Self:
+    def from_pretrained(  # type: ignore[override]
+        cls, folder: str | Path, *unused: Any, dtype: torch.dtype | str = "auto", **more: Any
+    ) -> VLM:
         """A model from a directory (or hub name) that `save_pretrained` wrote, in eval mode.
 
         Raises:

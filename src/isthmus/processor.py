@@ -7,7 +7,7 @@ It speaks two languages over one renderer: ours (`Sample`, `Batch`) and transfor
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,8 +41,8 @@ class VLMProcessor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase | None = None,
         layouts: dict[str, dict[str, Any]] | None = None,
         placeholders: dict[str, int] | None = None,
-        aspect: str = "pad",
-        template: str = "chat",
+        aspect: media.Aspect = "pad",
+        template: Literal["chat", "plain"] = "chat",
         system: str | None = None,
         decoder_start: int | None = None,
         chat_template: str | None = None,
@@ -68,7 +68,7 @@ class VLMProcessor(ProcessorMixin):
 
     # ------------------------------------------------------------------------------------ our language
 
-    def renderer(self, template: str | None = None) -> chat.Renderer:
+    def renderer(self, template: Literal["chat", "plain"] | None = None) -> chat.Renderer:
         """What turns conversations into ids, with the spans that are trained and the media's places."""
         layouts = {kind: Layout(**fields) for kind, fields in self.layouts.items()}
         return chat.Renderer(
@@ -86,7 +86,7 @@ class VLMProcessor(ProcessorMixin):
         return torch.stack([media.pixels(picture, self.image_processor, self.aspect) for picture in pictures]), None
 
     def collator(
-        self, look: collate.Look | None = None, template: str | None = None, **settings: Any
+        self, look: collate.Look | None = None, template: Literal["chat", "plain"] | None = None, **settings: Any
     ) -> collate.Collator:
         """A collator for this model; `settings` are those of `data.collate.Collator`."""
         return collate.Collator(self.renderer(template), self.look if look is None else look, self.pad, **settings)
@@ -123,7 +123,7 @@ class VLMProcessor(ProcessorMixin):
         rows = [renderer.render_string(_interleave(string, left)) for string in texts]
         width = max(len(row.ids) for row in rows)
         gaps = [width - len(row.ids) for row in rows]
-        inputs = {
+        inputs: dict[str, Any] = {
             "input_ids": torch.tensor([[self.pad] * gap + row.ids for gap, row in zip(gaps, rows)]),
             "attention_mask": torch.tensor([[0] * gap + [1] * len(row.ids) for gap, row in zip(gaps, rows)]),
         }
@@ -133,12 +133,14 @@ class VLMProcessor(ProcessorMixin):
             inputs["image_at"] = torch.tensor(at)
         return BatchFeature(inputs, tensor_type=return_tensors)
 
-    def apply_chat_template(self, conversation: Any, add_generation_prompt: bool = True, **unused: Any) -> BatchFeature:
+    def apply_chat_template(  # type: ignore[override]
+        self, conversation: Any, add_generation_prompt: bool = True, **unused: Any
+    ) -> BatchFeature:
         """Messages in the common form (roles; text and image parts) -> model inputs, ending with the prompt."""
         many = conversation if isinstance(conversation[0], list) else [conversation]
         samples = [Sample(formats.turns(messages)) for messages in many]
         batch = self.collator(open_answer=add_generation_prompt, side="left")(samples)
-        inputs = {"input_ids": batch.input_ids_BT, "attention_mask": (batch.segment_BT > 0).long()}
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids_BT, "attention_mask": (batch.segment_BT > 0).long()}
         if batch.decoder_ids_BU is not None:
             inputs["decoder_input_ids"] = batch.decoder_ids_BU
         if "image" in batch.media:

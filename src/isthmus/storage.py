@@ -19,7 +19,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from isthmus import parts
+from isthmus import parts, sites
 from isthmus.config import LLMConfig
 from isthmus.processor import VLMProcessor
 from isthmus.types import IsthmusError
@@ -56,7 +56,7 @@ def save(model: VLM, folder: Path, whole: bool) -> None:
 def _write(model: VLM, folder: Path, whole: bool) -> None:
     model.config.whole = whole
     model.config.architectures = [type(model).__name__]
-    model.config.dtype = sites_dtype(model)
+    model.config.dtype = sites.embedding(model.llm).weight.dtype
     kept = stored(model, whole)
     state = {key: tensor for key, tensor in model.state_dict().items() if key in kept}
     save_torch_state_dict(state, folder, max_shard_size="5GB")
@@ -82,7 +82,8 @@ def load(cls: type[VLM], source: str | Path, dtype: torch.dtype | str, revision:
         )
     config = cls.config_class.from_pretrained(folder)
     if isinstance(dtype, str):
-        dtype = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+        dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
+    assert isinstance(dtype, torch.dtype)
     llm_config = LLMConfig(**config.llm["config"])
     if config.whole:
         llm = parts.empty_llm(config.text_config, llm_config.attention, dtype)
@@ -164,11 +165,6 @@ def _read_json(file: Path) -> dict[str, Any]:
 def sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def sites_dtype(model: VLM) -> torch.dtype:
-    """The arithmetic of the base LLM."""
-    return model.get_input_embeddings().weight.dtype
 
 
 def _fill(model: VLM, state: dict[str, Any], whole: bool, folder: Path) -> None:

@@ -128,12 +128,17 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation. `pair` is its other ending: the rejected answer, or what is to be retained."""
+    """One conversation. `pair` is its other ending: the rejected answer, or what is to be retained.
+
+    `branches` are further conversations that begin like this one, with the same media: many questions about one
+    picture, or many answers to one question. Their common beginning is read once, and none sees another.
+    """
 
     turns: tuple[Turn, ...]
     id: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
     pair: tuple[Turn, ...] | None = None
+    branches: tuple[tuple[Turn, ...], ...] = ()
 
     @property
     def media(self) -> tuple[Medium, ...]:
@@ -213,6 +218,8 @@ class Batch:
     media: dict[str, Media] = field(default_factory=dict)
     route_BT: Tensor | None = None
     """The task kind of each position's segment, for routers."""
+    branch_BT: Tensor | None = None
+    """0 where a segment's conversations share their beginning, then 1, 2, ... for what follows in each."""
     extra_text: dict[str, Tensor] = field(default_factory=dict)
     """Text in a connector's own tokenizer, one row per medium (an instruction for a Q-Former)."""
     targets: dict[str, Tensor] = field(default_factory=dict)

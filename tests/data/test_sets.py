@@ -66,16 +66,18 @@ def test_easy_vqa_captions_agree_with_the_pixels() -> None:
         assert max(covered, key=lambda name: covered[name]) == colour, sample.id
 
 
-def test_a_conversation_shows_its_picture_once_and_keeps_every_question() -> None:
-    single, packed = opened("easy-vqa", split="val"), opened("easy-vqa", split="val", conversation=True)
-    assert sum(len(sample.turns) for sample in packed) == 2 * len(single)
+def test_questions_together_branch_off_their_picture_and_none_is_lost() -> None:
+    single, joined = opened("easy-vqa", split="val"), opened("easy-vqa", split="val", together=True)
+    assert sum(1 + len(sample.branches) for sample in joined) == len(single)
     told = {(sample.meta["cluster"], sample.turns[0].text, sample.turns[1].text) for sample in single}
-    for sample in packed:
-        assert len(sample.media) == 1 and sample.turns[0].media
-        asked = zip(sample.turns[::2], sample.turns[1::2])
-        assert all((sample.meta["cluster"], q.text, a.text) in told for q, a in asked)
-    first = opened("scenes", conversation=True)[0]
-    assert len(first.media) == 1 and len(first.turns) == 8  # presence, colour, relation, caption
+    for sample in joined:
+        for question, answer in (sample.turns, *sample.branches):
+            assert question.media == sample.media
+            assert (sample.meta["cluster"], question.text, answer.text) in told
+    first = opened("scenes", together=True, repeat=2)[0]
+    assert len(first.branches) == 5  # presence twice, colour, relation twice, caption
+    asked = [question.text for question, _ in (first.turns, *first.branches)]
+    assert len(set(asked)) == 6
 
 
 @pytest.mark.parametrize("name", ["scenes", "naming"])

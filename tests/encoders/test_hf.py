@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import composed
 import pytest
-import tiny
 import torch
-from composed import picture
-from tiny import IMAGE, PATCH, VISION, WIDTH
 from transformers import AutoImageProcessor, AutoModel, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
+import composed
+import tiny
+from composed import picture
 from isthmus import parts
 from isthmus.config import EncoderConfig
 from isthmus.data import media
 from isthmus.encoders import Encoder
 from isthmus.types import ConfigError
+from tiny import IMAGE, PATCH, VISION, WIDTH
 
 EXTRA = {"clip": 1, "siglip": 0, "dinov2": 1, "vit": 1}
 PATCHES = (IMAGE // PATCH) ** 2

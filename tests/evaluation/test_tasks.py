@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import composed
 import pytest
-from fake_vlm import FakeCollator, FakeRenderer, FakeVLM
 from PIL import Image as Pillow
 
 from isthmus import config
@@ -17,6 +17,7 @@ from isthmus.data import sets
 from isthmus.evaluation import answers, tasks
 from isthmus.evaluation.score import RULE, Scorer
 from isthmus.evaluation.tasks import Choice, Cut, Generate, Likelihood, item, named, plain, run
+from isthmus.model import VLM
 from isthmus.types import Box, ConfigError, DataError, Image, Sample, Tag, Turn
 
 
@@ -33,13 +34,12 @@ ITEMS = tuple(item(sample(place)) for place in range(6))
 
 
 @pytest.fixture(scope="module")
-def model() -> FakeVLM:
-    return FakeVLM()
+def model() -> VLM:
+    return composed.stir(composed.model())
 
 
-def scorer(model: FakeVLM, reply: object = None) -> Scorer:
-    renderer = FakeRenderer()
-    return Scorer(model, renderer, FakeCollator(renderer), reply=reply, batch_size=4)  # type: ignore[arg-type]
+def scorer(model: VLM, reply: object = None) -> Scorer:
+    return Scorer(model, reply=reply, batch_size=4)  # type: ignore[arg-type]
 
 
 def test_item_takes_the_answer_out_of_the_prompt() -> None:
@@ -68,7 +68,7 @@ def test_plain_shows_all_parts() -> None:
     )
 
 
-def test_choice_predicts_the_likeliest(model: FakeVLM) -> None:
+def test_choice_predicts_the_likeliest(model: VLM) -> None:
     task = Choice("t", ITEMS, (Cut("T"),))
     found = run(task, scorer(model))
     direct = scorer(model).likelihoods([one.question for one in ITEMS])
@@ -81,7 +81,7 @@ def test_choice_predicts_the_likeliest(model: FakeVLM) -> None:
     assert RULE in task.rule
 
 
-def test_controls_change_the_picture_that_is_scored(model: FakeVLM) -> None:
+def test_controls_change_the_picture_that_is_scored(model: VLM) -> None:
     task = Choice("t", ITEMS, (Cut("T"),))
     real, blank, other = (run(task, scorer(model), control=c) for c in (None, "blind", "shuffled"))  # type: ignore[arg-type]
     assert {p.control for p in blank} == {"blind"} and {p.control for p in other} == {"shuffled"}
@@ -93,24 +93,24 @@ def test_controls_change_the_picture_that_is_scored(model: FakeVLM) -> None:
         run(Choice("t", tuple(same), (Cut("T"),)), scorer(model), control="shuffled")
 
 
-def test_joint_alone_leaves_the_llm_out(model: FakeVLM) -> None:
-    model.tokens_run = 0
-    found = run(Choice("t", ITEMS, (Cut("T"),), cosine=True), scorer(model), control="cosine")
-    assert model.tokens_run == 0
+def test_joint_alone_leaves_the_llm_out(model: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "think", lambda *_: pytest.fail("the LLM was run"))
+        found = run(Choice("t", ITEMS, (Cut("T"),), cosine=True), scorer(model), control="cosine")
     assert all(-1 <= score <= 1 for prediction in found for score in prediction.scores)
     with pytest.raises(ConfigError, match="no choices"):
         run(Likelihood("t", ITEMS, (Cut("T"),)), scorer(model), control="cosine")
 
 
-def test_likelihood_scores_the_reference_alone(model: FakeVLM) -> None:
+def test_likelihood_scores_the_reference_alone(model: VLM) -> None:
     found = run(Likelihood("t", ITEMS, (Cut("T"),)), scorer(model))
     for one, prediction in zip(ITEMS, found, strict=True):
         (only,) = scorer(model).likelihoods([replace(one.question, choices=(one.answer,))])
         assert prediction.scores == pytest.approx(only.values)
-        assert prediction.tokens == len(one.answer) + 1 and prediction.right is None
+        assert prediction.tokens == only.tokens[0] > 1 and prediction.right is None
 
 
-def test_generate_scores_free_replies_in_three_states(model: FakeVLM) -> None:
+def test_generate_scores_free_replies_in_three_states(model: VLM) -> None:
     said = iter(["Yes!", "I think no", "perhaps", None, "", "maybe"])
 
     def reply(samples: Sequence[Sample]) -> list[str | None]:
@@ -123,21 +123,24 @@ def test_generate_scores_free_replies_in_three_states(model: FakeVLM) -> None:
         run(task, scorer(model))
 
 
-def test_predictions_are_kept_and_reused(model: FakeVLM, tmp_path: Path) -> None:
+def test_predictions_are_kept_and_reused(model: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+    genuine = model.think
+    monkeypatch.setattr(model, "think", lambda *args: ran.append(1) or genuine(*args))
     task = Choice("t", ITEMS, (Cut("T"),))
     settings = {"weights": "w1"}
     first = run(task, scorer(model), control="blind", folder=tmp_path, settings=settings)
     assert answers.read(tmp_path / "t.blind.jsonl")[0].settings == settings
-    model.tokens_run = 0
+    ran.clear()
     heard: list[int] = []
     again = run(task, scorer(model), control="blind", folder=tmp_path, settings=settings, advance=heard.append)
-    assert again == first and model.tokens_run == 0 and sum(heard) == len(ITEMS)
+    assert again == first and not ran and sum(heard) == len(ITEMS)
     run(task, scorer(model), control="blind", folder=tmp_path, settings={"weights": "w2"})
-    assert model.tokens_run > 0
-    model.tokens_run = 0
+    assert ran
+    ran.clear()
     fewer = Choice("t", ITEMS[:4], (Cut("T"),))
     assert len(run(fewer, scorer(model), control="blind", folder=tmp_path, settings={"weights": "w2"})) == 4
-    assert model.tokens_run > 0
+    assert ran
 
 
 def test_unknown_task_names_the_nearest() -> None:

@@ -6,11 +6,11 @@ import errno
 import threading
 from pathlib import Path
 
-import composed
 import pytest
 import torch
-from composed import picture
 
+import composed
+from composed import picture
 from isthmus import parts
 from isthmus.config import EncoderConfig, ObjectiveConfig
 from isthmus.encoders import Encoder

@@ -37,6 +37,46 @@ class Rendered:
     spans: list[tuple[int, int]]
     """Where the placeholders of each medium stand in `ids`: (start, end)."""
     decoder_ids: list[int] | None = None
+    branch: list[int] | None = None
+    """Of each of `ids`: 0 in the beginning that several conversations share, then the number of its conversation."""
+
+
+def share(conversations: Sequence[Rendered]) -> Rendered:
+    """Several conversations with a common beginning as one, the beginning once and then each one's rest.
+
+    The last token before an answer always stays with the answer, because it is what predicts it.
+
+    Raises:
+        DataError: they are an encoder-decoder's, or a medium stands behind the common beginning.
+    """
+    first = conversations[0]
+    if any(one.decoder_ids is not None for one in conversations):
+        raise DataError("an encoder-decoder cannot read branches", "give each question a sample of its own")
+    shared = min(_agreement(first.ids, one.ids) for one in conversations)
+    shared = min(
+        shared, *(max(one.trained.index(True) - 1, 0) if any(one.trained) else shared for one in conversations)
+    )
+    if any(one.media != first.media or any(end > shared for _, end in one.spans) for one in conversations):
+        raise DataError("branches differ before or in their media", "put the same media first in every branch")
+    merged = Rendered(
+        first.ids[:shared],
+        first.trained[:shared],
+        first.modality[:shared],
+        first.media,
+        first.spans,
+        branch=[0] * shared,
+    )
+    for number, one in enumerate(conversations, start=1):
+        merged.ids += one.ids[shared:]
+        merged.trained += one.trained[shared:]
+        merged.modality += one.modality[shared:]
+        merged.branch += [number] * (len(one.ids) - shared)
+    return merged
+
+
+def _agreement(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids from the start are the same."""
+    return next((place for place, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def write_box(box: Box) -> str:

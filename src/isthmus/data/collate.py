@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from isthmus.data.chat import Rendered, Renderer
+from isthmus.data.chat import Rendered, Renderer, share
 from isthmus.types import IGNORE, KIND, Batch, ConfigError, DataError, Features, Medium, Modality, Sample, Turn
 from isthmus.types import Media as BatchMedia
 
@@ -108,7 +108,10 @@ class Collator:
 
     def _render(self, sample: Sample, turns: Sequence[Turn]) -> Rendered:
         try:
-            return self.renderer.render(turns, self.open_answer)
+            rendered = self.renderer.render(turns, self.open_answer)
+            if not sample.branches:
+                return rendered
+            return share([rendered, *(self.renderer.render(branch, self.open_answer) for branch in sample.branches)])
         except DataError as error:
             raise DataError(f"sample {sample.id}: {error.cause}", error.remedy) from None
 
@@ -129,6 +132,7 @@ class Collator:
     def _batch(self, rows: list[Row]) -> Batch:
         columns = [_columns(row) for row in rows]
         routed = any("route" in sample.meta for row in rows for sample, _ in row)
+        branched = any(any(column.branch) for column in columns)
         width = max(len(column.ids) for column in columns)
 
         def padded(values: list[list[int]], filler: int, wide: int = width, side: str = self.side) -> Tensor:
@@ -141,6 +145,7 @@ class Collator:
             segment_BT=segment_BT,
             modality_BT=padded([column.modality for column in columns], Modality.TEXT),
             route_BT=padded([column.route for column in columns], 0) if routed else None,
+            branch_BT=padded([column.branch for column in columns], 0) if branched else None,
             media=self._media(rows, [width - len(column.ids) if self.side == "left" else 0 for column in columns]),
             ids=tuple(sample.id for row in rows for sample, _ in row),
         )
@@ -184,12 +189,13 @@ class _Columns:
     modality: list[int]
     labels: list[int]
     route: list[int]
+    branch: list[int]
     decoder: list[int]
 
 
 def _columns(row: Row) -> _Columns:
     """The samples of a row one after another."""
-    out = _Columns([], [], [], [], [], [])
+    out = _Columns([], [], [], [], [], [], [])
     if len(row) > 1 and any(rendered.decoder_ids is not None for _, rendered in row):
         raise ConfigError("an encoder-decoder cannot read packed rows", "use bucketed or shuffled batching")
     for segment, (sample, rendered) in enumerate(row, start=1):
@@ -202,6 +208,7 @@ def _columns(row: Row) -> _Columns:
         out.modality += rendered.modality
         out.labels += labels
         out.route += [_route(sample)] * size
+        out.branch += rendered.branch or [0] * size
         out.decoder += rendered.decoder_ids or []
     return out
 

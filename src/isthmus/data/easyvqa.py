@@ -44,18 +44,17 @@ class EasyVQA:
         rows = self.groups[index]
         first = rows[0]
         picture = Image(self.images / f"{first.image}.png")
-        turns: list[Turn] = []
-        for row in rows:
-            shown = () if turns else (picture,)
-            turns += [Turn.say("user", *shown, row.question), Turn.say("assistant", row.answer)]
-        meta: dict[str, Any] = {"kind": "conversation", "cluster": f"easy-vqa/{_folder(self.split)}/{first.image}"}
+        turns, *branches = [
+            (Turn.say("user", picture, row.question), Turn.say("assistant", row.answer)) for row in rows
+        ]
+        meta: dict[str, Any] = {"kind": "several", "cluster": f"easy-vqa/{_folder(self.split)}/{first.image}"}
         if len(rows) == 1:
             choices = () if first.kind == "caption" else self.answers
             meta |= {"kind": first.kind, "choices": choices, "answer": first.answer}
-        return Sample(tuple(turns), f"easy-vqa/{self.split}/{first.image}/{index}", meta)
+        return Sample(turns, f"easy-vqa/{self.split}/{first.image}/{index}", meta, branches=tuple(branches))
 
 
-def read(split: str, kinds: Sequence[str], conversation: bool) -> EasyVQA:
+def read(split: str, kinds: Sequence[str], together: bool) -> EasyVQA:
     """The questions of some kinds (`yesno`, `open`, `caption`), one a sample, or all about a picture in one.
 
     Raises:
@@ -67,7 +66,7 @@ def read(split: str, kinds: Sequence[str], conversation: bool) -> EasyVQA:
     rows = [row for row in _rows(split) if row.kind in kinds]
     if "caption" in kinds:
         rows += _captions((row for row in _rows(split) if row.kind == "open"), set(answers) - SHAPES - YES_NO)
-    groups = _by_picture(rows) if conversation else [(row,) for row in rows]
+    groups = _by_picture(rows) if together else [(row,) for row in rows]
     images = packages.EASY_VQA.folder / "easy_vqa" / "data" / _folder(split) / "images"
     return EasyVQA(split, groups, answers, images)
 

@@ -78,9 +78,9 @@ class Asker:
     varied: bool
     """Whether the wording is drawn, or the first."""
 
-    def ask(self, kind: str) -> Question:
-        """The scene's question of one kind."""
-        return _KINDS[kind](self, Random(f"{kind} {self.scene.seed}"))
+    def ask(self, kind: str, number: int = 0) -> Question:
+        """The scene's question of one kind, or another one of that kind."""
+        return _KINDS[kind](self, Random(f"{kind} {number or ''}{self.scene.seed}"))
 
     def _naming(self, random: Random) -> Question:
         char = self.scene.objects[0].char

@@ -5,7 +5,7 @@ Training draws from the recipe's seed; every other split is the same for all see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -110,13 +110,13 @@ class EasyOptions(Frozen):
     """Options of `easy-vqa`."""
 
     kinds: tuple[Literal["yesno", "open", "caption"], ...] = ("yesno", "open")
-    conversation: bool = False
-    """All questions about a picture in one sample."""
+    together: bool = False
+    """All questions about a picture in one sample, as branches that share it; otherwise each in one of its own."""
 
 
 def _easy_vqa(source: Source, seed: int) -> Set:
     options = check(EasyOptions, source.options, "easy-vqa")
-    data = easyvqa.read(source.split, options.kinds, options.conversation)
+    data = easyvqa.read(source.split, options.kinds, options.together)
     return Set(_card("easy-vqa", (packages.EASY_VQA,), len(data.groups)), data.sample)
 
 
@@ -132,12 +132,18 @@ FAMILIES: dict[str, frozenset[Kind]] = {
 """What can be asked of one object, of several different ones, and where some object is there several times."""
 
 
+REPEATED: frozenset[Kind] = frozenset({"presence", "relation"})
+"""What can be asked again of the same picture."""
+
+
 class SceneOptions(Frozen):
     """Options of `scenes` and `naming`."""
 
     kinds: tuple[Kind, ...] = ("presence", "counting", "colour", "relation", "caption")
-    conversation: bool = False
-    """All questions about a picture in one sample; otherwise each makes a sample of its own."""
+    together: bool = False
+    """All questions about a picture in one sample, as branches that share it; otherwise each in one of its own."""
+    repeat: int = Field(1, ge=1)
+    """Questions about presence and relations per picture, where they are together."""
     count: int | None = Field(None, ge=1)
     """Pictures."""
     size: int = Field(224, ge=32)
@@ -173,17 +179,21 @@ class Generator:
         scene, main = self._scene(family, cycle)
         pool = self.singles if family == "single" else self.pool
         asker = Asker(scene, pool, main, varied=self.split == "train")
-        questions = [asker.ask(kind) for kind in kinds]
+        questions = [asker.ask(kind, kinds[:place].count(kind)) for place, kind in enumerate(kinds)]
         meta: dict[str, Any] = {
-            "kind": "conversation",
+            "kind": "several",
             "cluster": names()[main] if family == "single" else scene.key,
             "style": scene.style,
             "boxes": scene.boxes,
         }
         if len(questions) == 1:
             meta |= {"kind": questions[0].kind, "choices": questions[0].choices, "answer": questions[0].answer}
-        turns = _converse(scene, [(question.text, question.answer) for question in questions])
-        return Sample(turns, f"scenes/{self.split}/{family}/{cycle}/{'+'.join(kinds)}", meta)
+        turns, *branches = [
+            (Turn.say("user", Image(scene), question.text), Turn.say("assistant", question.answer))
+            for question in questions
+        ]
+        asked = "+".join(dict.fromkeys(kinds))
+        return Sample(turns, f"scenes/{self.split}/{family}/{cycle}/{asked}", meta, branches=tuple(branches))
 
     def _scene(self, family: str, number: int) -> tuple[Scene, str]:
         """A picture of a family, and the concept that naming or counting asks for."""
@@ -218,8 +228,8 @@ def _groups(options: SceneOptions) -> Iterator[tuple[str, tuple[Kind, ...]]]:
     """What is asked of one picture of each family: all in one sample, or one question each."""
     for family, possible in FAMILIES.items():
         kinds = tuple(kind for kind in options.kinds if kind in possible)
-        if options.conversation and kinds:
-            yield family, kinds
+        if options.together and kinds:
+            yield family, tuple(kind for kind in kinds for _ in range(options.repeat if kind in REPEATED else 1))
         else:
             yield from ((family, (kind,)) for kind in kinds)
 
@@ -227,15 +237,6 @@ def _groups(options: SceneOptions) -> Iterator[tuple[str, tuple[Kind, ...]]]:
 def _naming(source: Source, seed: int) -> Set:
     """One object per picture, every concept of the split as often as every other."""
     return _scenes(source.but(options={"kinds": ("naming",), **source.options}), seed)
-
-
-def _converse(scene: Scene, asked: Iterable[tuple[str, str]]) -> tuple[Turn, ...]:
-    """Questions and answers as turns; the first question shows the picture."""
-    turns: list[Turn] = []
-    for text, answer in asked:
-        shown = () if turns else (Image(scene),)
-        turns += [Turn.say("user", *shown, text), Turn.say("assistant", answer)]
-    return tuple(turns)
 
 
 def _card(name: str, origins: tuple[packages.Package, ...], size: int) -> Card:

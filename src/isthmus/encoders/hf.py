@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from isthmus.config import EncoderConfig
@@ -34,7 +34,7 @@ class Transformer(Encoder):
         ConfigError: the tower has no hidden states per patch, cannot take the size asked for, or has no such layer.
     """
 
-    def __init__(self, config: EncoderConfig, tower: torch.nn.Module, processor: Any, source: dict[str, str]):
+    def __init__(self, config: EncoderConfig, tower: PreTrainedModel, processor: Any, source: dict[str, str]):
         super().__init__()
         self.tower, self.processor = tower, processor
         self._config, self._source = config, source

@@ -78,12 +78,12 @@ def merge(before: Measured, after: Measured) -> Measured:
 
 
 def _scorer(model: VLM, look: Look | None) -> Scorer:
-    processor, speaker = model.processor, Local(model, look, max_new_tokens=24)
+    speaker = Local(model, look, max_new_tokens=24)
 
     def reply(samples: Sequence[Sample]) -> list[str | None]:
         return list(speaker.say_all(samples))
 
-    return Scorer(model, processor.renderer(), lambda samples: processor.prompts(samples, look), reply=reply)
+    return Scorer(model, look, reply=reply)
 
 
 def _arithmetic(model: VLM) -> Any:

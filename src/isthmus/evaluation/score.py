@@ -5,27 +5,24 @@ end-of-turn token, given the prompt. That is the probability that the model says
 length, or subtracting a blank-picture score, would be other questions, and choosing among such rules after the fact
 moves results by tens of points.
 
-Items that share prompt and pictures share one prefill. The first token's distribution is read off the prompt, the
-others from one call on the repeated cache; the head sees only states that predict a scored token, in float32 softmax.
+Candidates are branches of one row (`Sample.branches`): they share the prompt and do not see each other. The head runs
+at the scored positions alone, and its softmax is in float32.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from isthmus.data.collate import Look
 from isthmus.evaluation.controls import key
-from isthmus.types import Batch, ConfigError, DataError, Output, Past, Sample, Turn
-
-if TYPE_CHECKING:
-    from isthmus.data.chat import Renderer
-    from isthmus.model import VLM
+from isthmus.model import VLM
+from isthmus.objectives.lm import supervised
+from isthmus.types import Batch, DataError, Output, Sample, Turn
 
 RULE = "sum of the log-probabilities of the answer's tokens and its end-of-turn token, given the prompt"
 COSINE_RULE = (
@@ -51,49 +48,42 @@ class Scores:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Continuation:
-    """The tokens that follow a prompt when an answer is given, up to the last that is scored."""
-
-    ids: tuple[int, ...]
-    scored: tuple[bool, ...]
-
-
 @dataclass
 class Group:
-    """Questions with the same prompt and pictures: one prefill, the union of their choices."""
+    """Questions with the same prompt and pictures: one row, whose branches are the union of their choices."""
 
     sample: Sample
-    length: int
     members: list[int] = field(default_factory=list)
     choices: dict[str, None] = field(default_factory=dict)
+
+    @property
+    def row(self) -> Sample:
+        """The prompt with every choice as an answer."""
+        answered = [(*self.sample.turns, Turn.say("assistant", choice)) for choice in self.choices]
+        return self.sample.but(turns=answered[0], branches=tuple(answered[1:]))
 
 
 class Scorer:
     """Scores answers under one model. It leaves the model in evaluation mode.
 
     Args:
-        model: a `VLM`.
-        renderer: the model's renderer, which tells prompt from answer.
-        collate: samples that end with the user's turn -> a left-padded batch, open for the answer.
+        model: a `VLM` with its processor.
+        look: how media become pixels or features; the processor's own by default.
         reply: free generation for samples that end with the user's turn; None where it failed.
-        batch_size: prompts per prefill.
-        rows: continuations per call on the repeated cache.
+        batch_size: prompts per forward.
     """
 
     def __init__(
         self,
         model: VLM,
-        renderer: Renderer,
-        collate: Callable[[Sequence[Sample]], Batch],
+        look: Look | None = None,
         *,
         reply: Callable[[Sequence[Sample]], Sequence[str | None]] | None = None,
-        batch_size: int = 8,
-        rows: int = 128,
+        batch_size: int = 16,
     ) -> None:
-        self.model, self.renderer, self.collate, self.reply = model, renderer, collate, reply
-        self.batch_size, self.rows = batch_size, rows
-        self._continuations: dict[Hashable, Continuation] = {}
+        self.model, self.look, self.reply, self.batch_size = model, look, reply, batch_size
+        self.renderer = model.processor.renderer()
+        self.collator = model.processor.collator(look)
 
     # ------------------------------------------------------------------------------------------ likelihood
 
@@ -102,104 +92,57 @@ class Scorer:
         """Scores of every question's choices, in the order given; `advance` hears of finished questions.
 
         Raises:
-            DataError: the template writes the prompt differently once an answer follows.
+            DataError: a sample cannot be rendered, or the LLM is an encoder-decoder, which cannot read branches.
         """
         self.model.eval()
         found: list[Scores | None] = [None] * len(questions)
-        for groups in self._batches(self._groups(questions)):
+        for groups in self._batches(_groups(questions)):
             start = time.perf_counter()
-            answers = [self._by_length(group) for group in groups]
-            values = self._score([group.sample for group in groups], [[c for _, c in answer] for answer in answers])
+            scores, tokens = self._score(groups)
             done = sum(len(group.members) for group in groups)
             seconds = (time.perf_counter() - start) / done
-            for group, answer, row in zip(groups, answers, values.tolist()):
-                score = {choice: value for (choice, _), value in zip(answer, row)}
-                tokens = {choice: sum(continuation.scored) for choice, continuation in answer}
+            for group, values, counts in zip(groups, scores.tolist(), tokens.tolist()):
+                place = {choice: number for number, choice in enumerate(group.choices)}
                 for member in group.members:
-                    choices = questions[member].choices
-                    found[member] = Scores(tuple(score[c] for c in choices), tuple(tokens[c] for c in choices), seconds)
+                    at = [place[choice] for choice in questions[member].choices]
+                    found[member] = Scores(tuple(values[k] for k in at), tuple(counts[k] for k in at), seconds)
             if advance is not None:
                 advance(done)
         return [scores for scores in found if scores is not None]
 
-    def _groups(self, questions: Sequence[Question]) -> list[Group]:
-        groups: dict[Hashable, Group] = {}
-        for member, question in enumerate(questions):
-            same = _prompt_key(question.sample)
-            if same not in groups:
-                length = len(self.renderer.render(question.sample.turns, open_answer=True).ids)
-                groups[same] = Group(question.sample, length)
-            groups[same].members.append(member)
-            groups[same].choices.update(dict.fromkeys(question.choices))
-        return list(groups.values())
+    def _batches(self, groups: Sequence[Group]) -> Iterator[list[Group]]:
+        """Longest rows first: the worst memory shows at once, and rows of a batch are nearly as long."""
+        ordered = sorted(groups, key=lambda group: self.collator.lengths(group.row), reverse=True)
+        for start in range(0, len(ordered), self.batch_size):
+            yield ordered[start : start + self.batch_size]
 
-    def _batches(self, groups: Iterable[Group]) -> Iterator[list[Group]]:
-        """Longest first (the worst memory shows at once); within a batch all groups have equally many choices."""
-        ordered = sorted(groups, key=lambda group: (len(group.choices), group.length), reverse=True)
-        for _, same in groupby(ordered, key=lambda group: len(group.choices)):
-            alike = list(same)
-            for start in range(0, len(alike), self.batch_size):
-                yield alike[start : start + self.batch_size]
+    def _score(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+        """Sums of log-probabilities [G, A] of every group's choices, and how many tokens each sums over."""
+        batch = self.collator([group.row for group in groups]).to(self.model.device)
+        output = self.model.run(batch)
+        scored_BT = supervised(batch)
+        assert output.hidden_BTD is not None and batch.labels_BT is not None
+        values_M = _log_probabilities(output, output.hidden_BTD[:, :-1][scored_BT], batch.labels_BT[:, 1:][scored_BT])
+        row_M, column_M = scored_BT.nonzero(as_tuple=True)
+        if batch.branch_BT is None:
+            branch_M = torch.zeros_like(row_M)
+        else:
+            branch_M = (batch.branch_BT[row_M, column_M + 1] - 1).clamp(min=0)
+        width = max(len(group.choices) for group in groups)
+        cell_M = row_M * width + branch_M
+        # Answers that the prompt itself holds come first in a branch and are not what is asked for.
+        told = torch.tensor([self._told(group.sample) for group in groups], device=row_M.device)
+        asked_M = _rank(cell_M) >= told[row_M]
+        sums = torch.zeros(len(groups) * width, dtype=torch.float64, device=row_M.device)
+        sums.index_add_(0, cell_M[asked_M], values_M[asked_M].double())
+        counts = torch.bincount(cell_M[asked_M], minlength=len(sums))
+        return sums.view(len(groups), width).cpu(), counts.view(len(groups), width).cpu()
 
-    def _by_length(self, group: Group) -> list[tuple[str, Continuation]]:
-        """The group's choices, short ones first, so that the calls over them pad little."""
-        pairs = [(choice, self.continuation(group.sample, choice)) for choice in group.choices]
-        return sorted(pairs, key=lambda pair: len(pair[1].ids))
-
-    def _score(self, samples: Sequence[Sample], answers: Sequence[Sequence[Continuation]]) -> Tensor:
-        """answers [G][A] -> scores [G, A]."""
-        batch = self.collate(samples).to(self.model.device)
-        prompt = self.model.run(batch, keep=True)
-        if prompt.hidden_BTD is None or prompt.past is None:
-            raise ConfigError("this model keeps no past, and scoring shares the prompt's", "use a decoder-only LLM")
-        first_GV = prompt.head(prompt.hidden_BTD[:, -1]).float().log_softmax(-1)
-        scores = torch.zeros(len(answers), len(answers[0]), dtype=torch.float64)
-        step = max(1, self.rows // len(answers))
-        for start in range(0, len(answers[0]), step):
-            chunk = [answer[start : start + step] for answer in answers]
-            scores[:, start : start + step] = self._continue(batch, prompt.past, first_GV, chunk).cpu()
-        return scores
-
-    def _continue(self, batch: Batch, past: Past, first_GV: Tensor, chunk: Sequence[Sequence[Continuation]]) -> Tensor:
-        """chunk [G][k] -> scores [G, k], from the prompt's next-token log-probabilities and its cache."""
-        times = len(chunk[0])
-        rows = [continuation for answers in chunk for continuation in answers]
-        ids_RU, scored_RU = _padded(rows, self.model.device)
-        group_R = torch.arange(len(chunk), device=ids_RU.device).repeat_interleave(times)
-        scores_R = first_GV[group_R, ids_RU[:, 0]] * scored_RU[:, 0]
-        if ids_RU.shape[1] > 1:
-            real_RU = torch.tensor(
-                [[t < len(row.ids) - 1 for t in range(ids_RU.shape[1] - 1)] for row in rows], device=ids_RU.device
-            )
-            more = Batch(
-                input_ids_BT=ids_RU[:, :-1],
-                segment_BT=_extended(batch.segment_BT, times, real_RU.long()),
-                modality_BT=_extended(batch.modality_BT, times, torch.zeros_like(real_RU, dtype=torch.long)),
-            )
-            scores_R = scores_R + _later(self.model.run(more, past=past.repeat(times)), ids_RU, scored_RU)
-        return scores_R.view(len(chunk), times)
-
-    def continuation(self, sample: Sample, answer: str) -> Continuation:
-        """What follows the prompt when `answer` is given. It depends on the answer and the turns' roles alone,
-        because the renderer encodes each turn's text by itself."""
-        same = (answer, tuple(turn.role for turn in sample.turns))
-        if same not in self._continuations:
-            self._continuations[same] = self._render_continuation(sample, answer)
-        return self._continuations[same]
-
-    def _render_continuation(self, sample: Sample, answer: str) -> Continuation:
-        prompt = list(self.renderer.render(sample.turns, open_answer=True).ids)
-        whole = self.renderer.render((*sample.turns, Turn.say("assistant", answer)), open_answer=False)
-        if list(whole.ids[: len(prompt)]) != prompt:
-            raise DataError(
-                f"{sample.id}: the chat template writes the prompt differently once an answer follows",
-                "use a template whose generation prompt is a prefix of the answered conversation",
-            )
-        scored = [bool(x) for x in whole.trained[len(prompt) :]]
-        if not any(scored):
-            raise DataError(f"{sample.id}: the answer {answer!r} has no token to score", "give a non-empty answer")
-        end = len(scored) - scored[::-1].index(True)
-        return Continuation(tuple(whole.ids[len(prompt) : len(prompt) + end]), tuple(scored[:end]))
+    def _told(self, sample: Sample) -> int:
+        """Supervised tokens of the answers inside a prompt."""
+        if not any(turn.role == "assistant" for turn in sample.turns):
+            return 0
+        return sum(self.renderer.render(sample.turns, open_answer=True).trained)
 
     # ------------------------------------------------------------------------------------------ the joint alone
 
@@ -216,9 +159,10 @@ class Scorer:
         for start in range(0, len(questions), self.batch_size):
             clock = time.perf_counter()
             part = questions[start : start + self.batch_size]
-            batch = self.collate([question.sample for question in part]).to(self.model.device)
+            prompts = [question.sample for question in part]
+            batch = self.model.processor.prompts(prompts, self.look).to(self.model.device)
             output = self.model.run(batch, need="connected")
-            pictures.append(_per_row(output, batch, [question.sample.id for question in part]))
+            pictures.append(_per_row(output, batch, [sample.id for sample in prompts]))
             seconds += [(time.perf_counter() - clock) / len(part)] * len(part)
             if advance is not None:
                 advance(len(part))
@@ -233,9 +177,9 @@ class Scorer:
         ]
 
     def _name(self, embed: Callable[[Tensor], Tensor], sample: Sample, name: str) -> Tensor:
-        """Mean input embedding of the tokens that are scored, as a contrastive stage compares them."""
-        continuation = self.continuation(sample, name)
-        ids = [token for token, scored in zip(continuation.ids, continuation.scored) if scored]
+        """Mean input embedding of an answer's trained tokens."""
+        rendered = self.renderer.render((*sample.turns, Turn.say("assistant", name)))
+        ids = [token for token, trained in zip(rendered.ids, rendered.trained) if trained]
         return embed(torch.tensor(ids, device=self.model.device)).float().mean(0)
 
 
@@ -250,26 +194,25 @@ def _prompt_key(sample: Sample) -> Hashable:
     return tuple((turn.role, tuple(key(part) for part in turn.parts)) for turn in sample.turns)
 
 
-def _padded(rows: Sequence[Continuation], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Right-padded ids and which of them are scored, both [R, U]."""
-    width = max(len(row.ids) for row in rows)
-    ids = [[*row.ids, *[0] * (width - len(row.ids))] for row in rows]
-    scored = [[*row.scored, *[False] * (width - len(row.scored))] for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(scored, device=device)
+def _groups(questions: Sequence[Question]) -> list[Group]:
+    """Questions by prompt and pictures, each with the union of its questions' choices."""
+    groups: dict[Hashable, Group] = {}
+    for member, question in enumerate(questions):
+        group = groups.setdefault(_prompt_key(question.sample), Group(question.sample))
+        group.members.append(member)
+        group.choices.update(dict.fromkeys(question.choices))
+    return list(groups.values())
 
 
-def _extended(past_GT: Tensor, times: int, new_RU: Tensor) -> Tensor:
-    """[G, T] and [G * times, U] -> [G * times, T + U]."""
-    return torch.cat([past_GT.repeat_interleave(times, 0), new_RU.to(past_GT.dtype)], dim=1)
-
-
-def _later(output: Output, ids_RU: Tensor, scored_RU: Tensor) -> Tensor:
-    """Sum over all but the first token, [R], of the scored ones' log-probabilities."""
-    at = scored_RU[:, 1:]
-    later = torch.zeros(at.shape, device=at.device, dtype=torch.float64)
-    if output.hidden_BTD is not None:
-        later[at] = _log_probabilities(output, output.hidden_BTD[at], ids_RU[:, 1:][at]).double()
-    return later.sum(1)
+def _rank(cell_M: Tensor) -> Tensor:
+    """How many earlier entries have the same value: [3, 3, 5, 3] -> [0, 1, 0, 2]."""
+    order = cell_M.argsort(stable=True)
+    starts = torch.ones_like(order, dtype=torch.bool)
+    starts[1:] = cell_M[order][1:] != cell_M[order][:-1]
+    steps = torch.arange(len(order), device=order.device)
+    rank = torch.empty_like(order)
+    rank[order] = steps - torch.where(starts, steps, 0).cummax(0).values
+    return rank
 
 
 def _log_probabilities(output: Output, states_MD: Tensor, ids_M: Tensor, chunk: int = 256) -> Tensor:

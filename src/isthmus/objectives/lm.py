@@ -57,7 +57,10 @@ def supervised(batch: Batch) -> Tensor:
     chosen = batch.labels_BT[:, 1:] != IGNORE
     if batch.decoder_ids_BU is not None:  # the decoder of an encoder-decoder holds one sample per row
         return chosen
-    return chosen & (batch.segment_BT[:, 1:] == batch.segment_BT[:, :-1])
+    chosen = chosen & (batch.segment_BT[:, 1:] == batch.segment_BT[:, :-1])
+    if batch.branch_BT is not None:
+        chosen = chosen & (batch.branch_BT[:, 1:] == batch.branch_BT[:, :-1])
+    return chosen
 
 
 def cross_entropy(hidden_ND: Tensor, target_N: Tensor, head: Head, rows: int) -> Tensor:

@@ -26,7 +26,8 @@ from isthmus.data import media as pictures
 from isthmus.encoders import Encoder
 from isthmus.types import Features, IsthmusError, Medium
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
@@ -50,7 +51,7 @@ class FeatureCache:
         self._shapes = self._probe()
         self._sizes = [math.prod(shape) for shape in self._shapes.values()]
         self._row_bytes = sum(self._sizes) * self._dtype.itemsize
-        self._rows: np.memmap | None = None
+        self._rows: np.ndarray = np.empty((0, self._row_bytes), np.uint8)
         self._place: dict[str, int] = {}
         self._index_bytes = 0
         self._open()

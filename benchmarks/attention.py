@@ -1,0 +1,149 @@
+"""One layer's attention: transformers' sdpa against the `isthmus` kernel, forward and forward with backward.
+
+    python benchmarks/attention.py [--steps N] [--repeats N] [--json FILE]
+
+SmolLM2-135M's heads (9 for queries, 3 for keys, 64 wide) at the shapes of training and scoring. sdpa is measured
+both with its causal flag, its best case, and under the dense mask that transformers gives it for padded batches.
+Both must agree with float64 first: to 1e-5 (float32) and 2e-2 (bfloat16) of the norm, outputs and gradients.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import harness
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from isthmus import kernels
+
+HEADS, KEY_HEADS, WIDTH = 9, 3, 64
+SHAPES = ((32, 36), (32, 64), (8, 308), (2, 1024))
+TINY_SHAPES = ((2, 8),)
+DTYPES = (torch.bfloat16, torch.float32)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""Largest error relative to the norm of the float64 result."""
+KERNELS = ("sdpa causal", "sdpa masked", "isthmus")
+
+
+class Layer(nn.Module):
+    """What sdpa asks of the attention module that calls it."""
+
+    num_key_value_groups = HEADS // KEY_HEADS
+    is_causal = True
+
+
+@dataclass
+class Case:
+    """Inputs of one shape and dtype, with the gradient that comes from above."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    above: Tensor
+    additive: Tensor
+    allowed: Tensor
+
+    @classmethod
+    def draw(cls, rows: int, length: int, dtype: torch.dtype) -> Case:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        query, above = normal(rows, HEADS, length, WIDTH), normal(rows, length, HEADS, WIDTH)
+        key, value = normal(rows, KEY_HEADS, length, WIDTH), normal(rows, KEY_HEADS, length, WIDTH)
+        leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+        allowed = torch.ones(length, length, dtype=torch.bool).tril().expand(rows, 1, length, length)
+        additive = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+        return cls(*leaves, above, additive, allowed)
+
+    def forward(self, kernel: str) -> Tensor:
+        """[B, T, heads, d] by one of `KERNELS`."""
+        states, scaling = (self.query, self.key, self.value), WIDTH**-0.5
+        if kernel == "isthmus":
+            return kernels.attention(Layer(), *states, self.additive, scaling=scaling)[0]
+        mask = self.allowed if kernel == "sdpa masked" else None
+        return sdpa_attention_forward(Layer(), *states, mask, scaling=scaling)[0]
+
+    def both(self, kernel: str) -> tuple[Tensor, ...]:
+        """The output and the gradients of query, key and value."""
+        out = self.forward(kernel)
+        return out, *torch.autograd.grad(out, (self.query, self.key, self.value), self.above)
+
+    def exact(self) -> tuple[Tensor, ...]:
+        """The same in float64, written out."""
+        query, key, value = (x.detach().double().requires_grad_() for x in (self.query, self.key, self.value))
+        keys, values = (x.repeat_interleave(HEADS // KEY_HEADS, 1) for x in (key, value))
+        scores = (query @ keys.transpose(2, 3) * WIDTH**-0.5).masked_fill(~self.allowed, -torch.inf)
+        out = (scores.softmax(-1) @ values).transpose(1, 2)
+        return out, *torch.autograd.grad(out, (query, key, value), self.above.double())
+
+
+def error(case: Case, kernel: str) -> float:
+    """The largest error of output and gradients, each relative to its norm."""
+    pairs = zip(case.both(kernel), case.exact())
+    return max(float((found.detach() - exact.detach()).norm() / exact.detach().norm()) for found, exact in pairs)
+
+
+def milliseconds(work: Callable[[], object], steps: int) -> float:
+    """The mean over `steps` calls, after one that is not counted."""
+    work()
+    began = time.perf_counter()
+    for _ in range(steps):
+        work()
+    return (time.perf_counter() - began) / steps * 1e3
+
+
+def measure(rows: int, length: int, dtype: torch.dtype, steps: int, repeats: int) -> dict[str, object]:
+    """Errors, and where they are small enough the times; kernels take turns within a repeat."""
+    case = Case.draw(rows, length, dtype)
+    found: dict[str, object] = {"rows": rows, "length": length, "dtype": str(dtype).removeprefix("torch.")}
+    found["errors"] = errors = {kernel: error(case, kernel) for kernel in KERNELS}
+    if max(errors.values()) > TOLERANCE[dtype]:
+        return found | {"refused": f"errors {errors} exceed {TOLERANCE[dtype]:g}"}
+
+    def forward(kernel: str) -> object:
+        with torch.no_grad():
+            return case.forward(kernel)
+
+    for name, work in (("forward", forward), ("both", case.both)):
+        turns = [{kernel: milliseconds(lambda: work(kernel), steps) for kernel in KERNELS} for _ in range(repeats)]
+        found[name] = {kernel: harness.Spread.of([turn[kernel] for turn in turns]) for kernel in KERNELS}
+        gains = [min(turn["sdpa causal"], turn["sdpa masked"]) / turn["isthmus"] for turn in turns]
+        found[f"{name}_gain"] = harness.Spread.of(gains)
+    return found
+
+
+def lines(found: dict) -> list[list[str]]:
+    """Table rows of one shape and dtype."""
+    what = [f"{found['rows']} x {found['length']}", found["dtype"]]
+    if "refused" in found:
+        return [[*what, "refused", found["refused"], "", "", ""]]
+    return [
+        [*what, label, *(str(found[name][kernel]) for kernel in KERNELS), str(found[f"{name}_gain"])]
+        for name, label in (("forward", "forward"), ("both", "with backward"))
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = harness.parser(__doc__, 20, "calls per measurement").parse_args(arguments)
+    where = harness.machine()
+    shapes, steps = (TINY_SHAPES, 2) if options.tiny else (SHAPES, options.steps)
+    cases = [
+        measure(rows, length, dtype, steps, options.repeats) for rows, length in shapes for dtype in DTYPES
+    ]
+    header = ["rows x tokens", "dtype", "milliseconds", *KERNELS, "best sdpa / isthmus"]
+    print(harness.in_words(where))
+    print(f"median (smallest–largest) of {options.repeats} repeats of {steps} calls")
+    print(harness.table(header, [line for found in cases for line in lines(found)]))
+    print(harness.save("attention", {"machine": where, "cases": cases}, options.json))
+    return int(any("refused" in found for found in cases))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+"""The computation of a VLM piece by piece: embedding, encoding, surgery, and what a call may and may not ask for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+import composed
+import isthmus
+import tiny
+from composed import MIX, picture, sample, stir
+from isthmus import parts, sites
+from isthmus.config import LLMConfig
+from isthmus.model import VLM, VLMConfig
+from isthmus.types import Batch, DataError, Features, Media, Sample, Turn
+
+
+@pytest.fixture(scope="module")
+def model() -> VLM:
+    return stir(composed.model("llama"))
+
+
+def bare(family: str) -> PreTrainedModel:
+    return parts.load_llm(LLMConfig(source=str(composed.llm_folder(family))), torch.float32)
+
+
+def logits(model: VLM, batch: Batch) -> torch.Tensor:
+    output = model.run(batch)
+    return output.head(output.hidden_BTD)
+
+
+# ---------------------------------------------------------------------------------------------- run
+
+
+@torch.no_grad()
+def test_run_equals_splicing_by_hand(model):
+    """Embeddings with connected vectors written over the placeholders, through the bare LLM."""
+    batch = model.processor.collator()([MIX[2]])
+    images, llm = batch.media["image"], bare("llama")
+    features = model.encoders["image"](images.pixels).x_NSE
+    y_NQD = model.connectors["image"].layers(features)
+    embeds = llm.get_input_embeddings()(batch.input_ids_BT.clamp(max=tiny.VOCAB - 1))
+    for start, y_QD in zip(images.at_N, y_NQD):
+        embeds[0, start : start + len(y_QD)] = y_QD
+    expected = llm(inputs_embeds=embeds, use_cache=False).logits
+    torch.testing.assert_close(logits(model, batch), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_features_may_come_from_a_cache_and_in_another_dtype(model):
+    batch = model.processor.collator()(MIX)
+    images = batch.media["image"]
+    features = model.encoders["image"](images.pixels)
+    cached = replace(batch, media={"image": replace(images, pixels=None, features=features)})
+    assert torch.equal(logits(model, cached), logits(model, batch))
+    half = features.map(lambda x: x.bfloat16())
+    cached = replace(batch, media={"image": replace(images, pixels=None, features=half)})
+    torch.testing.assert_close(logits(model, cached), logits(model, batch), atol=0.5, rtol=0.1)
+
+
+def test_media_without_pixels_or_features_are_refused(model):
+    batch = model.processor.collator()([MIX[0]])
+    empty = replace(batch.media["image"], pixels=None)
+    with pytest.raises(DataError, match="image without pixels or features"):
+        model.run(replace(batch, media={"image": empty}))
+
+
+def test_placeholders_without_media_and_media_without_placeholders_are_refused(model):
+    batch = model.processor.collator()([MIX[2]])
+    images = batch.media["image"]
+    one = Media(images.row_N[:1], images.segment_N[:1], images.at_N[:1], images.pixels[:1])
+    with pytest.raises(DataError, match="32 image placeholders for 16 vectors"):
+        model.run(replace(batch, media={"image": one}))
+    text = model.processor.collator()([MIX[1]])
+    with pytest.raises(DataError, match="0 image placeholders for 16 vectors"):
+        model.run(replace(text, media={"image": one}))
+
+
+def test_placeholders_alone_are_refused(model):
+    """Without this, the embedding of id 0 would stand in for the picture."""
+    batch = replace(model.processor.collator()([MIX[0]]), media={})
+    with pytest.raises(DataError, match="16 image placeholders for 0 vectors"):
+        model.run(batch)
+
+
+def test_the_warm_stage_does_not_run_the_llm(model, monkeypatch):
+    batch = model.processor.collator()(MIX)
+    monkeypatch.setattr(type(model.llm.base_model), "forward", None)
+    output = model.run(batch, need="connected")
+    assert output.hidden_BTD is None and output.connected["image"].shape == (3, 16, tiny.WIDTH)
+    assert torch.equal(output.embed(torch.tensor([5])), sites.embedding(model.llm)(torch.tensor([5])))
+
+
+def test_no_autograd_in_a_frozen_tower(model):
+    seen: list[bool] = []
+    hook = model.encoders["image"].register_forward_hook(lambda _, __, out: seen.append(out.x_NSE.requires_grad))
+    batch = model.processor.collator()([MIX[0]])
+    assert model.run(batch).hidden_BTD.requires_grad and seen == [False]
+    first = next(model.encoders.parameters()).requires_grad_(True)
+    model.run(batch)
+    first.requires_grad_(False)
+    hook.remove()
+    assert seen == [False, True]
+
+
+def test_everything_of_the_base_is_frozen_at_birth():
+    model = composed.model("llama")
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"connectors"}
+    assert not model.training
+
+
+def test_new_weights_depend_on_the_seed_alone():
+    torch.manual_seed(1)
+    one = composed.model("llama").connectors.state_dict()
+    torch.manual_seed(2)
+    two = composed.model("llama").connectors.state_dict()
+    other = isthmus.compose(composed.recipe("llama").but(seed=1)).connectors.state_dict()
+    assert all(torch.equal(one[key], two[key]) and not torch.equal(one[key], other[key]) for key in one)
+
+
+@torch.no_grad()
+def test_pictures_of_different_sizes_take_their_own_number_of_tokens(model):
+    """A later encoder gives ragged features; rows of y beyond a picture's own length are padding."""
+    ids = model.processor.tokenizer.encode("what is it?", add_special_tokens=False)
+    lengths, at = (3, 5), [1, 4]
+    row = [ids[0], *[model.placeholder("image")] * 3, *[model.placeholder("image")] * 5, *ids]
+    ids_BT = torch.tensor([row])
+    x = torch.randn(2, 5, tiny.WIDTH)
+    features = Features(x, lengths_N=torch.tensor(lengths))
+    zeros = torch.zeros(2, dtype=torch.long)
+    media = {"image": Media(zeros, zeros + 1, torch.tensor(at), features=features)}
+    batch = Batch(ids_BT, torch.ones_like(ids_BT), model.modality(ids_BT), media=media)
+    before = logits(model, batch)
+    x[0, 3:] = 99
+    assert torch.equal(logits(model, batch), before)
+    x[1, 4] = 99
+    assert not torch.equal(logits(model, batch), before)
+
+
+@torch.no_grad()
+def test_a_past_is_repeated_for_several_continuations(model):
+    batch = model.processor.prompts([MIX[0], MIX[2]])
+    past = model.run(batch, keep=True).past
+    new = torch.tensor([[7], [8], [9], [7], [8], [9]])
+    grow = lambda x: F.pad(x.repeat_interleave(3, 0), (0, 1))  # noqa: E731
+    more = Batch(new, grow(batch.segment_BT), grow(batch.modality_BT))
+    more.segment_BT[:, -1] = 1
+    found = model.run(more, past=past.repeat(3))
+    for row, (one, token) in enumerate([(one, token) for one in (MIX[0], MIX[2]) for token in (7, 8, 9)]):
+        alone = model.processor.prompts([one])
+        ids = F.pad(alone.input_ids_BT, (0, 1), value=token)
+        whole = replace(
+            alone, input_ids_BT=ids, segment_BT=torch.ones_like(ids), modality_BT=F.pad(alone.modality_BT, (0, 1))
+        )
+        expected = logits(model, whole)[:, -1]
+        torch.testing.assert_close(found.head(found.hidden_BTD[row]), expected, atol=1e-5, rtol=1e-5)
+    assert past.cache.get_seq_length() == batch.input_ids_BT.shape[1], "the prompt's own past has not grown"
+
+
+# ---------------------------------------------------------------------------------------------- forward and generate
+
+
+@torch.no_grad()
+def test_logits_to_keep(model):
+    inputs = model.processor(images=picture(1).source, text="<image>what is it?")
+    whole = model(**inputs).logits
+    assert whole.shape[-1] == tiny.VOCAB, "no placeholder can be sampled"
+    torch.testing.assert_close(model(**inputs, logits_to_keep=2).logits, whole[:, -2:], atol=1e-5, rtol=1e-5)
+    chosen = torch.zeros(whole.shape[1], dtype=torch.bool)
+    chosen[[3, 7]] = True
+    torch.testing.assert_close(model(**inputs, logits_to_keep=chosen).logits, whole[:, [3, 7]], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_the_loss_is_transformers_own_on_text(family):
+    model, llm = composed.model(family), bare(family)
+    batch = model.processor.collator()([MIX[1]])
+    given = {"input_ids": batch.input_ids_BT}
+    labels = batch.labels_BT
+    if family == "t5":  # transformers shifts labels to the right, ours stand where the decoder reads them
+        theirs = llm(**given, labels=batch.labels_BT[:, 1:]).loss
+        given["decoder_input_ids"] = batch.decoder_ids_BU
+    else:
+        theirs = llm(**given, labels=labels).loss
+    torch.testing.assert_close(model(**given, labels=labels).loss, theirs, atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_forward_continues_a_cache_by_hand(model):
+    inputs = model.processor(images=picture(1).source, text="<image>what is it?")
+    mask = inputs["attention_mask"]
+    first = model(**inputs, use_cache=True)
+    assert first.past_key_values.get_seq_length() == mask.shape[1]
+    token = torch.tensor([[7]])
+    again = model(input_ids=token, attention_mask=F.pad(mask, (0, 1), value=1), past_key_values=first.past_key_values)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], token], 1)
+    inputs["attention_mask"] = F.pad(mask, (0, 1), value=1)
+    torch.testing.assert_close(again.logits[:, -1], model(**inputs).logits[:, -1], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_places_of_pictures_are_told_from_placeholders_where_they_are_not_given(model):
+    inputs = model.processor(images=[picture(1).source, picture(2).source], text=["<image><image>a", "b"])
+    expected = model(**inputs).logits
+    del inputs["image_at"]
+    assert torch.equal(model(**inputs).logits, expected)
+    with pytest.raises(DataError, match="1 pictures for 2 places"):
+        model(**{**inputs, "pixel_values": inputs["pixel_values"][:1]})
+
+
+@torch.no_grad()
+def test_generate_returns_what_transformers_returns(model):
+    batch = model.processor.prompts(MIX)
+    width = batch.input_ids_BT.shape[1]
+    plain = model.generate(batch, max_new_tokens=3, do_sample=False)
+    told = model.generate(batch, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_scores=True)
+    assert torch.equal(plain[:, :width], batch.input_ids_BT) and torch.equal(told.sequences, plain)
+    assert len(told.scores) <= 3 and told.scores[0].shape == (3, tiny.VOCAB)
+    several = model.generate(batch, max_new_tokens=2, do_sample=True, num_return_sequences=2)
+    assert torch.equal(several[:, :width], batch.input_ids_BT.repeat_interleave(2, 0))
+
+
+@torch.no_grad()
+def test_text_alone_generates_as_the_bare_llm(model):
+    inputs = model.processor(text=["hi there", "what is it"])
+    how = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(**inputs, **how), bare("llama").generate(**inputs, **how))
+
+
+# ---------------------------------------------------------------------------------------------- structure
+
+
+def test_surgery_gives_a_pruned_llm_its_shapes(tmp_path):
+    """Uneven layers run and come back; transformers alone cannot express them."""
+    model = composed.model("llama")
+    path = "model.layers.1.mlp"
+    shapes = {f"{path}.gate_proj": [40, 32], f"{path}.up_proj": [40, 32], f"{path}.down_proj": [32, 40]}
+    config = VLMConfig(**{**model.config.to_dict(), "surgery": shapes, "trained": [f"llm.{path}.*"]})
+    pruned = VLM(config, bare("llama"), dict(model.encoders.items()))
+    with torch.no_grad():
+        for name, keep in (
+            ("gate_proj", (slice(40),)),
+            ("up_proj", (slice(40),)),
+            ("down_proj", (slice(None), slice(40))),
+        ):
+            weight = model.llm.get_submodule(f"{path}.{name}").weight
+            pruned.llm.get_submodule(f"{path}.{name}").weight.copy_(weight[keep])
+            mask = torch.zeros_like(weight)
+            mask[keep] = 1
+            weight *= mask
+    pruned.connectors.load_state_dict(model.connectors.state_dict())
+    pruned.processor = model.processor
+    batch = model.processor.collator()(MIX)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(pruned, batch), logits(model, batch), atol=1e-5, rtol=1e-5)
+        for whole in (False, True):
+            pruned.save_pretrained(tmp_path / str(whole), whole=whole)
+            again = isthmus.load(tmp_path / str(whole))
+            assert again.llm.get_submodule(f"{path}.up_proj").weight.shape == (40, 32)
+            assert torch.equal(logits(again, batch), logits(pruned, batch))
+
+
+def test_an_embedding_larger_than_the_tokenizer_keeps_its_rows_apart_from_placeholders(tmp_path):
+    """Real checkpoints pad their vocabulary; the placeholder lies beyond the padded rows."""
+    folder = tiny.llm_folder(tmp_path, "llama", vocab_size=tiny.VOCAB + 64)
+    model = isthmus.compose(composed.recipe("llama").but(llm=LLMConfig(source=str(folder))))
+    assert model.placeholder("image") == tiny.VOCAB + 64
+    batch = model.processor.collator()([MIX[0]])
+    assert int((batch.input_ids_BT == model.placeholder("image")).sum()) == model.queries("image")
+    assert model.run(batch).hidden_BTD.isfinite().all()
+
+
+def test_conversations_with_pictures_in_several_turns():
+    model = stir(composed.model("llama"))
+    talk = Sample(
+        (
+            Turn.say("user", picture(1), "what is it?"),
+            Turn.say("assistant", "a cat"),
+            Turn.say("user", "and ", picture(2), "?"),
+        )
+    )
+    batch = model.processor.prompts([talk, sample("hi")])
+    assert batch.media["image"].row_N.tolist() == [0, 0]
+    assert model.generate(batch, max_new_tokens=2, do_sample=False).shape[1] == batch.input_ids_BT.shape[1] + 2
