@@ -1,8 +1,7 @@
 """One side of `align_vs_hf.py` in a process of its own: `align_worker.py JOB RESULT`, both JSON.
 
-`prepare` makes one model in both forms and the batches that both sides read; `theirs` trains it with transformers'
-Trainer, `ours` with `run_stage`. Tokenising, drawing and preprocessing pictures happen in `prepare` alone, so they are
-timed on neither side; with the feature cache, what is in the step is the look-up of the cached rows.
+`prepare` (in `align_parts`) makes one model in both forms and the batches that both sides read; `theirs` trains it with
+transformers' Trainer, `ours` with `run_stage`. With the feature cache, the look-up of the cached rows is in the step.
 
 `seconds` are whole turns of the training loop, for steps 1 to n - 2: from one `on_step_end` of Trainer to the next, and
 from one question to our feed to the next. `row_seconds` are what our loop itself wrote down for the same steps.
@@ -20,133 +19,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import harness
 import torch
-from ceiling import best_seconds
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+import harness
+from align_parts import Prepared, open_data, prepare
+from ceiling import best_seconds
 from isthmus.types import IGNORE
 
 LR, WARMUP, BETAS, CLIP = 1e-3, 0.1, (0.9, 0.999), 1.0
-IMAGE_TOKEN = "<empty_output>"
-"""A token of SmolLM2's vocabulary that no text holds: transformers' LLaVA wants its image token inside."""
-TOWERS = {
-    "tiny": {"hidden_size": 192, "num_attention_heads": 3, "image_size": 64, "patch_size": 8},
-    "small": {"hidden_size": 384, "num_attention_heads": 6, "image_size": 112, "patch_size": 16},
-    "base": {"hidden_size": 768, "num_attention_heads": 12, "image_size": 224, "patch_size": 32},
-    "check": {"hidden_size": 64, "num_attention_heads": 2, "image_size": 64, "patch_size": 16},
-}
-"""CLIP vision towers with random weights, all but the last 12 blocks deep."""
-CHECK_LLM = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "initializer_range": 0.1,
-}
-"""What becomes of SmolLM2's architecture for the loss check; its weights are random."""
-
-
-# ---------------------------------------------------------------------------------------------- prepare
-
-
-def prepare(job: dict[str, Any]) -> dict[str, Any]:
-    """Write `theirs/`, `ours/` and `batches.safetensors` into the folder, weights equal in both forms."""
-    from isthmus import exporting
-
-    folder = Path(job["folder"])
-    theirs, processor = build(job["size"])
-    ours = exporting.from_llava(theirs, processor, "benchmark")
-    difference = exporting.compare(ours, theirs)
-    difference.require("the two forms of the model")
-    theirs.save_pretrained(folder / "theirs")
-    ours.save_pretrained(folder / "ours", whole=True)
-    counts = write_batches(ours, folder, job["steps"], job["batch"])
-    tower = sum(parameter.numel() for parameter in theirs.model.vision_tower.parameters())
-    return counts | {"logits_differ": difference.difference, "tower_parameters": tower}
-
-
-def build(size: str) -> tuple[Any, Any]:
-    """A LLaVA of transformers: SmolLM2-135M with its weights (random and small for `check`) under a random tower."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    from isthmus import assets
-
-    source = assets.llm_folder()
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    tower, small = TOWERS[size], size == "check"
-    text = LlamaConfig.from_pretrained(source, **(CHECK_LLM if small else {}))
-    torch.manual_seed(0)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            **tower, intermediate_size=4 * tower["hidden_size"], num_hidden_layers=2 if small else 12
-        ),
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        image_seq_length=(tower["image_size"] // tower["patch_size"]) ** 2,
-        tie_word_embeddings=text.tie_word_embeddings,
-    )
-    model = LlavaForConditionalGeneration(config).eval()
-    if not small:
-        llm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        model.model.language_model.load_state_dict(llm.base_model.state_dict())
-    side = tower["image_size"]
-    pictures = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    return model, LlavaProcessor(pictures, tokenizer, patch_size=tower["patch_size"], image_token=IMAGE_TOKEN)
-
-
-def write_batches(ours: Any, folder: Path, steps: int, size: int) -> dict[str, Any]:
-    """Length-bucketed batches of the demo's data as tensors; their samples' places in the data, for the cache."""
-    from isthmus.data.mix import Batches
-
-    data = open_data()
-    collator = ours.processor.collator()
-    batches = Batches(data.mix, size, "bucketed", length=lambda ref: collator.lengths(data.sample(ref)), window=steps)
-    tensors: dict[str, Tensor] = {}
-    refs = []
-    for step in range(steps):
-        refs.append(batches[step])
-        batch = collator([data.sample(ref) for ref in batches[step]])
-        image = batch.media["image"]
-        parts = {"ids": batch.input_ids_BT, "segment": batch.segment_BT, "modality": batch.modality_BT}
-        parts |= {"labels": batch.labels_BT, "row": image.row_N, "at": image.at_N, "pixels": image.pixels}
-        tensors |= {f"{name}.{step}": part.contiguous() for name, part in parts.items()}
-    save_file(tensors, folder / "batches.safetensors")
-    (folder / "refs.json").write_text(json.dumps(refs))
-    ids = [tensors[f"ids.{step}"] for step in range(steps)]
-    real = sum(int((tensors[f"segment.{step}"] > 0).sum()) for step in range(steps))
-    supervised = [int((tensors[f"labels.{step}"] != IGNORE).sum()) for step in range(steps)]
-    return {
-        "widths": [batch.shape[1] for batch in ids],
-        "supervised": supervised,
-        "padding": 1 - real / sum(batch.numel() for batch in ids),
-        "placeholder": ours.placeholder("image"),
-    }
-
-
-def open_data() -> Any:
-    """The demo's mix of easy-VQA and scenes."""
-    from isthmus.recipes import demo
-    from isthmus.training.run import mix_of
-
-    return mix_of(demo().stage("align"), seed=0)
-
-
-class Prepared:
-    """The batches on disk, read as they are asked for."""
-
-    def __init__(self, folder: Path):
-        self._file = safe_open(folder / "batches.safetensors", "pt")
-
-    def __call__(self, name: str, step: int) -> Tensor:
-        return self._file.get_tensor(f"{name}.{step}")
-
 
 # ---------------------------------------------------------------------------------------------- theirs
 
@@ -156,8 +38,8 @@ def theirs(job: dict[str, Any]) -> dict[str, Any]:
     from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
     folder, steps, size = Path(job["folder"]), job["steps"], job["batch"]
-    read = Prepared(folder)
-    model = LlavaForConditionalGeneration.from_pretrained(
+    read = Prepared(job)
+    model: Any = LlavaForConditionalGeneration.from_pretrained(
         folder / "theirs", dtype=torch.bfloat16 if job["weights"] == "bfloat16" else torch.float32
     )
     model.config.text_config.use_cache = False
@@ -182,7 +64,7 @@ def theirs(job: dict[str, Any]) -> dict[str, Any]:
 
     class Recorded(Trainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            loss = super().compute_loss(*args, **kwargs)
+            loss: Any = super().compute_loss(*args, **kwargs)
             losses.append(loss.detach())
             return loss
 
@@ -222,14 +104,17 @@ def theirs(job: dict[str, Any]) -> dict[str, Any]:
     loaded = harness.peak_mib()
     trainer.train()
     peak = harness.peak_mib()  # before the ceiling allocates anything
-    inputs = _for_theirs(read, job["probe"], job["placeholder"], image_token)
-    counted = (inputs["labels"] != IGNORE).sum()
+
+    def learn() -> None:
+        inputs = _for_theirs(read, job["probe"], job["placeholder"], image_token)
+        trainer.training_step(trainer.model_wrapped, inputs, (inputs["labels"] != IGNORE).sum())
+
     return {
         "losses": [float(loss) for loss in losses],
         "seconds": [later - earlier for earlier, later in zip(ends, ends[1:-1])],
         "loaded_mib": loaded,
         "peak_mib": peak,
-        "ceiling_seconds": _ceiling(job, lambda: trainer.training_step(trainer.model_wrapped, inputs, counted)),
+        "ceiling_seconds": _ceiling(job, learn),
     }
 
 
@@ -285,17 +170,18 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     )
     loaded = harness.peak_mib()
     began = time.perf_counter()
-    feed = Feed(model, folder, job["cached"], steps)
+    feed = Feed(model, job)
     filled = time.perf_counter() - began if job["cached"] else 0.0
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)
     with full_head() if job["head"] == "full" else _nothing():
         loop.run_stage(model, stage, feed, run, steps=steps, dtype=dtype, console=Console(file=io.StringIO()))
         peak = harness.peak_mib()  # before the ceiling allocates anything
-        step, batch = Step(model, stage.objectives), feed(job["probe"], 0)
+        step = Step(model, stage.objectives)
         step.ready()
 
         def learn() -> None:
+            batch = feed(job["probe"], 0)
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 total, _ = step(batch, step.scales([batch]))
             total.backward()
@@ -319,13 +205,14 @@ class Feed:
 
     micros = 1
 
-    def __init__(self, model: Any, folder: Path, cached: bool, steps: int):
+    def __init__(self, model: Any, job: dict[str, Any]):
         from isthmus.prepare.features import FeatureCache
 
-        self.read, self.asked, self.pictures = Prepared(folder), [], 0
+        self.read, self.pictures = Prepared(job), 0
+        self.asked: list[float] = []
         self.cache: FeatureCache | None = None
-        if cached:
-            data = open_data()
+        if job["cached"]:
+            folder, data = Path(job["folder"]), open_data()
             refs = json.loads((folder / "refs.json").read_text())
             self.media = [[medium for ref in batch for medium in data.sample(tuple(ref)).media] for batch in refs]
             shutil.rmtree(folder / "features", ignore_errors=True)
@@ -341,7 +228,7 @@ class Feed:
         if self.cache is None:
             pixels = self.read("pixels", step)
         else:
-            _, features = self.cache("image", self.media[step])
+            _, features = self.cache("image", self.media[step % self.read.distinct])
         media = Media(row, torch.ones_like(row), self.read("at", step), pixels, features)
         ids = self.read("ids", step)
         return Batch(
@@ -391,7 +278,11 @@ def _ceiling(job: dict[str, Any], learn: Callable[[], object]) -> float | None:
     return best_seconds(learn) if job["ceiling"] else None
 
 
+def answer(job: dict[str, Any]) -> dict[str, Any]:
+    """Do what the job's `side` says."""
+    return {"prepare": prepare, "theirs": theirs, "ours": ours}[job["side"]](job)
+
+
 if __name__ == "__main__":
-    asked = json.loads(Path(sys.argv[1]).read_text())
-    answer = {"prepare": prepare, "theirs": theirs, "ours": ours}[asked["side"]](asked)
-    Path(sys.argv[2]).write_text(json.dumps(answer))
+    found = answer(json.loads(Path(sys.argv[1]).read_text()))
+    Path(sys.argv[2]).write_text(json.dumps(found))

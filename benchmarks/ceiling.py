@@ -57,7 +57,8 @@ class Products(TorchDispatchMode):
             options = tuple(sorted((kwargs or {}).items()))
             self.counts[function, tuple(map(_described, args)), options] += 1
         elif function in FUSED:
-            self.counts.update(_inside(*(args[1:4] if FUSED[function] else args[:3]), FUSED[function]))
+            query, key = args[1:3] if FUSED[function] else args[:2]
+            self.counts.update(_inside(query, key, FUSED[function]))
         return function(*args, **(kwargs or {}))
 
 
@@ -85,7 +86,7 @@ def _best(function: Any, arguments: tuple[Any, ...], options: tuple[tuple[str, A
     return min(times)
 
 
-def _inside(query: Tensor, key: Tensor, value: Tensor, backward: bool) -> Iterator[Product]:
+def _inside(query: Tensor, key: Tensor, backward: bool) -> Iterator[Product]:
     """The products that a fused attention kernel does, as batched products over all heads."""
     batch, length, keys, width = query.shape[0] * query.shape[1], query.shape[2], key.shape[2], query.shape[3]
 

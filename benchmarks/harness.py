@@ -1,4 +1,4 @@
-"""What every figure shares: what it was measured on, a median with its spread, fresh processes, a table and a JSON file."""
+"""What every figure shares: the machine, a median with its spread, fresh processes, a table and a JSON file."""
 
 from __future__ import annotations
 
@@ -76,8 +76,9 @@ def machine() -> dict[str, Any]:
 def in_words(where: dict[str, Any]) -> str:
     """`machine()` in three lines."""
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
+    load = f"load {where['load_before']} before"
     return (
-        f"{where['processor']}, {where['cores']} cores, {where['threads']} threads, load {where['load_before']} before\n"
+        f"{where['processor']}, {where['cores']} cores, {where['threads']} threads, {load}\n"
         f"python {where['python']}, {versions}, commit {where['commit']}\n{where['date']}, {where['command']}"
     )
 

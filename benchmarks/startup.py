@@ -52,6 +52,11 @@ def once() -> dict[str, float]:
     }
 
 
+def _judged(name: str, met: dict[str, bool]) -> list[str]:
+    """The target of a row, and whether it is met."""
+    return [f"{TARGETS[name]:g}", "met" if met[name] else "missed"] if name in met else ["", ""]
+
+
 def main(arguments: list[str] | None = None) -> int:
     made = harness.parser(__doc__, 1, "not used here")
     made.set_defaults(repeats=5)
@@ -61,10 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     turns = [once() for _ in range(repeats)]
     found = {name: harness.Spread.of([turn[name] for turn in turns]) for name in turns[0]}
     met = {name: found[name].median < limit for name, limit in TARGETS.items()}
-    rows = [
-        [name, str(spread), f"{TARGETS[name]:g}" if name in TARGETS else "", {True: "met", False: "missed"}.get(met.get(name), "")]
-        for name, spread in found.items()
-    ]
+    rows = [[name, str(spread), *_judged(name, met)] for name, spread in found.items()]
     print(harness.in_words(where))
     print(f"seconds, median (smallest–largest) of {repeats} fresh processes")
     print(harness.table(["what", "seconds", "target", ""], rows))

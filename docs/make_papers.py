@@ -1,7 +1,7 @@
-"""Writes docs/papers.md from the docstrings of the source: which paper is where, which recipe uses it, which test pins it.
+"""Writes docs/papers.md from the source's docstrings: which paper is where, which recipe uses it, which test pins it.
 
-    python docs/make_papers.py            # rewrites the page
-    python docs/make_papers.py --check    # exit code 1 if the page is not current
+python docs/make_papers.py            # rewrites the page
+python docs/make_papers.py --check    # exit code 1 if the page is not current
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ SOURCE, TESTS, PAGE = ROOT / "src" / "isthmus", ROOT / "tests", ROOT / "docs" / 
 METHODS = ("aligners", "objectives")
 """Rooms in which a file is a method that recipes call by name; elsewhere papers lend a part."""
 ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})(?: \(([^)]*)\))?")
+ASIDE = re.compile(r" \([^()]*arXiv[^()]*\)")
 
 HEAD = """# Papers
 
@@ -41,13 +42,14 @@ class Entry:
 
     @property
     def line(self) -> str:
-        """The table row: method, papers, file, recipes, tests."""
+        """The table row: method, papers, file, recipes (where recipes call it by name), tests."""
         papers = "<br>".join(
             f"[{number}](https://arxiv.org/abs/{number})" + (f" ({note})" if note else "")
             for number, note in self.papers
         )
         cells = [f"**{self.name}**: {self.about}", papers, link(self.file)]
-        cells.append(", ".join(f"`{name}`" for name in used_by(self)) or "—")
+        if self.room in METHODS:
+            cells.append(", ".join(f"`{name}`" for name in used_by(self)) or "—")
         cells.append("<br>".join(map(link, tested_by(self))) or "—")
         return f"| {' | '.join(cells)} |"
 
@@ -59,17 +61,19 @@ def entries() -> Iterator[Entry]:
         said = " ".join((ast.get_docstring(tree) or "").split())
         if papers := tuple(dict.fromkeys(ARXIV.findall(said))):
             room = file.parent.name if file.parent != SOURCE else file.stem
-            about = re.split(r"(?<=\w)\.(?: |$)", ARXIV.sub("", said))[0]
-            yield Entry(room, registered(tree) or file.stem, about.replace(" ()", "").strip(), papers, file)
+            about = re.split(r"\.(?: |$)", ASIDE.sub("", said))[0]
+            yield Entry(room, registered(tree) or file.stem, about, papers, file)
 
 
 def registered(tree: ast.Module) -> str:
     """The `name` that a class of the file is called by in recipes, or nothing."""
-    for item in tree.body:
-        for line in item.body if isinstance(item, ast.ClassDef) else ():
-            target = line.target if isinstance(line, ast.AnnAssign) else line.targets[0] if isinstance(line, ast.Assign) else None
-            if isinstance(target, ast.Name) and target.id == "name" and isinstance(line.value, ast.Constant):
-                return str(line.value.value)
+    lines = [line for item in tree.body if isinstance(item, ast.ClassDef) for line in item.body]
+    for line in lines:
+        if not isinstance(line, ast.Assign | ast.AnnAssign) or not isinstance(line.value, ast.Constant):
+            continue
+        target = line.target if isinstance(line, ast.AnnAssign) else line.targets[0]
+        if isinstance(target, ast.Name) and target.id == "name":
+            return str(line.value.value)
     return ""
 
 
@@ -86,12 +90,16 @@ def used_by(entry: Entry) -> list[str]:
 
 
 def tested_by(entry: Entry) -> list[Path]:
-    """The tests of a file: those that mirror it, and for a joint the contract, if it is listed there."""
+    """The tests of a file: its mirror and, for a joint, the contract that lists it; else those that import it."""
     found = sorted(TESTS.rglob(f"test_{entry.file.stem}.py"))
     contract = TESTS / "test_contract.py"
     if entry.room == "aligners" and f'Joint("{entry.name}"' in contract.read_text(encoding="utf-8"):
         found.append(contract)
-    return found
+    dotted = ".".join(entry.file.relative_to(SOURCE.parent).with_suffix("").parts)
+    importing = (
+        file for file in sorted(TESTS.rglob("test_*.py")) if f"from {dotted} import" in file.read_text("utf-8")
+    )
+    return found or list(importing)
 
 
 def link(file: Path) -> str:
@@ -103,11 +111,17 @@ def page() -> str:
     known = [entry for entry in entries() if entry.room != "recipes"]
     methods = [entry.line for entry in known if entry.room in METHODS]
     lent = [entry.line for entry in known if entry.room not in METHODS]
-    columns = "| method | arXiv | file | recipes | tests |\n|---|---|---|---|---|\n"
-    parts = columns.replace("method", "part")
-    return (
-        f"{HEAD}\n## Methods that recipes call by name\n\n{columns}" + "\n".join(methods) + "\n\n"
-        f"## Parts\n\n{parts}" + "\n".join(lent) + "\n"
+    return "\n".join(
+        [
+            HEAD,
+            "## Methods that recipes call by name\n",
+            "| method | arXiv | file | recipes | tests |\n|---|---|---|---|---|",
+            *methods,
+            "\n## Parts\n",
+            "| part | arXiv | file | tests |\n|---|---|---|---|",
+            *lent,
+            "",
+        ]
     )
 
 

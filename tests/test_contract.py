@@ -26,7 +26,7 @@ from isthmus import fuse, lora, parts, sites, storage
 from isthmus.aligner import Addition, Aligner
 from isthmus.config import Budget, Frozen, LLMConfig, LoRA, ObjectiveConfig, Stage
 from isthmus.connectors.mlp import MLP
-from isthmus.graft import Graft
+from isthmus.graft import Graft, graft
 from isthmus.model import VLM, VLMConfig
 from isthmus.training.optimizer import adamw, choose
 from isthmus.training.step import Step
@@ -100,7 +100,8 @@ class Shared(Aligner):
     def rule(self, segment_BT, modality_BT):
         if not self.options.alone:
             return None
-        return lambda b, h, q, kv: (modality_BT[b, q] != Modality.IMAGE) | (q == kv)
+        image_BT = modality_BT == Modality.IMAGE
+        return lambda b, h, q, kv: ~image_BT[b, q] | image_BT[b, kv] & (q == kv)
 
 
 @pytest.fixture(autouse=True)
@@ -262,6 +263,26 @@ def test_routes_reach_the_layers():
     one, other = (sample("hi there", route=route) for route in (0, 1))
     found = [logits(model, model.processor.collator()([each])) for each in (one, other)]
     assert (found[0] - found[1]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_the_decoder_of_an_encoder_decoder_knows_the_route():
+    seen: list[list[list[int]]] = []
+
+    class Note(Graft):
+        def forward(self, host, base, x, *args, side, **kw):
+            seen.append(side.route_BT.tolist())
+            return base(x, *args, **kw)
+
+    model = newborn("aside", "t5")
+    graft(model, "llm.decoder.block.0", "note", Note())
+    talks = [sample("hi there", route=route) for route in (0, 1)]
+    batch = model.processor.collator()(talks)
+    model.run(batch)
+    assert seen == [[[route] * batch.decoder_ids_BU.shape[1] for route in (0, 1)]]
+    seen.clear()
+    model.generate(model.processor.prompts(talks), max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    assert seen == [[[0], [1]]] * 2
 
 
 @every_decoder
@@ -532,13 +553,14 @@ def test_saved_and_loaded_is_bit_equal_as_delta_and_as_whole(joint, family, tmp_
 @every
 @torch.no_grad()
 def test_merged_lora_equals_unmerged(joint, family):
+    torch.manual_seed(3)
     model = newborn(joint, family)
     batch = model.processor.collator()(MIX)
     before = logits(model, batch)
     model.add_lora([attention_glob(model)], LoRA(r=2), "sft")
     assert torch.equal(logits(model, batch), before)
-    for _, host in lora.hosts(model, "sft").items():
-        torch.nn.init.normal_(host.grafts["sft"].B, std=0.3)
+    for host in lora.hosts(model, "sft").values():
+        torch.nn.init.normal_(host.grafts["sft"].B, std=0.1)
     unmerged = logits(model, batch)
     assert (unmerged - before).abs().max() > 1e-3
     lora.merge(model, "sft")

@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from isthmus.errors import ConfigError
 
+SCHEMA = "`isthmus recipes --schema` lists every key"
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -230,7 +231,7 @@ class Recipe(Frozen):
     @property
     def encoders(self) -> dict[str, EncoderConfig]:
         """Every encoder by kind."""
-        return {"image": self.encoder, **self.more_encoders}
+        return {"image": self.encoder, **{str(kind): encoder for kind, encoder in self.more_encoders.items()}}
 
     def stage(self, name: str) -> Stage:
         for stage in self.stages:
@@ -293,7 +294,7 @@ def check(model: type[Model], tree: Mapping[str, Any], where: str) -> Model:
         return model.model_validate(tree)
     except ValidationError as error:
         faults = "; ".join(_explain(model, fault) for fault in error.errors())
-        raise ConfigError(f"{where}: {faults}", "`isthmus recipes --schema` lists every key") from None
+        raise ConfigError(f"{where}: {faults}", SCHEMA) from None
 
 
 def parse_value(text: str) -> Any:
@@ -318,32 +319,29 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 def _assign(tree: Any, path: list[str], value: Any, whole: str) -> None:
     """Set a value inside nested mappings and lists of named things (stages are found by name or index)."""
-    for depth, key in enumerate(path):
-        last = depth == len(path) - 1
-        if isinstance(tree, list | tuple):
-            names = [item.get("name", "") for item in tree]
-            index = names.index(key) if key in names else int(key) if key.isdigit() else -1
-            if not 0 <= index < len(tree):
-                raise ConfigError(
-                    f"{whole}: no {path[depth - 1]} named {key!r}{nearest(key, names)}", f"there are {names}"
-                )
-            if last:
-                tree[index] = value
-            else:
-                tree = tree[index]
-        elif last:
-            tree[key] = value
-        else:
-            if isinstance(tree.get(key), tuple):
+    *way, last = path
+    for depth, key in enumerate(way):
+        place = _place(tree, key, path[depth - 1], whole)
+        if isinstance(tree, dict):
+            if key not in tree:
+                raise ConfigError(f"{whole}: unknown key {key!r}{nearest(key, list(tree))}", SCHEMA)
+            if isinstance(tree[key], tuple):
                 tree[key] = list(tree[key])
-            if not isinstance(tree.get(key), dict | list):
-                if key not in tree:
-                    raise ConfigError(
-                        f"{whole}: unknown key {key!r}{nearest(key, list(tree))}",
-                        "`isthmus recipes --schema` lists every key",
-                    )
+            if not isinstance(tree[key], dict | list):
                 tree[key] = {}
-            tree = tree[key]
+        tree = tree[place]
+    tree[_place(tree, last, path[-2] if way else "", whole)] = value
+
+
+def _place(tree: Any, key: str, owner: str, whole: str) -> Any:
+    """Where `key` is in a mapping (itself) or a list (the index of the item of that name)."""
+    if isinstance(tree, dict):
+        return key
+    names = [item.get("name", "") for item in tree]
+    index = names.index(key) if key in names else int(key) if key.isdigit() else -1
+    if not 0 <= index < len(tree):
+        raise ConfigError(f"{whole}: no {owner} named {key!r}{nearest(key, names)}", f"there are {names}")
+    return index
 
 
 def _explain(model: type[BaseModel], fault: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,7 +32,7 @@ def chat(
     from isthmus.speakers.local import Local
 
     console = Console(highlight=False)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
     speaker = Local(load(model, dtype, on(device)), max_new_tokens=max_tokens, **sampling)
     conversation = Conversation(list(image or []))
     if prompt is not None:

@@ -58,20 +58,14 @@ def share(conversations: Sequence[Rendered]) -> Rendered:
     )
     if any(one.media != first.media or any(end > shared for _, end in one.spans) for one in conversations):
         raise DataError("branches differ before or in their media", "put the same media first in every branch")
-    merged = Rendered(
-        first.ids[:shared],
-        first.trained[:shared],
-        first.modality[:shared],
-        first.media,
-        first.spans,
-        branch=[0] * shared,
-    )
+    ids, trained, modality = first.ids[:shared], first.trained[:shared], first.modality[:shared]
+    branch = [0] * shared
     for number, one in enumerate(conversations, start=1):
-        merged.ids += one.ids[shared:]
-        merged.trained += one.trained[shared:]
-        merged.modality += one.modality[shared:]
-        merged.branch += [number] * (len(one.ids) - shared)
-    return merged
+        ids += one.ids[shared:]
+        trained += one.trained[shared:]
+        modality += one.modality[shared:]
+        branch += [number] * (len(one.ids) - shared)
+    return Rendered(ids, trained, modality, first.media, first.spans, branch=branch)
 
 
 def _agreement(a: Sequence[int], b: Sequence[int]) -> int:

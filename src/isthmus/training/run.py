@@ -109,7 +109,8 @@ class Run:
 
     def newborn(self) -> VLM:
         """The model as it is composed, before any training."""
-        return compose(self.recipe, self.dtype).to(self.device)
+        model = compose(self.recipe, self.dtype)
+        return model.to(self.device)  # type: ignore[arg-type]
 
     def look(self, model: VLM) -> Look:
         """How media reach the model: cached features, or pixels where an encoder trains in some stage."""

@@ -1,0 +1,198 @@
+"""Every figure's script runs end to end at a tiny size, and what stands before its numbers can refuse them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+
+SCRIPTS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+def read(file: Path) -> dict:
+    found = json.loads(file.read_text())
+    assert {"processor", "threads", "versions", "date", "command"} <= found["machine"].keys()
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- attention
+
+
+def test_attention_measures_all_kernels(tmp_path):
+    attention = importlib.import_module("attention")
+    assert attention.main(["--tiny", "--repeats", "2", "--json", str(tmp_path / "a.json")]) == 0
+    cases = read(tmp_path / "a.json")["cases"]
+    assert [case["dtype"] for case in cases] == ["bfloat16", "float32"]
+    for case in cases:
+        for kind in ("forward", "both"):
+            assert {kernel: spread["repeats"] for kernel, spread in case[kind].items()} == dict.fromkeys(
+                attention.KERNELS, 2
+            )
+
+
+def test_attention_refuses_a_wrong_kernel(tmp_path, monkeypatch):
+    attention = importlib.import_module("attention")
+    right = attention.kernels.attention
+
+    def wrong(module, query, key, value, mask, **options):
+        out, _ = right(module, query, key, value, mask, **options)
+        return out * 1.05, None
+
+    monkeypatch.setattr(attention.kernels, "attention", wrong)
+    assert attention.main(["--tiny", "--repeats", "1", "--json", str(tmp_path / "a.json")]) == 1
+    for case in read(tmp_path / "a.json")["cases"]:
+        assert "refused" in case and "both" not in case and case["errors"]["isthmus"] == pytest.approx(0.05, rel=0.2)
+
+
+# ---------------------------------------------------------------------------------------------- ceiling
+
+
+def test_ceiling_counts_every_product_of_a_step():
+    ceiling = importlib.import_module("ceiling")
+    aten = torch.ops.aten
+    layer, x = torch.nn.Linear(8, 4), torch.randn(2, 3, 8, requires_grad=True)
+    heads = torch.randn(2, 2, 16, 8, requires_grad=True)
+    with ceiling.Products() as seen:
+        layer(x).sum().backward()
+        torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True).sum().backward()
+    by_operator: dict = {}
+    for (operator, _, _), count in seen.counts.items():
+        by_operator[operator] = by_operator.get(operator, 0) + count
+    assert by_operator[aten.addmm.default] == 1 and by_operator[aten.mm.default] == 2  # dx and dW
+    assert by_operator[aten.bmm.default] == 6  # two forward, four backward
+    assert 0 < ceiling.best_seconds(lambda: layer(x).sum().backward()) < 0.1
+
+
+# ---------------------------------------------------------------------------------------------- startup
+
+
+def test_startup_measures_in_fresh_processes(tmp_path, monkeypatch):
+    startup = importlib.import_module("startup")
+    seconds = startup.importing("json")
+    assert 0 <= seconds < 5
+    answers = {("torch",): 1.0, ("torch", "transformers"): 1.5, ("isthmus",): 2.5}
+    monkeypatch.setattr(startup, "importing", lambda *names: answers[names])
+    assert startup.main(["--tiny", "--json", str(tmp_path / "s.json")]) in (0, 1)  # --help is measured here
+    found = read(tmp_path / "s.json")
+    assert found["seconds"]["import isthmus, own share"]["median"] == pytest.approx(1.0)
+    assert found["seconds"]["isthmus --help"]["median"] > 0
+    answers["isthmus",] = 9.0
+    assert startup.main(["--tiny", "--json", str(tmp_path / "s.json")]) == 1
+    assert read(tmp_path / "s.json")["met"]["import isthmus, own share"] is False
+
+
+# ---------------------------------------------------------------------------------------------- align
+
+
+@pytest.mark.usefixtures("embedded")
+def test_align_agrees_with_transformers_and_is_timed(tmp_path):
+    align = importlib.import_module("align_vs_hf")
+    assert align.main(["--tiny", "--repeats", "1", "--json", str(tmp_path / "a.json")]) == 0
+    found = read(tmp_path / "a.json")
+    assert found["check"]["holds"] and len(found["check"]["losses"]["HF"]) == found["check"]["steps"]
+    rows = found["sizes"]["check"]["rows"]
+    assert all(row["agreement"]["holds"] for row in rows)
+    assert [row["ratio"]["median"] for row in rows if row["side"] == "theirs" and row["dtype"] == "float32"] == [1.0]
+    for row in rows:
+        assert len(row["seconds_per_step"][0]) == len(row["losses"]) - 2 and 0 < row["ceiling_share"]["median"] < 1.5
+
+
+@pytest.mark.usefixtures("embedded")
+def test_align_quotes_no_speed_when_losses_differ(tmp_path, capsys):
+    align = importlib.import_module("align_vs_hf")
+    arguments = ["--tiny", "--repeats", "1", "--perturb", "0.01", "--json", str(tmp_path / "a.json")]
+    assert align.main(arguments) == 1
+    found = read(tmp_path / "a.json")
+    assert not found["check"]["holds"] and found["sizes"] == {}
+    assert "samples/s" not in (said := capsys.readouterr().out) and "REFUSED" in said
+
+
+def test_a_variant_that_differs_keeps_its_row_without_a_speed():
+    align = importlib.import_module("align_vs_hf")
+    variants = [align.VARIANTS[0], align.VARIANTS[1]]
+    bench = align.Bench.__new__(align.Bench)
+    bench.steps, bench.batch, bench.size = 6, 2, "small"
+    bench.made = {"widths": [4] * 6, "supervised": [3] * 6, "tower_parameters": 1e6}
+    run = {"losses": [2.0] * 6, "seconds": [0.5] * 4, "peak_mib": 100.0, "ceiling_seconds": 0.1}
+    runs = iter([run, run | {"losses": [2.0] * 5 + [2.001], "seconds": [0.1] * 4}])
+    bench.run = lambda variant, ceiling: next(runs)
+    rows = align.measure(bench, variants, 1)
+    assert rows[0]["samples_per_second"].median == pytest.approx(2 / 0.5)
+    assert rows[0]["supervised_tokens_per_second"].median == pytest.approx(3 / 0.5)
+    assert rows[0]["ceiling_share"].median == pytest.approx(0.2)
+    assert "ratio" not in rows[1] and "1.0e-03" in rows[1]["refused"]
+    assert "refused" in align.lines(bench, rows)[1]
+
+
+# ---------------------------------------------------------------------------------------------- demo quality
+
+
+def short_demo(folder: Path) -> list[str]:
+    """Overrides that make the demo a matter of seconds: tiny parts, two steps, eight items."""
+    data = "[{name: scenes, limit: 16, options: {size: 32}}]"
+    train = "{connectors.*: 1e-3}"
+    return [
+        f"llm={tiny.llm_folder(folder / 'llm')}",
+        f"encoder={{source: {tiny.vision_folder(folder / 'vision')}, aspect: squash}}",
+        "aligner.options={}",
+        f"stages=[{{name: align, data: {data}, train: {train}, batch_size: 4, budget: {{steps: 2}}}}]",
+        "eval=[{name: presence, limit: 8}]",
+        "dtype=float32",
+    ]
+
+
+@pytest.mark.usefixtures("embedded")
+def test_demo_quality_runs_and_collects(tmp_path):
+    quality = importlib.import_module("demo_quality")
+    out, file = tmp_path / "quality", tmp_path / "q.json"
+    assert quality.main([*short_demo(tmp_path), "--seeds", "0", "--out", str(out), "--json", str(file)]) == 1
+    found = read(file)
+    (row,) = found["rows"]
+    assert row["label"] == "Presence" and row["n"] == 8 and found["steps"] == [{"align": 2}]
+    with pytest.raises(SystemExit, match="no report"):
+        quality.main(["--collect", "--seeds", "0", "1", "--out", str(out)])
+
+
+def report(seed: int, after: float, cosine: float, data_hash: str = "same") -> dict:
+    """A report with the four rows that the targets are about."""
+    labels = ("easy-VQA, official test", "easy-VQA without yes/no", "Presence", "Naming unseen concepts")
+    cells = {"after": {"value": after}, "cosine": {"value": cosine}}
+    rows = [{"label": label, "unit": "accuracy", "n": 500, "chance": 0.5, "cells": cells} for label in labels]
+    return {
+        "seed": seed, "data_hash": data_hash, "fingerprint": f"f{seed}", "method": {}, "seconds": {}, "curves": [],
+        "rows": rows,
+    }  # fmt: skip
+
+
+def collected(tmp_path: Path, reports: list[dict]) -> dict:
+    folders = [tmp_path / f"seed-{place}" for place in range(len(reports))]
+    for folder, each in zip(folders, reports):
+        folder.mkdir(exist_ok=True)
+        (folder / "report.json").write_text(json.dumps(each))
+    return importlib.import_module("demo_quality").collect(folders)
+
+
+def test_demo_quality_interval_and_targets(tmp_path):
+    found = collected(tmp_path, [report(0, 0.88, 0.9), report(1, 0.90, 0.9), report(2, 0.92, 0.9)])
+    mean = found["rows"][0]["means"]["after"]
+    assert mean.value == pytest.approx(0.90)
+    assert mean.half_width == pytest.approx(4.3027 * 0.02 / 3**0.5, rel=1e-3)  # by hand: sd .02, t(2) = 4.3027
+    assert [each["met"] for each in found["targets"]] == [True, True, True, False]  # .90 is not above a cosine of .90
+    assert found["targets"][0]["seeds"] == "2 of 3 seeds"
+
+
+def test_demo_quality_refuses_what_cannot_be_averaged(tmp_path):
+    with pytest.raises(SystemExit, match="different test items"):
+        collected(tmp_path, [report(0, 0.9, 0.5), report(1, 0.9, 0.5, "other")])
+    with pytest.raises(SystemExit, match="same seed"):
+        collected(tmp_path, [report(0, 0.9, 0.5), report(0, 0.9, 0.5)])
