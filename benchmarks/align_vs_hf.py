@@ -250,23 +250,25 @@ def main(arguments: list[str] | None = None) -> int:
     options = made.parse_args(arguments)
     where = harness.machine()
     print(harness.in_words(where), flush=True)
-    steps, sizes = (4 if options.tiny else options.steps) + WARM + 1, ["check"] if options.tiny else options.sizes
-    fresh, batch, repeats = not options.tiny, 4 if options.tiny else options.batch, options.repeats
-    result: dict[str, Any] = {"machine": where, "steps": steps - WARM - 1, "batch": batch, "sizes": {}}
+    if options.tiny:
+        options.sizes, options.batch, options.steps = ["check"], 4, 4
+    fresh, batch, repeats, steps = not options.tiny, options.batch, options.repeats, options.steps + WARM + 1
+    result: dict[str, Any] = {"machine": where, "steps": options.steps, "batch": batch, "sizes": {}}
     with tempfile.TemporaryDirectory(prefix="isthmus-align-") as scratch:
         folder, distinct = Path(scratch), 3 if options.tiny else CHECK_DISTINCT
-        small = Bench("check", folder / "loss-check", 5 * distinct, distinct, CHECK_BATCH, options.perturb, fresh)
+        check_batch = 4 if options.tiny else CHECK_BATCH
+        small = Bench("check", folder / "loss-check", 5 * distinct, distinct, check_batch, options.perturb, fresh)
         result["check"] = checked = check(small)
         print(_in_words(checked), flush=True)
-        for size in sizes if checked["holds"] else ():
+        for size in options.sizes if checked["holds"] else ():
             bench = Bench(size, folder / size, steps, steps, batch, options.perturb, fresh)
             variants = VARIANTS[:4] if options.tiny else VARIANTS + (ABLATIONS if size in options.ablate else ())
             rows = measure(bench, variants, repeats)
             result["sizes"][size] = {"model": bench.made, "rows": rows}
             print(f"median (smallest–largest) of {repeats} repeats of {steps - WARM - 1} steps of {batch} samples")
             print(harness.table(HEADER, lines(bench, rows)), flush=True)
-            harness.save("align_vs_hf", result, options.json)
-    print(harness.save("align_vs_hf", result, options.json))
+            harness.save("align_vs_hf", result, options)
+    print(harness.save("align_vs_hf", result, options))
     refused = [row for size in result["sizes"].values() for row in size["rows"] if "refused" in row]
     return int(bool(refused) or not checked["holds"])
 

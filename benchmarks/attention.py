@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(harness.in_words(where))
     print(f"median (smallest–largest) of {options.repeats} repeats of {steps} calls")
     print(harness.table(header, [line for found in cases for line in lines(found)]))
-    print(harness.save("attention", {"machine": where, "cases": cases}, options.json))
+    print(harness.save("attention", {"machine": where, "cases": cases}, options))
     return int(any("refused" in found for found in cases))
 
 

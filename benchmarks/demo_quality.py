@@ -3,8 +3,8 @@
     python benchmarks/demo_quality.py [--minutes 5] [--seeds 0 1 2] [--collect] [--json FILE] [KEY=VALUE ...]
 
 Runs the demo recipe once per seed, one after another, into `runs/quality/seed-N`; an interrupted run goes on, and a
-finished one is not done again. `--collect` only reads the reports. Means over seeds have a t-interval at 95 %. Training data and
-initial weights follow from the seed, test items do not: reports of other items are refused.
+finished one is not done again. `--collect` only reads the reports. Means over seeds have a t-interval at 95 %.
+Training data and initial weights follow from the seed, test items do not: reports of other items are refused.
 """
 
 from __future__ import annotations
@@ -170,6 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     made.add_argument("--out", type=Path, default=Path("runs/quality"), help="parent folder of the runs")
     made.add_argument("--collect", action="store_true", help="only read the reports that are there")
     made.add_argument("--json", type=Path, help="where the numbers go instead of results/demo_quality.json")
+    made.set_defaults(tiny=False)
     made.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = made.parse_args(arguments)
     if options.one is not None:
@@ -183,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"mean over seeds {found['seeds']} ± half of the t-interval at 95 %; {options.minutes:g} minutes of training")
     print(f"{found['method'].get('arithmetic', '')}\n")
     print(table(found))
-    print(harness.save("demo_quality", {"machine": where, "minutes": options.minutes, **found}, options.json))
+    print(harness.save("demo_quality", {"machine": where, "minutes": options.minutes, **found}, options))
     return int(not all(each["met"] for each in found["targets"]))
 
 

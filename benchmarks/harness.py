@@ -92,9 +92,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(text)
 
 
-def save(name: str, result: dict[str, Any], file: Path | None) -> Path:
-    """Write a figure's numbers and return where."""
-    file = file or RESULTS / f"{name}.json"
+def save(name: str, result: dict[str, Any], options: argparse.Namespace) -> Path:
+    """Write a figure's numbers and return where; those of a tiny run never replace real ones."""
+    file = options.json or (Path(tempfile.gettempdir()) if options.tiny else RESULTS) / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1, default=asdict) + "\n", encoding="utf-8")
     return file

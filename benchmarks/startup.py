@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(harness.in_words(where))
     print(f"seconds, median (smallest–largest) of {repeats} fresh processes")
     print(harness.table(["what", "seconds", "target", ""], rows))
-    print(harness.save("startup", {"machine": where, "seconds": found, "targets": TARGETS, "met": met}, options.json))
+    print(harness.save("startup", {"machine": where, "seconds": found, "targets": TARGETS, "met": met}, options))
     return int(not all(met.values()))
 
 

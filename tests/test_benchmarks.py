@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tiny
+from isthmus.assets import packages
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
 
@@ -152,8 +153,12 @@ def short_demo(folder: Path) -> list[str]:
 
 
 @pytest.mark.usefixtures("embedded")
-def test_demo_quality_runs_and_collects(tmp_path):
+def test_demo_quality_runs_and_collects(tmp_path, monkeypatch):
     quality = importlib.import_module("demo_quality")
+    (home := tmp_path / "home").mkdir()  # features of throw-away parts stay out of the real one
+    for name in ("packages", "converted"):
+        (home / name).symlink_to(packages.home() / name)
+    monkeypatch.setenv("ISTHMUS_HOME", str(home))
     out, file = tmp_path / "quality", tmp_path / "q.json"
     assert quality.main([*short_demo(tmp_path), "--seeds", "0", "--out", str(out), "--json", str(file)]) == 1
     found = read(file)

@@ -1,7 +1,7 @@
 """Isthmus: the narrow trained joint between a pretrained encoder and a pretrained LLM.
 
     import isthmus
-    model = isthmus.load("runs/demo/sft")
+    model = isthmus.load("runs/demo/sft/model")
 
 Importing the package registers its models with transformers' Auto classes.
 """

@@ -49,5 +49,5 @@ def compose(recipe: Recipe, dtype: torch.dtype = torch.float32) -> VLM:
 
 
 def load(source: str | Path, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu") -> VLM:
-    """A saved model, ready to answer: `isthmus.load("runs/demo/sft")`."""
+    """A saved model, ready to answer: `isthmus.load("runs/demo/sft/model")`."""
     return VLM.from_pretrained(source, dtype=dtype).to(device)  # type: ignore[arg-type]

@@ -114,6 +114,8 @@ def _items(task: Task, config: TaskConfig, column: Column) -> int:
 
 def free_replies(model: VLM, look: Look, tasks: list[tuple[Task, TaskConfig]], each: int = 2) -> tuple[Generation, ...]:
     """The first pictures of every task, answered in the model's own words."""
+    if not tasks:
+        return ()
     speaker = Local(model, look, max_new_tokens=24)
     asked = [(task, item) for task, _ in tasks for item in task.items[:each]]
     replies = speaker.say_all([item.prompt for _, item in asked])

@@ -21,7 +21,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from isthmus import lora
+from isthmus import lora, parts
 from isthmus.aligners.llava import LLaVA
 from isthmus.config import AlignerConfig, EncoderConfig, LLMConfig
 from isthmus.connectors.mlp import MLP
@@ -56,8 +56,9 @@ def import_llava(source: Path, out: Path) -> Parity:
         IsthmusError: the logits differ.
     """
     with hf.quiet():
-        theirs = LlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float32, use_safetensors=True).eval()
-    processor = AutoProcessor.from_pretrained(source, backend="pil")
+        folder = parts.folder(str(source))
+        theirs = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
     ours = from_llava(theirs, processor, str(source))
     parity = compare(ours, theirs)
     parity.require(f"import of {source}")
@@ -143,7 +144,7 @@ def to_llava(ours: VLM) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     tokenizer, text = copy.deepcopy((ours.processor.tokenizer, ours.llm.config))  # both get the marker below
     tokenizer.add_special_tokens({"additional_special_tokens": [MARKER]})
     image_token = tokenizer.convert_tokens_to_ids(MARKER)
-    strategy: Any = "default" if chosen.class_token == "drop" else "full"
+    strategy: Any = "default" if chosen.class_token == "drop" and encoder.extra else "full"
     config = LlavaConfig(
         vision_config=encoder.tower.config,
         text_config=text,

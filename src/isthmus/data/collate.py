@@ -64,6 +64,8 @@ class Collator:
         Raises:
             DataError: a sample is too long, has nothing to learn, or a medium cannot be read; or nothing remains.
         """
+        if not rows:
+            raise DataError("a batch of no samples", "give at least one")
         kept: list[Row] = []
         for samples in rows:
             rendered = [(sample, self._fit(sample)) for sample in samples]
