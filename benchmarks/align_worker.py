@@ -4,7 +4,7 @@
 transformers' Trainer, `ours` with `run_stage`. With the feature cache, the look-up of the cached rows is in the step.
 
 `seconds` are whole turns of the training loop, for steps 1 to n - 2: from one `on_step_end` of Trainer to the next, and
-from one question to our feed to the next. `row_seconds` are what our loop itself wrote down for the same steps.
+from one question to our feed to the next.
 """
 
 from __future__ import annotations
@@ -191,7 +191,6 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "losses": [row["loss"] for row in rows],
         "seconds": [later - earlier for earlier, later in zip(feed.asked[1:], feed.asked[2:steps])],
-        "row_seconds": [row["seconds"] for row in rows][1:-1],
         "fill_seconds": filled,
         "pictures": feed.pictures,
         "loaded_mib": loaded,

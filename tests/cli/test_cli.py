@@ -1,0 +1,142 @@
+"""The command line as a person meets it: exit codes, two-line errors, and verbs end to end on tiny parts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import composed
+import pytest
+from PIL import Image as Pillow
+
+from isthmus.cli import app
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The exit code of `isthmus WORDS`."""
+    monkeypatch.setattr(sys, "argv", ["isthmus", *words])
+    try:
+        app.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A LLaVA JSON of eight pictures whose colour is the answer."""
+    records = []
+    for number in range(8):
+        colour = ("red", "blue")[number % 2]
+        Pillow.new("RGB", (32, 32), colour).save(tmp_path / f"{number}.png")
+        said = [{"from": "human", "value": "<image>\nWhich colour?"}, {"from": "gpt", "value": colour}]
+        records.append({"id": str(number), "image": f"{number}.png", "conversations": said})
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(records, indent=1))
+    return file
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, data: Path) -> Path:
+    """A recipe of two short stages on tiny parts and the user's own data."""
+    stage = {"data": [str(data)], "batch_size": 4, "budget": {"steps": 3}}
+    tree = composed.recipe().model_dump(mode="json") | {
+        "name": "mine",
+        "stages": [
+            {"name": "align", "train": {"connectors.*": 1e-2}, "template": "plain", **stage},
+            {
+                "name": "sft",
+                "train": {"connectors.*": 1e-3, "llm.*self_attn.*": {"lr": 1e-3, "mode": {"r": 2}}},
+                **stage,
+            },
+        ],
+    }
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(tree))
+    return file
+
+
+def test_train_resume_chat_and_export(monkeypatch, capsys, tmp_path, recipe):
+    out = tmp_path / "run"
+    assert run(monkeypatch, "train", str(recipe), "--out", str(out), "--device", "cpu") == 0
+    assert (out / "report.json").is_file() and (out / "align" / "model" / "config.json").is_file()
+    weights = (out / "sft" / "model" / "model.safetensors").read_bytes()
+    capsys.readouterr()
+
+    assert run(monkeypatch, "train", str(recipe), "--out", str(out), "--device", "cpu") == 0
+    assert "finished" in capsys.readouterr().out
+    assert (out / "sft" / "model" / "model.safetensors").read_bytes() == weights
+
+    asked = ["chat", str(out / "sft" / "model"), "--image", str(tmp_path / "0.png"), "--prompt", "Which colour?"]
+    assert run(monkeypatch, *asked, "--max-tokens", "4", "--device", "cpu") == 0
+
+    exported = tmp_path / "llava"
+    assert run(monkeypatch, "export", str(out / "sft" / "model"), str(exported)) == 0
+    assert run(monkeypatch, "import", str(exported), str(tmp_path / "back")) == 0
+    assert "largest difference" in capsys.readouterr().out
+
+
+def test_another_recipe_in_the_same_folder_is_refused(monkeypatch, capsys, tmp_path, recipe):
+    out = str(tmp_path / "run")
+    assert run(monkeypatch, "train", str(recipe), "--out", out) == 0
+    assert run(monkeypatch, "train", str(recipe), "seed=1", "--out", out) == 2
+    assert "another recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "cause", "remedy"),
+    [
+        (["plan", "lava"], 2, "did you mean 'llava'?", "isthmus recipes"),
+        (["plan", "llava", "stages.algn.lr=1"], 2, "no stages named 'algn'; did you mean 'align'?", "align"),
+        (["plan", "llava", "sede=1"], 2, "unknown key 'sede'; did you mean 'seed'?", "--schema"),
+        (["plan", "llava", "stages.align.train={connector.*: 1e-3}"], 2, "matches no parameter", "connectors"),
+        (["chat", "no/such/model", "--prompt", "x"], 2, "neither a folder nor", "embedded part"),
+    ],
+)
+def test_errors_are_a_cause_and_a_remedy(monkeypatch, capsys, words, code, cause, remedy):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert run(monkeypatch, *words) == code
+    error, hint = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert error.startswith("error: ") and cause in error
+    assert hint.startswith("remedy: ") and remedy in hint
+
+
+def test_data_check_names_line_and_repair(monkeypatch, capsys, data):
+    assert run(monkeypatch, "data", "check", str(data)) == 0
+    records = json.loads(data.read_text())
+    records[2]["conversations"][0]["value"] = "Which colour?"
+    data.write_text(json.dumps(records, indent=1))
+    assert run(monkeypatch, "data", "check", str(data)) == 3
+    printed = capsys.readouterr()
+    line = next(n for n, text in enumerate(data.read_text().splitlines(), 1) if '"id": "2"' in text) - 1
+    assert f"{data}:{line}: 2:" in printed.out and "<image>" in printed.out
+
+
+def test_a_damaged_checkpoint_is_named(monkeypatch, capsys, tmp_path):
+    composed.model().save_pretrained(tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    blob = bytearray(file.read_bytes())
+    blob[-3] ^= 1
+    file.write_bytes(blob)
+    assert run(monkeypatch, "chat", str(tmp_path / "m"), "--prompt", "x") == 1
+    assert f"{file}: damaged" in capsys.readouterr().err
+
+
+def test_plan_counts_what_the_paper_counts(monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert run(monkeypatch, "plan", "llava-1.5-7b", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    hand = 1024 * 4096 + 4096 + 4096 * 4096 + 4096
+    assert planned["parts"]["connectors.image"] == hand == planned["stages"][0]["trained"]
+    assert planned["tokens"] == {"image": 576}
+
+
+def test_recipes_round_trip_through_what_is_shown(monkeypatch, capsys, tmp_path):
+    assert run(monkeypatch, "recipes", "--show", "demo") == 0
+    file = tmp_path / "demo.yaml"
+    file.write_text(capsys.readouterr().out)
+    from isthmus import recipes
+    from isthmus.config import read
+
+    assert read(file).fingerprint() == recipes.named("demo").fingerprint()
