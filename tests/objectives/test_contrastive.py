@@ -39,9 +39,7 @@ def cosines(out: Output, texts: list[list[int]]) -> torch.Tensor:
     media = [tokens.mean(0) for tokens in out.connected["image"]]
     means = [out.embed(torch.tensor(text)).mean(0) for text in texts]
     centre = sum(means) / len(means)
-    return torch.stack(
-        [torch.stack([torch.cosine_similarity(m, t - centre, dim=0) for t in means]) for m in media]
-    )
+    return torch.stack([torch.stack([torch.cosine_similarity(m, t - centre, dim=0) for t in means]) for m in media])
 
 
 def test_is_the_loss_of_clip_when_all_texts_differ() -> None:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
 from PIL import Image as Pillow
 from rich.console import Console
 
+import tiny
 from isthmus import compose
 from isthmus.config import Recipe, Stage
 from isthmus.model import VLM
@@ -77,3 +77,9 @@ def quiet() -> Console:
 
 def weights(vlm: VLM) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in vlm.state_dict().items()}
+
+
+def text_batch(vlm: VLM) -> Batch:
+    """Two conversations without a picture."""
+    turns = (Turn.say("user", "Say something."), Turn.say("assistant", "Something."))
+    return vlm.processor.collator()([Sample(turns, id="t0"), Sample(turns, id="t1")])

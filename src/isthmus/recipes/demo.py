@@ -6,6 +6,6 @@ from isthmus.config import Recipe
 from isthmus.recipes.llava import embedded
 
 
-def demo(minutes: float = 5.0) -> Recipe:
+def demo(minutes: float = 3.0) -> Recipe:
     """What `isthmus demo` runs; `minutes` is the time for training alone."""
     return embedded(minutes=minutes, name="demo").but(about="What `isthmus demo` runs: LLaVA on embedded parts")

@@ -113,13 +113,14 @@ def embedded(projector: str = "mlp2x_gelu", minutes: float = 5.0, name: str | No
                 name="warm",
                 data=(
                     Source(name="naming", weight=3.0, options={"count": 2500}),
+                    Source(name="scenes", weight=2.0, options={"kinds": ["caption"], "count": 1500}),
                     Source(name="easy-vqa", limit=1000, options={"kinds": ["caption"]}),
                 ),
                 train={"connectors.*": Train()},
                 objectives=(ObjectiveConfig(name="contrastive"),),
-                lr=1e-3,
+                lr=3e-3,
                 batch_size=128,
-                budget=Budget(minutes=round(0.1 * minutes, 3)),
+                budget=Budget(minutes=round(0.15 * minutes, 3)),
             ),
             Stage(
                 name="align",
@@ -135,7 +136,7 @@ def embedded(projector: str = "mlp2x_gelu", minutes: float = 5.0, name: str | No
                 train={"connectors.*": Train(lr=5e-4), "llm.*self_attn.*": Train(mode=LoRA(r=16, alpha=32))},
                 lr=2e-3,
                 batch_size=6,
-                budget=Budget(minutes=round(0.82 * minutes, 3)),
+                budget=Budget(minutes=round(0.77 * minutes, 3)),
             ),
         ),
         eval=TASKS,
@@ -148,7 +149,6 @@ MIX: tuple[Source, ...] = (
     Source(name="naming", weight=1.0, options={"count": 2500}),
 )
 TASKS: tuple[TaskConfig, ...] = (
-    TaskConfig(name="naming"),
-    TaskConfig(name="easy-vqa", limit=1000),
-    *(TaskConfig(name=name) for name in ("presence", "counting", "relation", "caption")),
+    *(TaskConfig(name=name) for name in ("naming", "easy-vqa", "presence", "counting", "relation")),
+    TaskConfig(name="caption", limit=100),
 )

@@ -97,8 +97,11 @@ class Checkpoints:
             state = State(**json.loads((folder / STATE).read_text()))
             _copy(folder / WEIGHTS, self._moving())
             self._set_moments(folder / MOMENTS)
-            return state
-        return State()
+            break
+        else:
+            state = State()
+        self._forget_after(state.step)
+        return state
 
     def restore_best(self, state: State) -> None:
         """Fill the weights that validated best, if they are not the present ones."""
@@ -113,6 +116,12 @@ class Checkpoints:
     def _found(self, kind: str) -> list[Path]:
         """Finished checkpoints of a kind, newest first."""
         return sorted(self.folder.glob(f"{kind}-*"), reverse=True)
+
+    def _forget_after(self, step: int) -> None:
+        """Drop what lies ahead of where the run goes on: damaged, or the best of steps that will be run again."""
+        for folder in [*self._found("step"), *self._found("best")]:
+            if int(folder.name.partition("-")[2]) > step:
+                remove(folder)
 
     def _prune(self, kind: str, keep: int) -> None:
         for old in self._found(kind)[keep:]:

@@ -202,9 +202,10 @@ def _of_objectives(step: Step, stage: Stage) -> Iterator[Trained]:
         yield Trained(f"objectives.{name}", parameter, stage.lr, 0.0)
 
 
-def _free_name(name: str, taken: Sequence[str]) -> str:
-    """`name`, or `name-2` and so on when an earlier stage took it."""
-    candidates = (name if number == 1 else f"{name}-{number}" for number in range(1, len(taken) + 2))
+def _free_name(stage: str, taken: Sequence[str]) -> str:
+    """The stage's name as an identifier, with `_2` and so on behind it when an earlier LoRA took it."""
+    name = stage.replace("-", "_")
+    candidates = (name if number == 1 else f"{name}_{number}" for number in range(1, len(taken) + 2))
     return next(candidate for candidate in candidates if candidate not in taken)
 
 

@@ -7,9 +7,9 @@ complete Hugging Face directory. A stage with a model is finished and is never r
 from __future__ import annotations
 
 import fnmatch
+import functools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,14 +32,18 @@ HELD_OUT = 64
 """Validation samples per source of a stage."""
 
 
-@dataclass
+REMEMBERED = 1 << 14
+"""Samples and lengths that a stage keeps at hand: making and rendering them costs more than a small joint's step."""
+
+
 class Data:
     """The sets of a stage and the order in which they are drawn."""
 
-    sets: list[sets.Set]
-    mix: Mix
+    def __init__(self, opened: list[sets.Set], mix: Mix):
+        self.sets, self.mix = opened, mix
+        self.sample = functools.lru_cache(REMEMBERED)(self._sample)
 
-    def sample(self, ref: Ref) -> Sample:
+    def _sample(self, ref: Ref) -> Sample:
         return self.sets[ref[0]][ref[1]]
 
     def media(self) -> list[Medium]:
@@ -62,7 +66,7 @@ class Feed:
             data.mix,
             stage.batch_size,
             stage.batching,
-            length=lambda ref: collator.lengths(data.sample(ref)),
+            length=functools.lru_cache(REMEMBERED)(lambda ref: collator.lengths(data.sample(ref))),
             seed=seed,
             max_length=stage.max_length,
             media=lambda ref: len(data.sample(ref).media),

@@ -1,0 +1,171 @@
+"""What trains: globs, last match wins, LoRA, masters, schedules, the table, and gradients that never come."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import small
+import torch
+import transformers
+from rich.console import Console
+
+from isthmus.config import Recipe
+from isthmus.training.optimizer import PATIENCE, Watch, adamw, choose, rate, table
+from isthmus.training.step import Step
+from isthmus.types import ConfigError, IsthmusError
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    return small.parts(tmp_path_factory.mktemp("parts"))
+
+
+def chosen(recipe: Recipe, dtype: torch.dtype = torch.float32, **stage: Any) -> tuple[Step, dict[str, Any]]:
+    made = small.stage(**stage)
+    step = Step(small.build(recipe, dtype), made.objectives)
+    return step, {each.name: each for each in choose(step, made)}
+
+
+def test_the_last_match_wins_and_no_match_is_frozen(recipe: Recipe) -> None:
+    train = {
+        "llm.*": {"lr": 1e-4, "weight_decay": 0.1},
+        "llm.model.layers.0.*": 5e-4,
+        "llm.model.layers.2.*": {"mode": "frozen"},
+    }
+    step, trained = chosen(recipe, train=train)
+    assert trained["vlm.llm.model.layers.0.mlp.up_proj.weight"].lr == 5e-4
+    assert trained["vlm.llm.model.layers.0.mlp.up_proj.weight"].weight_decay == 0
+    assert trained["vlm.llm.model.layers.1.mlp.up_proj.weight"].lr == 1e-4
+    assert trained["vlm.llm.model.layers.1.mlp.up_proj.weight"].weight_decay == 0.1
+    assert trained["vlm.llm.model.layers.1.input_layernorm.weight"].weight_decay == 0
+    assert not any("layers.2." in name or "connectors" in name for name in trained)
+    wakes = {name for name, parameter in step.named_parameters() if parameter.requires_grad}
+    assert wakes == set(trained)
+    assert step.vlm.config.trained == ["llm.*", "llm.model.layers.0.*"]
+
+
+def test_lora_trains_exactly_its_own_parameters(recipe: Recipe) -> None:
+    train = {"llm.*": {"mode": {"r": 2}, "lr": 3e-4}, "llm.model.layers.1.*": {"mode": "frozen"}, "connectors.*": 1e-3}
+    step, trained = chosen(recipe, name="sft", train=train)
+    added = {name for name in trained if name.startswith("vlm.llm.")}
+    assert added and all(".grafts.sft." in name and trained[name].lr == 3e-4 for name in added)
+    assert not any("layers.1." in name for name in added)
+    assert {name for name in trained if name.startswith("vlm.connectors.")} == {
+        f"vlm.{name}" for name, _ in step.vlm.named_parameters() if name.startswith("connectors.")
+    }
+    assert [adapter["name"] for adapter in step.vlm.config.lora] == ["sft"]
+    assert "llm.*" not in step.vlm.config.trained
+
+
+def test_a_second_lora_gets_a_name_of_its_own(recipe: Recipe) -> None:
+    train = {"llm.*q_proj": {"mode": {"r": 2}}, "llm.*v_proj": {"mode": {"r": 4}}}
+    step, trained = chosen(recipe, name="sft-1", train=train)
+    assert [adapter["name"] for adapter in step.vlm.config.lora] == ["sft_1", "sft_1_2"]
+    assert {name.split(".grafts.")[1].split(".")[0] for name in trained} == {"sft_1", "sft_1_2"}
+
+
+def test_what_trains_has_float32_masters_and_what_is_frozen_keeps_its_dtype(recipe: Recipe) -> None:
+    step, trained = chosen(recipe, dtype=torch.bfloat16, train={"llm.model.layers.0.*": 1e-3})
+    for name, parameter in step.named_parameters():
+        if name in trained:
+            assert parameter.dtype == torch.float32
+        elif name.startswith("vlm.llm."):
+            assert parameter.dtype == torch.bfloat16
+
+
+def test_modes(recipe: Recipe) -> None:
+    step, _ = chosen(recipe, train={"connectors.*": 1e-3})
+    step.train()
+    step.ready()
+    assert not any(module.training for module in step.vlm.llm.modules())
+    assert not any(module.training for module in step.vlm.encoders.modules())
+    assert all(module.training for module in step.vlm.connectors.modules())
+    step.recompute()
+    step.ready()
+    layer = step.vlm.llm.model.layers[0]
+    assert layer.training and not any(module.training for module in layer.children())
+
+
+@pytest.mark.parametrize(
+    "train, message",
+    [
+        ({"connector.*": 1e-3}, "'connector.*' matches no parameter; did you mean 'connectors.*'"),
+        ({"llm.*norms": {"mode": {"r": 2}}}, "matches no Linear"),
+        ({"llm.*": {"mode": "frozen"}}, "trains nothing"),
+    ],
+)
+def test_globs_that_do_nothing_are_refused(recipe: Recipe, train: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        chosen(recipe, train=train)
+    assert message in str(error.value)
+
+
+def test_groups_by_rate_and_decay(recipe: Recipe) -> None:
+    _, trained = chosen(recipe, train={"llm.*": {"lr": 1e-4, "weight_decay": 0.1}, "connectors.*": 1e-3})
+    groups = adamw(list(trained.values()), (0.8, 0.9)).param_groups
+    found = {(group["base_lr"], group["weight_decay"]) for group in groups}
+    assert found == {(1e-4, 0.1), (1e-4, 0.0), (1e-3, 0.0)}
+    assert sum(len(group["params"]) for group in groups) == len(trained)
+    assert all(group["betas"] == (0.8, 0.9) for group in groups)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.1])
+def test_schedules_are_those_of_transformers(warmup: float) -> None:
+    steps = 37
+    makers = {
+        "cosine": transformers.get_cosine_schedule_with_warmup,
+        "linear": transformers.get_linear_schedule_with_warmup,
+        "constant": lambda optimizer, warm, _: transformers.get_constant_schedule_with_warmup(optimizer, warm),
+    }
+    for name, make in makers.items():
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        schedule = make(optimizer, 4 if warmup else 0, steps)
+        for number in range(steps):
+            assert rate(number, steps, warmup, name) == pytest.approx(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+
+
+def test_the_table_counts_what_trains(recipe: Recipe) -> None:
+    step, trained = chosen(
+        recipe, name="sft", train={"connectors.*": 2e-3, "llm.*q_proj": {"mode": {"r": 2}, "lr": 1e-4}}
+    )
+    console = Console(width=120, file=io.StringIO(), record=True)
+    console.print(table(step, list(trained.values())))
+    rows = {line.split("│")[1].strip(): line for line in console.export_text().splitlines() if line.count("│") > 3}
+    connector = sum(p.numel() for p in step.vlm.connectors.parameters())
+    assert f"{connector:,}" in rows["connectors.image"] and "100.00%" in rows["connectors.image"]
+    assert "0.002" in rows["connectors.image"] and "frozen" in rows["llm"] and "0.0001" in rows["llm + sft"]
+    total, moving = sum(p.numel() for p in step.parameters()), sum(each.parameter.numel() for each in trained.values())
+    assert f"{total:,}" in rows["all"] and f"{moving:,}" in rows["all"]
+
+
+def test_a_tensor_outside_of_the_graph_is_named_once_all_media_were_seen(recipe: Recipe) -> None:
+    step, trained = chosen(recipe, train={"connectors.*": 1e-3, "llm.model.layers.0.*": 1e-3})
+    feed = small.Colours(step.vlm)
+    batch = feed(0, 0)
+    watch = Watch(step, list(trained.values()))
+    batch_of_text = small.text_batch(step.vlm)
+    step(batch_of_text, step.scales([batch_of_text]))[0].backward()
+    assert watch.look([batch_of_text]) is None  # no picture yet: the connector may be silent
+    for name, each in trained.items():
+        if name.startswith("vlm.llm."):
+            each.parameter.grad = None
+    watch = Watch(step, list(trained.values()))
+    with pytest.raises(IsthmusError, match=r"got no gradient: vlm\.(llm|connectors)"):
+        watch.look([batch])
+
+
+def test_a_gradient_that_stays_zero_is_worth_a_warning(recipe: Recipe) -> None:
+    step, trained = chosen(recipe, train={"connectors.*": 1e-3})
+    for each in trained.values():
+        each.parameter.grad = torch.ones_like(each.parameter)
+    dead = next(iter(trained.values()))
+    dead.parameter.grad.zero_()
+    watch = Watch(step, list(trained.values()))
+    said = [watch.look([]) for _ in range(PATIENCE + 1)]
+    assert [number for number, text in enumerate(said) if text] == [PATIENCE - 1]
+    assert dead.name in said[PATIENCE - 1] and len(trained) > 1
+    assert sum(name in said[PATIENCE - 1] for name in trained) == 1
