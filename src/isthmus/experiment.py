@@ -142,7 +142,7 @@ def summarise(
     recipe = run.recipe
     table = tuple(row for task, runs in measured.values() for row in rows(task, runs, recipe.seed))
     return Report(
-        title=f"{recipe.name}: {recipe.about}",
+        title=recipe.about or recipe.name,
         sentence="; ".join(
             f"{row.label} {headline(row.cells['before'])} → {headline(row.cells['after'])}"
             for row in table

@@ -128,6 +128,7 @@ def embedded(projector: str = "mlp2x_gelu", minutes: float = 5.0, name: str | No
                 train={"connectors.*": Train()},
                 lr=2e-3,
                 batch_size=6,
+                evaluate_every=None,
                 budget=Budget(minutes=round(0.08 * minutes, 3)),
             ),
             Stage(
@@ -136,6 +137,7 @@ def embedded(projector: str = "mlp2x_gelu", minutes: float = 5.0, name: str | No
                 train={"connectors.*": Train(lr=5e-4), "llm.*self_attn.*": Train(mode=LoRA(r=16, alpha=32))},
                 lr=2e-3,
                 batch_size=6,
+                evaluate_every=0.5,
                 budget=Budget(minutes=round(0.77 * minutes, 3)),
             ),
         ),

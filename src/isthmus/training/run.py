@@ -28,7 +28,7 @@ from isthmus.training.machine import arithmetic
 from isthmus.training.step import Step, held_out
 from isthmus.types import Batch, ConfigError, Medium, Sample
 
-HELD_OUT = 64
+HELD_OUT = 24
 """Validation samples per source of a stage."""
 
 
