@@ -4,8 +4,9 @@
 
 Same weights (theirs, imported), data, order, batches, optimizer, schedule and clipping on both sides, SmolLM2-135M
 under a random CLIP tower of three sizes. Every variant runs in a process of its own, and variants take turns within a
-repeat. Before any speed is quoted, loss curves must agree: to 1e-4 over 50 float32 steps of a small model, then to 1e-4
-(float32) or 2e-2 (bfloat16) over the measured steps themselves; otherwise the speed is withheld and the exit code is 1.
+repeat. Before any speed is quoted, loss curves must agree: to 1e-4 over 50 float32 steps of a small model, then over
+the measured steps themselves, to 1e-4 in float32, and in bfloat16 to twice the distance of their own curve from their
+float32 one. Otherwise the speed is withheld and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -25,8 +26,14 @@ WORKER = harness.HERE / "align_worker.py"
 SIZES = ("tiny", "small", "base")
 CHECK_DISTINCT, CHECK_BATCH = 10, 8
 """The loss check goes five times over ten batches: 50 steps."""
-TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
-"""Largest difference of two losses at the same step."""
+TOLERANCE = 1e-4
+"""Largest difference of two float32 losses at the same step."""
+ROUNDING, CHAOS = 2e-2, 0.2
+"""The tolerance in bfloat16 is twice the distance of their bfloat16 curve from their float32 one, within these bounds:
+beyond the upper one, rounding decides what is learned and curves say nothing."""
+RATES = {"check": 1e-3}
+"""Learning rate by size, else `RATE`: low enough that a rounding error stays one over the steps that are measured."""
+RATE = 1e-4
 MOVED = 0.05
 """A loss check whose curve falls less than this over the same batches could agree without having learned."""
 WARM = 2
@@ -119,6 +126,7 @@ class Bench:
             "steps": self.steps,
             "distinct": self.distinct,
             "batch": self.batch,
+            "lr": RATES.get(self.size, RATE),
             "perturb": self.perturb,
         }
 
@@ -157,7 +165,7 @@ def check(bench: Bench) -> dict[str, Any]:
     """The loss check that stands before everything: float32 steps of a small model, with and without cache."""
     names = [variant.name for variant in VARIANTS[1:3]]
     peer, *others = (bench.run(variant, ceiling=False)["losses"] for variant in VARIANTS[:3])
-    found = [compare(peer, losses, TOLERANCE["float32"]) for losses in others]
+    found = [compare(peer, losses, TOLERANCE) for losses in others]
     fell = statistics.mean(peer[: bench.distinct]) - statistics.mean(peer[-bench.distinct :])
     return {
         "steps": bench.steps,
@@ -171,15 +179,15 @@ def check(bench: Bench) -> dict[str, Any]:
 def measure(bench: Bench, variants: Sequence[Variant], repeats: int) -> list[dict[str, Any]]:
     """All variants in turns, `repeats` times; each against the best peer of its dtype in the same repeat."""
     turns = [[bench.run(variant, ceiling=repeat == 0) for variant in variants] for repeat in range(repeats)]
+    reference, tolerances = _tolerances(variants, [run["losses"] for run in turns[0]])
     rows = []
     for place, variant in enumerate(variants):
         runs = [turn[place] for turn in turns]
-        first = next(index for index, other in enumerate(variants) if other.peer and other.dtype == variant.dtype)
-        agreement = compare(turns[0][first]["losses"], runs[0]["losses"], TOLERANCE[variant.dtype])
+        agreement = compare(reference, runs[0]["losses"], tolerances[variant.dtype])
         row: dict[str, Any] = asdict(variant) | {"agreement": agreement.plain(), "losses": runs[0]["losses"]}
         rows.append(row)
         if not agreement.holds:
-            row["refused"] = f"loss differs by {agreement.difference:.1e}, more than {agreement.tolerance:.0e}"
+            row["refused"] = f"loss differs by {agreement.difference:.1e}, more than {agreement.tolerance:.1e}"
             continue
         speeds = [bench.speed(run) for run in runs]
         best = [_best_peer(bench, variants, turn, variant.dtype) for turn in turns]
@@ -192,6 +200,14 @@ def measure(bench: Bench, variants: Sequence[Variant], repeats: int) -> list[dic
         )
         row["seconds_per_step"] = [run["seconds"] for run in runs]
     return rows
+
+
+def _tolerances(variants: Sequence[Variant], curves: Sequence[list[float]]) -> tuple[list[float], dict[str, float]]:
+    """Their float32 curve, and how far from it a curve may be in each dtype."""
+    peers = {variant.name: curve for variant, curve in zip(variants, curves) if variant.peer}
+    reference, rounded = peers["HF float32"], peers.get("HF bfloat16")
+    rounding = 0.0 if rounded is None else 2 * compare(reference, rounded, 0.0).difference
+    return reference, {"float32": TOLERANCE, "bfloat16": min(CHAOS, max(ROUNDING, rounding))}
 
 
 def _best_peer(bench: Bench, variants: Sequence[Variant], turn: Sequence[dict[str, Any]], dtype: str) -> float:
@@ -244,7 +260,7 @@ def lines(bench: Bench, rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 def main(arguments: list[str] | None = None) -> int:
     made = harness.parser(__doc__, 10, "timed steps per run")
     made.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="vision towers")
-    made.add_argument("--batch", type=int, default=16, help="samples per step")
+    made.add_argument("--batch", type=int, default=8, help="samples per step")
     made.add_argument("--ablate", nargs="*", choices=SIZES, default=["small"], help="towers with the ablation rows")
     made.add_argument("--perturb", type=float, default=0.0, help="added to our joint's bias: the check must refuse")
     options = made.parse_args(arguments)
@@ -279,7 +295,7 @@ def _in_words(checked: dict[str, Any]) -> str:
     end = "agreed" if checked["holds"] else "REFUSED, no speed is quoted"
     return (
         f"loss check over {checked['steps']} float32 steps: largest differences {differences} of "
-        f"{TOLERANCE['float32']:.0e}; the loss fell by {checked['fell']:.2f}; {end}"
+        f"{TOLERANCE:.0e}; the loss fell by {checked['fell']:.2f}; {end}"
     )
 
 

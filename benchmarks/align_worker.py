@@ -28,7 +28,7 @@ from align_parts import Prepared, open_data, prepare
 from ceiling import best_seconds
 from isthmus.types import IGNORE
 
-LR, WARMUP, BETAS, CLIP = 1e-3, 0.1, (0.9, 0.999), 1.0
+WARMUP, BETAS, CLIP = 0.1, (0.9, 0.999), 1.0
 
 # ---------------------------------------------------------------------------------------------- theirs
 
@@ -79,7 +79,7 @@ def theirs(job: dict[str, Any]) -> dict[str, Any]:
             max_steps=steps,
             per_device_train_batch_size=size,
             train_sampling_strategy="sequential",
-            learning_rate=LR,
+            learning_rate=job["lr"],
             lr_scheduler_type="cosine",
             warmup_steps=WARMUP,
             optim="adamw_torch_fused",
@@ -160,7 +160,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
         data=(Source(name="prepared"),),
         train={"connectors.*": Train()},
         budget=Budget(steps=steps),
-        lr=LR,
+        lr=job["lr"],
         batch_size=job["batch"],
         warmup=WARMUP,
         betas=BETAS,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from transformers import DynamicCache, StaticCache
 
+import tiny
 from isthmus import fuse
 from isthmus.types import DataError, Features, Media
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     AutoProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -77,7 +76,7 @@ def from_llava(theirs: LlavaForConditionalGeneration, processor: LlavaProcessor,
     chosen = EncoderConfig(source=source, layer=config.vision_feature_layer, class_token=class_token, aspect="crop")
     tower = theirs.model.vision_tower
     encoder = Transformer(chosen, tower, processor.image_processor, {"source": source})
-    llm = AutoModelForCausalLM.from_config(config.text_config)
+    llm = parts.empty_llm(config.text_config, LLMConfig().attention)
     llm.base_model.load_state_dict(theirs.model.language_model.state_dict())
     llm.get_output_embeddings().load_state_dict(theirs.lm_head.state_dict())
     llm.generation_config = theirs.generation_config

@@ -17,8 +17,8 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 NAME = "isthmus"
 """What transformers knows it by: `attn_implementation="isthmus"`."""
-SHORT = 1024
-"""Rows up to this many keys are computed by products; their scores are held in memory."""
+SHORT = {torch.bfloat16: 1024, torch.float16: 1024, torch.float32: 64}
+"""Rows of up to this many keys are computed by products, whose scores are held in memory; beyond it sdpa is faster."""
 
 
 def attention(
@@ -43,7 +43,8 @@ def attention(
     """
     keys = key.shape[2]
     capped = more.get("softcap") is not None or more.get("s_aux") is not None
-    if query.device.type != "cpu" or keys > SHORT or dropout or capped or attention_mask is None:
+    long = keys > SHORT.get(query.dtype, 0)
+    if query.device.type != "cpu" or long or dropout or capped or attention_mask is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
         )

@@ -6,10 +6,10 @@ import json
 import sys
 from pathlib import Path
 
-import composed
 import pytest
 from PIL import Image as Pillow
 
+import composed
 from isthmus.cli import app
 
 

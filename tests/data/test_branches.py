@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from PIL import Image as Pillow
 
+import tiny
 from isthmus.data.chat import Renderer, share
 from isthmus.data.collate import Collator
 from isthmus.types import IGNORE, DataError, Image, Layout, Sample, Turn

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import composed
 import pytest
 import torch
 from PIL import Image as Pillow
 
+import composed
 from isthmus.evaluation.score import Question, Scorer, _rank, cosine
 from isthmus.model import VLM
 from isthmus.types import DataError, Image, Sample, Turn

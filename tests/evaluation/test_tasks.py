@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import composed
 import pytest
 from PIL import Image as Pillow
 
+import composed
 from isthmus import config
 from isthmus.config import TaskConfig
 from isthmus.data import sets

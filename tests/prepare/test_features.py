@@ -37,8 +37,13 @@ def own(seen: Encoder, media: list[Image]) -> torch.Tensor:
     return torch.cat([seen(one[None].to(next(seen.parameters()).dtype)).x_NSE for one in look])
 
 
+def near(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal but for the rounding of matrix products, which follows batch shape and threads; rows differ by far more."""
+    return torch.allclose(a.float(), b.float(), atol=1e-5 if a.dtype == torch.float32 else 0.05)
+
+
 def right(found: FeatureCache, media: list[Image]) -> bool:
-    return torch.equal(found("image", media)[1].x_NSE, own(found.encoder, media))
+    return near(found("image", media)[1].x_NSE, own(found.encoder, media))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -51,9 +56,9 @@ def test_cached_equals_on_the_fly(tmp_path, vision, dtype):
     for again in (found, cache(tmp_path, vision=vision, dtype=dtype, taps=(0, -1))):
         pixels, features = again("image", PICTURES[::-1])
         assert pixels is None and features.grid == expected.grid
-        assert features.x_NSE.dtype == dtype and torch.equal(features.x_NSE, expected.x_NSE.flip(0))
+        assert features.x_NSE.dtype == dtype and near(features.x_NSE, expected.x_NSE.flip(0))
         assert features.taps.keys() == expected.taps.keys()
-        assert all(torch.equal(features.taps[name], tap.flip(0)) for name, tap in expected.taps.items())
+        assert all(near(features.taps[name], tap.flip(0)) for name, tap in expected.taps.items())
 
 
 def test_each_picture_is_encoded_once(tmp_path, monkeypatch):
