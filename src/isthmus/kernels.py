@@ -17,7 +17,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 NAME = "isthmus"
 """What transformers knows it by: `attn_implementation="isthmus"`."""
-SHORT = {torch.bfloat16: 1024, torch.float16: 1024, torch.float32: 64}
+SHORT = {torch.bfloat16: 512, torch.float16: 512, torch.float32: 48}
 """Rows of up to this many keys are computed by products, whose scores are held in memory; beyond it sdpa is faster."""
 
 

@@ -1,0 +1,78 @@
+"""What a run tells: rows survive a crash, plain lines off a terminal, and a picture that shows the curve."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from isthmus.training.log import DOT, LINE, Metrics, Progress, _ticks, draw_curves, read_rows
+
+ROW = {"loss": 2.5, "tokens_per_second": 1234.5, "data_wait": 0.07}
+
+
+def test_rows_after_the_resumed_step_and_a_half_written_one_are_dropped(tmp_path: Path) -> None:
+    file = tmp_path / "run" / "metrics.jsonl"
+    first = Metrics(file, after=0)
+    for step in (1, 2, 3):
+        first.write({"step": step, "loss": step / 2})
+    first.write({"step": 3, "validation_loss": 9.0})
+    with file.open("a") as stream:
+        stream.write('{"step": 4, "lo')
+    Metrics(file, after=2).write({"step": 3, "loss": 7.0})
+    assert read_rows(file) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 7.0}]
+
+
+def test_plain_lines_off_a_terminal(tmp_path: Path) -> None:
+    out = io.StringIO()
+    with Progress(Console(file=out, width=200), "align", steps=40, done=0) as progress:
+        for step in range(1, 41):
+            progress.show({"step": step, **ROW})
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 20 and "\x1b" not in out.getvalue()
+    assert lines[0] == "align 2/40 · loss 2.5000 · 1,234 tokens/s · waiting for data 7%" and "40/40" in lines[-1]
+
+
+def test_a_bar_on_a_terminal() -> None:
+    out = io.StringIO()
+    with Progress(Console(file=out, width=120, force_terminal=True), "align", steps=40, done=10) as progress:
+        progress.show({"step": 11, **ROW})
+    assert "11/40" in out.getvalue() and "loss 2.5000" in out.getvalue()
+
+
+def test_the_picture_falls_where_the_loss_falls(tmp_path: Path) -> None:
+    rows = [{"step": step, "loss": 4 - step / 30} for step in range(1, 101)]
+    rows += [{"step": 50, "validation_loss": 3.0}, {"step": 100, "validation_loss": 1.0}]
+    draw_curves(rows, tmp_path / "curves.png", "Stage align")
+    pixels = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB")).astype(int)
+
+    def places(colour: str) -> list[tuple[int, int]]:
+        wanted = tuple(int(colour[at : at + 2], 16) for at in (1, 3, 5))
+        rows, columns = np.nonzero(np.abs(pixels - wanted).max(-1) < 40)
+        return [(x, y) for x, y in zip(columns.tolist(), rows.tolist()) if y > 48]  # below the legend
+
+    line, dots = sorted(places(LINE)), sorted(places(DOT))
+    assert line[-1][0] - line[0][0] > 700 and line[-1][1] - line[0][1] > 200
+    assert dots[-1][0] - dots[0][0] > 350 and dots[-1][1] > dots[0][1]
+
+
+@pytest.mark.parametrize("rows", [[{"step": 1, "loss": 2.0}], [{"step": n, "loss": 3.0} for n in (1, 2)]])
+def test_one_point_and_a_flat_line_are_drawn(tmp_path: Path, rows: list[dict]) -> None:
+    draw_curves(rows, tmp_path / "curves.png", "t")
+    assert Image.open(tmp_path / "curves.png").size == (960, 540)
+
+
+def test_no_rows_no_picture(tmp_path: Path) -> None:
+    draw_curves([], tmp_path / "curves.png", "t")
+    assert not (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0.013, 0.02), (1.2, 97), (0, 5000), (3, 3), (0, 0)])
+def test_ticks_enclose_the_range_with_few_round_numbers(low: float, high: float) -> None:
+    ticks = _ticks(low, high)
+    assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 8
+    assert all(len(f"{tick:g}".replace("-", "").replace(".", "").strip("0")) <= 3 for tick in ticks)

@@ -1,0 +1,187 @@
+"""The loop: what moves and what does not, budgets, marks, rows, and stops with a reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import torch
+
+from isthmus.config import Budget, Recipe
+from isthmus.training.log import read_rows
+from isthmus.training.loop import derive, marks, run_stage, steps_for
+from isthmus.types import Batch, ConfigError, DataError, IsthmusError
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    return small.parts(tmp_path_factory.mktemp("parts"))
+
+
+def run(recipe: Recipe, folder: Path, steps: int = 6, dtype: torch.dtype = torch.float32, **stage: Any) -> Any:
+    vlm = small.build(recipe, dtype)
+    made = small.stage(**stage)
+    feed = small.Colours(vlm, size=made.batch_size, micros=made.accumulate)
+    return vlm, run_stage(vlm, made, feed, folder, steps=steps, dtype=dtype, console=small.quiet())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_what_is_frozen_stays_bit_equal_and_what_trains_moves(recipe: Recipe, tmp_path: Path, dtype: Any) -> None:
+    before = small.weights(small.build(recipe, dtype))
+    vlm, result = run(recipe, tmp_path, dtype=dtype)
+    for name, tensor in small.weights(vlm).items():
+        assert torch.equal(tensor, before[name].to(tensor.dtype)) != name.startswith("connectors."), name
+    assert result.state == "done"
+    again = type(vlm).from_pretrained(result.model)
+    assert all(torch.equal(tensor, small.weights(vlm)[name]) for name, tensor in small.weights(again).items())
+
+
+def test_it_learns(recipe: Recipe, tmp_path: Path) -> None:
+    train = {"connectors.*": 1e-2, "llm.*": {"mode": {"r": 4}, "lr": 1e-2}}
+    _, result = run(recipe, tmp_path, steps=40, train=train)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert rows[-1]["loss"] < 0.3 * rows[0]["loss"]
+
+
+def test_one_update_is_that_of_adamw_on_the_mean_gradient(recipe: Recipe, tmp_path: Path) -> None:
+    """Two micro-batches, clipping and a second group, against a plain loop over one batch."""
+    train = {"connectors.*": 1e-2, "llm.model.layers.0.*": {"lr": 1e-3, "weight_decay": 0.1}}
+    vlm, _ = run(recipe, tmp_path, steps=3, train=train, accumulate=2, clip=0.5, schedule="linear", warmup=0.0)
+
+    plain = small.build(recipe)
+    feed = small.Colours(plain)
+    plain.requires_grad_(False)
+    mine = dict(plain.named_parameters())
+    decayed = [n for n in mine if n.startswith("llm.model.layers.0.") and mine[n].ndim > 1]
+    other = [n for n in mine if n.startswith("llm.model.layers.0.") and mine[n].ndim == 1]
+    joint = [n for n in mine if n.startswith("connectors.")]
+    groups = [(joint, 1e-2, 0.0), (decayed, 1e-3, 0.1), (other, 1e-3, 0.0)]
+    chosen = [mine[name].requires_grad_() for names, _, _ in groups for name in names]
+    optimizer = torch.optim.AdamW(
+        [{"params": [mine[n] for n in names], "lr": lr, "weight_decay": decay} for names, lr, decay in groups]
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 3)
+    for number in range(3):
+        batch = feed(number, 0)
+        output = plain.run(batch)
+        logits = output.head(output.hidden_BTD)[:, :-1].flatten(0, 1)
+        torch.nn.functional.cross_entropy(logits, batch.labels_BT[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(chosen, 0.5)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    for name, parameter in vlm.named_parameters():
+        torch.testing.assert_close(parameter, mine[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_rows_hold_what_people_look_for(recipe: Recipe, tmp_path: Path) -> None:
+    _, result = run(recipe, tmp_path, schedule="constant", warmup=0.0)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for row in rows:
+        assert row["learning_rate"] == 1e-2 and row["grad_norm"] > 0 and 0 <= row["data_wait"] <= 1
+        assert row["samples_per_second"] == pytest.approx(4 / row["seconds"])
+        assert row["tokens_per_second"] > row["supervised_tokens_per_second"] > 0
+    assert result.at.samples == 24
+    assert result.at.tokens == pytest.approx(sum(row["tokens_per_second"] * row["seconds"] for row in rows))
+    assert (tmp_path / "curves.png").is_file()
+
+
+class Poisoned(small.Colours):
+    """Pictures of one step that are not numbers."""
+
+    def __call__(self, step: int, micro: int) -> Batch:
+        batch = super().__call__(step, micro)
+        if step == 2:
+            batch.media["image"].pixels.fill_(float("nan"))
+        return batch
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(recipe: Recipe, tmp_path: Path) -> None:
+    good, _ = run(recipe, tmp_path / "good", steps=6)
+    vlm = small.build(recipe)
+    feed = Poisoned(vlm)
+    with pytest.raises(IsthmusError, match=r"step 3: the loss lm \(nan\) is not finite"):
+        run_stage(vlm, small.stage(), feed, tmp_path / "bad", steps=6, console=small.quiet())
+    note = json.loads((tmp_path / "bad" / "bad_batch.json").read_text())
+    assert note["step"] == 3 and note["samples"] == [list(small.Colours(vlm)(2, 0).ids)]
+    assert all(tensor.isfinite().all() for tensor in small.weights(vlm).values())
+    assert (tmp_path / "bad" / "checkpoints" / "step-0000002").is_dir()
+
+    resumed = small.build(recipe)  # with the data mended, the run goes on as if nothing had been
+    run_stage(resumed, small.stage(), small.Colours(resumed), tmp_path / "bad", steps=6, console=small.quiet())
+    assert all(torch.equal(tensor, small.weights(resumed)[name]) for name, tensor in small.weights(good).items())
+
+
+def test_a_gradient_that_is_not_finite_is_named(recipe: Recipe, tmp_path: Path) -> None:
+    vlm = small.build(recipe)
+    name, victim = next((n, p) for n, p in vlm.named_parameters() if n.startswith("connectors."))
+    victim.requires_grad_().register_hook(lambda gradient: gradient.fill_(float("inf")))
+    with pytest.raises(IsthmusError, match=f"the gradient of vlm.{name} is not finite"):
+        run_stage(vlm, small.stage(), small.Colours(vlm), tmp_path, steps=6, console=small.quiet())
+
+
+def test_steps_of_text_alone_pass_through_a_stage_that_trains_the_connector(recipe: Recipe, tmp_path: Path) -> None:
+    vlm = small.build(recipe)
+
+    class Mixed(small.Colours):
+        def __call__(self, step: int, micro: int) -> Batch:
+            return small.text_batch(vlm) if step < 2 else super().__call__(step, micro)
+
+    before = small.weights(vlm)
+    stage = small.stage(warmup=0.0)
+    result = run_stage(vlm, stage, Mixed(vlm), tmp_path, steps=3, console=small.quiet())
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert result.state == "done" and [row["grad_norm"] > 0 for row in rows] == [False, False, True]
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in small.weights(vlm).items())
+
+
+def test_what_no_objective_reaches_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(IsthmusError, match="trainable tensors got no gradient: vlm.llm"):
+        run(recipe, tmp_path, objectives=["contrastive"], train={"connectors.*": 1e-2, "llm.model.layers.1.*": 1e-3})
+
+
+def test_a_warm_stage_trains_connector_and_temperature(recipe: Recipe, tmp_path: Path) -> None:
+    _, result = run(recipe, tmp_path, steps=20, objectives=["contrastive"])
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert result.state == "done" and rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+
+
+def test_negatives_of_a_batch_cannot_be_split(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="contrastive compares the samples of a batch"):
+        run(recipe, tmp_path, objectives=["contrastive"], accumulate=2)
+
+
+def test_nothing_to_learn_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    class Mute(small.Colours):
+        def __call__(self, step: int, micro: int) -> Batch:
+            batch = super().__call__(step, micro)
+            batch.labels_BT.fill_(-100)
+            return batch
+
+    vlm = small.build(recipe)
+    with pytest.raises(DataError, match="no token is supervised"):
+        run_stage(vlm, small.stage(), Mute(vlm), tmp_path, steps=6, console=small.quiet())
+
+
+def test_budgets() -> None:
+    assert steps_for(Budget(steps=7), 16, 100) == 7
+    assert steps_for(Budget(samples=100), 16, 1000) == 7
+    assert steps_for(Budget(epochs=1.5), 10, 101) == 16
+    assert steps_for(Budget(minutes=5), 16, 100) is None
+
+
+def test_marks() -> None:
+    assert marks(0.25, 100) == {25, 50, 75, 100}
+    assert marks(0.3, 10) == {3, 6, 9, 10}
+    assert marks(0.25, 2) == {1, 2} and marks(0.01, 3) == {1, 2, 3} and marks(None, 9) == {9}
+    assert max(marks(0.34, 6)) == 6
+
+
+def test_seeds_differ_by_each_argument_and_are_fixed() -> None:
+    seeds = {derive(*args) for args in [(0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2), (0, "a1", "")]}
+    assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)
+    assert derive(0, "align", 3) == derive(0, "align", 3)
