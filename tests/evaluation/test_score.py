@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from PIL import Image as Pillow
 
 import composed
-from isthmus.evaluation.score import Question, Scorer, _rank, cosine
+from isthmus.evaluation.score import Question, Scorer, _rank
 from isthmus.model import VLM
 from isthmus.types import DataError, Image, Sample, Turn
 
@@ -99,26 +101,31 @@ def test_cosines_equal_a_hand_calculation() -> None:
     asked = [QUESTIONS[0], QUESTIONS[1], QUESTIONS[2]]
     found = Scorer(model, batch_size=2).cosines(asked)
     renderer, table = model.processor.renderer(), model.get_input_embeddings().weight
-    names = sorted({choice for question in asked for choice in question.choices})
-    vectors = []
+    names = list(dict.fromkeys(choice for question in asked for choice in question.choices))
+    texts = []
     for name in names:
-        rendered = renderer.render((Turn.say("user", "x"), Turn.say("assistant", name)))
-        vectors.append(table[[i for i, trained in zip(rendered.ids, rendered.trained) if trained]].mean(0))
-    centred = torch.stack(vectors) - torch.stack(vectors).mean(0)
+        rendered = renderer.render((Turn.say("user", "x"), Turn.say("assistant", f" {name}")))
+        texts.append({i for i, trained in zip(rendered.ids, rendered.trained) if trained})
+    words = sorted(set().union(*texts))
+    centre = table[words].mean(0)
+    rarity = {word: max(math.log(len(texts) / sum(word in text for text in texts)), 1e-6) for word in words}
     for question, scores in zip(asked, found, strict=True):
         pixels, _ = model.processor.look("image", question.sample.media)
         assert pixels is not None
-        features = model.encoders["image"](pixels)
-        seen = model.connectors["image"](features, None).mean((0, 1))
-        expected = [torch.cosine_similarity(seen, centred[names.index(c)], dim=0).item() for c in question.choices]
-        assert scores.values == pytest.approx(expected, abs=1e-5)
+        pictures = model.connectors["image"](model.encoders["image"](pixels), None) - centre
+        for choice, value in zip(question.choices, scores.values, strict=True):
+            text = texts[names.index(choice)]
+            whole = sum(rarity[word] for word in text)
+            expected = max(
+                sum(
+                    rarity[word] / whole * torch.cosine_similarity(places, table[word] - centre, dim=-1).max().item()
+                    for word in text
+                )
+                for places in pictures
+            )
+            assert value == pytest.approx(expected, abs=1e-5)
 
 
 def test_cosine_refuses_an_item_without_a_picture() -> None:
     with pytest.raises(DataError, match="q3: no picture"):
         Scorer(composed.model()).cosines(QUESTIONS[:4])
-
-
-def test_cosine_of_axes() -> None:
-    found = cosine(torch.eye(2) * 3, torch.tensor([[5.0, 0], [1, 1]]))
-    assert found.flatten().tolist() == pytest.approx([1, 0.5**0.5, 0, 0.5**0.5])

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 from isthmus.objectives import named
+from isthmus.objectives.contrastive import late
 from isthmus.types import IGNORE, Batch, ConfigError, DataError, Media, Output
 
 D = 6
@@ -39,7 +40,9 @@ def cosines(out: Output, texts: list[list[int]]) -> torch.Tensor:
     media = [tokens.mean(0) for tokens in out.connected["image"]]
     means = [out.embed(torch.tensor(text)).mean(0) for text in texts]
     centre = sum(means) / len(means)
-    return torch.stack([torch.stack([torch.cosine_similarity(m, t - centre, dim=0) for t in means]) for m in media])
+    return torch.stack(
+        [torch.stack([torch.cosine_similarity(m - centre, t - centre, dim=0) for t in means]) for m in media]
+    )
 
 
 def test_is_the_loss_of_clip_when_all_texts_differ() -> None:
@@ -52,6 +55,37 @@ def test_is_the_loss_of_clip_when_all_texts_differ() -> None:
     (gradient,) = torch.autograd.grad(expected, out.connected["image"])
     (loss / 4).backward()
     torch.testing.assert_close(out.connected["image"].grad, gradient)
+
+
+def test_late_looks_for_the_best_place_of_every_word() -> None:
+    texts = [[3, 4], [5, 4], [6, 7, 8]]
+    out = output(3)
+    words = sorted({word for text in texts for word in text})
+    centre = torch.stack([out.embed(torch.tensor(word)) for word in words]).mean(0)
+    weight = {word: math.log(3 / sum(word in text for text in texts)) for word in words}
+    assert weight[4] < weight[3]
+    for places, row in zip(
+        out.connected["image"], late(out.connected["image"], list(map(torch.tensor, texts)), out.embed)
+    ):
+        for text, found in zip(texts, row):
+            best = [
+                max(torch.cosine_similarity(p - centre, out.embed(torch.tensor(w)) - centre, dim=0) for p in places)
+                for w in text
+            ]
+            shares = [weight[word] / sum(weight[other] for other in text) for word in text]
+            expected = sum(share * each.item() for share, each in zip(shares, best))
+            assert found.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_late_finds_its_words_at_their_places_and_a_kept_temperature_stays() -> None:
+    objective = named("contrastive", {"match": "late", "learned": False})
+    assert not objective.sharpness.requires_grad
+    texts, out = [[3, 4], [5, 6], [7, 8]], output(3)
+    with torch.no_grad():
+        for picture, text in enumerate(texts):  # each word stands at one of three places
+            out.connected["image"][picture, :2] = out.embed(torch.tensor(text))
+    right = objective.loss(None, out, batch(texts)).item()
+    assert right < objective.loss(None, out, batch(texts[1:] + texts[:1])).item() / 2
 
 
 def test_the_same_text_twice_is_no_negative() -> None:

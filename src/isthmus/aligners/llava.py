@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
 
 from isthmus import sites
@@ -19,7 +18,7 @@ from isthmus.aligner import Aligner
 from isthmus.config import Frozen
 from isthmus.connectors import Connector
 from isthmus.connectors.mlp import MLP
-from isthmus.connectors.pool import Normalised, Pool
+from isthmus.connectors.pool import Normalised, Pool, settle
 from isthmus.encoders import Encoder
 
 if TYPE_CHECKING:
@@ -38,19 +37,16 @@ class LLaVA(Aligner):
         pool: int | None = Field(None, ge=1)
         """Average the encoder's grid to pool x pool tokens first."""
         normalise: bool = False
-        """LayerNorm before, and output at the scale of the LLM's embeddings."""
+        """LayerNorm before, and output where the LLM's embeddings are."""
 
     def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
         depth = 1 if self.options.projector == "linear" else 2
         joint: Connector = MLP(encoder.width, width, depth)
         if self.options.normalise:
-            joint = Normalised(joint, encoder.width)
+            joint = Normalised(joint, encoder.width, width)
         if self.options.pool:
             joint = Pool(joint, encoder.grid, self.options.pool)
         return joint
 
     def birth(self, model: VLM) -> None:
-        scale = sites.embedding(model.llm).weight.float().square().mean().sqrt()
-        for module in model.connectors.modules():
-            if isinstance(module, Normalised):
-                torch.nn.init.constant_(module.scale, scale.item())
+        settle(model.connectors, sites.embedding(model.llm).weight)

@@ -46,26 +46,40 @@ class Pool(Connector):
 
 
 class Normalised(Connector):
-    """LayerNorm before the inner connector, and RMS-normalised output at a learned scale.
+    """LayerNorm before the inner connector, and RMS-normalised output at a learned scale around a learned centre.
 
     A random projector's output may be many times larger or smaller than word embeddings, and a frozen LLM then
-    sees noise; at birth `scale` is the root mean square of the LLM's embedding table (see `LLaVA.birth`).
+    sees noise. At birth `centre` is the mean of the LLM's embedding table and `scale` the root mean square of what
+    is around it (see `LLaVA.birth`), so that vectors start where words are.
 
     Args:
         inner: the connector between the two.
         width: E, the width of its input.
+        out: D, the width of its output.
     """
 
-    def __init__(self, inner: Connector, width: int):
+    def __init__(self, inner: Connector, width: int, out: int):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.inner = inner
         self.scale = nn.Parameter(torch.ones(()))
+        self.centre = nn.Parameter(torch.zeros(out))
 
     def tokens(self, s: int) -> int:
         return self.inner.tokens(s)
 
     def forward(self, features: Features, context: Context) -> Tensor:
-        """x [N, S, E] -> y [N, Q, D] with root mean square `scale`."""
+        """x [N, S, E] -> y [N, Q, D] with root mean square `scale` around `centre`."""
         y_NQD = self.inner(replace(features, x_NSE=self.norm(features.x_NSE)), context)
-        return F.rms_norm(y_NQD, y_NQD.shape[-1:]) * self.scale
+        return F.rms_norm(y_NQD, y_NQD.shape[-1:]) * self.scale + self.centre
+
+
+@torch.no_grad()
+def settle(connectors: nn.Module, words_VD: Tensor) -> None:
+    """Let every `Normalised` inside put its output where the words of an embedding table are."""
+    words_VD = words_VD.float()
+    centre_D = words_VD.mean(0)
+    for module in connectors.modules():
+        if isinstance(module, Normalised):
+            module.centre.copy_(centre_D)
+            module.scale.fill_((words_VD - centre_D).square().mean().sqrt())

@@ -49,6 +49,11 @@ WORDINGS = {
         "Is the {0} {2} or {3} the {1}?",
         "Seen from the {1}, where is the {0}, {2} or {3} it?",
     ),
+    "names": (
+        "Name everything in the picture.",
+        "Which things are in the picture?",
+        "List what you see.",
+    ),
     "caption": (
         "Describe the picture.",
         "What is in the picture?",
@@ -115,6 +120,11 @@ class Asker:
         text = self._word(random, "place", one.name, other.name, choices[0], phrase(choices[1]))
         return Question("relation", text, true, choices)
 
+    def _names(self, random: Random) -> Question:
+        """With articles, so that each name is written as within a sentence: tokenizers care."""
+        listed = ", ".join(some(names()[char]) for char in self.scene.counts)
+        return Question("names", self._word(random, "names"), listed)
+
     def _caption(self, random: Random) -> Question:
         listed = [
             some(names()[char]) if count == 1 else f"{NUMBERS[count]} {several(names()[char])}"
@@ -159,5 +169,6 @@ _KINDS: dict[str, Callable[[Asker, Random], Question]] = {
     "counting": Asker._counting,
     "colour": Asker._colour,
     "relation": Asker._relation,
+    "names": Asker._names,
     "caption": Asker._caption,
 }

@@ -5,9 +5,11 @@ Training draws from the recipe's seed; every other split is the same for all see
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
+from importlib.metadata import version
 from pathlib import Path
 from random import Random
 from typing import Any, Literal, TypeAlias, cast, overload
@@ -16,12 +18,13 @@ from pydantic import Field, field_validator
 
 from isthmus.assets import packages
 from isthmus.config import Frozen, Source, check, nearest
-from isthmus.data import easyvqa, sprites
+from isthmus.data import easyvqa, records, sprites
 from isthmus.data.concepts import Split, concepts, countable, names
 from isthmus.data.questions import Asker
-from isthmus.data.scenes import Scene, compose, crowd, layout
-from isthmus.types import ConfigError, Image, Sample, Turn
+from isthmus.data.scenes import Scene, compose, crowd, layout, pick
+from isthmus.types import ConfigError, Image, Part, Sample, Tag, Text, Turn
 
+FILES = (".json", ".jsonl")
 SPLITS = ("train", "val", "test", "unseen")
 MANY, FEW = 20_000, 500
 """Pictures of a generated set, in training and elsewhere, unless `count` says otherwise."""
@@ -74,7 +77,7 @@ def open_set(source: Source, seed: int) -> Set:
         DataError: the file or a sample in it is wrong.
         IsthmusError: an embedded package was not fetched.
     """
-    if Path(source.name).suffix in {".json", ".jsonl"}:
+    if Path(source.name).suffix in FILES:
         opened = _file(source)
     elif source.name in EMBEDDED:
         opened = EMBEDDED[source.name](source, seed)
@@ -86,22 +89,24 @@ def open_set(source: Source, seed: int) -> Set:
     return opened if source.limit is None else opened.first(source.limit)
 
 
+def stamp(sources: Sequence[Source], seed: int) -> str:
+    """Sixteen hex digits that change when these sources hold other samples: with recipe, seed, file or version."""
+    files = [(Path(source.name), source.images) for source in sources if Path(source.name).suffix in FILES]
+    states = [records.stamp(file, images) for file, images in files]
+    told = [[source.model_dump(mode="json") for source in sources], seed, states, version("isthmus")]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def cards() -> list[Card]:
     """The cards of the embedded sets, with the sizes of their training splits."""
     return [open_set(Source.model_validate({"name": name}), seed=0).card for name in EMBEDDED]
 
 
 def _file(source: Source) -> Set:
-    """A user's file: one sample in fifty, chosen by its id, is held out as `val`; `test` is the whole file."""
-    from isthmus.data import formats
-
-    samples = formats.load(Path(source.name), source.images)
-    if source.split in ("train", "val"):
-        held_out = {sample.id for sample in samples if blake2b(sample.id.encode()).digest()[0] < 256 // 50}
-        wanted = source.split == "val"
-        # A handful of samples leaves nothing to hold out: validation then repeats training data.
-        samples = [sample for sample in samples if (sample.id in held_out) == wanted] or samples
-    return Set(Card(source.name, "the user's own", "", source.name, len(samples)), samples.__getitem__)
+    """A user's file: one sample in fifty is held out as `val`; `test` is the whole file."""
+    parts: dict[str, Literal["kept", "held out"]] = {"train": "kept", "val": "held out"}
+    found = records.Records(Path(source.name), source.images, parts.get(source.split, "all"))
+    return Set(Card(source.name, "the user's own", "", source.name, len(found)), found.__getitem__)
 
 
 # ---------------------------------------------------------------------------------------------- easy-VQA
@@ -124,11 +129,11 @@ def _easy_vqa(source: Source, seed: int) -> Set:
 # ---------------------------------------------------------------------------------------------- generated sets
 
 
-Kind: TypeAlias = Literal["naming", "presence", "counting", "colour", "relation", "caption"]
+Kind: TypeAlias = Literal["naming", "presence", "counting", "colour", "relation", "names", "caption"]
 FAMILIES: dict[str, frozenset[Kind]] = {
-    "single": frozenset({"naming"}),
-    "layout": frozenset({"presence", "colour", "relation", "caption"}),
-    "crowd": frozenset({"presence", "counting", "colour", "caption"}),
+    "single": frozenset({"naming", "names"}),
+    "layout": frozenset({"presence", "colour", "relation", "names", "caption"}),
+    "crowd": frozenset({"presence", "counting", "colour", "names", "caption"}),
 }
 """What can be asked of one object, of several different ones, and where some object is there several times."""
 
@@ -143,6 +148,10 @@ class SceneOptions(Frozen):
     kinds: tuple[Kind, ...] = ("presence", "counting", "colour", "relation", "caption")
     together: bool = False
     """All questions about a picture in one sample, as branches that share it; otherwise each in one of its own."""
+    shown: Literal["picture", "words"] = "picture"
+    """`words` shows the names of what is there among those of other things, in place of the picture: a connector that
+    speaks in words can then be read by what the LLM learns here, at a fraction of the tokens (as CapDec trains a
+    captioner on text alone, arXiv 2211.00575)."""
     repeat: int = Field(1, ge=1)
     """Questions about presence and relations per picture, where they are together."""
     count: int | None = Field(None, ge=1)
@@ -189,12 +198,20 @@ class Generator:
         }
         if len(questions) == 1:
             meta |= {"kind": questions[0].kind, "choices": questions[0].choices, "answer": questions[0].answer}
+        shown = self._words(scene) if self.options.shown == "words" else (Image(scene),)
         turns, *branches = [
-            (Turn.say("user", Image(scene), question.text), Turn.say("assistant", question.answer))
-            for question in questions
+            (Turn.say("user", *shown, question.text), Turn.say("assistant", question.answer)) for question in questions
         ]
-        asked = "+".join(dict.fromkeys(kinds))
+        asked = "+".join((*dict.fromkeys(kinds), *(["words"] if self.options.shown == "words" else [])))
         return Sample(turns, f"scenes/{self.split}/{family}/{cycle}/{asked}", meta, branches=tuple(branches))
+
+    def _words(self, scene: Scene) -> tuple[Part, ...]:
+        """What is there and, unless it is alone, as many other things, in any order."""
+        random = Random(f"words {scene.seed}")
+        present = tuple(scene.counts)
+        others = pick(random, self.pool, len(present), but=present) if len(scene.objects) > 1 else ()
+        listed = [names()[char] for char in (*present, *others)]
+        return (*(Tag(f" {name}") for name in random.sample(listed, len(listed))), Text("\n"))
 
     def _scene(self, family: str, number: int) -> tuple[Scene, str]:
         """A picture of a family, and the concept that naming or counting asks for."""

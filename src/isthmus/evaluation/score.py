@@ -21,13 +21,14 @@ from torch import Tensor
 from isthmus.data.collate import Look
 from isthmus.evaluation.controls import key
 from isthmus.model import VLM
+from isthmus.objectives.contrastive import late
 from isthmus.objectives.lm import supervised
 from isthmus.types import Batch, DataError, Output, Sample, Turn
 
 RULE = "sum of the log-probabilities of the answer's tokens and its end-of-turn token, given the prompt"
 COSINE_RULE = (
-    "cosine of the mean connected token with the mean input embedding of the answer's tokens and end of turn, "
-    "centred over the task's distinct answers; the LLM is not run"
+    "mean over an answer's tokens (as within a sentence) of the largest cosine of their input embeddings, centred over "
+    "the task's answers, with any connected token; a token weighs more the fewer answers hold it; the LLM is not run"
 )
 
 
@@ -154,39 +155,30 @@ class Scorer:
             DataError: a question has no picture.
         """
         self.model.eval()
-        pictures: list[Tensor] = []
-        seconds: list[float] = []
+        names = list(dict.fromkeys(choice for question in questions for choice in question.choices))
+        told = [self._name(questions[0].sample, name) for name in names]
+        column = {name: m for m, name in enumerate(names)}
+        found: list[Scores] = []
         for start in range(0, len(questions), self.batch_size):
             clock = time.perf_counter()
             part = questions[start : start + self.batch_size]
             prompts = [question.sample for question in part]
             batch = self.model.processor.prompts(prompts, self.look).to(self.model.device)
-            output = self.model.run(batch, need="connected")
-            pictures.append(_per_row(output, batch, [sample.id for sample in prompts]))
-            seconds += [(time.perf_counter() - clock) / len(part)] * len(part)
+            cosine_BM = _cosines(self.model.run(batch, need="connected"), batch, told)
+            spent = (time.perf_counter() - clock) / len(part)
+            for question, row in zip(part, cosine_BM.tolist()):
+                found.append(
+                    Scores(tuple(row[column[c]] for c in question.choices), (0,) * len(question.choices), spent)
+                )
             if advance is not None:
                 advance(len(part))
-        names = list(dict.fromkeys(choice for question in questions for choice in question.choices))
-        sample = questions[0].sample
-        name_MD = torch.stack([self._name(output.embed, sample, name) for name in names])
-        cosine_NM = cosine(torch.cat(pictures), name_MD - name_MD.mean(0)).cpu()
-        column = {name: m for m, name in enumerate(names)}
-        return [
-            Scores(tuple(row[column[c]].item() for c in question.choices), (0,) * len(question.choices), spent)
-            for question, row, spent in zip(questions, cosine_NM, seconds)
-        ]
+        return found
 
-    def _name(self, embed: Callable[[Tensor], Tensor], sample: Sample, name: str) -> Tensor:
-        """Mean input embedding of an answer's trained tokens."""
-        rendered = self.renderer.render((*sample.turns, Turn.say("assistant", name)))
+    def _name(self, sample: Sample, name: str) -> Tensor:
+        """The trained tokens of an answer, written as within a sentence, where most words have been seen."""
+        rendered = self.renderer.render((*sample.turns, Turn.say("assistant", f" {name}")))
         ids = [token for token, trained in zip(rendered.ids, rendered.trained) if trained]
-        return embed(torch.tensor(ids, device=self.model.device)).float().mean(0)
-
-
-def cosine(pictures_ND: Tensor, names_MD: Tensor) -> Tensor:
-    """[N, D] and [M, D] -> cosines [N, M], in float64, which autocast leaves alone."""
-    pictures, names = (torch.nn.functional.normalize(x.double(), dim=-1) for x in (pictures_ND, names_MD))
-    return pictures @ names.T
+        return torch.tensor(ids, device=self.model.device)
 
 
 def _prompt_key(sample: Sample) -> Hashable:
@@ -225,13 +217,14 @@ def _log_probabilities(output: Output, states_MD: Tensor, ids_M: Tensor, chunk: 
     return torch.cat(parts)
 
 
-def _per_row(output: Output, batch: Batch, ids: Sequence[str]) -> Tensor:
-    """Mean connected token of each row's pictures, [B, D]."""
-    mean_ND = output.connected["image"].float().mean(1)
-    row_N = batch.media["image"].row_N
-    counts = torch.bincount(row_N, minlength=len(ids))
+def _cosines(output: Output, batch: Batch, names: Sequence[Tensor]) -> Tensor:
+    """Each row's best picture against every name, [B, M]."""
+    row_N = batch.media["image"].row_N if "image" in batch.media else torch.zeros(0, dtype=torch.long)
+    counts = torch.bincount(row_N, minlength=len(batch.ids))
     if not bool((counts > 0).all()):
-        missing = ids[int((counts == 0).nonzero()[0])]
+        missing = batch.ids[int((counts == 0).nonzero()[0])]
         raise DataError(f"{missing}: no picture to compare with names", "cosine needs a picture in every item")
-    sums = torch.zeros(len(ids), mean_ND.shape[1], device=mean_ND.device).index_add_(0, row_N, mean_ND)
-    return sums / counts[:, None]
+    with torch.autocast(row_N.device.type, enabled=False):
+        cosine_NM = late(output.connected["image"], names, output.embed)
+    index_NM = row_N[:, None].expand_as(cosine_NM)
+    return cosine_NM.new_full((len(counts), len(names)), -1).scatter_reduce(0, index_NM, cosine_NM, "amax")

@@ -1,27 +1,34 @@
 """Symmetric InfoNCE between connected media and the words that name them, in the LLM's own input space.
 
 CLIP's loss (Radford et al. 2021, arXiv 2103.00020, github.com/openai/CLIP; open code: mlfoundations/open_clip), used
-to warm a connector up without running the LLM.
+to warm a connector up without running the LLM. `match="late"` compares token by token as FILIP does (Yao et al. 2021,
+arXiv 2111.07783): every word looks for the connected token that is most like it, so that a place of the picture comes
+to say the word for what stands there.
 Differs:
-    - the text tower is the LLM's input embedding: the mean over a sample's supervised tokens, centred over the batch
-      (what all texts share says nothing), and without gradient;
-    - samples with the same supervised tokens are positives of each other, with equal shares.
+    - the text tower is the LLM's input embedding, centred (what all texts share says nothing) and without gradient;
+    - samples with the same supervised tokens are positives of each other, with equal shares;
+    - late, words weigh by the logarithm of how few texts of the batch hold them, and one similarity serves both
+      directions (FILIP has another one from places to words).
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from isthmus.config import Frozen
 from isthmus.objectives import Objective
 from isthmus.types import IGNORE, Batch, ConfigError, DataError, Output
 
 if TYPE_CHECKING:
     from isthmus.objectives import Step
+
+Embed: TypeAlias = Callable[[Tensor], Tensor]
 
 TEMPERATURE = 0.07
 """At the start; it is learned as the logarithm of its inverse."""
@@ -32,13 +39,19 @@ SHARPEST = 100.0
 class Contrastive(Objective):
     """Which text belongs to which medium, both ways, among the media of a batch."""
 
+    class Options(Frozen):
+        match: Literal["mean", "late"] = "mean"
+        """Cosine of the means of both sides, or of every word with its best connected token."""
+        learned: bool = True
+        """Whether the temperature trains; kept at 0.07, it makes connected tokens come closer to the words."""
+
     name: ClassVar[str] = "contrastive"
     needs = "connected"
     splits = False
 
-    def __init__(self, options: Objective.Options):
+    def __init__(self, options: Frozen):
         super().__init__(options)
-        self.sharpness = nn.Parameter(torch.tensor(math.log(1 / TEMPERATURE)))
+        self.sharpness = nn.Parameter(torch.tensor(math.log(1 / TEMPERATURE)), requires_grad=self.options.learned)
 
     def count(self, batch: Batch) -> int:
         if batch.labels_BT is None or batch.decoder_ids_BU is not None:
@@ -51,17 +64,40 @@ class Contrastive(Objective):
     def loss(self, step: Step, output: Output, batch: Batch) -> Tensor:
         if not self.count(batch):
             return self.sharpness.new_zeros(()) * self.sharpness
-        media_ND = torch.cat([y_NQD.float().mean(1) for y_NQD in output.connected.values()])
         texts = [text for kind in output.connected for text in _texts(batch, kind)]
-        with torch.no_grad():
-            text_ND = torch.stack([output.embed(ids).float().mean(0) for ids in texts])
-            text_ND = text_ND - text_ND.mean(0)
-        scale = self.sharpness.exp().clamp(max=SHARPEST)
-        logits_NN = scale * F.normalize(media_ND, dim=-1) @ F.normalize(text_ND, dim=-1).T
+        match = late if self.options.match == "late" else mean
+        similarity_NN = torch.cat([match(y_NQD, texts, output.embed) for y_NQD in output.connected.values()])
+        logits_NN = self.sharpness.exp().clamp(max=SHARPEST) * similarity_NN
         target_NN = _same(texts).to(logits_NN)
         to_text = F.cross_entropy(logits_NN, target_NN, reduction="sum")
         to_media = F.cross_entropy(logits_NN.T, target_NN, reduction="sum")
         return (to_text + to_media) / 2
+
+
+def mean(y_NQD: Tensor, texts: Sequence[Tensor], embed: Embed) -> Tensor:
+    """Cosines of the mean connected token with the mean word of each text, both from the texts' centre, [N, M]."""
+    with torch.no_grad():
+        text_MD = torch.stack([embed(ids).float().mean(0) for ids in texts])
+        centre_D = text_MD.mean(0)
+        text_MD = F.normalize(text_MD - centre_D, dim=-1)
+    return F.normalize(y_NQD.float().mean(1) - centre_D, dim=-1) @ text_MD.T
+
+
+def late(y_NQD: Tensor, texts: Sequence[Tensor], embed: Embed) -> Tensor:
+    """Mean over a text's words of the largest cosine with any connected token, [N, M].
+
+    Cosines are taken from the centre of the words that occur; a word weighs log(M / the number of texts that hold it).
+    """
+    with torch.no_grad():
+        word_U = torch.cat(list(texts)).unique()
+        held_UM = torch.stack([torch.isin(word_U, ids) for ids in texts], 1).float()
+        weight_UM = held_UM * (len(texts) / held_UM.sum(1, keepdim=True)).log().clamp(min=1e-6)
+        weight_UM = weight_UM / weight_UM.sum(0)
+        word_UD = embed(word_U).float()
+        centre_D = word_UD.mean(0)
+        word_UD = F.normalize(word_UD - centre_D, dim=-1)
+    best_NU = (F.normalize(y_NQD.float() - centre_D, dim=-1) @ word_UD.T).amax(1)
+    return best_NU @ weight_UM
 
 
 def _texts(batch: Batch, kind: str) -> list[Tensor]:

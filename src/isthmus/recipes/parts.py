@@ -1,0 +1,127 @@
+"""What recipes share: the embedded parts, data, tasks and stages, and the published parts that several papers use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from isthmus.config import (
+    AlignerConfig,
+    Budget,
+    EncoderConfig,
+    LoRA,
+    ObjectiveConfig,
+    Recipe,
+    Source,
+    Stage,
+    TaskConfig,
+    Train,
+)
+
+CLIP_L_336: dict[str, Any] = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+VICUNA_7B: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+
+ENCODER = EncoderConfig(layer="block5+block11+head", aspect="squash")
+"""EfficientNet-Lite0 with three depths side by side."""
+MIX: tuple[Source, ...] = (
+    Source(name="easy-vqa", weight=1.0, limit=1500, options={"together": True}),
+    Source(name="scenes", weight=1.5, options={"together": True, "repeat": 3, "count": 1500}),
+    Source(name="naming", weight=0.7, options={"count": 2500}),
+    Source(name="scenes", weight=1.0, options={"shown": "words", "kinds": ["presence"], "together": True, "repeat": 4}),
+    Source(name="naming", weight=0.3, options={"shown": "words"}),
+)
+"""Pictures, and words in place of pictures: what the LLM learns of the second it can do with the first, once connected
+tokens are like words."""
+TASKS: tuple[TaskConfig, ...] = (
+    *(TaskConfig(name=name) for name in ("naming", "easy-vqa", "presence", "counting", "relation")),
+    TaskConfig(name="caption", limit=100),
+)
+ATTENTION_LORA: Mapping[str, Train] = {"llm.*self_attn.*": Train(mode=LoRA(r=16, alpha=32))}
+"""On attention alone: faster than on all Linears here, and no worse (docs/log.md)."""
+
+
+def warm(minutes: float) -> Stage:
+    """Connected tokens against the words for what they show; the LLM is not run."""
+    return Stage(
+        name="warm",
+        data=(
+            Source(name="naming", weight=3.0, options={"kinds": ["names"], "count": 2500}),
+            Source(name="scenes", weight=3.0, options={"kinds": ["names"], "count": 1500}),
+            Source(name="easy-vqa", weight=0.7, limit=1000, options={"kinds": ["caption"]}),
+        ),
+        train={"connectors.*": Train()},
+        objectives=(ObjectiveConfig(name="contrastive", options={"match": "late", "learned": False}),),
+        lr=3e-3,
+        batch_size=128,
+        budget=Budget(minutes=round(minutes, 3)),
+    )
+
+
+def align(minutes: float, train: Mapping[str, Train] | None = None, **more: Any) -> Stage:
+    """What the joint added trains (by default its connectors), the LLM is frozen."""
+    return Stage(
+        name="align",
+        data=MIX,
+        train=dict(train or {"connectors.*": Train()}),
+        lr=2e-3,
+        batch_size=6,
+        evaluate_every=None,
+        budget=Budget(minutes=round(minutes, 3)),
+        **more,
+    )
+
+
+def sft(minutes: float, train: Mapping[str, Train] | None = None, **more: Any) -> Stage:
+    """Questions and answers, with LoRA on the LLM's attention unless `train` says otherwise."""
+    return Stage(
+        name="sft",
+        data=MIX,
+        train=dict(train or {"connectors.*": Train(lr=5e-4), **ATTENTION_LORA}),
+        lr=2e-3,
+        batch_size=6,
+        evaluate_every=0.5,
+        budget=Budget(minutes=round(minutes, 3)),
+        **more,
+    )
+
+
+def embedded(name: str, about: str, aligner: AlignerConfig, stages: tuple[Stage, ...], **more: Any) -> Recipe:
+    """SmolLM2-135M and EfficientNet-Lite0 under a joint, on scenes and easy-VQA, measured by the demo's tasks."""
+    return Recipe(
+        name=name,
+        about=about,
+        encoder=more.pop("encoder", ENCODER),
+        aligner=aligner,
+        system="",  # the default one costs 17 tokens in every sample
+        stages=stages,
+        eval=TASKS,
+        **more,
+    )
+
+
+def file(name: str, images: str) -> Source:
+    """A file of a published data set, where recipes expect the user's copy."""
+    return Source(name=f"data/{name}", images=Path("data") / images)
