@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import tiny
-from isthmus import fuse
-from isthmus.types import DataError, Features, Media
+from isthmus import fuse, kernels
+from isthmus.types import ConfigError, DataError, Features, Media
 
 
 def test_splice_fills_placeholders_in_order():
@@ -96,3 +96,33 @@ def test_branches_go_on_from_the_shared_beginning_and_do_not_see_each_other():
     assert rows[3] == [1, 1, 1, 1, 0, 0, 0, 0]
     assert rows[4] == [1, 1, 0, 0, 1, 0, 0, 0]
     assert rows[6] == [0, 0, 0, 0, 0, 1, 1, 0]
+
+
+def test_our_kernel_is_given_borders_where_segments_alone_divide_a_row():
+    embeds, packed = torch.zeros(1, 4, 32), torch.tensor([[1, 1, 2, 2]])
+    see_all = lambda b, h, q, kv: q >= 0  # noqa: E731
+    for family, layered in (("llama", False), ("qwen2", True)):
+        config = tiny.llm(family).config
+        config._attn_implementation = kernels.NAME
+        found = fuse.masks(config, embeds, packed, None, None)
+        assert (found["full_attention"] if layered else found).flatten().tolist() == [0, 2, 4]
+        for division in ({"rule": see_all}, {"rule": None, "branch_BS": torch.zeros_like(packed)}):
+            dense = fuse.masks(config, embeds, packed, None, **division)
+            assert (dense["full_attention"] if layered else dense).shape == (1, 1, 4, 4)
+    config.layer_types, config.sliding_window = ["full_attention", "sliding_attention"], 3
+    assert fuse.masks(config, embeds, packed, None, None)["sliding_attention"].shape == (1, 1, 4, 4)
+    config.sliding_window = 4
+    assert fuse.masks(config, embeds, packed, None, None)["sliding_attention"].dtype == torch.int32
+
+
+def test_what_would_leak_in_silence_is_refused():
+    config, embeds, packed = tiny.llm("llama").config, torch.zeros(1, 4, 32), torch.tensor([[1, 1, 2, 2]])
+    config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ConfigError, match="flash_attention_2 hears nothing of packed samples"):
+        fuse.masks(config, embeds, packed, None, None)
+    left = fuse.masks(config, embeds, torch.tensor([[0, 1, 1, 1]]), None, None)
+    assert left.tolist() == [[False, True, True, True]]
+    config = tiny.llm("qwen2").config
+    config.layer_types = ["conv", "full_attention"]
+    with pytest.raises(ConfigError, match="carry a state along the whole row"):
+        fuse.masks(config, embeds, packed, None, None)

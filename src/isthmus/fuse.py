@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_masks_for_generate
 
-from isthmus.types import DataError, Features, Media
+from isthmus import kernels
+from isthmus.types import ConfigError, DataError, Features, Media
 
 Rule: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """`rule(batch, head, q, kv) -> bool`, on index tensors; q and kv are absolute positions in the row."""
@@ -102,12 +103,24 @@ def masks(
     `segment_BS` covers the cached positions too; with a static cache the mask covers its whole length. Padding
     looks at padding, so that no row is empty. None is returned where causality alone is right, which lets
     kernels skip the mask; never where positions are not `counted` by `positions`, whose steps transformers would
-    then read as borders between packed samples.
+    then read as borders between packed samples. Where segments alone divide a row, our own kernel is given their
+    `kernels.borders` in place of a mask.
+
+    Raises:
+        ConfigError: the layers or the kernel would let something be seen that must not be.
     """
     cached = cache.get_seq_length() if cache is not None else 0
     fixed = cache is not None and cache.is_compileable
-    if rule is None and branch_BS is None and counted and not fixed and is_plain(segment_BS, cached):
+    divided = rule is not None or branch_BS is not None
+    if not divided and counted and not fixed and is_plain(segment_BS, cached):
         return None
+    packed = bool(segment_BS.max() > 1)
+    _check(config, packed or divided)
+    if config._attn_implementation.startswith("flash"):
+        return segment_BS > 0
+    if packed and not divided and cache is None and (kinds := _reaching_back(config, segment_BS)) is not None:
+        borders = kernels.borders(segment_BS)
+        return dict.fromkeys(kinds, borders) if kinds else borders
     reach = max(segment_BS.shape[1], cache.get_max_length() if cache is not None else 0)
     segment = torch.nn.functional.pad(segment_BS, (0, reach - segment_BS.shape[1]), value=-1)
 
@@ -124,3 +137,28 @@ def masks(
         past_key_values=cache,
         and_mask_function=allowed,
     )
+
+
+def _check(config: PreTrainedConfig, divided: bool) -> None:
+    """Refuse what would be dropped in silence: transformers asks neither a recurrence nor flash attention's kernels
+    about a mask function."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if divided and any("linear" in kind or "conv" in kind or "hybrid" in kind for kind in kinds):
+        raise ConfigError(
+            f"{config.model_type} has layers that carry a state along the whole row, across packed samples",
+            "set batching to bucketed, and use a joint without a rule of its own",
+        )
+    if divided and config._attn_implementation.startswith("flash"):
+        raise ConfigError(
+            f"{config._attn_implementation} hears nothing of packed samples, branches or a joint's rule",
+            "set llm.attention to isthmus, which computes packed rows by flash attention too, or to flex_attention",
+        )
+
+
+def _reaching_back(config: PreTrainedConfig, segment_BT: Tensor) -> set[str] | None:
+    """The kinds of layers if all of them see a whole segment by our kernel, empty if there is one kind; else None."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None) or segment_BT.shape[1]
+    if config._attn_implementation != kernels.NAME or not kinds <= {"full_attention", "sliding_attention"}:
+        return None
+    return kinds if window >= segment_BT.shape[1] else None

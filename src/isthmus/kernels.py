@@ -1,24 +1,35 @@
-"""Attention for short rows on CPUs: three batched matrix products instead of a blocked kernel.
+"""Attention for short and for packed rows, registered with transformers under a name of its own.
 
 PyTorch's CPU flash attention spends its time on blocks that short rows do not fill: for 32 rows of 36 tokens, forward
 and backward together took 20 to 25 ms per layer in bfloat16 on two cores, plain batched products 3 ms
 (`benchmarks/attention.py`). Longer rows and accelerators keep transformers' sdpa.
+
+Packed rows come with the borders of their segments in place of a mask, and each segment is computed alone: on a CPU
+in batches of segments of similar length, on an accelerator by PyTorch's flash attention for variable lengths. A dense
+mask over whole rows costs many times as much, because nearly all of what it lets be computed is then thrown away.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.masking_utils import sdpa_mask
+
+from isthmus.types import ConfigError
 
 NAME = "isthmus"
 """What transformers knows it by: `attn_implementation="isthmus"`."""
 SHORT = {torch.bfloat16: 512, torch.float16: 512, torch.float32: 48}
 """Rows of up to this many keys are computed by products, whose scores are held in memory; beyond it sdpa is faster."""
+SIMILAR = 0.8
+"""Segments that are at least this share of the longest among them are padded to it and computed together."""
 
 
 def attention(
@@ -31,27 +42,70 @@ def attention(
     dropout: float = 0.0,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention under an additive mask.
+    """Scaled dot-product attention, causal or under a mask.
 
     Args:
         query: [B, heads, T, d].
         key, value: [B, key heads, S, d]; the query heads are grouped over them.
-        attention_mask: [B, 1, T, S], added to the scores.
+        attention_mask: [B, 1, T, S], added to the scores (or booleans on accelerators); or `borders`, as integers,
+            for causality within each segment; or None for causality alone (or nothing, for a module that is not).
 
     Returns:
         [B, T, heads, d], and None for the weights.
     """
-    keys = key.shape[2]
+    options = {"scaling": scaling, "dropout": dropout, **more}
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        options.pop("is_causal", None)  # borders say it
+        return _by_segment(module, query, key, value, attention_mask.flatten(), options), None
+    length, keys = query.shape[2], key.shape[2]
     capped = more.get("softcap") is not None or more.get("s_aux") is not None
-    long = keys > SHORT.get(query.dtype, 0)
-    if query.device.type != "cpu" or long or dropout or capped or attention_mask is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
+    short = query.device.type == "cpu" and keys <= SHORT.get(query.dtype, 0) and not dropout and not capped
+    if short and attention_mask is None and length in (1, keys):
+        causal = module.is_causal if more.get("is_causal") is None else more["is_causal"]
+        seen = torch.ones(length, keys, dtype=torch.bool)
+        attention_mask = _additive(seen.tril(keys - length) if causal else seen, query.dtype)
+    if attention_mask is None or not short:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return _by_products(query, key, value, attention_mask, scaling), None
+
+
+def mask(*args: Any, dtype: torch.dtype = torch.float32, **more: Any) -> Tensor | None:
+    """The mask that `attention` wants: sdpa's, additive on a CPU; None where causality alone is right."""
+    allowed = sdpa_mask(*args, **more)
+    return allowed if allowed is None or allowed.device.type != "cpu" else _additive(allowed, dtype)
+
+
+def borders(segment_BT: Tensor) -> Tensor:
+    """Where the segments of packed rows begin, the rows laid end to end, and where the last one ends: [1, 1, 1, N + 1].
+
+    It has four dimensions because transformers' models hand a mask of four on as it is. A stretch of padding counts as
+    a segment.
+    """
+    begins_BT = torch.ones_like(segment_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = segment_BT[:, 1:] != segment_BT[:, :-1]
+    starts_N = begins_BT.flatten().nonzero().flatten()
+    return nn.functional.pad(starts_N, (0, 1), value=segment_BT.numel()).to(torch.int32)[None, None, None]
+
+
+def check_packing(name: str, device: torch.device) -> None:
+    """Refuse to pack where only a dense mask over whole rows could keep the samples apart.
+
+    Raises:
+        ConfigError: the kernel of that name computes no segments on this device.
+    """
+    if device.type == "cpu" and name != NAME:
+        raise ConfigError(
+            f"packed rows under {name} on a CPU take many times as long: it computes whole rows and masks them",
+            f"set llm.attention to {NAME}, or batching to bucketed",
         )
+
+
+def _by_products(query: Tensor, key: Tensor, value: Tensor, additive: Tensor, scaling: float | None) -> Tensor:
+    """Scores, softmax and mixture as three batched products; the query heads that share a key go together."""
     rows, heads, length, width = query.shape
-    shared = key.shape[1]
+    shared, keys = key.shape[1], key.shape[2]
     grouped = (rows * shared, heads // shared * length)
-    mask = attention_mask.to(query.dtype).expand(rows, heads, length, keys).reshape(*grouped, keys)
+    mask = additive.to(query.dtype).expand(rows, heads, length, keys).reshape(*grouped, keys)
     scores = torch.baddbmm(
         mask,
         query.reshape(*grouped, width),
@@ -59,13 +113,103 @@ def attention(
         alpha=width**-0.5 if scaling is None else scaling,
     )
     mixed = torch.bmm(scores.softmax(-1), value.flatten(0, 1))
-    return mixed.view(rows, heads, length, width).transpose(1, 2).contiguous(), None
+    return mixed.view(rows, heads, length, width).transpose(1, 2).contiguous()
 
 
-def mask(*args: Any, **more: Any) -> Any:
-    """The mask that `attention` wants: additive on a CPU, as for sdpa elsewhere."""
-    device = torch.device(more.get("device", "cpu"))
-    return eager_mask(*args, **more) if device.type == "cpu" else sdpa_mask(*args, **more)
+def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.where(allowed, torch.zeros((), dtype=dtype), torch.finfo(dtype).min)
+
+
+# ---------------------------------------------------------------------------------------------- packed rows
+
+
+def _by_segment(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, borders: Tensor, options: dict[str, Any]
+) -> Tensor:
+    """Attention within the segments of packed rows, [B, T, heads, d]."""
+    rows, _, length, _ = query.shape
+    if query.device.type != "cpu" and not _has_flash(query, options):
+        allowed = _dense(borders, rows, length)
+        return sdpa_attention_forward(module, query, key, value, allowed, **options)[0]
+    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    if query.device.type == "cpu":
+        mixed = _in_groups(module, query, key, value, borders, options)
+    else:
+        mixed = _by_flash(query, key, value, borders, options["scaling"])
+    return mixed.unflatten(0, (rows, length))
+
+
+def _in_groups(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, borders: Tensor, options: dict[str, Any]
+) -> Tensor:
+    """Segments of similar length side by side, as rows padded on the right, where causality hides the padding.
+
+    Tokens move by `index_select` alone, whose gradient is fast on CPUs; that of other indexing is not.
+    """
+    mixed, at, places, before = [], [], [], 0
+    for group in _similar(list(pairwise(borders.tolist()))):
+        widest = max(end - start for start, end in group)
+        place_GL = torch.tensor([start for start, _ in group])[:, None] + torch.arange(widest)
+        real_GL = place_GL < torch.tensor([end for _, end in group])[:, None]
+        taken = place_GL.clamp(max=len(query) - 1).flatten()
+        q, k, v = (x.index_select(0, taken).unflatten(0, place_GL.shape).transpose(1, 2) for x in (query, key, value))
+        out, _ = attention(module, q, k, v, None, **options, is_causal=True)
+        mixed.append(out.flatten(0, 1))
+        real = real_GL.flatten().nonzero().flatten()
+        at.append(taken[real])
+        places.append(before + real)
+        before += len(taken)
+    return torch.cat(mixed).index_select(0, torch.cat(places)[torch.cat(at).argsort()])
+
+
+def _similar(spans: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Spans in groups whose lengths differ little, longest first."""
+    group: list[tuple[int, int]] = []
+    for start, end in sorted(spans, key=lambda span: (span[0] - span[1], span[0])):
+        if group and end - start < SIMILAR * (group[0][1] - group[0][0]):
+            yield group
+            group = []
+        group.append((start, end))
+    yield group
+
+
+def _has_flash(query: Tensor, options: dict[str, Any]) -> bool:
+    """Whether PyTorch's kernel for variable lengths can do this call; elsewhere a dense mask takes its place."""
+    half = _autocast(query).dtype in (torch.float16, torch.bfloat16)
+    return query.device.type == "cuda" and half and not options["dropout"] and options.get("softcap") is None
+
+
+def _by_flash(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, scaling: float | None) -> Tensor:
+    query, key, value = (_autocast(x) for x in (query, key, value))
+    longest = len(query)  # an upper bound serves: reading the true one would wait for the device
+    mixed = varlen_attn(
+        query,
+        key,
+        value,
+        borders,
+        borders,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=True,
+    )
+    assert isinstance(mixed, Tensor)  # a pair only where asked for
+    return mixed
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Rotation may leave queries and keys in float32 where the rest is half."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def _dense(borders: Tensor, rows: int, length: int) -> Tensor:
+    """The same as booleans, [B, 1, T, T]."""
+    place_BT = torch.arange(rows * length, device=borders.device).view(rows, length)
+    segment_BT = torch.bucketize(place_BT, borders, right=True)
+    same = segment_BT[:, None, :, None] == segment_BT[:, None, None, :]
+    return same & (place_BT[:1, None, :, None] >= place_BT[:1, None, None, :])
 
 
 AttentionInterface.register(NAME, attention), AttentionMaskInterface.register(NAME, mask)  # never one without the other

@@ -108,14 +108,25 @@ def test_a_window_holds_each_of_its_draws_once_whatever_the_ranks(batching, worl
     ranks = [batches(batching, world_size=world_size, rank=rank) for rank in range(world_size)]
     seen = [ref for step in range(6, 12) for rank in ranks for ref in rank[step]]
     assert sorted(seen) == sorted(MIX[index] for index in range(6 * 8, 12 * 8))
-    if batching != "packed":
-        assert all(sum(len(rank[step]) for rank in ranks) == 8 for step in range(12))
+    assert all(sum(len(rank[step]) for rank in ranks) == 8 for step in range(12))
+
+
+@given(BATCHINGS, st.integers(0, 20), st.sampled_from([(2, 1), (4, 1), (1, 4), (2, 2), (1, 8)]))
+@settings(deadline=None)
+def test_a_step_has_the_same_samples_for_any_ranks_and_micro_batches(batching, step, split):
+    world_size, least = split
+    ranks = [batches(batching, world_size=world_size, rank=rank, least=least) for rank in range(world_size)]
+    assert all(rank.rows(step)[micro::least] for rank in ranks for micro in range(least))
+    dealt = [ref for rank in ranks for ref in rank[step]]
+    assert sorted(dealt) == sorted(batches(batching)[step])
+    if batching == "packed":  # those of plain shuffling, in rows
+        assert sorted(dealt) == sorted(batches("shuffled")[step])
 
 
 def test_bucketing_pads_less_and_still_shuffles():
     made = {name: Batches(MIX, 8, name, length, max_length=400) for name in ("shuffled", "bucketed", "packed")}
     share = {name: some.padding_share(range(64)) for name, some in made.items()}
-    assert share["shuffled"] > 0.3 and share["bucketed"] < 0.05 and share["packed"] < 0.05
+    assert share["shuffled"] > 0.3 and share["bucketed"] < 0.05 and share["packed"] < 0.1
     longest = [max(map(length, batches("bucketed")[step])) for step in range(6)]
     assert longest != sorted(longest)
     assert batches("bucketed", seed=1)[0] != batches("bucketed", seed=2)[0]
@@ -125,6 +136,8 @@ def test_padding_share_by_hand():
     lengths = {0: 10, 1: 30}
     pair = Batches(Mix([range(2)], [1], 0), 2, "bucketed", lambda ref: lengths[ref[1]], window=1)
     assert pair.padding_share(range(1)) == pytest.approx(20 / 60)
+    split = Batches(Mix([range(2)], [1], 0), 2, "bucketed", lambda ref: lengths[ref[1]], window=1, least=2)
+    assert split.padding_share(range(1)) == 0  # each in a micro-batch of its own
 
 
 def test_packed_rows_hold_whole_samples_within_the_limits():

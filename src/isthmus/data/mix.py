@@ -87,8 +87,8 @@ class Batches:
     """Batches over a mix: `batches[step]` are the samples of a step, a pure function of the step.
 
     Draws are planned in windows of `window` batches. `bucketed` sorts a window by length, so that a batch pads
-    little, and shuffles the order of its batches; `packed` fills rows with whole samples and deals the rows out
-    evenly, so that a step has `batch_size` samples on average. A sample of length 0 is left out.
+    little, and shuffles the order of its batches; `packed` fills the rows of a step with its samples, whole ones. A
+    sample of length 0 is left out. Which samples a step has depends on neither ranks nor micro-batches.
 
     Args:
         mix: the stream of samples.
@@ -96,6 +96,7 @@ class Batches:
         length: tokens of a sample; needed unless `shuffled`.
         max_length: tokens that a packed row holds.
         media: media of a sample, and `max_media` the number that a packed row holds.
+        least: micro-batches that a rank's step is split into, `rows[micro::least]` each; every one has a row.
     """
 
     def __init__(
@@ -111,14 +112,19 @@ class Batches:
         max_length: int = 2048,
         media: Callable[[Ref], int] = lambda ref: 0,
         max_media: int | None = None,
+        least: int = 1,
     ) -> None:
-        if batch_size < world_size:
-            raise ConfigError(f"batch_size {batch_size} leaves some of {world_size} ranks without work", "raise it")
+        if batch_size < world_size * least:
+            raise ConfigError(
+                f"batch_size {batch_size} leaves some of {world_size} ranks without work in one of {least} "
+                "micro-batches",
+                "raise it",
+            )
         if length is None and batching != "shuffled":
             raise ConfigError(f"{batching} batching needs the samples' lengths", "give a length, or shuffle")
         self.mix, self.batch_size, self.window, self.seed = mix, batch_size, window, seed
         self.world_size, self.rank = world_size, rank
-        self.max_length, self.max_media = max_length, max_media
+        self.max_length, self.max_media, self.least = max_length, max_media, least
         self._length, self._media = length, media
         self._arrange = {"bucketed": self._bucketed, "shuffled": self._shuffled, "packed": self._packed}[batching]
         self._planned: dict[int, list[list[list[Ref]]]] = {}
@@ -141,19 +147,19 @@ class Batches:
         if window not in self._planned:
             self._planned = {window: self._plan(window)}
         rows = self._planned[window][place][self.rank :: self.world_size]
-        if not rows:
+        if len(rows) < self.least:
             raise DataError(f"step {step} is empty: its samples are longer than max_length", "raise max_length")
         return rows
 
     def padding_share(self, steps: range) -> float:
-        """Share of the tokens of these steps' batches that is padding."""
+        """Share of the tokens of these steps' batches on this rank that is padding."""
         if self._length is None:
             raise ConfigError("padding cannot be told without lengths", "give the batches a length")
         real = padded = 0
         for step in steps:
             lengths = [sum(self._length(ref) for ref in row) for row in self.rows(step)]
             real += sum(lengths)
-            padded += max(lengths) * len(lengths)
+            padded += sum(max(micro) * len(micro) for micro in (lengths[k :: self.least] for k in range(self.least)))
         return 1 - real / padded
 
     def _plan(self, number: int) -> list[list[list[Ref]]]:
@@ -174,14 +180,13 @@ class Batches:
         return self._shuffle(_deal([[refs[index]] for index in order], self.window), number)
 
     def _packed(self, refs: list[Ref], lengths: list[int], number: int) -> list[list[list[Ref]]]:
-        rows = pack(lengths, [self._media(ref) for ref in refs], self.max_length, self.max_media)
-        needed = min(len(refs), self.window * self.world_size)
-        while len(rows) < needed:  # every rank of every step gets a row
-            fullest = max(range(len(rows)), key=lambda row: len(rows[row]))
-            rows.append(rows[fullest][1::2])
-            rows[fullest] = rows[fullest][::2]
-        dealt = _deal(self._shuffle(rows, number), self.window)
-        return [[[refs[index] for index in row] for row in batch] for batch in dealt]
+        least = self.world_size * self.least
+        batches = []
+        for batch in _deal(list(zip(refs, lengths)), self.window):
+            sizes, media = [length for _, length in batch], [self._media(ref) for ref, _ in batch]
+            rows = pack(sizes, media, self.max_length, self.max_media, least)
+            batches.append([[batch[index][0] for index in row] for row in rows])
+        return batches
 
     def _shuffle(self, items: list, number: int) -> list:
         return [items[permuted(place, len(items), (self.seed, -1, number))] for place in range(len(items))]

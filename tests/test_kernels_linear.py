@@ -1,0 +1,88 @@
+"""The oneDNN Linear equals PyTorch's own, forward and backward, and leaves alone what is not its business."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import tiny
+from isthmus import kernels_linear, lora
+from isthmus.config import LoRA
+
+
+def gradients(linear: nn.Linear, x: torch.Tensor, above: torch.Tensor) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    out = linear(x)
+    return [out.detach(), *torch.autograd.grad(out, [x, *linear.parameters()], above)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7,), (3, 5, 7), (2, 1, 4, 7)])
+def test_product_and_gradients_equal_float64(bias, shape):
+    torch.manual_seed(0)
+    ours, exact = nn.Linear(7, 11, bias=bias), nn.Linear(7, 11, bias=bias).double()
+    exact.load_state_dict(ours.state_dict())
+    assert kernels_linear.use_onednn(nn.ModuleList([ours])) == 1
+    x, above = torch.randn(*shape), torch.randn(*shape[:-1], 11)
+    for found, wanted in zip(gradients(ours, x, above), gradients(exact, x.double(), above.double()), strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_strided_and_empty_inputs():
+    ours = nn.Linear(6, 4)
+    plain = nn.Linear(6, 4)
+    plain.load_state_dict(ours.state_dict())
+    kernels_linear.use_onednn(nn.ModuleList([ours]))
+    for x in (torch.randn(6, 5).t(), torch.randn(3, 9, 6)[:, ::2], torch.randn(1, 6).expand(4, 6), torch.randn(0, 6)):
+        above = torch.randn(*x.shape[:-1], 4)
+        for found, wanted in zip(gradients(ours, x, above), gradients(plain, x, above), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_weights_get_no_gradient_and_keep_no_input():
+    linear = nn.Linear(5, 5).requires_grad_(False)
+    kernels_linear.use_onednn(nn.ModuleList([linear]))
+    x = torch.randn(3, 5, requires_grad=True)
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda it: it):
+        out = linear(x)
+    out.sum().backward()
+    assert linear.weight.grad is None and x.shape not in kept
+    torch.testing.assert_close(x.grad, linear.weight.sum(0).expand(3, 5))
+
+
+def test_other_arithmetic_is_untouched():
+    torch.manual_seed(0)
+    ours, plain = nn.Linear(8, 8), nn.Linear(8, 8)
+    plain.load_state_dict(ours.state_dict())
+    kernels_linear.use_onednn(nn.ModuleList([ours]))
+    x = torch.randn(4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(x).dtype == torch.bfloat16 and torch.equal(ours(x), plain(x))
+    assert torch.equal(ours.bfloat16()(x.bfloat16()), plain.bfloat16()(x.bfloat16()))
+
+
+def test_a_model_keeps_its_names_and_its_loss(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny.llm_folder(tmp_path)
+    ours, plain = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+    assert kernels_linear.use_onednn(ours) == sum(isinstance(each, nn.Linear) for each in plain.modules())
+    assert kernels_linear.use_onednn(ours) == 0 and ours.state_dict().keys() == plain.state_dict().keys()
+    for model in (ours, plain):
+        model.requires_grad_(False)
+        torch.manual_seed(0)
+        lora.attach(model, "model.layers.*", LoRA(r=2))
+        for name, parameter in model.named_parameters():
+            if ".grafts." in name:
+                parameter.requires_grad_(True)
+                parameter.data.normal_(generator=torch.Generator().manual_seed(parameter.numel()), std=0.1)
+    ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(1))
+    losses = [model(input_ids=ids, labels=ids).loss for model in (ours, plain)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    for loss in losses:
+        loss.backward()
+    for (name, mine), theirs in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        if ".grafts." in name:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
