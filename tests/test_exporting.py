@@ -143,11 +143,6 @@ def test_export_refuses_what_their_class_cannot_hold(tmp_path, case):
     assert not (tmp_path / "theirs").exists()
 
 
-def test_export_refuses_an_unknown_class(tmp_path):
-    with pytest.raises(ConfigError, match="no export named 'onnx'"):
-        exporting.export(tmp_path, tmp_path, to="onnx")
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from isthmus import lora
+from isthmus import lora, sites
 from isthmus.config import LoRA
-from isthmus.graft import Graft, at, graft
+from isthmus.graft import Graft, at, graft, ungraft
 from isthmus.types import ConfigError
-from tiny import LLMS, WIDTH, llm
+from test_graft import GatedCrossAttention, a_side, added, grown, wake
+from tiny import IMAGE, LLMS, WIDTH, llm, vision
 
 IDS = torch.arange(20, 36).reshape(2, 8)
 PROJECTIONS = {"llama": "*.q_proj", "qwen2": "*.q_proj", "qwen3": "*.mlp.*", "glm": "*.gate_up_proj", "opt": "*.fc1"}
@@ -109,6 +110,41 @@ def test_ours_reads_peft_and_has_its_gradients(dora, tmp_path):
             torch.testing.assert_close(mine, gradients[f"base_model.model.{path}{key}"], rtol=1e-4, atol=1e-6)
 
 
+PATTERNS = {
+    "rslora": {"use_rslora": True},
+    "ranks": {"rank_pattern": {"layers.1.self_attn.k_proj": 2, "down_proj": 3}},
+    "alphas": {"alpha_pattern": {r"layers\.[02]\..*k_proj": 1, "model.layers.1.mlp.down_proj": 9}},
+    "all": {"use_rslora": True, "rank_pattern": {"down_proj": 7}, "alpha_pattern": {"down_proj": 5}, "use_dora": True},
+}
+
+
+@pytest.mark.parametrize("case", PATTERNS)
+def test_ranks_and_scales_of_their_own_come_from_peft_and_go_back(case, tmp_path):
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["k_proj", "down_proj"], init_lora_weights=False, **PATTERNS[case]
+    )
+    torch.manual_seed(1)
+    theirs = peft.get_peft_model(llm("llama"), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = llm("llama")
+    assert len(lora.from_peft(model, tmp_path / "theirs")) == 6
+    torch.testing.assert_close(run(model), run(theirs), rtol=1e-6, atol=1e-5)
+    lora.to_peft(model, "lora", tmp_path / "ours", base="somewhere/llama")
+    back = peft.PeftModel.from_pretrained(llm("llama"), tmp_path / "ours").eval()
+    torch.testing.assert_close(run(back), run(theirs), rtol=1e-6, atol=1e-5)
+    assert back.peft_config["default"].base_model_name_or_path == "somewhere/llama"
+    lora.merge(model)
+    torch.testing.assert_close(run(model), run(theirs), rtol=1e-5, atol=1e-4)
+
+
+def test_adapters_that_peft_cannot_hold_in_one_are_refused(tmp_path):
+    model = llm("llama")
+    trained(model, "*.q_proj", low_rank(r=2))
+    trained(model, "*.k_proj", low_rank(r=2, dora=True))
+    with pytest.raises(ConfigError, match="DoRA in some places only"):
+        lora.to_peft(model, "lora", tmp_path)
+
+
 def test_round_trip_through_a_folder_is_exact(tmp_path):
     model = llm("llama")
     trained(model, "*.q_proj", low_rank(r=3, alpha=5, dora=True))
@@ -198,6 +234,66 @@ def test_two_plain_adapters_on_one_host_merge_one_after_the_other():
     torch.testing.assert_close(run(model), unmerged, rtol=1e-5, atol=1e-5)
 
 
+PIXELS = torch.randn(2, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_encoders_carry_lora_beside_other_grafts_and_peft_agrees(family, dora, tmp_path):
+    def see(model, **side) -> torch.Tensor:
+        return model(pixel_values=PIXELS, **side).last_hidden_state
+
+    model, globs, how = vision(family), ["*layers.*.q_proj", "*layers.*.fc1"], low_rank(r=2, alpha=3, dora=dora)
+    plain = see(model)
+    lora.attach(model, globs, how, "born")
+    stack = sites.layers(model)
+    graft(model, f"{stack.path}.1", "cross", GatedCrossAttention())
+    side = a_side(length=plain.shape[1])
+    assert torch.equal(see(model, side=side), plain)
+    for path in lora.hosts(model, "born"):
+        ungraft(model, path, "born")
+    wake(model)
+    trained(model, globs, how)
+    seen = see(model, side=side)
+    assert not torch.allclose(seen, see(model), atol=1e-2) and not torch.allclose(see(model), plain, atol=1e-2)
+    see(model, side=side).square().mean().backward()
+    silent = [name for name, p in added(model).items() if p.grad is None or not p.grad.any()]
+    assert silent == []
+    lora.to_peft(model, "lora", tmp_path)
+    theirs = peft.PeftModel.from_pretrained(vision(family), tmp_path).eval()
+    torch.testing.assert_close(see(model), see(theirs), rtol=1e-5, atol=1e-5)
+    lora.merge(model)
+    torch.testing.assert_close(see(model, side=side), seen, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
+def test_together_with_cross_attention_and_experts(family, dora):
+    """LoRA on every projection of an LLM that has both kinds of additions, some of them on the same Linears."""
+    model, plain = grown(family), llm(family)(IDS).logits
+    expert_hosts = [path for path, each in sites.linears(model).items() if at(each)]
+    globs, how = ["*.q_proj", "*.fc1" if family == "opt" else "*.mlp.*"], low_rank(r=2, alpha=3, dora=dora)
+    paths = lora.attach(model, globs, how)
+    assert len(expert_hosts) == 2 and set(expert_hosts) <= set(paths)
+    assert torch.equal(model(IDS, side=a_side()).logits, plain)
+    for path in paths:
+        ungraft(model, path, "lora")
+    wake(model)
+    trained(model, globs, how)
+    assert all(list(at(model.get_submodule(path))) == ["lora", "expert"] for path in expert_hosts)
+    seen = model(IDS, side=a_side()).logits
+    model(IDS, side=a_side(), labels=IDS).loss.backward()
+    assert [name for name, p in added(model).items() if p.grad is None or not p.grad.any()] == []
+    with pytest.raises(ConfigError, match=r"carries \['expert'\] too"):
+        lora.merge(model)
+    for path in expert_hosts:
+        ungraft(model, path, "lora")
+    without = model(IDS, side=a_side()).logits
+    assert not torch.allclose(without, seen, atol=1e-2)
+    assert len(lora.merge(model)) == len(paths) - 2  # right beside cross-attention, which is on the layer
+    torch.testing.assert_close(model(IDS, side=a_side()).logits, without, rtol=1e-4, atol=1e-4)
+
+
 def test_globs_choose_linears_only():
     model = llm("qwen2")
     assert len(lora.attach(model, "*", low_rank(r=2), "every")) == 3 * 7  # all but the head, as in peft's all-linear
@@ -217,19 +313,40 @@ def test_models_that_hand_no_side_on_can_still_have_lora():
     assert len(paths) == 2 and not torch.allclose(run(model), before, atol=1e-3)
 
 
-def test_adapters_that_are_not_plain_are_refused(tmp_path):
+REFUSED = {
+    "modules_to_save": ["lm_head"],
+    "bias": "all",
+    "init_lora_weights": "pissa",
+    "peft_type": "IA3",
+    "fan_in_fan_out": True,
+    "layer_replication": [[0, 2]],
+    "an_option_of_next_year": {"any": "thing"},
+}
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_options_that_would_be_lost_are_refused_by_name(option, tmp_path):
+    with pytest.raises(ConfigError, match=f"uses .*{option}"):
+        lora.from_peft(llm("llama"), changed(tmp_path, **{option: REFUSED[option]}))
+
+
+def test_tensors_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="missing or unknown keys"):
+        lora.from_peft(llm("llama"), changed(tmp_path, use_dora=True))
+    with pytest.raises(ConfigError, match="shape"):
+        lora.from_peft(llm("llama"), changed(tmp_path, r=3))
+    with pytest.raises(ConfigError, match="matches no Linear"):
+        lora.from_peft(llm("opt"), changed(tmp_path))
+    (tmp_path / lora.WEIGHTS).unlink()
+    with pytest.raises(ConfigError, match="no adapter_model.safetensors"):
+        lora.read_peft(tmp_path)
+
+
+def changed(folder: Path, **fields) -> Path:
+    """A plain adapter of ours with some of peft's options set."""
     model = llm("llama")
     trained(model, "*.q_proj", low_rank(r=2))
-    lora.to_peft(model, "lora", tmp_path)
-
-    def change(**fields) -> Path:
-        config = json.loads((tmp_path / lora.CONFIG).read_text())
-        (tmp_path / lora.CONFIG).write_text(json.dumps(config | fields))
-        return tmp_path
-
-    with pytest.raises(ConfigError, match="uses .'use_rslora'."):
-        lora.from_peft(llm("llama"), change(use_rslora=True))
-    with pytest.raises(ConfigError, match="missing or unknown keys"):
-        lora.from_peft(llm("llama"), change(use_rslora=False, use_dora=True))
-    with pytest.raises(ConfigError, match="shape"):
-        lora.from_peft(llm("llama"), change(use_dora=False, r=3))
+    lora.to_peft(model, "lora", folder)
+    config = json.loads((folder / lora.CONFIG).read_text())
+    (folder / lora.CONFIG).write_text(json.dumps(config | fields))
+    return folder

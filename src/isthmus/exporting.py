@@ -1,4 +1,5 @@
-"""Exchange with transformers' own LLaVA class, in both directions, with the logits compared before anything is written.
+"""Exchange with transformers' own LLaVA class, in both directions, with the logits compared before anything is written;
+and of adapters with peft.
 
 `LlavaForConditionalGeneration` holds a two-layer MLP over one depth of a vision transformer; what it cannot express
 is refused by name.
@@ -20,9 +21,9 @@ from transformers import (
     LlavaProcessor,
 )
 
-from isthmus import lora, parts
+from isthmus import lora, parts, quantised
 from isthmus.aligners.llava import LLaVA
-from isthmus.config import AlignerConfig, EncoderConfig, LLMConfig
+from isthmus.config import AlignerConfig, EncoderConfig, LLMConfig, nearest
 from isthmus.connectors.mlp import MLP
 from isthmus.encoders import hf
 from isthmus.encoders.hf import Transformer
@@ -39,6 +40,10 @@ class Parity:
     """How close two models are: the largest absolute difference of their float32 logits."""
 
     difference: float
+
+    @classmethod
+    def between(cls, ours: Tensor, theirs: Tensor) -> Parity:
+        return cls((ours - theirs).abs().max().item())
 
     def require(self, what: str) -> None:
         if self.difference > TOLERANCE:
@@ -104,20 +109,22 @@ def from_llava(theirs: LlavaForConditionalGeneration, processor: LlavaProcessor,
     return ours.eval()
 
 
-def export(source: str | Path, out: Path, to: str = "llava") -> Parity:
-    """Write a saved model as a native class of transformers.
+def export(source: str | Path, out: Path) -> Parity:
+    """Write a saved model as `LlavaForConditionalGeneration`: packed parts dense, LoRA merged, logits as before.
 
     Raises:
         ConfigError: the class cannot express this model; what and why is said.
         IsthmusError: the logits differ.
     """
-    if to != "llava":
-        raise ConfigError(f"no export named {to!r}", "use --to llava")
     ours = VLM.from_pretrained(source, dtype=torch.float32)
-    for adapter in ours.config.lora:
-        lora.merge(ours, adapter["name"])
+    _require_fit(ours)
+    trial = Trial.of(ours)
+    before = trial.logits(ours, ours.placeholder("image"))
+    quantised.dequantise(ours)
+    for name in adapters(ours):
+        lora.merge(ours, name)
     theirs, processor = to_llava(ours)
-    parity = compare(ours, theirs)
+    parity = Parity.between(before, trial.logits(theirs, theirs.config.image_token_id))
     parity.require(f"export of {source}")
     with hf.quiet():
         theirs.save_pretrained(out)
@@ -125,8 +132,8 @@ def export(source: str | Path, out: Path, to: str = "llava") -> Parity:
     return parity
 
 
-def to_llava(ours: VLM) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The same model as `LlavaForConditionalGeneration`, with its processor."""
+def _require_fit(ours: VLM) -> None:
+    """Whether transformers' LLaVA can express a model; what it cannot is said."""
     encoder, joint = ours.encoders["image"], ours.connectors["image"]
     reasons = [
         (not isinstance(encoder, Transformer), "its encoder is not a vision transformer"),
@@ -139,6 +146,11 @@ def to_llava(ours: VLM) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
             raise ConfigError(
                 f"transformers' LLaVA cannot hold this model: {reason}", "keep it as it is; `load` reads it"
             )
+
+
+def to_llava(ours: VLM) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The same model as `LlavaForConditionalGeneration`, with its processor."""
+    encoder, joint = ours.encoders["image"], ours.connectors["image"]
     chosen = ours.config.encoder("image")
     tokenizer, text = copy.deepcopy((ours.processor.tokenizer, ours.llm.config))  # both get the marker below
     tokenizer.add_special_tokens({"additional_special_tokens": [MARKER]})
@@ -174,20 +186,101 @@ def to_llava(ours: VLM) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     return theirs, processor
 
 
-@torch.inference_mode()
-def compare(ours: VLM, theirs: LlavaForConditionalGeneration, rows: int = 2, text: int = 8) -> Parity:
-    """Logits of both on the same random pictures and token ids, every position of the text rows they share."""
-    generator = torch.Generator().manual_seed(0)
-    encoder, shared = ours.encoders["image"], ours.config.text_config.vocab_size
-    pixels = torch.randn(rows, 3, encoder.size, encoder.size, generator=generator)
-    words = torch.randint(shared - 1, (rows, text), generator=generator)
-    words = words.where(words != theirs.config.image_token_id, 0)
+@dataclass(frozen=True)
+class Trial:
+    """Random pictures and words that two models are asked about; of logits, those of the words that both know."""
 
-    def logits(model: VLM | LlavaForConditionalGeneration, image_token: int) -> Tensor:
-        image = torch.full((rows, encoder.tokens), image_token)
+    pixels: Tensor
+    words: Tensor
+    image_tokens: int
+    shared: int
+
+    @classmethod
+    def of(cls, ours: VLM, rows: int = 2, text: int = 8) -> Trial:
+        generator = torch.Generator().manual_seed(0)
+        encoder, shared = ours.encoders["image"], ours.config.text_config.vocab_size
+        pixels = torch.randn(rows, 3, encoder.size, encoder.size, generator=generator)
+        return cls(pixels, torch.randint(shared - 1, (rows, text), generator=generator), encoder.tokens, shared)
+
+    @torch.inference_mode()
+    def logits(self, model: VLM | LlavaForConditionalGeneration, image_token: int) -> Tensor:
+        """Logits [rows, T, V] at every position, with the picture behind the first word."""
+        image = torch.full((len(self.words), self.image_tokens), image_token)
+        words = self.words.where(self.words != image_token, 0)
         ids = torch.cat([words[:, :1], image, words[:, 1:]], 1)
-        out = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels)
-        return out.logits[..., :shared]
+        out = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=self.pixels)
+        return out.logits[..., : self.shared]
 
-    difference = logits(ours, ours.placeholder("image")) - logits(theirs, theirs.config.image_token_id)
-    return Parity(difference.abs().max().item())
+
+def compare(ours: VLM, theirs: LlavaForConditionalGeneration) -> Parity:
+    """Logits of both on the same random pictures and words."""
+    trial, image_token = Trial.of(ours), theirs.config.image_token_id
+    return Parity.between(trial.logits(ours, ours.placeholder("image")), trial.logits(theirs, image_token))
+
+
+# ---------------------------------------------------------------------------------------------- adapters
+
+
+def import_adapter(source: Path, onto: str | Path, out: Path, part: str = "llm", name: str = "adapter") -> list[str]:
+    """Put an adapter folder of peft onto a part of a saved model, write the result, and name its Linears.
+
+    Args:
+        source: the folder that peft wrote.
+        onto: the model, ours.
+        out: where the model with the adapter goes.
+        part: `llm` or `encoders.<kind>`; peft's names start inside of it.
+        name: what the adapter is called in the model.
+
+    Raises:
+        ConfigError: no such part; or the adapter is not LoRA or DoRA on Linears, or does not fit.
+    """
+    found = lora.read_peft(source)
+    model = VLM.from_pretrained(onto)
+    known = roots(model)
+    if part not in known:
+        raise ConfigError(f"no part named {part!r}{nearest(part, list(known))}", f"adapters go onto {list(known)}")
+    placed = {f"{known[part]}.{path}": each for path, each in found.items()}
+    for how, paths in lora.grouped(placed).items():
+        model.add_lora(paths, how, name)
+    lora.fill(model, placed, name)
+    model.save_pretrained(out)
+    return list(placed)
+
+
+def export_adapters(source: str | Path, out: Path) -> dict[Path, int]:
+    """Write every LoRA of a saved model as adapter folders of peft, `out/PART/NAME`, with how many Linears each has.
+
+    Raises:
+        ConfigError: there is none; or one lies outside of LLM and vision transformers, where peft could not find it.
+    """
+    model = VLM.from_pretrained(source)
+    places = roots(model)
+    written: dict[Path, int] = {}
+    for name in adapters(model):
+        left = set(lora.hosts(model, name))
+        for part, root in places.items():
+            inside = {path for path in left if path.startswith(f"{root}.")}
+            left -= inside
+            if inside:
+                base = (
+                    model.config.llm["config"] if part == "llm" else model.config.encoders[part.split(".")[1]]["config"]
+                )
+                folder = out / part / name
+                lora.to_peft(model.get_submodule(root), name, folder, base["source"])
+                written[folder] = len(inside)
+        if left:
+            raise ConfigError(f"LoRA {name!r} lies on {min(left)}", f"peft can be given {list(places)}")
+    if not written:
+        raise ConfigError(f"{source} has no LoRA", "`--to llava` writes a model without adapters")
+    return written
+
+
+def adapters(model: VLM) -> list[str]:
+    """The names of a model's LoRA, in order of attachment; one may be of several shapes."""
+    return list(dict.fromkeys(adapter["name"] for adapter in model.config.lora))
+
+
+def roots(model: VLM) -> dict[str, str]:
+    """The parts that are models of transformers, and where they are in ours."""
+    towers = {f"encoders.{kind}": each for kind, each in model.encoders.items() if isinstance(each, Transformer)}
+    return {"llm": "llm"} | {part: f"{part}.tower" for part in towers}

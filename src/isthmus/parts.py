@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from isthmus import assets, kernels
+from isthmus import assets, kernels, quantised
 from isthmus.config import EncoderConfig, LLMConfig
 from isthmus.encoders import Encoder, hf, lite
 from isthmus.types import ConfigError, IsthmusError
@@ -100,13 +101,19 @@ def llm_config(config: LLMConfig) -> PreTrainedConfig:
 
 
 def load_llm(config: LLMConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """An LLM with its weights."""
+    """An LLM with its weights; packed ones come from the checkpoint's own numbers, whatever `dtype` is."""
     path = folder(config.source, config.revision)
     architecture = AutoConfig.from_pretrained(path)
     with hf.quiet():
-        return _auto(architecture).from_pretrained(
-            path, dtype=dtype, attn_implementation=_kernel(architecture, config.attention), use_safetensors=True
+        llm = _auto(architecture).from_pretrained(
+            path,
+            dtype=dtype if config.bits is None else "auto",
+            attn_implementation=_kernel(architecture, config.attention),
+            use_safetensors=True,
         )
+    if config.bits is not None:
+        quantised.quantise(llm, config.bits, dtype)
+    return llm
 
 
 def empty_llm(architecture: PreTrainedConfig, attention: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -122,6 +129,19 @@ def empty_llm(architecture: PreTrainedConfig, attention: str, dtype: torch.dtype
 def tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
     """The LLM's own tokenizer and chat template."""
     return AutoTokenizer.from_pretrained(folder(config.source, config.revision))
+
+
+def vocabulary(source: str) -> str:
+    """The JSON of a tokenizer that a connector reads with, so that a saved model carries it along."""
+    return AutoTokenizer.from_pretrained(folder(source)).backend_tokenizer.to_str()
+
+
+def tensors(source: str) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder's or hub model's safetensors files, by its name there."""
+    files = sorted(folder(source).glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"{source}: no safetensors weights", "convert the checkpoint to safetensors first")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def _kernel(architecture: PreTrainedConfig, attention: str) -> str:
@@ -151,12 +171,22 @@ def encoder_weights(config: EncoderConfig) -> Path:
 
 
 def load_encoder(config: EncoderConfig, dtype: torch.dtype) -> Encoder:
-    """An encoder with its weights."""
+    """An encoder with its weights; packed ones come from the checkpoint's own numbers, whatever `dtype` is.
+
+    Raises:
+        ConfigError: `bits` for the embedded encoder, which is made of convolutions.
+    """
+    if config.bits is not None and config.source == EMBEDDED_ENCODER:
+        raise ConfigError(f"{EMBEDDED_ENCODER} is made of convolutions, which stay dense", "leave encoder.bits out")
     path = encoder_weights(config)
     source = {"source": config.source, "weights": fingerprint(path), "dtype": str(dtype)}
     if config.source == EMBEDDED_ENCODER:
         return lite.load(config, path, source).to(dtype)
-    return hf.load(config, path, source, dtype)
+    if config.bits is None:
+        return hf.load(config, path, source, dtype)
+    encoder = hf.load(config, path, source | {"bits": str(config.bits)}, "auto")
+    quantised.quantise(encoder, config.bits, dtype)
+    return encoder
 
 
 def empty_encoder(

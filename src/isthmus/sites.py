@@ -96,6 +96,11 @@ def base_modules(module: nn.Module) -> dict[str, nn.Module]:
     return {path: each for path, each in module.named_modules() if ADDED not in path.split(".")}
 
 
+def heads(root: nn.Module) -> set[nn.Module]:
+    """The output embeddings of every language model inside `root`, often tied to the input's."""
+    return {each.get_output_embeddings() for each in root.modules() if isinstance(each, PreTrainedModel)} - {None}
+
+
 def embedding(llm: PreTrainedModel) -> nn.Embedding:
     """The input embedding; called on ids [B, T] it gives [B, T, D]."""
     return cast(nn.Embedding, llm.get_input_embeddings())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,13 @@ import typer
 from isthmus.cli.options import Device, DType
 
 Model = Annotated[str, typer.Argument(help="A directory that `isthmus train` wrote, or a hub name.")]
+
+
+class Target(StrEnum):
+    """What a model can be exported to."""
+
+    llava = "llava"
+    peft = "peft"
 
 
 def chat(
@@ -99,12 +107,22 @@ def _reply(console, speaker, conversation: Conversation, said: str) -> None:
 
 
 def import_(
-    source: Annotated[Path, typer.Argument(help="A LLaVA directory of transformers (LlavaForConditionalGeneration).")],
+    source: Annotated[
+        Path, typer.Argument(help="A LLaVA directory of transformers, or an adapter folder of peft (LoRA, DoRA).")
+    ],
     out: Annotated[Path, typer.Argument(help="Where the Isthmus directory goes.")],
+    onto: Annotated[str | None, typer.Option(help="The Isthmus model that a peft adapter is put onto.")] = None,
+    part: Annotated[str, typer.Option(help="Its part that the adapter was trained on: llm, encoders.image.")] = "llm",
+    name: Annotated[str, typer.Option(help="What the adapter is called in the model.")] = "adapter",
 ) -> None:
-    """Bring an existing model in, and check that its logits are the same."""
-    from isthmus.exporting import import_llava
+    """Bring an existing model in, and check that its logits are the same; or put a peft adapter onto a model."""
+    from isthmus.exporting import import_adapter, import_llava
 
+    if onto is not None:
+        hosts = import_adapter(source, onto, out, part, name)
+        typer.echo(f"{out}: {onto} with LoRA {name!r} on {len(hosts)} Linears of {part}")
+        return
+    _check_no_adapter(source)
     report = import_llava(source, out)
     typer.echo(f"{out}: largest difference of logits {report.difference:.2e}")
 
@@ -112,10 +130,23 @@ def import_(
 def export(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Where the exported directory goes.")],
-    to: Annotated[str, typer.Option(help="The class of transformers to become: llava.")] = "llava",
+    to: Annotated[Target, typer.Option(help="A class of transformers, or peft's adapter folders.")] = Target.llava,
 ) -> None:
-    """Write a model as a native class of transformers, after checking that its logits are the same."""
+    """Write a model as a native class of transformers, LoRA merged, its logits checked; or its LoRA alone for peft."""
     from isthmus.exporting import export as write
+    from isthmus.exporting import export_adapters
 
-    report = write(model, out, to)
+    if to is Target.peft:
+        for folder, hosts in export_adapters(model, out).items():
+            typer.echo(f"{folder}: LoRA on {hosts} Linears")
+        return
+    report = write(model, out)
     typer.echo(f"{out}: largest difference of logits {report.difference:.2e}")
+
+
+def _check_no_adapter(source: Path) -> None:
+    from isthmus.errors import ConfigError
+    from isthmus.lora import CONFIG
+
+    if (source / CONFIG).is_file():
+        raise ConfigError(f"{source} is an adapter of peft, not a model", "say which model it goes on: --onto MODEL")

@@ -24,13 +24,31 @@ Overrides = Annotated[
 
 
 def on(device: str) -> torch.device:
-    """The device of that name; `auto` is an accelerator if there is one."""
+    """The device of that name; `auto` is an accelerator if there is one.
+
+    Raises:
+        ConfigError: no such kind of device, or this machine (or this build of torch) has none of it.
+    """
     import torch
 
-    if device != "auto":
-        return torch.device(device)
+    from isthmus.errors import ConfigError
+
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
+    if device == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"no kind of device is called {device!r}", "use auto, cpu, cuda, cuda:1 or mps") from None
+    if chosen.type == "cpu":
+        return chosen
+    here = torch.accelerator.device_count() if accelerator and accelerator.type == chosen.type else 0
+    if (chosen.index or 0) >= here:
+        raise ConfigError(
+            f"torch {torch.__version__} sees {here or 'no'} {chosen.type} device{'s' * (here > 1)} here, not {device}",
+            "use --device cpu or auto, or install the build of torch for that device",
+        )
+    return chosen
 
 
 def recipe_of(name: str, overrides: list[str] | None) -> Recipe:
