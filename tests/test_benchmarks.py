@@ -55,15 +55,32 @@ def test_attention_refuses_a_wrong_kernel(tmp_path, monkeypatch):
         assert "refused" in case and "both" not in case and case["errors"]["isthmus"] == pytest.approx(0.05, rel=0.2)
 
 
-# ---------------------------------------------------------------------------------------------- ceiling
+# ---------------------------------------------------------------------------------------------- batching
 
 
-def test_ceiling_counts_every_product_of_a_step():
-    ceiling = importlib.import_module("ceiling")
+def test_batching_measures_every_way_and_refuses_one_that_differs(tmp_path, monkeypatch):
+    batching = importlib.import_module("batching")
+    arguments = ["--tiny", "--repeats", "1", "--json", str(tmp_path / "b.json")]
+    assert batching.main(arguments) == 0
+    for case in read(tmp_path / "b.json")["cases"]:
+        assert case["samples_per_second"].keys() == batching.WAYS.keys()
+        assert case["padding"]["packed"] == 0 < case["padding"]["bucketed"] < case["padding"]["padded"]
+    borders = batching.kernels.borders
+    monkeypatch.setattr(batching.kernels, "borders", lambda segment: borders(torch.ones_like(segment)))  # leaks
+    assert batching.main(arguments) == 1
+    (refused,) = (case for case in read(tmp_path / "b.json")["cases"] if case["dtype"] == "float32")
+    assert "refused" in refused and "samples_per_second" not in refused
+
+
+# ---------------------------------------------------------------------------------------------- roofline
+
+
+def test_the_ceiling_counts_every_product_of_a_step():
+    roofline = importlib.import_module("roofline")
     aten = torch.ops.aten
     layer, x = torch.nn.Linear(8, 4), torch.randn(2, 3, 8, requires_grad=True)
     heads = torch.randn(2, 2, 16, 8, requires_grad=True)
-    with ceiling.Products() as seen:
+    with roofline.Products() as seen:
         layer(x).sum().backward()
         torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True).sum().backward()
     by_operator: dict = {}
@@ -71,7 +88,35 @@ def test_ceiling_counts_every_product_of_a_step():
         by_operator[operator] = by_operator.get(operator, 0) + count
     assert by_operator[aten.addmm.default] == 1 and by_operator[aten.mm.default] == 2  # dx and dW
     assert by_operator[aten.bmm.default] == 6  # two forward, four backward
-    assert 0 < ceiling.best_seconds(lambda: layer(x).sum().backward()) < 0.1
+    assert 0 < roofline.best_seconds(lambda: layer(x).sum().backward()) < 0.1
+
+
+def test_operators_are_grouped_by_what_they_do():
+    roofline = importlib.import_module("roofline")
+    expected = {
+        "aten::addmm": "matrix products",
+        "aten::baddbmm": "matrix products",
+        "aten::_softmax_backward_data": "softmax and loss",
+        "aten::silu_backward": "activation",
+        "aten::copy_": "copies and casts",
+        "aten::mul": "by element",
+        "aten::linalg_vector_norm": "sums and norms",
+        "aten::view": "host",
+        "MmBackward0": "host",
+    }
+    assert {operator: roofline.group_of(operator) for operator in expected} == expected
+
+
+@pytest.mark.usefixtures("embedded")
+def test_roofline_accounts_for_a_step(tmp_path):
+    roofline = importlib.import_module("roofline")
+    assert roofline.main(["--tiny", "--stage", "sft", "--json", str(tmp_path / "r.json")]) == 0
+    (found,) = read(tmp_path / "r.json")["stages"]
+    assert found["share"] == pytest.approx(found["ceiling"] / found["step"]["median"])
+    alone = sum(row["times"] * row["best_ms"] for row in found["products"]) / 1e3
+    assert found["ceiling"] == pytest.approx(alone)
+    low_rank = [row for row in found["products"] if any(16 in shape for shape in row["shapes"])]
+    assert low_rank and found["groups"]["matrix products"] > 0 and found["groups"]["optimizer"] > 0
 
 
 # ---------------------------------------------------------------------------------------------- startup
@@ -92,47 +137,88 @@ def test_startup_measures_in_fresh_processes(tmp_path, monkeypatch):
     assert read(tmp_path / "s.json")["met"]["import isthmus, own share"] is False
 
 
-# ---------------------------------------------------------------------------------------------- align
+# ---------------------------------------------------------------------------------------------- resume
+
+
+def test_resume_goes_on_and_refuses_to_be_slow(tmp_path, monkeypatch):
+    resume = importlib.import_module("resume")
+    assert resume.main(["--tiny", "--json", str(tmp_path / "r.json")]) == 0
+    found = read(tmp_path / "r.json")
+    assert found["fresh"]["steps"] == 3 and 0 < found["resumed"]["median"] < resume.TARGET and found["met"]
+    monkeypatch.setattr(resume, "TARGET", 0.0)
+    monkeypatch.setattr(resume.harness, "child", lambda script, job: {"first step": 1.0, "peak MiB": 1.0, "steps": 1})
+    assert resume.main(["--tiny", "--json", str(tmp_path / "r.json")]) == 1
+
+
+# ---------------------------------------------------------------------------------------------- training
 
 
 @pytest.mark.usefixtures("embedded")
-def test_align_agrees_with_transformers_and_is_timed(tmp_path):
-    align = importlib.import_module("align_vs_hf")
-    assert align.main(["--tiny", "--repeats", "1", "--json", str(tmp_path / "a.json")]) == 0
-    found = read(tmp_path / "a.json")
-    assert found["check"]["holds"] and len(found["check"]["losses"]["HF"]) == found["check"]["steps"]
-    rows = found["sizes"]["check"]["rows"]
-    assert all(row["agreement"]["holds"] for row in rows)
-    assert [row["ratio"]["median"] for row in rows if row["side"] == "theirs" and row["dtype"] == "float32"] == [1.0]
+@pytest.mark.parametrize("stage", ["align", "sft"])
+def test_training_agrees_with_its_peers_and_is_timed(tmp_path, stage):
+    pytest.importorskip("trl", reason="the bench extra is not installed")
+    train = importlib.import_module("train_vs_peers")
+    assert train.main(["--tiny", "--stages", stage, "--repeats", "1", "--json", str(tmp_path / "t.json")]) == 0
+    found = read(tmp_path / "t.json")
+    checked = found["checks"][stage]
+    assert checked["holds"] and len(checked["losses"]["HF Trainer"]) == checked["steps"]
+    assert checked["agreements"].keys() == {"TRL", "ours", "ours, cache"}
+    (setting,) = found["settings"].values()
+    rows = setting["rows"]
+    assert all(row["agreement"]["holds"] for row in rows) and {row["batching"] for row in rows} >= {"packed"}
+    best = [row["ratio"]["median"] for row in rows if row["side"] == "trainer" and row["dtype"] == "float32"]
+    assert max(best) == 1.0
     for row in rows:
         assert len(row["seconds_per_step"][0]) == len(row["losses"]) - 2 and 0 < row["ceiling_share"]["median"] < 1.5
 
 
 @pytest.mark.usefixtures("embedded")
-def test_align_quotes_no_speed_when_losses_differ(tmp_path, capsys):
-    align = importlib.import_module("align_vs_hf")
-    arguments = ["--tiny", "--repeats", "1", "--perturb", "0.01", "--json", str(tmp_path / "a.json")]
-    assert align.main(arguments) == 1
-    found = read(tmp_path / "a.json")
-    assert not found["check"]["holds"] and found["sizes"] == {}
+def test_training_quotes_no_speed_when_losses_differ(tmp_path, capsys):
+    pytest.importorskip("trl", reason="the bench extra is not installed")
+    train = importlib.import_module("train_vs_peers")
+    arguments = ["--tiny", "--stages", "align", "--repeats", "1", "--perturb", "0.01"]
+    assert train.main([*arguments, "--json", str(tmp_path / "t.json")]) == 1
+    found = read(tmp_path / "t.json")
+    assert not found["checks"]["align"]["holds"] and found["settings"] == {}
     assert "samples/s" not in (said := capsys.readouterr().out) and "REFUSED" in said
 
 
 def test_a_variant_that_differs_keeps_its_row_without_a_speed():
-    align = importlib.import_module("align_vs_hf")
-    variants = [align.VARIANTS[0], align.VARIANTS[1]]
-    bench = align.Bench.__new__(align.Bench)
-    bench.steps, bench.batch, bench.size = 6, 2, "small"
-    bench.made = {"widths": [4] * 6, "supervised": [3] * 6, "tower_parameters": 1e6}
+    train = importlib.import_module("train_vs_peers")
+    variants = [train.BOTH[0], train.BOTH[2]]
+    bench = train.Bench.__new__(train.Bench)
+    bench.steps, bench.distinct, bench.batch = 6, 3, 2
+    bench.made = {"bucketed": {"widths": [4] * 3, "supervised": 9, "tokens": 30}}
     run = {"losses": [2.0] * 6, "seconds": [0.5] * 4, "peak_mib": 100.0, "ceiling_seconds": 0.1}
     runs = iter([run, run | {"losses": [2.0] * 5 + [2.001], "seconds": [0.1] * 4}])
     bench.run = lambda variant, ceiling: next(runs)
-    rows = align.measure(bench, variants, 1)
+    rows = train.measure(bench, variants, 1)
     assert rows[0]["samples_per_second"].median == pytest.approx(2 / 0.5)
     assert rows[0]["supervised_tokens_per_second"].median == pytest.approx(3 / 0.5)
+    assert rows[0]["tokens_per_second"].median == pytest.approx(10 / 0.5)
     assert rows[0]["ceiling_share"].median == pytest.approx(0.2)
     assert "ratio" not in rows[1] and "1.0e-03" in rows[1]["refused"]
-    assert "refused" in align.lines(bench, rows)[1]
+    assert "refused" in train.lines(rows)[1]
+
+
+def test_unsorted_and_packed_curves_are_judged_by_the_peer_on_the_same_samples():
+    train = importlib.import_module("train_vs_peers")
+    variants = [train.BOTH[0], train.UNSORTED[0], train.UNSORTED[3]]
+    curves = [[1.0, 1.0], [2.0, 2.0], [2.0, 2.00005]]
+    reference, found, tolerance = train._yardstick(variants, curves, variants[2], curves[2])
+    assert reference == curves[1] and train.compare(reference, found, tolerance).holds
+
+
+def test_packing_keeps_every_sample_whole():
+    worker = importlib.import_module("train_worker")
+    lengths = [5, 2, 3]
+    segment = torch.tensor([[1] * n + [0] * (5 - n) for n in lengths])
+    ids = torch.arange(15).view(3, 5)
+    text = {"ids": ids.clone(), "segment": segment, "modality": segment * 0, "labels": ids.clone()}
+    rows, packed = worker.packed(text)
+    assert rows == [[0], [2, 1]]
+    assert packed["segment"].tolist() == [[1] * 5, [1, 1, 1, 2, 2]]
+    assert packed["ids"].tolist() == [[0, 1, 2, 3, 4], [10, 11, 12, 5, 6]]
 
 
 # ---------------------------------------------------------------------------------------------- demo quality
