@@ -297,6 +297,16 @@ def test_an_interrupted_or_failed_save_keeps_the_older_one(copy, monkeypatch):
     assert torch.equal(logits(isthmus.load(copy)), expected)
 
 
+def test_what_a_killed_save_left_behind_goes_with_the_next(copy):
+    stray = copy / ".saving-1234"
+    stray.mkdir()
+    (stray / "model.safetensors").write_bytes(b"half")
+    model = isthmus.load(copy)
+    model.save_pretrained(copy)
+    assert not stray.exists()
+    assert torch.equal(logits(isthmus.load(copy)), logits(model))
+
+
 def test_a_disk_that_fills_up_keeps_the_older_save(copy):
     """A real limit on file sizes, since writers in Rust raise errors of their own."""
     model = stir(isthmus.load(copy))

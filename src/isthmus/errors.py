@@ -23,3 +23,9 @@ class DataError(IsthmusError):
     """A sample, a picture or a file of data is wrong; the cause names it."""
 
     code = 3
+
+
+class NotFinite(IsthmusError):
+    """A loss or a gradient became infinite or not a number; the cause names where first."""
+
+    code = 4

@@ -28,6 +28,8 @@ from isthmus.model import VLM
 from isthmus.planning import count
 from isthmus.speakers.local import Local
 from isthmus.training import log
+from isthmus.training.checkpoint import write_text
+from isthmus.training.parallel import World
 from isthmus.training.run import Run
 from isthmus.types import Image
 
@@ -45,21 +47,31 @@ class Clock:
 
     def add(self, leg: str, since: float) -> None:
         self.seconds[leg] = round(self.seconds.get(leg, 0.0) + time.perf_counter() - since, 1)
-        self.file.write_text(json.dumps(self.seconds, indent=1))
+        write_text(self.file, json.dumps(self.seconds, indent=1))
 
 
-def experiment(recipe: Recipe, folder: Path, device: torch.device, console: Console) -> Report | None:
+def experiment(
+    recipe: Recipe,
+    folder: Path,
+    device: torch.device,
+    console: Console,
+    world: World = World(),  # noqa: B008 - frozen
+) -> Report | None:
     """Measure, train, measure again and write `report.html` and `report.json`; None if interrupted.
 
-    What is finished is not done again: stages by their models, measurements by their prediction files.
+    What is finished is not done again: stages by their models, measurements by their prediction files. Of several
+    processes in a started world the first one measures and reports; the others help to train, and return None.
     """
-    run = Run(recipe, folder, device, console)
-    clock = Clock(folder / "seconds.json")
+    run = Run(recipe, folder, device, console, world)
     model = run.newborn()
     look = run.look(model)
     tasks = build(recipe.eval, recipe.seed)
     start = time.perf_counter()
     run.fill(look, pictures(task for task, _ in tasks))
+    if not world.main:
+        run.train(model, look)
+        return None
+    clock = Clock(folder / "seconds.json")
     clock.add("encoding pictures for the evaluation", start)
     start = time.perf_counter()
     before = _measure(run, model, look, tasks, "before")

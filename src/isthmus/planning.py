@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from isthmus import parts
+from isthmus import parts, quantised
 from isthmus.config import Recipe
 from isthmus.model import VLM, VLMConfig
 from isthmus.training import optimizer
@@ -71,17 +71,23 @@ def outline(recipe: Recipe) -> VLM:
     with torch.device("meta"):
         llm = parts.empty_llm(text, recipe.llm.attention)
         encoders = {kind: parts.empty_encoder(config.encoder(kind), architectures[kind]) for kind in architectures}
+        if recipe.llm.bits is not None:
+            quantised.quantise(llm, recipe.llm.bits, torch.float32)
+        for kind, encoder in recipe.encoders.items():
+            if encoder.bits is not None:
+                quantised.quantise(encoders[kind], encoder.bits, torch.float32)
         return VLM(config, llm, encoders)
 
 
 def count(model: VLM, trained: bool = False) -> dict[str, int]:
     """Parameters by part; with `trained`, only those that require gradients. Grafts count apart from their hosts."""
     counts: dict[str, int] = {}
+    packed = quantised.weights(model)
     for name, parameter in model.named_parameters():
         if trained and not parameter.requires_grad:
             continue
         top, rest = name.split(".", 1)
         part = f"{top}.{rest.split('.', 1)[0]}" if top in ("encoders", "connectors", "heads") else top
         part = f"{part} grafts" if ".grafts." in name else part
-        counts[part] = counts.get(part, 0) + parameter.numel()
+        counts[part] = counts.get(part, 0) + packed.get(name, parameter.numel())
     return counts

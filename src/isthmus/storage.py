@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,10 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from isthmus import parts, sites
+from isthmus import parts, quantised, sites
 from isthmus.config import LLMConfig
 from isthmus.processor import VLMProcessor
-from isthmus.types import IsthmusError
+from isthmus.types import ConfigError, IsthmusError
 
 if TYPE_CHECKING:
     from isthmus.model import VLM
@@ -37,10 +38,18 @@ def save(model: VLM, folder: Path, whole: bool) -> None:
     All of it is written beside the final place first, so that a full disk leaves an earlier save as it was.
 
     Raises:
+        ConfigError: `whole`, while a base part is packed: codes are made anew from the source, never stored.
         IsthmusError: the folder cannot be written.
     """
+    if whole and quantised.hosts(model):
+        raise ConfigError(
+            "a base part in 4 or 8 bits is referred to, not saved whole",
+            "save without whole=True, or make the parts dense with isthmus.quantised.dequantise(model)",
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for stray in folder.glob(".saving-*"):  # of a save that was killed
+            shutil.rmtree(stray, ignore_errors=True)
         with TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
             _write(model, Path(staging), whole)
             for old in folder.glob("model*.safetensors*"):

@@ -79,6 +79,11 @@ def weights(vlm: VLM) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in vlm.state_dict().items()}
 
 
+def text(number: int) -> Sample:
+    """A conversation without a picture."""
+    return Sample((Turn.say("user", f"Say {number}."), Turn.say("assistant", str(number))), id=f"t{number}")
+
+
 def text_batch(vlm: VLM) -> Batch:
     """Two conversations without a picture."""
     turns = (Turn.say("user", "Say something."), Turn.say("assistant", "Something."))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import io
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from isthmus.training.log import DOT, LINE, Metrics, Progress, _ticks, draw_curves, read_rows
+from isthmus.training.curves import COLOURS, DOT, LINE, _ticks, draw_curves, draw_together
+from isthmus.training.log import Metrics, Progress, read_rows
+from isthmus.types import ConfigError
 
 ROW = {"loss": 2.5, "tokens_per_second": 1234.5, "data_wait": 0.07}
 
@@ -24,7 +29,9 @@ def test_rows_after_the_resumed_step_and_a_half_written_one_are_dropped(tmp_path
     with file.open("a") as stream:
         stream.write('{"step": 4, "lo')
     Metrics(file, after=2).write({"step": 3, "loss": 7.0})
-    assert read_rows(file) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 7.0}]
+    rows = read_rows(file)
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 0.5), (2, 1.0), (3, 7.0)]
+    assert 0 <= time.time() - rows[-1]["time"] < 60
 
 
 def test_plain_lines_off_a_terminal(tmp_path: Path) -> None:
@@ -64,6 +71,57 @@ def test_the_picture_falls_where_the_loss_falls(tmp_path: Path) -> None:
 def test_one_point_and_a_flat_line_are_drawn(tmp_path: Path, rows: list[dict]) -> None:
     draw_curves(rows, tmp_path / "curves.png", "t")
     assert Image.open(tmp_path / "curves.png").size == (960, 540)
+
+
+def test_several_curves_in_colours_of_their_own(tmp_path: Path) -> None:
+    falling = [{"step": step, "loss": 4 - step / 30} for step in range(1, 101)]
+    flat = [{"step": step, "loss": 3.0} for step in range(1, 51)]
+    assert draw_together({"a · align": falling, "b · align": flat, "c · new": []}, tmp_path / "runs.png")
+    pixels = np.asarray(Image.open(tmp_path / "runs.png").convert("RGB")).astype(int)
+    seen = []
+    for colour in COLOURS[:3]:
+        wanted = tuple(int(colour[at : at + 2], 16) for at in (1, 3, 5))
+        near = np.abs(pixels[80:480, :600] - wanted).max(-1) < 40  # away from the names
+        seen.append(int(near.sum()))
+    assert seen[0] > 100 and seen[1] > 100 and seen[2] == 0  # the stage without a step has no line
+    assert not draw_together({"c · new": []}, tmp_path / "none.png") and not (tmp_path / "none.png").exists()
+
+
+def events(folder: Path, name: str) -> list[tuple[int, float]]:
+    """What TensorBoard itself reads."""
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return [(event.step, event.value) for event in accumulator.Scalars(name)]
+
+
+def test_tensorboard_reads_every_row_once_over_a_kill_and_a_resume(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    killed = Metrics(file, after=0, tensorboard=True)  # never closed
+    for step in range(1, 8):
+        killed.write({"step": step, "loss": float(step), "learning_rate": 0.5})
+    with Metrics(file, after=4, tensorboard=True) as resumed:
+        for step in range(5, 10):
+            resumed.write({"step": step, "loss": 100.0 + step})
+        resumed.write({"step": 9, "validation_loss": 7.0})
+    expected = [(step, float(step)) for step in range(1, 5)] + [(step, 100.0 + step) for step in range(5, 10)]
+    assert events(tmp_path / "tensorboard", "loss") == expected
+    assert events(tmp_path / "tensorboard", "learning_rate") == [(step, 0.5) for step in range(1, 5)]
+    assert events(tmp_path / "tensorboard", "validation_loss") == [(9, 7.0)]
+    assert [row["loss"] for row in read_rows(file) if "loss" in row] == [loss for _, loss in expected]
+
+
+def test_tensorboard_switched_on_midway_brings_the_past_with_its_times(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    Metrics(file, after=0).write({"step": 1, "loss": 2.0})
+    with Metrics(file, after=1, tensorboard=True) as metrics:
+        metrics.write({"step": 2, "loss": 1.0})
+    assert events(tmp_path / "tensorboard", "loss") == [(1, 2.0), (2, 1.0)]
+
+
+def test_without_tensorboard_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match=r"isthmus\[tensorboard\]"):
+        Metrics(tmp_path / "metrics.jsonl", after=0, tensorboard=True)
 
 
 def test_no_rows_no_picture(tmp_path: Path) -> None:

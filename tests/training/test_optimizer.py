@@ -111,6 +111,21 @@ def test_groups_by_rate_and_decay(recipe: Recipe) -> None:
     assert all(group["betas"] == (0.8, 0.9) for group in groups)
 
 
+def test_moments_exist_for_what_trains_and_for_nothing_else(recipe: Recipe) -> None:
+    step, trained = chosen(recipe, train={"connectors.*": 1e-3, "llm.*v_proj": {"mode": {"r": 2}}})
+    optimizer = adamw(list(trained.values()), (0.9, 0.999))
+    batch = small.Colours(step.vlm)(0, 0)
+    step.ready()
+    step(batch, step.scales([batch]))[0].backward()
+    frozen = [name for name, parameter in step.named_parameters() if name not in trained]
+    assert frozen and all(step.get_parameter(name).grad is None for name in frozen)
+    optimizer.step()
+    assert set(optimizer.state) == {each.parameter for each in trained.values()}
+    numbers = sum(each.parameter.numel() for each in trained.values())
+    held = sum(tensor.numel() for state in optimizer.state.values() for tensor in state.values())
+    assert held == 2 * numbers + len(trained)  # two moments, and a step count per tensor
+
+
 @pytest.mark.parametrize("warmup", [0.0, 0.1])
 def test_schedules_are_those_of_transformers(warmup: float) -> None:
     steps = 37

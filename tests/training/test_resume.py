@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import json
 import shutil
 import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,9 @@ from isthmus.config import Recipe, Stage
 from isthmus.training import checkpoint, optimizer
 from isthmus.training.log import read_rows
 from isthmus.training.loop import Result, run_stage
+from isthmus.training.run import Feed, Run
 from isthmus.training.step import Step, held_out
+from isthmus.training.toy import toy
 from isthmus.types import Batch, ConfigError, IsthmusError
 
 LORA = {"connectors.*": 1e-2, "llm.*": {"mode": {"r": 2, "dropout": 0.2}, "lr": 1e-2}}
@@ -235,3 +242,132 @@ def test_minutes_become_steps_once(recipe: Recipe, tmp_path: Path) -> None:
     feed = Untimed(small.build(recipe))
     assert run_stage(feed.vlm, stage, feed, tmp_path, console=small.quiet()).steps == first.steps
     assert feed.asked == list(range(first.steps))  # no batch was spent on the clock
+
+
+# ---------------------------------------------------------------------------------------------- whole recipes
+
+
+@dataclass
+class Line:
+    """What a run of a recipe's stages amounts to."""
+
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+    losses: list[tuple[str, int, float]]
+
+
+def through(recipe: Recipe, folder: Path, stops: Sequence[int] = ()) -> Line:
+    """All stages of a recipe from a folder's beginning to its end.
+
+    `stops` are the micro-batches, counted over both stages, while which a run is killed: an exception that nothing
+    of ours catches, so whatever was not saved is lost.
+    """
+    for stop in (*stops, None):
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+            if stop is not None:
+                _kill_at(patch, stop)
+            run = Run(recipe, folder, torch.device("cpu"), small.quiet())
+            vlm = run.newborn()
+            done = run.train(vlm, vlm.processor.look)
+            assert stop is None, f"nothing was killed at {stop}"
+    assert done is not None
+    moments = {}
+    for stage in recipe.stages:
+        newest = max((folder / stage.name / "checkpoints").glob("step-*"))
+        moments |= {
+            f"{stage.name}/{key}": tensor
+            for key, tensor in safetensors.torch.load_file(newest / checkpoint.MOMENTS).items()
+        }
+    told = [(stage.name, *row) for stage in recipe.stages for row in losses(folder / stage.name)]
+    return Line(small.weights(done), moments, told)
+
+
+class Killed(BaseException):
+    """Not an Exception, so that nothing tidies up: as after a power cut."""
+
+
+def _kill_at(patch: pytest.MonkeyPatch, stop: int) -> None:
+    """Die in front of a micro-batch's forward; what came before it in its step is lost with it."""
+    done = itertools.count()
+    real = Step.forward
+
+    def forward(self: Step, *args: Any) -> Any:
+        if torch.is_grad_enabled() and next(done) == stop:
+            raise Killed
+        return real(self, *args)
+
+    patch.setattr(Step, "forward", forward)
+
+
+def equal(found: Line, expected: Line) -> None:
+    assert found.losses == expected.losses
+    for name in ("weights", "moments"):
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+
+
+CASES = {
+    "once": ("bucketed", 2, 0, [5]),
+    "in front of the first save": ("bucketed", 2, 0, [2]),
+    "twice": ("shuffled", 1, 0, [3, 1]),
+    "within a split step": ("bucketed", 4, 0, [9, 3]),
+    "over the edge of an epoch": ("bucketed", 1, 0, [4, 2]),
+    "within a packed window": ("packed", 2, 0, [5]),
+    "one worker": ("bucketed", 2, 1, [5, 3]),
+    "four workers": ("packed", 1, 4, [3]),
+    "in the second stage": ("bucketed", 2, 0, [14]),
+    "in both stages": ("packed", 2, 1, [5, 10]),
+}
+"""Batching, micro-batches, workers, and where each start is killed."""
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """Two stages of five steps of eight samples, the second under LoRA with dropout; 20 rows in a file are an epoch."""
+    recipe = toy(tmp_path_factory.mktemp("toy"), rows=20)
+    changes = {"batch_size": 8, "budget": {"steps": 5}, "save_every": 0.4, "evaluate_every": 0.5, "max_length": 256}
+    return recipe.but(stages=[stage.but(**changes) for stage in recipe.stages])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pair: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Line]:
+    """Runs that were left alone, in one process without workers."""
+    return functools.cache(
+        lambda batching, accumulate: through(
+            shaped(pair, batching, accumulate, 0), tmp_path_factory.mktemp("whole") / "run"
+        )
+    )
+
+
+def shaped(recipe: Recipe, batching: str, accumulate: int, workers: int) -> Recipe:
+    stages = [stage.but(batching=batching, accumulate=accumulate) for stage in recipe.stages]
+    return recipe.but(stages=stages, engine={"workers": workers, "save_async": workers == 1})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_killed_recipe_equals_one_left_alone(
+    pair: Recipe, uninterrupted: Callable[[str, int], Line], tmp_path: Path, case: str
+) -> None:
+    batching, accumulate, workers, stops = CASES[case]
+    found = through(shaped(pair, batching, accumulate, workers), tmp_path / "run", stops)
+    expected = uninterrupted(batching, accumulate)
+    assert len(expected.losses) == 10 and len({loss for *_, loss in expected.losses}) == 10
+    equal(found, expected)
+
+
+def test_resume_reads_no_batch_before_its_step(pair: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    through(pair, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "tune" / "model")
+    newest = max((tmp_path / "run" / "tune" / "checkpoints").glob("step-*"))
+    shutil.rmtree(newest)
+    asked: list[int] = []
+    real = Feed.__call__
+
+    def call(self: Feed, step: int, micro: int) -> Batch:
+        asked.append(step)
+        return real(self, step, micro)
+
+    monkeypatch.setattr(Feed, "__call__", call)
+    through(pair, tmp_path / "run")
+    assert set(asked) == {4}

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from isthmus.cli import answer, data, house, measure, train
+from isthmus.cli import answer, data, house, measure, runs, torture, train
 from isthmus.errors import IsthmusError
 
 app = typer.Typer(
@@ -21,16 +21,18 @@ app.command("demo")(train.demo)
 app.command("train")(train.train)
 app.command("plan")(train.plan)
 app.command("eval")(measure.evaluate)
+app.command("runs")(runs.runs)
 app.command("chat")(answer.chat)
 app.command("import")(answer.import_)
 app.command("export")(answer.export)
 app.command("recipes")(house.recipes)
 app.command("doctor")(house.doctor)
 app.add_typer(data.app, name="data", help="Fetch, check and look at data.")
+app.add_typer(torture.app, name="torture", help="Kill training, and see that nothing is lost.")
 
 
 def main() -> None:
-    """Run a verb. Exit codes: 0 ok, 1 failure, 2 bad config or usage, 3 bad data, 130 interrupted."""
+    """Run a verb. Exit codes: 0 ok, 1 failure, 2 bad config or usage, 3 bad data, 4 not finite, 130 interrupted."""
     try:
         app()
     except IsthmusError as error:

@@ -102,8 +102,15 @@ def _experiment(recipe: Recipe, folder: Path, device: str, console: Console, as_
     from isthmus.cli.options import on
     from isthmus.evaluation.report import table
     from isthmus.experiment import experiment
+    from isthmus.training.parallel import World
 
-    result = experiment(recipe, folder, on(device), console)
+    world = World.here()
+    console.quiet = not world.main
+    chosen = on(device)
+    with world.started(chosen):
+        result = experiment(recipe, folder, world.device(chosen), console, world)
+    if not world.main:
+        return
     if result is None:
         console.print("interrupted; what was done is kept, and the same command goes on from there")
         raise typer.Exit(130)

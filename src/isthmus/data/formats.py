@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os.path import normpath
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeAlias
 
 from PIL import Image as Pillow
 
@@ -55,19 +55,29 @@ def load(path: Path, images: Path | None = None) -> list[Sample]:
     Raises:
         DataError: any record is faulty; the first faults and their number are named.
     """
-    samples, faults = _read(path, images)
+    found = list(each(path, images))
+    samples = [record.sample for record in found if isinstance(record, Record)]
+    refuse(path, [fault for fault in found if isinstance(fault, Fault)], len(samples))
+    return samples
+
+
+def refuse(path: Path, faults: Sequence[Fault], samples: int) -> None:
+    """Raise what is wrong with a file, if anything.
+
+    Raises:
+        DataError: it has faults, or no sample.
+    """
     if faults:
         shown = "; ".join(map(str, faults[:SHOWN]))
         more = f" … {len(faults)} faults in all" if len(faults) > SHOWN else ""
         raise DataError(f"{path}: {shown}{more}", f"{faults[0].remedy}; `isthmus data check` lists every fault")
     if not samples:
         raise DataError(f"{path}: holds no conversation", "give it at least one record")
-    return samples
 
 
 def check(path: Path, images: Path | None = None) -> list[Fault]:
     """Every faulty record of a file, in order; empty where `load` would succeed."""
-    return _read(path, images)[1]
+    return [found for found in each(path, images) if isinstance(found, Fault)]
 
 
 def turns(messages: Sequence[Mapping[str, Any]]) -> tuple[Turn, ...]:
@@ -84,6 +94,16 @@ def turns(messages: Sequence[Mapping[str, Any]]) -> tuple[Turn, ...]:
     return said
 
 
+@dataclass(frozen=True)
+class Record:
+    """A sample, the line where it starts (from 1), and the bytes of the file that it takes."""
+
+    sample: Sample
+    line: int
+    start: int
+    end: int
+
+
 class _Wrong(Exception):
     """One fault of the record at hand."""
 
@@ -92,27 +112,44 @@ class _Wrong(Exception):
         self.message, self.remedy = message, remedy
 
 
+_Place: TypeAlias = tuple[int, int, int, Any]
+"""Line, first byte, byte behind the last, and the record or what is wrong with it."""
+
+
 # ---------------------------------------------------------------------------------------------- files to records
 
 
-def _read(path: Path, images: Path | None) -> tuple[list[Sample], list[Fault]]:
-    """What is right and what is wrong with a file."""
-    samples: list[Sample] = []
-    faults: list[Fault] = []
-    for line, record in _records(path):
+def each(path: Path, images: Path | None) -> Iterator[Record | Fault]:
+    """What is right and what is wrong with a file, record by record."""
+    for line, start, end, record in _records(path):
         name = ""
         try:
             if isinstance(record, _Wrong):
                 raise record
             name = _id(record, f"{path.stem}:{line}")
-            samples.append(_sample(record, name, line, path, images))
+            yield Record(_sample(record, name, line, path, images), line, start, end)
         except _Wrong as wrong:
-            faults.append(Fault(line, name, wrong.message, wrong.remedy))
-    return samples, faults
+            yield Fault(line, name, wrong.message, wrong.remedy)
 
 
-def _records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line, record), or (line, what is wrong there)."""
+def one(raw: bytes, line: int, path: Path, images: Path | None) -> Sample:
+    """The sample of a record that `each` has found there before.
+
+    Raises:
+        DataError: it is not there any more.
+    """
+    try:
+        record = json.loads(raw)
+        return _sample(record, _id(record, f"{path.stem}:{line}"), line, path, images)
+    except (ValueError, _Wrong) as error:
+        raise DataError(
+            f"{path}: line {line} is not what it was when the file was opened ({error})",
+            "leave the file alone, restart",
+        ) from None
+
+
+def _records(path: Path) -> Iterator[_Place]:
+    """Every record, or what is wrong there."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -121,16 +158,19 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        yield line, _Wrong(f"byte {error.start} is not UTF-8", "save the file as UTF-8")
+        yield line, 0, 0, _Wrong(f"byte {error.start} is not UTF-8", "save the file as UTF-8")
         return
-    yield from _array(text) if text.lstrip().startswith("[") else _lines(text)
+    mark = len(raw) - len(text.encode())  # of the byte order
+    yield from _array(text, mark) if text.lstrip().startswith("[") else _lines(text, mark)
 
 
-def _lines(text: str) -> Iterator[tuple[int, Any]]:
+def _lines(text: str, start: int) -> Iterator[_Place]:
     # Not splitlines(): a JSON string may hold other line separators than \n as they are.
     for line, record in enumerate(text.split("\n"), start=1):
+        end = start + len(record.encode())
         if record.strip():
-            yield line, _parse(record)
+            yield line, start, end, _parse(record)
+        start = end + 1
 
 
 def _parse(record: str) -> Any:
@@ -140,24 +180,28 @@ def _parse(record: str) -> Any:
         return _not_json(error)
 
 
-def _array(text: str) -> Iterator[tuple[int, Any]]:
+def _array(text: str, end: int) -> Iterator[_Place]:
     """The records of a JSON array with the line at which each starts."""
     decoder = json.JSONDecoder()
     at = _skip(text, text.index("[") + 1)
     line, counted = 1, 0
     while text[at : at + 1] != "]":
-        line, counted = line + text.count("\n", counted, at), at
+        line, start = line + text.count("\n", counted, at), end + len(text[counted:at].encode())
+        counted = at
         try:
             record, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            yield line, _not_json(error)
+            yield line, 0, 0, _not_json(error)
             return
-        yield line, record
+        end = start + len(text[counted:at].encode())
+        yield line, start, end, record
+        line, counted = line + text.count("\n", counted, at), at
         at = _skip(text, at)
         if text[at : at + 1] == ",":
             at = _skip(text, at + 1)
         elif text[at : at + 1] != "]":
-            yield line + text.count("\n", counted, at), _Wrong("no comma or ] after this record", "repair the JSON")
+            wrong = _Wrong("no comma or ] after this record", "repair the JSON")
+            yield line + text.count("\n", counted, at), 0, 0, wrong
             return
 
 

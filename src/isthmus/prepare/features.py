@@ -70,8 +70,10 @@ class FeatureCache:
         }
         return None, Features(parts.pop("x"), parts, self.encoder.grid)
 
-    def fill(self, media: Iterable[Medium], progress: Progress | None = None) -> int:
+    def fill(self, media: Iterable[Medium], progress: Progress | None = None, rank: int = 0, size: int = 1) -> int:
         """Compute what is missing; returns how many pictures that was.
+
+        Of `size` processes that call this with the same media at once, number `rank` computes its share.
 
         Raises:
             DataError: a picture cannot be read; it is named.
@@ -80,9 +82,9 @@ class FeatureCache:
         wanted = {pictures.content_key(medium.source): medium for medium in media}
         if wanted.keys() <= self._place.keys():
             return 0
-        with self._locked():
+        with _Lock(self.folder / f"lock-{rank}-of-{size}"):
             self._open()  # another run may have computed some meanwhile
-            missing = [key for key in wanted if key not in self._place]
+            missing = [key for key in list(wanted)[rank::size] if key not in self._place]
             chunks = [missing[start : start + self.batch_size] for start in range(0, len(missing), self.batch_size)]
             done = 0
             try:
@@ -124,17 +126,31 @@ class FeatureCache:
 
     def _open(self) -> None:
         """Map what is on disk; rows that the index does not name, or that are cut short, do not exist."""
+        self._read_on()
+        if self._place:
+            shape = len(self._place), self._row_bytes
+            self._rows = np.memmap(self.folder / "rows.bin", np.uint8, "r", shape=shape)
+
+    def _read_on(self) -> None:
+        """Learn what the index names by now beyond what is known."""
         index, rows = self.folder / "index.txt", self.folder / "rows.bin"
         if not index.is_file() or not rows.is_file():
             return
-        whole = rows.stat().st_size // self._row_bytes
-        keys = index.read_text(encoding="utf-8").split("\n")[:-1][:whole]  # behind the last newline is a torn line
-        self._place = {key: row for row, key in enumerate(keys)}
-        self._index_bytes = sum(len(key.encode()) + 1 for key in keys)
-        if keys:
-            self._rows = np.memmap(rows, np.uint8, "r", shape=(len(keys), self._row_bytes))
+        new = rows.stat().st_size // self._row_bytes - len(self._place)
+        with index.open("rb") as stream:
+            stream.seek(self._index_bytes)
+            keys = stream.read().decode().split("\n")[:-1][:new]  # behind the last newline is a torn line
+        self._place |= {key: row for row, key in enumerate(keys, start=len(self._place))}
+        self._index_bytes += sum(len(key.encode()) + 1 for key in keys)
 
     def _append(self, keys: Sequence[str], rows: np.ndarray) -> None:
+        """Add what no other process has added meanwhile."""
+        with _Lock(self.folder / "lock"):
+            self._read_on()
+            fresh = [number for number, key in enumerate(keys) if key not in self._place]
+            self._write([keys[number] for number in fresh], rows[fresh])
+
+    def _write(self, keys: Sequence[str], rows: np.ndarray) -> None:
         """Rows first, flushed to disk; then their keys."""
         start = len(self._place)
         try:
@@ -155,12 +171,9 @@ class FeatureCache:
         self._index_bytes += len(lines)
         self._place |= {key: start + row for row, key in enumerate(keys)}
 
-    def _locked(self) -> _Lock:
-        return _Lock(self.folder / "lock")
-
 
 class _Lock:
-    """An advisory lock on a file, so that two runs do not append at once."""
+    """An advisory lock on a file, so that two runs do not compute or append the same at once."""
 
     def __init__(self, path: Path):
         self.path = path

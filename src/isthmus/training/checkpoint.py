@@ -13,7 +13,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from isthmus.config import Stage
+from isthmus.config import Engine, Stage
 from isthmus.training.optimizer import Trained
+from isthmus.training.parallel import gathered, like
 from isthmus.training.step import Step
 from isthmus.types import ConfigError, IsthmusError
 
 WEIGHTS, MOMENTS, STATE, MANIFEST = "trainable.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
-KEEP = 2
-"""Resumable checkpoints that stay; the best one by validation loss stays besides."""
 
 
 @dataclass
@@ -57,6 +57,7 @@ class Checkpoints:
         folder: where they live.
         step, trained, optimizer: what is saved and filled.
         say: is told about damaged checkpoints that were passed over.
+        engine: how many stay, and whether they are written beside the training.
     """
 
     def __init__(
@@ -66,20 +67,18 @@ class Checkpoints:
         trained: Sequence[Trained],
         optimizer: torch.optim.Optimizer,
         say: Callable[[str], None],
+        engine: Engine = Engine(),  # noqa: B008 - frozen
     ):
         self.folder, self.step, self.trained, self.optimizer, self.say = folder, step, trained, optimizer, say
+        self.keep, self.writer = engine.keep, Writer(engine.save_async)
 
     def save(self, state: State) -> None:
-        """Write a resumable checkpoint and drop all but the last `KEEP`."""
-        files = {WEIGHTS: self._moving(), MOMENTS: self._moments()}
-        write_folder(self.folder / f"step-{state.step:07d}", lambda folder: _fill(folder, files, state))
-        self._prune("step", KEEP)
+        """Write a resumable checkpoint and drop all but the last ones; see `Writer` for when an error is raised."""
+        self._write("step", state, {WEIGHTS: self._moving(), MOMENTS: self._moments()}, self.keep)
 
     def save_best(self, state: State) -> None:
         """Write the weights that validated best so far, and drop those they beat."""
-        files = {WEIGHTS: self._moving()}
-        write_folder(self.folder / f"best-{state.step:07d}", lambda folder: _fill(folder, files, state))
-        self._prune("best", 1)
+        self._write("best", state, {WEIGHTS: self._moving()}, keep=1)
 
     def resume(self) -> State:
         """Fill weights and moments from the newest sound checkpoint; a fresh `State` when there is none.
@@ -87,24 +86,33 @@ class Checkpoints:
         Raises:
             IsthmusError: a sound checkpoint holds other tensors than the model has.
         """
+        newest = self.step.world.lead(self._newest)
+        self.step.world.barrier()
+        if not newest:
+            return State()
+        folder = self.folder / f"step-{newest:07d}"
+        _copy(folder / WEIGHTS, self._moving())
+        self._set_moments(folder / MOMENTS)
+        return State(**json.loads((folder / STATE).read_text()))
+
+    def _newest(self) -> int:
+        """The step of the newest sound checkpoint, 0 without one; what is left of interrupted saves is cleared away."""
         for stray in self.folder.glob(".*"):
             self.say(f"{stray} was left half-written by an interrupted save; removed")
             shutil.rmtree(stray, ignore_errors=True)
+        newest = 0
         for folder in self._found("step"):
-            if fault := damage(folder):
-                self.say(f"{fault}; going back to the checkpoint before")
-                continue
-            state = State(**json.loads((folder / STATE).read_text()))
-            _copy(folder / WEIGHTS, self._moving())
-            self._set_moments(folder / MOMENTS)
-            break
-        else:
-            state = State()
-        self._forget_after(state.step)
-        return state
+            fault = damage(folder)
+            if fault is None:
+                newest = _number(folder)
+                break
+            self.say(f"{fault}; going back to the checkpoint before")
+        self._forget_after(newest)
+        return newest
 
     def restore_best(self, state: State) -> None:
         """Fill the weights that validated best, if they are not the present ones."""
+        self.step.world.lead(self.writer.join)
         if state.best_step in (None, state.step):
             return
         folder = self.folder / f"best-{state.best_step:07d}"
@@ -113,6 +121,25 @@ class Checkpoints:
             return
         _copy(folder / WEIGHTS, self._moving())
 
+    def _write(self, kind: str, state: State, files: dict[str, dict[str, Tensor]], keep: int) -> None:
+        target, state = self.folder / f"{kind}-{state.step:07d}", replace(state)
+        world = self.step.world
+        if world.lead(lambda: self._has(target)):  # never removed for the sake of an equal one
+            return
+        files = {name: self.writer.own(gathered(tensors, world)) for name, tensors in files.items()}
+
+        def work() -> None:
+            write_folder(target, lambda folder: _fill(folder, files, state))
+            for old in self._found(kind)[keep:]:
+                remove(old)
+
+        world.lead(lambda: self.writer(work))
+
+    def _has(self, target: Path) -> bool:
+        """Whether a sound checkpoint is there already, once all saves are done."""
+        self.writer.join()
+        return damage(target) is None
+
     def _found(self, kind: str) -> list[Path]:
         """Finished checkpoints of a kind, newest first."""
         return sorted(self.folder.glob(f"{kind}-*"), reverse=True)
@@ -120,12 +147,8 @@ class Checkpoints:
     def _forget_after(self, step: int) -> None:
         """Drop what lies ahead of where the run goes on: damaged, or the best of steps that will be run again."""
         for folder in [*self._found("step"), *self._found("best")]:
-            if int(folder.name.partition("-")[2]) > step:
+            if _number(folder) > step:
                 remove(folder)
-
-    def _prune(self, kind: str, keep: int) -> None:
-        for old in self._found(kind)[keep:]:
-            remove(old)
 
     def _moving(self) -> dict[str, Tensor]:
         """Everything that training changes: trainable tensors, and statistics of the modules that own them."""
@@ -148,7 +171,43 @@ class Checkpoints:
             for key in tensors.keys():  # noqa: SIM118 - not a mapping
                 field, _, name = key.partition("/")
                 parameter = parameters[name]
-                self.optimizer.state[parameter][field] = tensors.get_tensor(key).to(parameter.device)
+                self.optimizer.state[parameter][field] = like(tensors.get_tensor(key), parameter)
+
+
+class Writer:
+    """Does one save at a time: at once, or beside the training in a thread.
+
+    What fails beside the training is raised by the next call of any method.
+    """
+
+    def __init__(self, beside: bool):
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if beside else None
+        self._pending: Future[None] | None = None
+
+    def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors as they will be written: copies, if the training goes on meanwhile."""
+        if self._pool is None:
+            return dict(tensors)
+        return {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+
+    def __call__(self, work: Callable[[], None]) -> None:
+        """Do this, after what is still being done."""
+        self.join()
+        if self._pool is None:
+            work()
+        else:
+            self._pending = self._pool.submit(work)
+
+    def check(self) -> None:
+        """Raise what has gone wrong meanwhile; waits for nothing."""
+        if self._pending is not None and self._pending.done():
+            self.join()
+
+    def join(self) -> None:
+        """Wait until all is on the disk."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
 
 def begin(folder: Path, stage: Stage, seed: int, steps: Callable[[], int]) -> int:
@@ -260,6 +319,11 @@ def _fill(folder: Path, files: Mapping[str, Mapping[str, Tensor]], state: State)
     (folder / MANIFEST).write_text(json.dumps(hashes, indent=1))
 
 
+def _number(folder: Path) -> int:
+    """The step of a checkpoint."""
+    return int(folder.name.partition("-")[2])
+
+
 def _copy(file: Path, into: Mapping[str, Tensor]) -> None:
     """Fill tensors in place from a file that must hold exactly them."""
     with safe_open(file, framework="pt") as tensors:
@@ -269,7 +333,7 @@ def _copy(file: Path, into: Mapping[str, Tensor]) -> None:
                 "resume with the recipe that began the run, or name another output folder",
             )
         for key, tensor in into.items():
-            tensor.copy_(tensors.get_tensor(key))
+            tensor.copy_(like(tensors.get_tensor(key), tensor))
 
 
 def _read_json(file: Path) -> Any:

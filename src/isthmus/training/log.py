@@ -1,21 +1,22 @@
-"""What a run tells: first lines, progress, one JSON row per step, and a picture of the curves. No account needed."""
+"""What a run tells: first lines, progress, and one JSON row per step (TensorBoard if asked). No account needed."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from isthmus.training.board import Board
 from isthmus.training.checkpoint import write_text, writing
 
 Row = dict[str, Any]
@@ -27,18 +28,39 @@ class Metrics:
     Args:
         file: appended to.
         after: rows of later steps are dropped, because the run goes on from this step.
+        writes: False in processes that leave the writing to another.
+        tensorboard: write TensorBoard events too, into `tensorboard/` beside the file.
     """
 
-    def __init__(self, file: Path, after: int):
-        self.file = file
+    def __init__(self, file: Path, after: int, writes: bool = True, tensorboard: bool = False):
+        self.file, self.writes = file, writes
+        self.board: Board | None = None
+        if not writes:
+            return
         rows = [row for row in read_rows(file) if row["step"] <= after]
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+            if tensorboard:
+                self.board = Board(file.parent / "tensorboard", rows)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.board is not None:
+            self.board.close()
 
     def write(self, row: Row) -> None:
-        with writing(self.file), self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+        """Add a row with the time of day, in seconds since 1970."""
+        if not self.writes:
+            return
+        row = {**row, "time": round(time.time(), 3)}
+        with writing(self.file):
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row) + "\n")
+            if self.board is not None:
+                self.board.write(row)
 
 
 def read_rows(file: Path) -> list[Row]:
@@ -122,95 +144,3 @@ def first_lines(title: str, table: RenderableType, sample: RenderableType | None
     if sample is not None:
         lines += [Text("One sample as it is read; what is trained is marked:"), sample]
     return Group(*lines)
-
-
-# ---------------------------------------------------------------------------------------------- the picture
-
-SIZE, SCALE = (960, 540), 2
-LEFT, RIGHT, TOP, BOTTOM = 80, 24, 48, 56
-INK, GRID, PALE, LINE, DOT = "#333333", "#e6e6e6", "#c5d7ea", "#1f5fa8", "#d1495b"
-
-
-def draw_curves(rows: Sequence[Row], file: Path, title: str) -> None:
-    """A PNG of the training loss (raw and smoothed) and the validation losses (dots); nothing without rows."""
-    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    validation = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
-    if not train:
-        return
-    plot = _Plot(train, [*_smooth(train), *validation])
-    plot.axes(title)
-    plot.line(train, PALE, 1)
-    plot.line(_smooth(train), LINE, 2)
-    plot.dots(validation, DOT)
-    plot.legend([("training loss", LINE)] + [("validation loss", DOT)] * bool(validation))
-    with writing(file):
-        plot.image.resize(SIZE, Image.Resampling.LANCZOS).save(file)
-
-
-class _Plot:
-    """Axes on a canvas that is drawn twice as large, so that shrinking it smooths the lines."""
-
-    def __init__(self, xs: Sequence[tuple[int, float]], ys: Sequence[tuple[int, float]]):
-        self.image = Image.new("RGB", (SIZE[0] * SCALE, SIZE[1] * SCALE), "white")
-        self.draw = ImageDraw.Draw(self.image)
-        self.font = ImageFont.load_default(13 * SCALE)
-        self.xs = _ticks(0, max(x for x, _ in xs))
-        self.ys = _ticks(min(y for _, y in ys), max(y for _, y in ys))
-
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        """Pixels of a point; what lies beyond the axes is moved to their edge."""
-        across = (x - self.xs[0]) / (self.xs[-1] - self.xs[0])
-        up = min(1.0, max(0.0, (y - self.ys[0]) / (self.ys[-1] - self.ys[0])))
-        width, height = SIZE[0] - LEFT - RIGHT, SIZE[1] - TOP - BOTTOM
-        return (LEFT + across * width) * SCALE, (TOP + (1 - up) * height) * SCALE
-
-    def text(self, at: tuple[float, float], text: str, anchor: str) -> None:
-        self.draw.text(at, text, fill=INK, font=self.font, anchor=anchor)
-
-    def axes(self, title: str) -> None:
-        for y in self.ys:
-            self.draw.line([self.at(self.xs[0], y), self.at(self.xs[-1], y)], fill=GRID, width=SCALE)
-            left, middle = self.at(self.xs[0], y)
-            self.text((left - 8 * SCALE, middle), f"{y:g}", "rm")
-        for x in self.xs:
-            middle, bottom = self.at(x, self.ys[0])
-            self.draw.line([(middle, bottom), (middle, bottom + 4 * SCALE)], fill=INK, width=SCALE)
-            self.text((middle, bottom + 8 * SCALE), f"{x:g}", "ma")
-        self.draw.line([self.at(self.xs[0], self.ys[0]), self.at(self.xs[-1], self.ys[0])], fill=INK, width=SCALE)
-        self.text((LEFT * SCALE, 16 * SCALE), title, "la")
-        self.text((SIZE[0] / 2 * SCALE, (SIZE[1] - 10) * SCALE), "optimizer steps", "ms")
-
-    def line(self, points: Sequence[tuple[float, float]], colour: str, width: int) -> None:
-        places = [self.at(*point) for point in points]
-        if len(places) > 1:
-            self.draw.line(places, fill=colour, width=width * SCALE, joint="curve")
-        else:
-            self.dots(points, colour)
-
-    def dots(self, points: Sequence[tuple[float, float]], colour: str) -> None:
-        for point in points:
-            self.draw.circle(self.at(*point), 4 * SCALE, fill=colour)
-
-    def legend(self, entries: Sequence[tuple[str, str]]) -> None:
-        right = float((SIZE[0] - RIGHT) * SCALE)
-        for name, colour in reversed(entries):
-            self.text((right, 16 * SCALE), name, "ra")
-            right -= self.draw.textlength(name, font=self.font) + 12 * SCALE
-            self.draw.circle((right, 24 * SCALE), 4 * SCALE, fill=colour)
-            right -= 20 * SCALE
-
-
-def _smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """A running mean over a fiftieth of the points."""
-    span = max(1, len(points) // 50)
-    windows = (points[max(0, end - span) : end] for end in range(1, len(points) + 1))
-    return [(window[-1][0], sum(y for _, y in window) / len(window)) for window in windows]
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """About six round numbers that enclose the range."""
-    span = high - low or abs(high) or 1.0
-    unit = 10.0 ** math.floor(math.log10(span / 5))
-    width = next(unit * factor for factor in (1, 2, 5, 10) if span / (unit * factor) <= 6)
-    first, last = math.floor(low / width), math.ceil(high / width)
-    return [round(number * width, 10) for number in range(first, max(last, first + 1) + 1)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import signal
 import statistics
@@ -22,11 +21,12 @@ from typing import Any, Literal, Protocol
 import torch
 from rich.console import Console, RenderableType
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from isthmus.config import Budget, Stage
+from isthmus.config import Budget, Engine, Stage
 from isthmus.model import VLM
-from isthmus.training import checkpoint, log, optimizer
+from isthmus.training import checkpoint, curves, finite, log, machine, optimizer, parallel
+from isthmus.training.meter import Meter
+from isthmus.training.parallel import World
 from isthmus.training.step import Step
 from isthmus.types import IGNORE, Batch, ConfigError, IsthmusError
 
@@ -78,6 +78,8 @@ def run_stage(
     dtype: torch.dtype = torch.float32,
     console: Console | None = None,
     sample: RenderableType | None = None,
+    engine: Engine = Engine(),  # noqa: B008 - frozen
+    world: World = World(),  # noqa: B008 - frozen
 ) -> Result:
     """Train one stage in `folder`, or go on with it, and hand over the model in `folder/model`.
 
@@ -89,6 +91,9 @@ def run_stage(
         validate: the loss on held-out data, see `step.held_out`.
         dtype: bfloat16 runs under autocast; what trains keeps float32 masters either way.
         sample: one rendered sample to show at the start.
+        engine: how the machine does it, which changes nothing of what is learnt.
+        world: the processes that train this stage together; `feed` gives this one's share of every batch, or all of
+            it where `step.dealt` says so.
 
     Raises:
         ConfigError: the stage does not fit the model, the feed or what the folder already holds.
@@ -97,13 +102,15 @@ def run_stage(
     """
     console = console or Console()
     torch.manual_seed(derive(seed, stage.name, "birth"))
-    step = Step(vlm, stage.objectives)
+    step = Step(vlm, stage.objectives, world)
     trained = optimizer.choose(step, stage)
     step.to(device)
-    runner = _Runner(step, trained, stage, feed, folder, seed, validate, torch.device(device), dtype)
-    console.print(log.first_lines(f"Stage {stage.name}", optimizer.table(step, trained), sample))
-    steps = checkpoint.begin(folder, stage, seed, lambda: runner.calibrate() if steps is None else steps)
-    return runner.run(steps, console)
+    runner = _Runner(step, trained, stage, feed, folder, seed, validate, torch.device(device), dtype, engine)
+    console.print(log.first_lines(f"Stage {stage.name}", optimizer.table(step, runner.trained), sample))
+    if steps is None and not world.any((folder / checkpoint.MANIFEST).is_file()):
+        steps = runner.calibrate()
+    begun = steps or 0  # a manifest that is there already knows better
+    return runner.run(world.lead(lambda: checkpoint.begin(folder, stage, seed, lambda: begun)), console)
 
 
 def derive(seed: int, *names: str | int) -> int:
@@ -126,6 +133,7 @@ class _Runner:
         validate: Callable[[Step], float] | None,
         device: torch.device,
         dtype: torch.dtype,
+        engine: Engine,
     ):
         whole = [name for name, term in step.terms.items() if not term.splits]
         if feed.micros > 1 and whole:
@@ -135,25 +143,38 @@ class _Runner:
             )
         if stage.recompute:
             step.recompute()
-        self.step, self.trained, self.stage, self.feed, self.folder = step, trained, stage, feed, folder
-        self.seed, self.validate, self.device, self.dtype = seed, validate, device, dtype
+        self.step, self.stage, self.feed, self.folder = step, stage, feed, folder
+        self.seed, self.validate, self.device, self.dtype, self.engine = seed, validate, device, dtype, engine
+        self.world, self.agreed = step.world, True
+        self.spread = parallel.spread(
+            step, step.units(), self.world, device, engine.parallel, engine.shard_frozen, step.uneven()
+        )
+        self.trained = trained = optimizer.anew(step, trained)
         self.adamw = optimizer.adamw(trained, stage.betas)
         self.watch = optimizer.Watch(step, trained)
+        ceiling = self.world.lead(lambda: int(machine.ceiling(device, dtype, folder / "machine.json")))
+        self.meter = Meter(step, ceiling, device)
+        if engine.compile:
+            step.compile()
 
     # ------------------------------------------------------------------------------------ the stage
 
     def run(self, steps: int, console: Console) -> Result:
         say = lambda text: console.print(text, soft_wrap=True, markup=False)  # noqa: E731
-        saves = checkpoint.Checkpoints(self.folder / "checkpoints", self.step, self.trained, self.adamw, say)
+        folder = self.folder / "checkpoints"
+        saves = checkpoint.Checkpoints(folder, self.step, self.trained, self.adamw, say, self.engine)
         state = saves.resume()
         if state.step:
             say(f"stage {self.stage.name} goes on from step {state.step} of {steps}")
-        metrics = log.Metrics(self.folder / "metrics.jsonl", state.step)
+        file = self.folder / "metrics.jsonl"
+        metrics = log.Metrics(file, state.step, self.world.main, self.engine.tensorboard)
         evaluations = marks(self.stage.evaluate_every, steps) if self.validate else set()
         saving = marks(self.stage.save_every, steps)
-        with log.Progress(console, self.stage.name, steps, state.step) as progress, interrupts(progress.say) as stopped:
+        progress = log.Progress(console, self.stage.name, steps, state.step)
+        with metrics, progress, interrupts(progress.say) as stopped:
             self.step.ready()
-            while state.step < steps and not stopped():
+            while state.step < steps and not self.world.any(stopped()):
+                saves.writer.check()
                 metrics.write(row := self._advance(state, steps, saves, progress.say))
                 progress.show(row)
                 if state.step in evaluations:
@@ -162,6 +183,7 @@ class _Runner:
                     saves.save(state)
             if state.step not in saving:
                 saves.save(state)
+            saves.writer.join()
         self._draw(metrics)
         if state.step < steps:
             return Result("interrupted", steps, state, None)
@@ -176,15 +198,13 @@ class _Runner:
         try:
             batches = self._batches(state.step)
             waited = time.perf_counter() - began
-            loss, shares, norm = self._learn(state.step, steps, batches, say)
+            loss, shares, norms = self._learn(state.step, steps, batches, say)
         except IsthmusError:
-            if state.step:
+            if state.step and self.agreed:
                 saves.save(state)
             raise
         seconds = time.perf_counter() - began
-        samples = sum(len(batch.ids) for batch in batches)
-        tokens = sum(int((batch.segment_BT > 0).sum()) for batch in batches)
-        supervised = sum(int((batch.labels_BT != IGNORE).sum()) for batch in batches if batch.labels_BT is not None)
+        samples, tokens, supervised = self.step.dealt.total(_sizes(batches))
         state.step += 1
         state.samples += samples
         state.tokens += tokens
@@ -196,10 +216,11 @@ class _Runner:
             "loss": loss,
             **({f"loss_{name}": share for name, share in shares.items()} if len(shares) > 1 else {}),
             "learning_rate": max(group["lr"] for group in self.adamw.param_groups),
-            "grad_norm": norm,
+            **norms,
             "tokens_per_second": tokens / seconds,
             "supervised_tokens_per_second": supervised / seconds,
             "samples_per_second": samples / seconds,
+            **self.meter.read(batches, seconds),
             "data_wait": waited / seconds,
             "seconds": seconds,
         }
@@ -216,58 +237,75 @@ class _Runner:
     def _validate(self) -> float:
         assert self.validate is not None  # the callers asked
         with self._autocast():
-            return self.validate(self.step)
+            loss = self.validate(self.step)
+        self.spread.rest()
+        return loss
 
     def _hand_over(self) -> Path:
         """The Hugging Face directory of the finished stage, written once."""
         target = self.folder / "model"
         self.step.eval()
-        if not target.exists():
-            checkpoint.write_folder(target, self.step.vlm.save_pretrained)
+        self.spread.gather()
+        with self.world.together():
+            if self.world.main and not target.exists():
+                checkpoint.write_folder(target, self.step.vlm.save_pretrained)
         return target
 
     def _draw(self, metrics: log.Metrics) -> None:
-        log.draw_curves(log.read_rows(metrics.file), self.folder / "curves.png", f"Stage {self.stage.name}")
+        if self.world.main:
+            curves.draw_curves(log.read_rows(metrics.file), self.folder / "curves.png", f"Stage {self.stage.name}")
 
     # ------------------------------------------------------------------------------------ one optimizer step
 
     def _batches(self, number: int) -> list[Batch]:
-        return [self.feed(number, micro) for micro in range(self.feed.micros)]
+        """This process's share of a step."""
+        with self.world.together():
+            return [self.feed(number, micro) for micro in range(self.feed.micros)]
 
     def _learn(
         self, number: int, steps: int, batches: list[Batch], say: Callable[[str], None]
-    ) -> tuple[float, dict[str, float], float]:
-        """Forward, backward and update: the loss, its shares by term, and the norm of the gradient."""
-        torch.manual_seed(derive(self.seed, self.stage.name, number))
-        shares = self._backward(batches)
-        gradients = [each.parameter.grad for each in self.trained if each.parameter.grad is not None]
-        norm = get_total_norm(gradients, foreach=True)
+    ) -> tuple[float, dict[str, float], dict[str, float]]:
+        """Forward, backward and update: the loss, its shares by term, and the norms of the gradient."""
+        shares = self._draw_and_backward(number, batches)
+        norms = {name: norm.to(self.device) for name, norm in optimizer.norms(self.trained).items()}
         # The one place where the host waits for the device: weights must not take a bad update.
-        *values, size = torch.stack([*shares.values(), norm.to(self.device)]).tolist()
-        if not all(map(math.isfinite, (*values, size))):
-            self._refuse(number, batches, shares)
-        if warning := self.watch.look(batches):
-            say(warning)
+        numbers = torch.stack([*shares.values(), *norms.values()]).tolist()
+        values = [value / self.world.size for value in self.world.total(numbers[: len(shares)])]
+        sizes = dict(zip(norms, numbers[len(shares) :]))
+        if not all(map(math.isfinite, (*values, *sizes.values()))):
+            self._refuse(number, batches, dict(zip(shares, map(torch.tensor, values))))
+        with self.world.together():
+            if warning := self.watch.look(batches):
+                say(warning)
         if self.stage.clip is not None:
-            clip_grads_with_norm_([each.parameter for each in self.trained], self.stage.clip, norm, foreach=True)
+            parallel.clip([each.parameter for each in self.trained], self.stage.clip, norms["grad_norm"])
         factor = optimizer.rate(number, steps, self.stage.warmup, self.stage.schedule)
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.adamw.step()
         self.adamw.zero_grad()
-        return sum(values), dict(zip(shares, values)), size
+        return sum(values), dict(zip(shares, values)), sizes
+
+    def _draw_and_backward(self, number: int, batches: list[Batch]) -> dict[str, Tensor]:
+        """The gradients of a step with the randomness that belongs to it."""
+        own = [self.step.dealt.rank] if self.step.dealt.rank else []  # the first draws as one process alone would
+        torch.manual_seed(derive(self.seed, self.stage.name, number, *own))
+        return self._backward(batches)
 
     def _backward(self, batches: list[Batch]) -> dict[str, Tensor]:
         """Gradients of a whole optimizer step; each term's share of the loss."""
         scales = self.step.scales(batches)
         sums = {name: torch.zeros((), device=self.device) for name in scales}
-        for batch in batches:
-            with self._autocast():
-                total, shares = self.step(batch.to(self.device), scales)
-            if total.requires_grad:  # text alone cannot move a connector
-                total.backward()
+        self.agreed = self.world.size == 1  # a process that fails from here on cannot wait for the others
+        for number, batch in enumerate(batches, start=1):
+            with self.spread.micro(last=number == len(batches)):
+                with self._autocast():
+                    total, shares = self.spread(batch.to(self.device), scales)
+                if total.requires_grad:  # text alone cannot move a connector
+                    total.backward()
             for name, share in shares.items():
                 sums[name] += share
+        self.agreed = True
         return sums
 
     def _autocast(self) -> torch.autocast:
@@ -275,15 +313,9 @@ class _Runner:
 
     def _refuse(self, number: int, batches: list[Batch], shares: dict[str, Tensor]) -> None:
         """Stop before the update, with the first bad tensor named and the batch written down."""
-        bad = optimizer.first_bad(shares, self.trained)
-        file = self.folder / "bad_batch.json"
-        with checkpoint.writing(file):
-            ids = [list(batch.ids) for batch in batches]
-            checkpoint.write_text(file, json.dumps({"step": number + 1, "tensor": bad, "samples": ids}, indent=1))
-        raise IsthmusError(
-            f"step {number + 1}: {bad} is not finite",
-            f"{file} names the samples; look at them, or lower the learning rate; the weights before it are saved",
-        )
+        file = self.folder / ("bad_batch.json" if self.world.main else f"bad_batch_{self.world.rank}.json")
+        again = lambda: self._draw_and_backward(number, batches)  # noqa: E731
+        finite.refuse(self.step, self.trained, number + 1, batches, shares, again, file)
 
     # ------------------------------------------------------------------------------------ the clock
 
@@ -294,20 +326,30 @@ class _Runner:
         self.step.ready()
         times: list[float] = []
         while len(times) < WARM + TIMED and (len(times) <= WARM or sum(times) < GLANCE * budget):
-            times.append(_seconds(lambda: self._backward(self._batches(len(times)))))
+            times.append(self._seconds(lambda: self._backward(self._batches(len(times)))))
         self.adamw.zero_grad()
         validations = 0.0
         if self.validate is not None:
             share = self.stage.evaluate_every
-            validations = _seconds(self._validate) * (math.ceil(1 / share) if share else 1)
+            validations = self._seconds(self._validate) * (math.ceil(1 / share) if share else 1)
         left = budget - validations - (time.perf_counter() - began)
         return max(1, int(left / statistics.mean(times[WARM:])))
 
+    def _seconds(self, work: Callable[[], object]) -> float:
+        """How long it takes by the clock of the first process."""
+        began = time.perf_counter()
+        work()
+        return self.world.total([(time.perf_counter() - began) * self.world.main])[0]
 
-def _seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+
+def _sizes(batches: list[Batch]) -> list[int]:
+    """Samples, tokens and supervised tokens."""
+    labels = [batch.labels_BT for batch in batches if batch.labels_BT is not None]
+    return [
+        sum(len(batch.ids) for batch in batches),
+        sum(int((batch.segment_BT > 0).sum()) for batch in batches),
+        sum(int((each != IGNORE).sum()) for each in labels),
+    ]
 
 
 def marks(share: float | None, steps: int) -> set[int]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import time
+from pathlib import Path
 
 import torch
+from torch import nn
 
+from isthmus import kernels_linear
+from isthmus.training.checkpoint import write_text, writing
 from isthmus.types import ConfigError
 
 GAIN = 1.3
@@ -37,3 +43,39 @@ def bfloat16_gain(size: int = 512, repeats: int = 5) -> float:
             times.append(time.perf_counter() - start)
         best[dtype] = min(times)
     return best[torch.float32] / best[torch.bfloat16]
+
+
+def ceiling(device: torch.device, dtype: torch.dtype, file: Path) -> float:
+    """Operations per second of a large matrix product, read from `file` or measured and written there.
+
+    A run that goes on elsewhere is measured against the machine that it is on then.
+    """
+    threads = torch.get_num_threads()
+    wanted = {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "threads": threads}
+    if file.is_file():
+        known = json.loads(file.read_text())
+        if {key: known.get(key) for key in wanted} == wanted:
+            return known["operations_per_second"]
+    found = measured_ceiling(device, dtype, threads)
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(wanted | {"operations_per_second": found}, indent=1))
+    return found
+
+
+@functools.cache
+def measured_ceiling(device: torch.device, dtype: torch.dtype, threads: int, seconds: float = 0.5) -> float:
+    """The best of as many products of two square matrices as fit into that time; measured once in a process."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    kind = kernels_linear.Linear if kernels_linear.pays() else nn.Linear  # what the models use here
+    product = kind(size, size, bias=False, dtype=dtype, device=device).requires_grad_(False)
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < until:
+        start = time.perf_counter()
+        product(a)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from isthmus.config import LoRA, Stage, Train, nearest
 from isthmus.model import VLM
+from isthmus.training.parallel import norm, whole
 from isthmus.training.step import Step
 from isthmus.types import Batch, ConfigError, IsthmusError
 
@@ -69,6 +71,11 @@ def choose(step: Step, stage: Stage) -> list[Trained]:
     chosen = [*_of_model(step.vlm, stage, rules), *_of_objectives(step, stage)]
     if not chosen:
         raise ConfigError(f"stage {stage.name} trains nothing", "give at least one glob a rate: connectors.*: 1e-3")
+    if packed := [each.name for each in chosen if not each.parameter.is_floating_point()]:
+        raise ConfigError(
+            f"stage {stage.name}: {packed[0]} and {len(packed) - 1} more are held in 4 or 8 bits, which cannot train",
+            "train them with LoRA (mode: {r: 16}), or leave bits out of the recipe",
+        )
     for each in chosen:
         each.parameter.requires_grad_(True)
         each.parameter.data = each.parameter.data.float()
@@ -77,15 +84,22 @@ def choose(step: Step, stage: Stage) -> list[Trained]:
     return chosen
 
 
+def anew(step: Step, trained: Sequence[Trained]) -> list[Trained]:
+    """The same, with the parameters that the step has now: sharding replaces them by other objects."""
+    parameters = dict(step.named_parameters())
+    return [replace(each, parameter=parameters[each.name]) for each in trained]
+
+
 def adamw(trained: Sequence[Trained], betas: tuple[float, float]) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) with one group per rate and decay; `base_lr` of a group is its rate before schedule."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for each in trained:
-        groups.setdefault((each.lr, each.weight_decay), []).append(each.parameter)
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    for each in trained:  # one kernel cannot take sharded and whole tensors
+        kind = each.lr, each.weight_decay, isinstance(each.parameter, DTensor)
+        groups.setdefault(kind, []).append(each.parameter)
     return torch.optim.AdamW(
         [
             {"params": parameters, "lr": lr, "base_lr": lr, "weight_decay": decay}
-            for (lr, decay), parameters in groups.items()
+            for (lr, decay, _), parameters in groups.items()
         ],
         betas=betas,
         fused=True,
@@ -153,7 +167,7 @@ class Watch:
         self.steps += 1
         self.unreached = [each for each in self.unreached if each.parameter.grad is None]
         # absent or exactly zero: behind a zero gate, or LoRA's A while B is zero
-        self.silent = [each for each in self.silent if each.parameter.grad is None or not each.parameter.grad.any()]
+        self.silent = [each for each in self.silent if _zero(each.parameter.grad)]
         self.unseen -= {kind for batch in batches for kind in batch.media}
         if self.unreached and not self.unseen:
             raise IsthmusError(
@@ -165,15 +179,19 @@ class Watch:
         return None
 
 
-def first_bad(shares: dict[str, Tensor], trained: Sequence[Trained]) -> str:
-    """The first tensor that is not finite: a term of the loss, else a gradient."""
-    for name, share in shares.items():
-        if not bool(share.isfinite()):
-            return f"the loss {name} ({float(share)})"
+def norms(trained: Sequence[Trained]) -> dict[str, Tensor]:
+    """The gradient's norm: `grad_norm` of all, and `grad_norm_<part>` of connectors, llm, encoders, heads, objectives.
+
+    Every tensor's norm is computed once, and nothing waits for the device.
+    """
+    parts: dict[str, list[Tensor]] = {}
     for each in trained:
-        if each.parameter.grad is not None and not bool(each.parameter.grad.isfinite().all()):
-            return f"the gradient of {each.name}"
-    return "the norm of all gradients"
+        gradients = parts.setdefault(each.name.removeprefix("vlm.").partition(".")[0], [])
+        if each.parameter.grad is not None:
+            gradients.append(each.parameter.grad)
+    each_part = {part: norm(gradients) for part, gradients in parts.items()}
+    whole_norm = torch.linalg.vector_norm(torch.stack(list(each_part.values())))
+    return {"grad_norm": whole_norm, **{f"grad_norm_{part}": value for part, value in each_part.items()}}
 
 
 # ---------------------------------------------------------------------------------------------- inside
@@ -213,6 +231,10 @@ def _globs(names: Iterable[str]) -> list[str]:
     """Globs that people mean: every dotted prefix, with `.*` behind it."""
     prefixes = {name.rsplit(".", depth)[0] for name in names for depth in range(1, name.count(".") + 1)}
     return sorted(f"{prefix}.*" for prefix in prefixes)
+
+
+def _zero(gradient: Tensor | None) -> bool:
+    return gradient is None or not whole(gradient).any()
 
 
 def _asleep(vlm: VLM, name: str) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from isthmus import assets
+from isthmus import assets, kernels
 from isthmus.assembly import compose, load
 from isthmus.config import Recipe, Source, Stage
 from isthmus.data import sets
@@ -23,9 +23,11 @@ from isthmus.data.collate import Collator, Look
 from isthmus.data.mix import Batches, Mix, Ref
 from isthmus.model import VLM
 from isthmus.prepare.features import FeatureCache
-from isthmus.training import log, loop
+from isthmus.training import checkpoint, log, loop
 from isthmus.training.machine import arithmetic
-from isthmus.training.step import Step, held_out
+from isthmus.training.parallel import World
+from isthmus.training.prefetch import Prefetched
+from isthmus.training.step import Step, dealt, held_out
 from isthmus.types import Batch, ConfigError, Medium, Sample
 
 HELD_OUT = 24
@@ -60,7 +62,7 @@ def mix_of(stage: Stage, seed: int) -> Data:
 class Feed:
     """Micro-batches of a stage by number of step: what `loop.run_stage` asks for."""
 
-    def __init__(self, stage: Stage, data: Data, collator: Collator, seed: int):
+    def __init__(self, stage: Stage, data: Data, collator: Collator, seed: int, world: World = World()):  # noqa: B008
         self.micros, self._data, self._collator = stage.accumulate, data, collator
         self._batches = Batches(
             data.mix,
@@ -70,11 +72,18 @@ class Feed:
             seed=seed,
             max_length=stage.max_length,
             media=lambda ref: len(data.sample(ref).media),
+            world_size=world.size,
+            rank=world.rank,
+            least=stage.accumulate,
         )
 
     def __call__(self, step: int, micro: int) -> Batch:
         rows = self._batches.rows(step)[micro :: self.micros]
         return self._collator.rows([[self._data.sample(ref) for ref in row] for row in rows])
+
+    def padding(self) -> float:
+        """Share of the tokens of the first batches that is padding."""
+        return self._batches.padding_share(range(self._batches.window))
 
 
 class Run:
@@ -85,27 +94,39 @@ class Run:
         folder: new, or that of an earlier run of the same recipe, which is then gone on with.
         device: where to train.
         console: where progress goes.
+        world: the processes that run it together, on one folder that all of them see.
 
     Raises:
         ConfigError: the folder belongs to another recipe.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, device: torch.device, console: Console):
-        self.recipe, self.folder, self.device, self.console = recipe, folder, device, console
-        note = folder / "run.json"
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        device: torch.device,
+        console: Console,
+        world: World = World(),  # noqa: B008 - frozen
+    ):
+        self.recipe, self.folder, self.device, self.console, self.world = recipe, folder, device, console, world
+        world.lead(self._begin)
+        self.dtype = arithmetic(json.loads((folder / "run.json").read_text())["dtype"], device)
+
+    def _begin(self) -> None:
+        """Leave a note of the recipe, or find the one that the first call left."""
+        note, recipe = self.folder / "run.json", self.recipe
         if note.is_file():
             known = json.loads(note.read_text())
             if known["fingerprint"] != recipe.fingerprint():
                 raise ConfigError(
-                    f"{folder} holds a run of another recipe ({known['fingerprint']}, not {recipe.fingerprint()})",
+                    f"{self.folder} holds a run of another recipe ({known['fingerprint']}, not {recipe.fingerprint()})",
                     "name another folder with --out, or delete that one",
                 )
-            self.dtype = arithmetic(known["dtype"], device)
-        else:
-            self.dtype = arithmetic(recipe.dtype, device)
-            folder.mkdir(parents=True, exist_ok=True)
-            entry = {"fingerprint": recipe.fingerprint(), "dtype": str(self.dtype).removeprefix("torch.")}
-            note.write_text(json.dumps(entry | {"recipe": recipe.model_dump(mode="json")}, indent=1))
+            return
+        dtype = arithmetic(recipe.dtype, self.device)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        entry = {"fingerprint": recipe.fingerprint(), "dtype": str(dtype).removeprefix("torch.")}
+        checkpoint.write_text(note, json.dumps(entry | {"recipe": recipe.model_dump(mode="json")}, indent=1))
 
     def model_of(self, stage: Stage) -> Path:
         """Where a finished stage leaves its model."""
@@ -123,10 +144,14 @@ class Run:
         return FeatureCache(model.encoders["image"], assets.home() / "features")
 
     def fill(self, look: Look, media: Sequence[Medium]) -> None:
-        """Cache what is missing of these media's features, with a progress bar."""
-        if isinstance(look, FeatureCache):
-            with log.counting(self.console, "encoding pictures once") as progress:
-                look.fill(media, progress)
+        """Cache what is missing of these media's features, each process its share, with a progress bar."""
+        if not isinstance(look, FeatureCache):
+            return
+        with self.world.together(), log.counting(self.console, "encoding pictures once") as progress:
+            look.fill(media, progress, self.world.rank, self.world.size)
+        if self.world.size > 1:
+            look.fill(media)  # finds all there, unless machines keep their caches on disks of their own
+            self.world.barrier()
 
     def train(self, model: VLM, look: Look) -> VLM | None:
         """Run the stages that are not finished; None if interrupted."""
@@ -142,24 +167,46 @@ class Run:
 
     def _stage(self, model: VLM, stage: Stage, look: Look) -> str:
         data = mix_of(stage, self.recipe.seed)
-        self.fill(look, data.media())
+        self._fill_once(look, stage, data)
         collator = model.processor.collator(look, stage.template, max_length=stage.max_length, overlong=stage.overlong)
-        feed = Feed(stage, data, collator, self.recipe.seed)
         renderer = model.processor.renderer(stage.template)
-        result = loop.run_stage(
-            model,
-            stage,
-            feed,
-            self.folder / stage.name,
-            steps=loop.steps_for(stage.budget, stage.batch_size, data.mix.epoch_length),
-            seed=self.recipe.seed,
-            validate=self._validation(stage, collator),
-            device=self.device,
-            dtype=self.dtype,
-            console=self.console,
-            sample=renderer.preview(renderer.render(data.sample(data.mix[0]).turns)),
-        )
+        share = dealt(stage.objectives, self.world)
+        own = Feed(stage, data, collator, self.recipe.seed, share)
+        if stage.batching == "packed":
+            kernels.check_packing(self.recipe.llm.attention, self.device)
+        self.console.print(f"{stage.batching} batches: {own.padding():.1%} of their tokens is padding")
+        with Prefetched(own, self.recipe.engine.workers) as feed:
+            result = loop.run_stage(
+                model,
+                stage,
+                feed,
+                self.folder / stage.name,
+                steps=loop.steps_for(stage.budget, stage.batch_size, data.mix.epoch_length),
+                seed=self.recipe.seed,
+                validate=self._validation(stage, collator),
+                device=self.device,
+                dtype=self.dtype,
+                console=self.console,
+                sample=renderer.preview(renderer.render(data.sample(data.mix[0]).turns)),
+                engine=self.recipe.engine,
+                world=self.world,
+            )
         return result.state
+
+    def _fill_once(self, look: Look, stage: Stage, data: Data) -> None:
+        """Cache a stage's pictures, unless a note beside the cache says that those of its sources are in there.
+
+        A picture that changes on the disk afterwards is encoded when it is read.
+        """
+        if not isinstance(look, FeatureCache):
+            return
+        note = look.folder / f"filled-{sets.stamp(stage.data, self.recipe.seed)}"
+        if not self.world.any(not note.is_file() or int(note.read_text()) > len(look)):
+            return
+        self.fill(look, data.media())
+        if self.world.main:
+            with checkpoint.writing(note):
+                checkpoint.write_text(note, str(len(look)))
 
     def _validation(self, stage: Stage, collator: Collator) -> Callable[[Step], float]:
         """The stage's loss on samples held out of its own sources."""
@@ -173,7 +220,9 @@ class Run:
         return list(opened[::spread])[:HELD_OUT]
 
     def _encoder_trains(self, model: VLM) -> bool:
-        names = [name for name, _ in model.named_parameters() if name.startswith("encoders.")]
+        # of parameters, and of modules: LoRA's globs name Linears
+        named = [*model.named_parameters(), *model.named_modules()]
+        names = [name for name, _ in named if name.startswith("encoders.")]
         globs = [glob for stage in self.recipe.stages for glob, how in stage.train.items() if how.mode != "frozen"]
         return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs)
 
@@ -184,6 +233,8 @@ def train(recipe: Recipe, folder: Path, device: torch.device, console: Console |
     Returns:
         the model, or None if it was interrupted.
     """
-    run = Run(recipe, folder, device, console or Console())
-    model = run.newborn()
-    return run.train(model, run.look(model))
+    world = World.here()
+    with world.started(device):
+        run = Run(recipe, folder, world.device(device), console or Console(quiet=not world.main), world)
+        model = run.newborn()
+        return run.train(model, run.look(model))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from isthmus import objectives
+from isthmus import graft, objectives
 from isthmus.config import ObjectiveConfig
 from isthmus.model import VLM
+from isthmus.training.parallel import World
 from isthmus.types import Batch, ConfigError, DataError
 
 
@@ -22,12 +25,14 @@ class Step(nn.Module):
     Args:
         vlm: the model.
         terms: the stage's objectives with their weights and options.
+        world: the processes that train together. A batch is dealt out to them, unless a term compares its samples
+            with each other: then each computes all of it.
 
     Raises:
         ConfigError: an objective is unknown or named twice.
     """
 
-    def __init__(self, vlm: VLM, terms: Sequence[ObjectiveConfig]):
+    def __init__(self, vlm: VLM, terms: Sequence[ObjectiveConfig], world: World = World()):  # noqa: B008 - frozen
         super().__init__()
         names = [term.name for term in terms]
         if not names or len(set(names)) != len(names):
@@ -36,33 +41,53 @@ class Step(nn.Module):
         self.objectives = nn.ModuleDict({term.name: objectives.named(term.name, term.options) for term in terms})
         self.companions = nn.ModuleDict()
         self.weights = {term.name: term.weight for term in terms}
+        self.world, self.dealt = world, dealt(terms, world)
 
     @property
     def terms(self) -> dict[str, objectives.Objective]:
         return dict(self.objectives.items())  # type: ignore[arg-type]
 
     def scales(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """What each term's sum is multiplied by: its weight over its count in the whole optimizer step.
+        """What each term's sum is multiplied by: its weight over its count in the whole optimizer step, everywhere.
+
+        Gradients of several processes are averaged, hence the factor.
 
         Raises:
             DataError: there is nothing to learn from in these batches.
         """
         batches = list(batches)
-        counts = {name: sum(term.count(batch) for batch in batches) for name, term in self.terms.items()}
+        own = [sum(term.count(batch) for batch in batches) for term in self.terms.values()]
+        counts = dict(zip(self.terms, self.dealt.total(own)))
         if not any(counts.values()):
             ids = [sample for batch in batches for sample in batch.ids]
             raise DataError(
                 f"nothing to learn from in samples {ids[:8]}: no token is supervised",
                 "`isthmus data preview` shows what is trained in each sample",
             )
-        return {name: self.weights[name] / count if count else 0.0 for name, count in counts.items()}
+        size = self.dealt.size
+        return {name: self.weights[name] * size / count if count else 0.0 for name, count in counts.items()}
 
     def forward(self, batch: Batch, scales: Mapping[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         """The scaled total to call backward on, and each term's scaled share of it (detached)."""
         hidden = any(term.needs == "hidden" for term in self.terms.values())
-        output = self.vlm.run(batch, need="hidden" if hidden else "connected")
+        idle = self._idle(batch)
+        output = self.vlm.run(batch, need="hidden" if hidden else "connected", idle=idle)
         shares = {name: term.loss(self, output, batch) * scales[name] for name, term in self.terms.items()}
-        return torch.stack(list(shares.values())).sum(), {name: share.detach() for name, share in shares.items()}
+        total = torch.stack(list(shares.values())).sum()
+        return total if idle is None else total + idle, {name: share.detach() for name, share in shares.items()}
+
+    def _idle(self, batch: Batch) -> Tensor | None:
+        """A zero that depends on the connector (and the encoder, if it trains) of every kind this batch lacks.
+
+        Processes that train together wait for each other's gradients, so none may leave a part out, and gradients
+        go down to the LLM's input in all or in none: where media stay aside, by way of this zero alone. None if
+        there is nobody to wait for, or nothing to add.
+        """
+        splices = self.vlm.aligner.splices
+        kinds = [kind for kind in self.vlm.connectors if kind not in batch.media or not splices]
+        if self.world.size == 1 or not kinds:
+            return None
+        return torch.stack([self.vlm.blank(kind, batch).sum() * 0 for kind in kinds]).sum()
 
     def ready(self) -> None:
         """Train mode where something trains; a part without a trainable parameter stays in eval mode.
@@ -74,30 +99,107 @@ class Step(nn.Module):
             if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
                 module.training = True
 
+    def uneven(self) -> bool:
+        """Whether samples may differ in what they use of the LLM: a joint's grafts may look at kinds and routes."""
+        adapters = {adapter["name"] for adapter in self.vlm.config.lora}
+        return any(graft.at(module).keys() - adapters for module in self.vlm.modules())
+
+    def units(self) -> list[nn.Module]:
+        """The layers of the LLM and of encoders that train: modules that all processes run, or none.
+
+        A frozen encoder's are not among them, because cached features leave it out wherever there are some.
+        """
+        encoders = [encoder for encoder in self.vlm.encoders.values() if any(map(_trains, encoder.parameters()))]
+        parts = [self.vlm.llm, *encoders]
+        return [module for part in parts for module in part.modules() if isinstance(module, GradientCheckpointingLayer)]
+
     def recompute(self) -> None:
-        """Forget the activations inside the LLM's layers and compute them again in the backward."""
-        for module in self.vlm.llm.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.gradient_checkpointing = True
-                setattr(module, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))  # noqa: B010
+        """Forget the activations inside the layers of the LLM and of encoders that train; backward makes them again."""
+        for layer in self.units():
+            _set_recompute(layer, _Again(layer))
+
+    def compile(self, backend: str | Callable[..., Any] = "inductor") -> None:  # type: ignore[override]
+        """`torch.compile` the LLM's layers one by one, in place: equal layers share one code, and no name changes.
+
+        What is outside of them (encoders, the splice, the loss) varies in shape and stays as it is. Call it after
+        `recompute`: of a layer that is computed again, the inside is compiled.
+        """
+        for layer in self.vlm.llm.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                if layer.gradient_checkpointing:
+                    _set_recompute(layer, _Again(layer, backend))
+                else:
+                    layer.compile(dynamic=True, backend=backend)
+
+
+class _Again:
+    """How a layer runs when its activations are computed again: in the mode that it would have otherwise.
+
+    Transformers recomputes in training mode only, so that flag is up on frozen layers too, but for their inside.
+
+    Args:
+        layer: the layer.
+        backend: of `torch.compile`, None to leave it as it is.
+    """
+
+    def __init__(self, layer: nn.Module, backend: str | Callable[..., Any] | None = None):
+        self.layer, self.backend = layer, backend
+
+    def __call__(self, inside: partial[Any], *args: Any) -> Any:
+        return checkpoint(self._run, inside, *args, use_reentrant=False)
+
+    def _run(self, inside: partial[Any], *args: Any) -> Any:
+        forward = inside.func if self.backend is None else _compiled(inside.func, self.backend)
+        flag, self.layer.training = self.layer.training, any(map(_trains, self.layer.parameters()))
+        try:
+            return forward(*inside.args, *args, **inside.keywords)
+        finally:
+            self.layer.training = flag
+
+
+@functools.cache
+def _compiled(forward: Callable[..., Any], backend: str | Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(forward, dynamic=True, backend=backend)
+
+
+def _set_recompute(layer: nn.Module, how: _Again) -> None:
+    """Transformers calls these attributes so."""
+    setattr(layer, "gradient_checkpointing", True)  # noqa: B010
+    setattr(layer, "_gradient_checkpointing_func", how)  # noqa: B010
+
+
+def dealt(terms: Sequence[ObjectiveConfig], world: World) -> World:
+    """The world that the batches of these objectives are dealt out to: all of it, or each process for itself."""
+    return world if all(objectives.named(term.name, term.options).splits for term in terms) else World()
 
 
 def held_out(batches: Sequence[Batch]) -> Callable[[Step], float]:
-    """A validation for `run_stage`: the stage's own loss over fixed batches, in eval mode and without gradient."""
+    """A validation for `run_stage`: the stage's own loss over fixed batches, in eval mode and without gradient.
+
+    Processes that train together share the batches out; all run the same number, if need be one that counts nothing.
+    """
 
     @torch.no_grad()
     def validate(step: Step) -> float:
         step.eval()
         device = next(step.parameters()).device
-        scales = step.scales(batches)
-        return sum(float(step(batch.to(device), scales)[0]) for batch in batches)
+        mine = batches[step.dealt.rank :: step.dealt.size]
+        scales = step.scales(mine)
+        loss = sum((float(step(batch.to(device), scales)[0]) for batch in mine), 0.0)
+        if len(mine) * step.dealt.size < len(batches):
+            step(batches[0].to(device), scales)
+        return step.world.total([loss])[0] / step.world.size
 
     return validate
 
 
+def _trains(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad
+
+
 def _settle(module: nn.Module) -> None:
     parameters = list(module.parameters())
-    if parameters and not any(parameter.requires_grad for parameter in parameters):
+    if parameters and not any(map(_trains, parameters)):
         module.eval()
         return
     module.training = True

@@ -1,0 +1,196 @@
+"""Where numbers stopped being numbers: the first module that produced one, and the batch on which it did.
+
+Training itself only looks at the loss and at the norm of the gradient. When either is not finite, the step is run once
+more with the same randomness, this time under hooks on every module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from isthmus.training.checkpoint import write_text, writing
+from isthmus.training.optimizer import Trained
+from isthmus.training.parallel import whole
+from isthmus.types import Batch, NotFinite
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The first tensor that is not finite, in words, and the module that made it where one did."""
+
+    tensor: str
+    module: str | None = None
+
+
+def refuse(
+    step: nn.Module,
+    trained: Sequence[Trained],
+    number: int,
+    batches: Sequence[Batch],
+    shares: Mapping[str, Tensor],
+    again: Callable[[], object],
+    note: Path,
+) -> NoReturn:
+    """Name the culprit of a step, write its batches down, and stop.
+
+    Args:
+        number: of the step, counted from 1.
+        shares: the terms of the loss.
+        again: runs forward and backward of the same step once more. With several processes all of them call it.
+        note: where the culprit and the samples are named; their tensors go beside it as safetensors.
+
+    Raises:
+        NotFinite: always.
+    """
+    leftover = _left_over(shares, trained)  # before the gradients are overwritten
+    for each in trained:
+        each.parameter.grad = None
+    inside = in_modules(step, again)  # by every process, or the others would wait
+    fault = in_batches(batches) or inside or leftover
+    tensors = note.with_suffix(".safetensors")
+    with writing(note):
+        save_file(tensors_of(batches), tensors)
+        samples = [list(batch.ids) for batch in batches]
+        content = {"step": number, "tensor": fault.tensor, "module": fault.module, "samples": samples}
+        write_text(note, json.dumps(content, indent=1))
+    raise NotFinite(
+        f"step {number}: {fault.tensor} is not finite",
+        f"{note} names the samples and {tensors.name} beside it holds them; look at them, or lower the learning rate; "
+        "the weights before it are saved",
+    )
+
+
+# ---------------------------------------------------------------------------------------------- what went in
+
+
+def in_batches(batches: Sequence[Batch]) -> Fault | None:
+    """A medium of the batches that is not finite before any module has seen it."""
+    for batch in batches:
+        for kind, media in batch.media.items():
+            for what, tensor in (
+                ("pixels", media.pixels),
+                ("features", media.features.x_NSE if media.features else None),
+            ):
+                if tensor is not None and not _finite(tensor):
+                    bad = int((~tensor.isfinite()).flatten(1).any(1).nonzero()[0])
+                    return Fault(f"a value in the {what} of {kind} {bad + 1}{_of_sample(batch, int(media.row_N[bad]))}")
+    return None
+
+
+def tensors_of(batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """Every tensor of the batches by dotted name, the number of the micro-batch first: `0.media.image.pixels`."""
+    named = {name: tensor for number, batch in enumerate(batches) for name, tensor in _named(batch, f"{number}")}
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in named.items()}
+
+
+def _of_sample(batch: Batch, row: int) -> str:
+    """Which sample a row belongs to, where every row is one."""
+    return f" (sample {batch.ids[row]})" if len(batch.ids) == len(batch.input_ids_BT) else f" (row {row + 1})"
+
+
+def _named(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _named(item, f"{name}.{key}")
+    elif is_dataclass(value):
+        for each in fields(value):
+            yield from _named(getattr(value, each.name), f"{name}.{each.name}")
+    elif isinstance(value, tuple | list):
+        for place, item in enumerate(value):
+            yield from _named(item, f"{name}.{place}")
+
+
+# ---------------------------------------------------------------------------------------------- what was computed
+
+
+def in_modules(step: nn.Module, again: Callable[[], object]) -> Fault | None:
+    """Run the step again and watch what every module takes and gives, forward and backward; the first bad one."""
+    faults: list[Fault] = []
+    with _watched(step, faults), torch.compiler.set_stance("force_eager"):
+        again()
+    return faults[0] if faults else None
+
+
+@contextlib.contextmanager
+def _watched(step: nn.Module, faults: list[Fault]) -> Iterator[None]:
+    """Hooks on every module that note what is not finite, in the order in which it is computed."""
+    handles = []
+    for name, module in step.named_modules():
+        if name:
+            probe = _Probe(name, faults)
+            handles.append(module.register_forward_pre_hook(probe.before, with_kwargs=True))
+            handles.append(module.register_forward_hook(probe.after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """The hooks of one module.
+
+    Its inputs are replaced by aliases of their own, so that the gradient which flows out of this module is seen
+    before it is added to that of the other readers of the same tensor.
+    """
+
+    name: str
+    faults: list[Fault]
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        for key, parameter in module.named_parameters(recurse=False):
+            if not _finite(whole(parameter)):
+                self._note(f"the weight {self.name}.{key}")
+        return tuple(map(self._enter, args)), {key: self._enter(value) for key, value in kwargs.items()}
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        for _, tensor in _named(output, ""):
+            if not _finite(tensor):
+                self._note(f"the output of {self.name}")
+            if tensor.requires_grad:
+                tensor.register_hook(lambda gradient: self._look(gradient, "the gradient that reaches the output of"))
+
+    def _enter(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        if bool(value.isnan().any()):  # masks may be infinite
+            self._note(f"the input of {self.name}")
+        if not value.requires_grad:
+            return value
+        alias = value.view_as(value)
+        alias.register_hook(lambda gradient: self._look(gradient, "the gradient that comes out of"))
+        return alias
+
+    def _look(self, tensor: Tensor, what: str) -> None:
+        if not _finite(tensor):
+            self._note(f"{what} {self.name}")
+
+    def _note(self, tensor: str) -> None:
+        self.faults.append(Fault(tensor, self.name))
+
+
+def _left_over(shares: Mapping[str, Tensor], trained: Sequence[Trained]) -> Fault:
+    """What was seen without hooks: a term of the loss, else a gradient, else their norm, which can overflow alone."""
+    for name, share in shares.items():
+        if not _finite(share):
+            return Fault(f"the loss {name} ({float(share)})")
+    for each in trained:
+        if each.parameter.grad is not None and not _finite(whole(each.parameter.grad)):
+            return Fault(f"the gradient of {each.name}", each.name.rpartition(".")[0])
+    return Fault("the norm of all gradients")
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())

@@ -1,0 +1,150 @@
+"""Several processes of one training, on one machine over gloo: what tests start, and what runs inside."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import small
+import torch
+
+from isthmus.config import Engine, Recipe, Stage
+from isthmus.training.loop import run_stage
+from isthmus.training.parallel import World
+from isthmus.training.run import train
+from isthmus.training.step import held_out
+from isthmus.types import Batch, DataError, IsthmusError
+
+PATIENCE = 120
+"""Seconds after which processes that have not ended count as hanging."""
+
+PRELOADED = [
+    "isthmus.training.run",
+    "isthmus.aligners.llava",
+    "torch.distributed.tensor",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.llama.modeling_llama",
+]
+"""What takes long to import is imported once, in the process that the others are forked from."""
+
+
+def start(size: int, work: Callable[..., None], *arguments: Any) -> list[int]:
+    """Run `work(world, *arguments)` in `size` processes; their exit codes. Processes that hang are ended."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [context.Process(target=_inside, args=(rank, size, port, work, arguments)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(PATIENCE)
+    hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+    assert not hanging, f"ranks {hanging} of {size} hang"
+    return [process.exitcode or 0 for process in processes]
+
+
+def _inside(rank: int, size: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    work(World.here(), *arguments)
+
+
+@dataclass
+class Share(small.Colours):
+    """One process's rows of what `Colours` gives a process that is alone."""
+
+    world: World = World()
+    texts: tuple[int, ...] = ()
+    """Numbers of the rows that are conversations without a picture."""
+
+    def __call__(self, step: int, micro: int) -> Batch:
+        numbers = [step * self.size + row for row in range(self.size)]
+        mine = numbers[self.world.rank :: self.world.size][micro :: self.micros]
+        chosen = [small.text(n) if n % self.size in self.texts else small.sample(n) for n in mine]
+        return self.vlm.processor.collator()(chosen)
+
+
+def learn(
+    world: World,
+    recipe: Recipe,
+    stage: Stage,
+    folder: Path,
+    engine: Engine = Engine(),  # noqa: B008
+    feed: type[Share] = Share,
+    steps: int | None = 6,
+    **more: Any,
+) -> None:
+    """One stage to its end, by one process of a world."""
+    vlm = small.build(recipe)
+    alone = Share(vlm, size=stage.batch_size)
+    share = feed(vlm, size=stage.batch_size, micros=stage.accumulate, world=world, **more)
+    validate = held_out([alone(number, 0) for number in (50, 51, 52)])
+    console = small.quiet()
+    common = {"steps": steps, "validate": validate, "console": console, "engine": engine, "world": world}
+    with world.started(torch.device("cpu")):
+        run_stage(vlm, stage, share, folder, **common)  # type: ignore[arg-type]
+
+
+class Undealt(Share):
+    """Every process gets all rows."""
+
+    def __call__(self, step: int, micro: int) -> Batch:
+        return Share(self.vlm, self.size, self.micros)(step, micro)
+
+
+class Stopped(Share):
+    """SIGTERM comes to the last process alone, while it prepares the third step."""
+
+    def __call__(self, step: int, micro: int) -> Batch:
+        if step == 2 and micro == 0 and self.world.rank == self.world.size - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return super().__call__(step, micro)
+
+
+class Faulty(Share):
+    """The third step has a picture that the last process cannot read."""
+
+    def __call__(self, step: int, micro: int) -> Batch:
+        if step == 2 and self.world.rank == self.world.size - 1:
+            raise DataError("cat.png: cannot be read", "mend it")
+        return super().__call__(step, micro)
+
+
+def fail(world: World, recipe: Recipe, stage: Stage, folder: Path, engine: Engine) -> None:
+    """What every process says of a fault in one of them."""
+    try:
+        learn(world, recipe, stage, folder, engine, Faulty)
+    except IsthmusError as error:
+        (folder / f"said-{world.rank}").write_text(error.cause)
+
+
+def whole(world: World, recipe: Recipe, folder: Path, home: Path) -> None:
+    """All stages of a recipe, as `isthmus train` runs them."""
+    os.environ["ISTHMUS_HOME"] = str(home)
+    train(recipe, folder, torch.device("cpu"), small.quiet())
+
+
+def agree(world: World, folder: Path) -> None:
+    """What processes agree on, written down by each."""
+    with world.started(torch.device("cpu")):
+        found = [
+            world.total([1, world.rank]),
+            world.total([0.5]),
+            world.total([0.5 if world.main else 0]),  # one process has whole numbers where another has not
+            world.any(world.rank == 1),
+            world.any(False),
+            world.lead(lambda: 7 + world.rank),
+        ]
+        (folder / f"{world.rank}.json").write_text(json.dumps(found))

@@ -1,0 +1,206 @@
+"""Several processes train what one trains: same losses, same weights, same order, and none waits in vain."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import small
+import torch
+from safetensors.torch import load_file
+
+from isthmus.config import Engine, Recipe, Stage
+from isthmus.training.log import read_rows
+from isthmus.training.parallel import World
+from isthmus.training.run import Feed, mix_of
+from isthmus.training.toy import toy
+from isthmus.types import ConfigError
+
+TRAIN = {
+    "connectors.*": 1e-3,
+    "llm.model.layers.0.*": {"lr": 1e-3, "weight_decay": 0.1},
+    "llm.model.layers.1.*": {"mode": {"r": 2}, "lr": 1e-4},
+}
+"""A joint with a scalar in it, a layer in full, and LoRA in another."""
+ENGINES = {
+    "ddp": Engine(),
+    "fsdp": Engine(parallel="fsdp"),
+    "fsdp, frozen parts whole": Engine(parallel="fsdp", shard_frozen=False),
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    parts = small.parts(tmp_path_factory.mktemp("parts"))
+    return parts.override(["aligner.options.normalise=true"])
+
+
+def stage(**changes: Any) -> Stage:
+    return small.stage(**{"train": TRAIN, "clip": 0.5, "save_every": 0.34, "evaluate_every": 0.5, **changes})
+
+
+def alone(recipe: Recipe, made: Stage, folder: Path, **more: Any) -> Path:
+    ranks.learn(World(), recipe, made, folder, **more)
+    return folder
+
+
+def same(one: Path, other: Path, tolerance: float = 1e-6) -> None:
+    """Equal curves of training and validation, and equal weights."""
+    first, second = (read_rows(folder / "metrics.jsonl") for folder in (one, other))
+    for key in ("loss", "validation_loss", "grad_norm"):
+        a, b = ([(row["step"], row[key]) for row in rows if key in row] for rows in (first, second))
+        assert [step for step, _ in a] == [step for step, _ in b] and a
+        near = 5 * tolerance if key == "grad_norm" else tolerance  # a root of sums of many squares
+        assert [value for _, value in a] == pytest.approx([value for _, value in b], rel=near, abs=near), key
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (one, other))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda text, n=name: n + text)
+
+
+@pytest.mark.parametrize("engine, accumulate", [("ddp", 2), ("fsdp", 2), ("fsdp, frozen parts whole", 1)])
+def test_two_processes_equal_one(recipe: Recipe, tmp_path: Path, engine: str, accumulate: int) -> None:
+    one = alone(recipe, stage(), tmp_path / "one", steps=4)
+    made = stage(accumulate=accumulate)
+    assert ranks.start(2, ranks.learn, recipe, made, tmp_path / "two", ENGINES[engine], ranks.Share, 4) == [0, 0]
+    same(one, tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_four_processes_equal_one(recipe: Recipe, tmp_path: Path, engine: str) -> None:
+    made = stage(batch_size=8, recompute=True)
+    one = alone(recipe, made, tmp_path / "one")
+    assert ranks.start(4, ranks.learn, recipe, made, tmp_path / "four", ENGINES[engine]) == [0] * 4
+    same(one, tmp_path / "four")
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("train", ["connectors.*", "*"])
+def test_a_process_without_pictures_neither_hangs_nor_changes_anything(
+    recipe: Recipe, tmp_path: Path, engine: str, train: str
+) -> None:
+    """Every second row is text, which is all that the second process gets; encoders that train have pixels."""
+    made = stage(
+        train={"connectors.*": 1e-3} if train == "connectors.*" else {**TRAIN, "encoders.*layers.0.mlp.*": 1e-4}
+    )
+    vlm = small.build(recipe)
+    lonely = ranks.Share(vlm, size=4, world=World(1, 2, 1), texts=(1, 3))
+    assert not lonely(0, 0).media and ranks.Share(vlm, size=4, world=World(0, 2, 0), texts=(1, 3))(0, 0).media
+    one = alone(recipe, made, tmp_path / "one", steps=4, texts=(1, 3))
+    assert ranks.start(2, _mixed, recipe, made, tmp_path / "two", ENGINES[engine]) == [0, 0]
+    same(one, tmp_path / "two")
+
+
+def _mixed(*arguments: Any) -> None:
+    ranks.learn(*arguments, steps=4, texts=(1, 3))
+
+
+def test_a_loss_that_compares_the_samples_of_a_batch_is_computed_whole_by_every_process(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    made = stage(train={"connectors.*": 1e-3}, objectives=["contrastive"])
+    one = alone(recipe, made, tmp_path / "one", steps=4)
+    assert ranks.start(2, _undealt, recipe, made, tmp_path / "two", ENGINES["fsdp"]) == [0, 0]
+    same(one, tmp_path / "two")
+    assert [checkpoint_state(tmp_path / run)["samples"] for run in ("one", "two")] == [16, 16]
+
+
+def _undealt(world: World, *arguments: Any) -> None:
+    ranks.learn(world, *arguments, feed=ranks.Undealt, steps=4)
+
+
+def checkpoint_state(folder: Path) -> dict[str, Any]:
+    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    return json.loads((newest / "state.json").read_text())
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_what_two_processes_saved_one_goes_on_with(recipe: Recipe, tmp_path: Path, engine: str) -> None:
+    """A signal to one of them stops both after the same step."""
+    whole = alone(recipe, stage(), tmp_path / "whole")
+    assert ranks.start(2, ranks.learn, recipe, stage(), tmp_path / "parts", ENGINES[engine], ranks.Stopped) == [0, 0]
+    assert checkpoint_state(tmp_path / "parts")["step"] == 3
+    assert not (tmp_path / "parts" / "model").exists()
+    alone(recipe, stage(), tmp_path / "parts")
+    same(whole, tmp_path / "parts")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after", [("ddp", "fsdp"), ("fsdp", "ddp"), ("fsdp", "fsdp")])
+def test_what_two_processes_saved_four_go_on_with(recipe: Recipe, tmp_path: Path, before: str, after: str) -> None:
+    whole = alone(recipe, stage(), tmp_path / "whole")
+    assert ranks.start(2, ranks.learn, recipe, stage(), tmp_path / "parts", ENGINES[before], ranks.Stopped) == [0, 0]
+    assert ranks.start(4, ranks.learn, recipe, stage(), tmp_path / "parts", ENGINES[after]) == [0] * 4
+    same(whole, tmp_path / "parts")
+
+
+def test_a_fault_in_one_process_ends_all_and_what_was_done_is_kept(recipe: Recipe, tmp_path: Path) -> None:
+    assert ranks.start(2, ranks.fail, recipe, stage(), tmp_path, ENGINES["fsdp"]) == [0, 0]
+    assert (tmp_path / "said-1").read_text() == "cat.png: cannot be read"
+    assert (tmp_path / "said-0").read_text() == "another process of this training failed"
+    assert checkpoint_state(tmp_path)["step"] == 2
+
+
+def test_processes_agree(tmp_path: Path) -> None:
+    assert ranks.start(3, ranks.agree, tmp_path) == [0, 0, 0]
+    for rank in range(3):
+        *sums, one, none, first = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert sums == [[3, 3], [1.5], [0.5 if rank == 0 else 0]] and (one, none, first) == (True, False, 7)
+
+
+def test_the_launcher_describes_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert World.here() == World(0, 1, 0) and World.here().main
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(ConfigError, match="WORLD_SIZE"):
+        World.here()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    world = World.here()
+    assert world == World(3, 4, 1) and not world.main
+    assert world.device(torch.device("cuda")) == torch.device("cuda:1")
+    assert world.device(torch.device("cpu")) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("batching", ["bucketed", "shuffled", "packed"])
+def test_a_step_has_the_same_samples_for_any_number_of_processes(tmp_path: Path, batching: str) -> None:
+    recipe = toy(tmp_path)
+    made = recipe.stages[0].but(batching=batching, batch_size=8, accumulate=2, max_length=128)
+    data, collator = mix_of(made, 0), small.build(recipe).processor.collator(max_length=128)
+    orders = []
+    for size in (1, 2, 4):
+        feeds = [Feed(made, data, collator, 0, World(rank, size)) for rank in range(size)]
+        steps = [[feed(step, micro).ids for feed in feeds for micro in range(2)] for step in range(5)]
+        assert all(ids for step in steps for ids in step)
+        orders.append([sorted(sample for ids in step for sample in ids) for step in steps])
+    assert orders[0] == orders[1] == orders[2]
+
+
+def test_all_stages_of_a_recipe_and_its_feature_cache(tmp_path: Path) -> None:
+    """Each process encodes its share of the pictures, once; packed rows and a split batch, as one process has them."""
+    recipe = toy(tmp_path / "parts")
+    tune = recipe.stages[1]
+    tune = tune.but(train={glob: how.but(mode="full") for glob, how in tune.train.items()})  # dropout differs by rank
+    recipe = recipe.but(stages=(recipe.stages[0], tune))
+    ranks.start(1, ranks.whole, recipe, tmp_path / "one", tmp_path / "home-1")
+    assert ranks.start(2, ranks.whole, recipe, tmp_path / "two", tmp_path / "home-2") == [0, 0]
+    for name in ("align", "tune"):
+        # the cache was filled in other batches, and eight steps at a high rate make more of the last digit
+        same(tmp_path / "one" / name, tmp_path / "two" / name, tolerance=1e-4)
+    one, two = (rows_of(tmp_path / home / "features") for home in ("home-1", "home-2"))
+    assert one.keys() == two.keys() and len(one) == 4
+    for key, row in one.items():
+        torch.testing.assert_close(row, two[key], rtol=1e-5, atol=1e-5)
+
+
+def rows_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Rows of a feature cache by key."""
+    (index,) = folder.rglob("index.txt")
+    keys = index.read_text().split()
+    rows = torch.from_file(str(index.with_name("rows.bin")), size=index.with_name("rows.bin").stat().st_size // 4)
+    return dict(zip(keys, rows.view(len(keys), -1)))

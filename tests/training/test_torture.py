@@ -1,0 +1,60 @@
+"""Training survives being killed, and the test that says so would notice if it did not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from isthmus.config import Engine, Recipe
+from isthmus.training import torture
+from isthmus.training.toy import toy
+
+
+def run(folder: Path, *options: str) -> dict:
+    """`isthmus torture train` in an interpreter of its own, as a person starts it."""
+    words = ["-m", "isthmus.cli.app", "torture", "train", "--out", str(folder), "--json", *options]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def test_ten_kills(tmp_path: Path) -> None:
+    found = run(tmp_path, "--times", "10")
+    assert (found["kills"], found["survived"], found["faults"]) == (10, 10, [])
+    assert found["in_saves"] >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_hundred_kills(tmp_path: Path) -> None:
+    found = run(tmp_path, "--times", "200", "--seed", "7")
+    assert (found["kills"], found["survived"], found["faults"]) == (200, 200, [])
+    assert found["in_saves"] >= 50
+
+
+def test_a_run_that_went_otherwise_is_told_apart(tmp_path: Path) -> None:
+    recipe = toy(tmp_path / "parts")
+    recipe = recipe.but(stages=[recipe.stages[0].but(budget={"steps": 3}, save_every=1 / 3)])
+    assert torture._wait(torture._start(recipe, tmp_path / "whole", Engine()))
+    whole = torture.contents(tmp_path / "whole", recipe)
+    assert torture._differences(whole, torture.contents(tmp_path / "whole", recipe)) == []
+
+    def other(name: str, change: Recipe) -> list[str]:
+        assert torture._wait(torture._start(change, tmp_path / name, Engine(workers=1, save_async=True)))
+        return torture._differences(whole, torture.contents(tmp_path / name, change))
+
+    assert other("same", recipe) == []
+    told = other("seed", recipe.but(seed=1))
+    assert "align row 2 differs" in told and "align/model/model.safetensors differs" in told
+    assert any("optimizer.safetensors" in line for line in told)
+
+
+def test_a_run_that_fails_by_itself_is_said_to(tmp_path: Path) -> None:
+    recipe = toy(tmp_path / "parts")
+    (tmp_path / "parts" / "data" / "data.jsonl").unlink()
+    assert not torture._wait(torture._start(recipe, tmp_path / "run", Engine()))
+    assert "cannot be read" in (tmp_path / "run" / "error.txt").read_text()
