@@ -10,8 +10,16 @@ from collections.abc import Callable
 
 from isthmus.config import Recipe, nearest
 from isthmus.errors import ConfigError
+from isthmus.recipes.blip2 import blip2, instructblip, minigpt4
+from isthmus.recipes.cogvlm import cogvlm
 from isthmus.recipes.demo import demo
+from isthmus.recipes.ee_mllm import ee_mllm
+from isthmus.recipes.flamingo import flamingo
+from isthmus.recipes.llama_adapter import llama_adapter
 from isthmus.recipes.llava import llava
+from isthmus.recipes.mplug_owl import mplug_owl
+from isthmus.recipes.qwen_vl import qwen_vl
+from isthmus.recipes.saisa import saisa
 
 BOOK: dict[str, Callable[[], Recipe]] = {
     "demo": demo,
@@ -19,6 +27,41 @@ BOOK: dict[str, Callable[[], Recipe]] = {
     "llava-linear": lambda: llava("embedded", projector="linear"),
     "llava-1.5-7b": lambda: llava("published"),
     "llava-v1-7b": lambda: llava("published", projector="linear"),
+    "blip2": blip2,
+    "blip2-second": lambda: blip2(first=False),
+    "blip2-opt-2.7b": lambda: blip2("published"),
+    "blip2-opt-2.7b-second": lambda: blip2("published", first=False),
+    "blip2-flan-t5-xl": lambda: blip2("published", "flan-t5-xl"),
+    "instructblip": instructblip,
+    "instructblip-vicuna-7b": lambda: instructblip("published"),
+    "minigpt4": minigpt4,
+    "minigpt4-first": lambda: minigpt4(curated=False),
+    "minigpt4-7b": lambda: minigpt4("published"),
+    "minigpt4-first-7b": lambda: minigpt4("published", curated=False),
+    "flamingo": flamingo,
+    "openflamingo-9b": lambda: flamingo("published"),
+    "openflamingo-4b": lambda: flamingo("published-4b"),
+    "qwen-vl": qwen_vl,
+    "qwen-vl-blind-to-place": lambda: qwen_vl(positions=False),
+    "qwen-vl-7b": lambda: qwen_vl("published"),
+    "mplug-owl": mplug_owl,
+    "mplug-owl-7b": lambda: mplug_owl("published"),
+    "cogvlm": cogvlm,
+    "cogvlm-17b": lambda: cogvlm("published"),
+    "llama-adapter": llama_adapter,
+    "llama-adapter-v2": lambda: llama_adapter("embedded", "v2"),
+    "llama-adapter-v2-released": lambda: llama_adapter("embedded", "v2-released"),
+    "llama-adapter-v1-7b": lambda: llama_adapter("published"),
+    "llama-adapter-v2-7b": lambda: llama_adapter("published", "v2"),
+    "llama-adapter-v2-released-7b": lambda: llama_adapter("published", "v2-released"),
+    "ee-mllm": ee_mllm,
+    "ee-mllm-f": lambda: ee_mllm(free=True),
+    "ee-mllm-7b": lambda: ee_mllm("published"),
+    "ee-mllm-f-7b": lambda: ee_mllm("published", free=True),
+    "naavit": lambda: ee_mllm(visual="ffn"),
+    "naavit-7b": lambda: ee_mllm("published", visual="ffn"),
+    "saisa": saisa,
+    "saisa-7b": lambda: saisa("published"),
 }
 """Recipes by the name that the command line knows."""
 

@@ -1,0 +1,66 @@
+"""BLIP-2: 32 learned queries read a frozen encoder through a Q-Former and stand before the text as a soft prompt.
+
+Li et al. 2023, arXiv 2301.12597. Official code: github.com/salesforce/LAVIS, `blip2_models`.
+
+Differs:
+    - without `tokenizer`, the first stage reads and writes the LLM's own vocabulary with newborn embeddings; the
+      paper's is BERT's;
+    - with `text`, the text half stays in the model through the second stage, frozen; the paper drops it there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from isthmus import parts, sites
+from isthmus.aligner import Aligner
+from isthmus.connectors import Connector
+from isthmus.connectors.qformer import QFormer, Shape
+from isthmus.encoders import Encoder
+from isthmus.types import ConfigError, Layout, Reading
+
+if TYPE_CHECKING:
+    from isthmus.model import VLM
+
+
+class BLIP2(Aligner):
+    """A Q-Former between encoder and LLM; its text half is there for the first stage alone."""
+
+    name = "blip2"
+    family = "perceiver"
+
+    class Options(Shape):
+        text: bool = False
+        """Carry the text half, which the first stage trains and the second has no use for."""
+        length: int = Field(32, ge=3)
+        """Tokens of a caption in the first stage."""
+        tokenizer: str | None = None
+        """Whose vocabulary the text half has, as a folder or a hub name; None is the LLM's own."""
+
+    def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
+        return QFormer(encoder.width, width, self.options, "whole" if self.options.text else None)
+
+    def layout(self, kind: str, tokens: int) -> Layout:
+        """Soft tokens alone, with no line break behind them."""
+        return Layout(tokens)
+
+    def reading(self) -> Reading | None:
+        if not self.options.text:
+            return None
+        source = self.options.tokenizer
+        return Reading(self.options.length, "answer", None if source is None else parts.vocabulary(source))
+
+    def birth(self, model: VLM) -> None:
+        """Nothing but a check.
+
+        Raises:
+            ConfigError: the text half cannot hold the vocabulary that it reads, and the word that starts a caption.
+        """
+        words, held = len(sites.embedding(model.llm).weight), self.options.vocabulary
+        if self.options.text and self.options.tokenizer is None and words >= held:
+            raise ConfigError(
+                f"the text half holds {held} words; the LLM's vocabulary and a start are {words + 1}",
+                f"set aligner.options.vocabulary={words + 1}, or name a tokenizer of its own",
+            )

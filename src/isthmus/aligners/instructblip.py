@@ -1,0 +1,62 @@
+"""InstructBLIP: BLIP-2's Q-Former hears the instruction, so that its queries take from the picture what was asked for.
+
+Dai et al. 2023, arXiv 2305.06500. Official code: github.com/salesforce/LAVIS, `blip2_vicuna_instruct.py`.
+
+Differs:
+    - without `tokenizer`, the Q-Former reads the LLM's own vocabulary, and newborn embeddings; the paper's is BERT's;
+    - in a conversation, a picture is read under the turn that holds it; the paper has one question per picture;
+    - the last layer's text feed-forward, which no gradient reaches, is left out (see `connectors.qformer`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from isthmus import parts, sites
+from isthmus.aligner import Aligner
+from isthmus.connectors import Connector
+from isthmus.connectors.qformer import InstructedQFormer, Shape
+from isthmus.encoders import Encoder
+from isthmus.types import ConfigError, Layout, Reading
+
+if TYPE_CHECKING:
+    from isthmus.model import VLM
+
+
+class InstructBLIP(Aligner):
+    """An instruction-aware Q-Former between encoder and LLM."""
+
+    name = "instructblip"
+    family = "perceiver"
+
+    class Options(Shape):
+        length: int = Field(128, ge=1)
+        """Tokens of an instruction that the Q-Former reads, the last ones."""
+        tokenizer: str | None = None
+        """Whose vocabulary the Q-Former reads, as a folder or a hub name; None is the LLM's own."""
+
+    def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
+        return InstructedQFormer(kind, encoder.width, width, self.options)
+
+    def layout(self, kind: str, tokens: int) -> Layout:
+        """Soft tokens alone, with no line break behind them."""
+        return Layout(tokens)
+
+    def reading(self) -> Reading:
+        source = self.options.tokenizer
+        return Reading(self.options.length, tokenizer=None if source is None else parts.vocabulary(source))
+
+    def birth(self, model: VLM) -> None:
+        """Nothing but a check.
+
+        Raises:
+            ConfigError: the Q-Former cannot hold the vocabulary that it reads.
+        """
+        words, held = len(sites.embedding(model.llm).weight), self.options.vocabulary
+        if self.options.tokenizer is None and words > held:
+            raise ConfigError(
+                f"the Q-Former holds {held} words, the LLM's vocabulary {words}",
+                f"set aligner.options.vocabulary={words}, or name a tokenizer of its own",
+            )

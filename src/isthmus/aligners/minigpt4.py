@@ -1,0 +1,42 @@
+"""MiniGPT-4: BLIP-2's Q-Former as it was trained, frozen, and one Linear to another LLM.
+
+Zhu et al. 2023, arXiv 2304.10592. Official code: github.com/Vision-CAIR/MiniGPT-4.
+
+Differs: the Q-Former's weights come from the `qformer` option, a directory of transformers' BLIP-2; without it, it is
+newborn, and a first stage must train it before it is frozen.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from isthmus import parts
+from isthmus.aligner import Aligner
+from isthmus.connectors import Connector, blip2_weights
+from isthmus.connectors.qformer import QFormer, Shape
+from isthmus.encoders import Encoder
+from isthmus.types import Layout
+
+if TYPE_CHECKING:
+    from isthmus.model import VLM
+
+
+class MiniGPT4(Aligner):
+    """32 queries between `<Img>` and `</Img>`; in training, only `connectors.*.project` learns."""
+
+    name = "minigpt4"
+    family = "perceiver"
+
+    class Options(Shape):
+        qformer: str | None = None
+        """A folder or hub name of transformers' BLIP-2, whose Q-Former is taken over."""
+
+    def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
+        return QFormer(encoder.width, width, self.options)
+
+    def layout(self, kind: str, tokens: int) -> Layout:
+        return Layout(tokens, before="<Img>", after="</Img>")
+
+    def birth(self, model: VLM) -> None:
+        if self.options.qformer is not None:
+            blip2_weights.take_over(model.connectors["image"], parts.tensors(self.options.qformer))

@@ -1,0 +1,90 @@
+"""OpenFlamingo 9B and 4B (arXiv 2308.01390; Flamingo is arXiv 2204.14198): one stage, the LLM frozen throughout."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from isthmus.config import AlignerConfig, Budget, EncoderConfig, LLMConfig, Recipe, Stage, Train
+from isthmus.recipes import parts
+
+INCITE_3B: dict[str, Any] = {
+    "model_type": "gpt_neox",
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 50432,
+    "max_position_embeddings": 2048,
+    "use_parallel_residual": False,
+    "rotary_pct": 1.0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "tie_word_embeddings": False,
+}
+
+
+def flamingo(size: Literal["embedded", "published", "published-4b"] = "embedded", every: int | None = None) -> Recipe:
+    """OpenFlamingo; `every` is the ablation of how densely gated blocks stand."""
+    if size == "embedded":
+        return embedded(every or 5)
+    return published_9b(every or 4) if size == "published" else published_4b(every or 2)
+
+
+def published_9b(every: int = 4) -> Recipe:
+    """The first release, on LLaMA 7B. The later ones stand on MPT, whose layers in transformers take no additions."""
+    llm = LLMConfig(source="huggyllama/llama-7b", architecture=parts.VICUNA_7B)
+    return _published("openflamingo-9b", "OpenFlamingo 9B on LLaMA 7B as published", llm, every)
+
+
+def published_4b(every: int = 2) -> Recipe:
+    """On RedPajama-INCITE 3B."""
+    llm = LLMConfig(source="togethercomputer/RedPajama-INCITE-Base-3B-v1", architecture=INCITE_3B)
+    return _published("openflamingo-4b", "OpenFlamingo 4B on RedPajama-INCITE 3B as published", llm, every)
+
+
+def _published(name: str, about: str, llm: LLMConfig, every: int) -> Recipe:
+    """Rates, decay and warm-up are those of the official scripts (spec B4.1); batch size and length are recalled.
+
+    Where the authors add two losses per step, ours draws pairs and documents in the same proportion.
+    """
+    return Recipe(
+        name=name,
+        about=about,
+        encoder=EncoderConfig(
+            source="openai/clip-vit-large-patch14",
+            layer=-1,
+            architecture={**parts.CLIP_L_336, "image_size": 224},
+            aspect="crop",
+        ),
+        llm=llm,
+        aligner=AlignerConfig(name="flamingo", options={"every": every}),
+        dtype="bfloat16",
+        stages=(
+            Stage(
+                name="align",
+                data=(
+                    parts.file("laion_2b.jsonl", "laion").but(weight=0.2),
+                    parts.file("mmc4.jsonl", "mmc4").but(weight=1.0),
+                ),
+                template="plain",
+                train={"connectors.*": Train(), "llm.*.grafts.gated.*": Train(weight_decay=0.1)},
+                lr=1e-4,
+                batch_size=1536,
+                accumulate=8,
+                schedule="constant",
+                warmup=0.04,
+                budget=Budget(samples=180_000_000),
+                recompute=True,
+            ),
+        ),
+    )
+
+
+def embedded(every: int = 5, minutes: float = 5.0) -> Recipe:
+    """SmolLM2-135M stays frozen to the bit; six gated blocks and a small resampler train."""
+    return parts.embedded(
+        "flamingo",
+        f"Flamingo on embedded parts: a gated block every {every} layers, SmolLM2-135M, EfficientNet-Lite0",
+        AlignerConfig(name="flamingo", options={"every": every, "latents": 16, "depth": 2, "inner": 256}),
+        (parts.sft(minutes, {"connectors.*": Train(lr=1e-3), "llm.*.grafts.gated.*": Train(lr=1e-3)}),),
+    )

@@ -1,0 +1,118 @@
+"""LLaMA-Adapter (arXiv 2303.16199) and V2 (arXiv 2304.15010): gated prompts; V2 takes turns over two sets of data."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+from isthmus.config import AlignerConfig, Budget, EncoderConfig, LLMConfig, Recipe, Stage, Train
+from isthmus.recipes import parts
+
+Version: TypeAlias = Literal["v1", "v2", "v2-released"]
+
+CLIP_L_224 = {**parts.CLIP_L_336, "image_size": 224}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "v1": {"lower": 2},
+    "v2": {"fusion": "early", "lower": 1, "tune": "scale"},
+    "v2-released": {"lower": 1, "tune": "bias", "blocks": 8},
+}
+VISUAL: dict[str, tuple[str, ...]] = {
+    "v1": ("connectors.*", "llm.*.grafts.adapter.*"),
+    "v2": ("connectors.*", "llm.*.grafts.early.*"),
+    "v2-released": ("connectors.*", "llm.*.grafts.adapter.*"),
+}
+"""What learns from pictures."""
+LANGUAGE: dict[str, tuple[str, ...]] = {
+    "v1": ("llm.*.grafts.adapter.*",),
+    "v2": ("llm.*.grafts.adapter.*", "llm.*.grafts.affine.*", "llm.*norm*"),
+    "v2-released": ("llm.*.grafts.affine.*", "llm.*norm*"),
+}
+"""What learns from instructions; in V2 nothing is in both."""
+
+
+def llama_adapter(
+    size: Literal["embedded", "published"] = "embedded",
+    version: Version = "v1",
+    lower: int | None = None,
+    rounds: int = 1,
+) -> Recipe:
+    """LLaMA-Adapter in one of its versions.
+
+    Args:
+        size: `embedded` or `published`.
+        version: V1; V2 as in its paper; V2 as its multimodal code was released.
+        lower: layers from below without learnt prompts, the paper's ablation; None is the version's own number.
+        rounds: how often V2's paper takes turns between pictures and instructions.
+    """
+    options = OPTIONS[version] if lower is None else {**OPTIONS[version], "lower": lower}
+    return embedded(version, options, rounds) if size == "embedded" else published(version, options, rounds)
+
+
+def published(version: Version, options: dict[str, Any], rounds: int) -> Recipe:
+    """As the official scripts train LLaMA 7B (spec B6); learning rates are their base rates times batch / 256."""
+    taps = (8, 16) if version == "v1" else ()
+    return Recipe(
+        name=f"llama-adapter-{version}-7b",
+        about=f"LLaMA-Adapter {version} 7B as published: zero-init gated prompts in a frozen LLaMA",
+        encoder=EncoderConfig(
+            source="openai/clip-vit-large-patch14", layer=-1, taps=taps, class_token="keep", architecture=CLIP_L_224
+        ),
+        llm=LLMConfig(source="huggyllama/llama-7b", architecture={**parts.VICUNA_7B, "max_position_embeddings": 2048}),
+        aligner=AlignerConfig(name="llama_adapter", options=options),
+        dtype="bfloat16",
+        stages=_published_v1() if version == "v1" else _published_v2(version, rounds),
+    )
+
+
+def _published_v1() -> tuple[Stage, ...]:
+    alpaca = (parts.file("alpaca_data_52k.json", "images"),)
+    scienceqa = (parts.file("scienceqa_train.json", "scienceqa"),)
+    return (
+        _stage("instruct", alpaca, LANGUAGE["v1"], 9e-3 * 32 / 256, 0.02, Budget(epochs=5), warmup=0.4),
+        _stage("multimodal", scienceqa, VISUAL["v1"], 9e-3 * 32 / 256, 0.02, Budget(epochs=5), warmup=0.4),
+    )
+
+
+def _published_v2(version: Version, rounds: int) -> tuple[Stage, ...]:
+    """In turns; the released code has one turn, of many epochs on pictures and four on instructions."""
+    captions = (parts.file("coco_captions_567k.json", "coco"),)
+    instructions = (parts.file("alpaca_gpt4_52k.json", "images"),)
+    epochs = (150.0, 4.0) if version == "v2-released" else (1.0 / rounds, 1.0 / rounds)
+    turns = 1 if version == "v2-released" else rounds
+    stages = []
+    for turn in range(1, turns + 1):
+        end = f"-{turn}" if turns > 1 else ""
+        stages += [
+            _stage(f"visual{end}", captions, VISUAL[version], 1e-4, 0.05, Budget(epochs=epochs[0])),
+            _stage(f"language{end}", instructions, LANGUAGE[version], 1e-3, 0.02, Budget(epochs=epochs[1])),
+        ]
+    return tuple(stages)
+
+
+def _stage(
+    name: str, data: tuple[Any, ...], globs: tuple[str, ...], lr: float, decay: float, budget: Budget, **more: Any
+) -> Stage:
+    train = {glob: Train(weight_decay=decay) for glob in globs}
+    return Stage(name=name, data=data, train=train, lr=lr, batch_size=32, max_length=512, budget=budget, **more)
+
+
+def embedded(version: Version, options: dict[str, Any], rounds: int = 1, minutes: float = 5.0) -> Recipe:
+    """SmolLM2-135M and EfficientNet-Lite0; V1 trains at once, V2 takes turns as its paper does."""
+    if "blocks" in options:
+        options = {**options, "blocks": 2, "inner": 192, "heads": 4}
+    name = "llama-adapter" if version == "v1" else f"llama-adapter-{version}"
+    about = f"LLaMA-Adapter {version} on embedded parts: gated prompts in SmolLM2-135M, EfficientNet-Lite0"
+    aligner = AlignerConfig(name="llama_adapter", options=options)
+    return parts.embedded(name, about, aligner, _turns(version, rounds, minutes))
+
+
+def _turns(version: Version, rounds: int, minutes: float) -> tuple[Stage, ...]:
+    visual = {glob: Train() for glob in VISUAL[version]}
+    if version == "v1":
+        return (parts.sft(minutes, visual),)
+    language = {glob: Train(lr=1e-3) for glob in LANGUAGE[version]}
+    turns = []
+    for turn in range(1, rounds + 1):
+        end = f"-{turn}" if rounds > 1 else ""
+        turns.append(parts.align(0.7 * minutes / rounds, visual).but(name=f"visual{end}"))
+        turns.append(parts.sft(0.3 * minutes / rounds, language).but(name=f"language{end}"))
+    return tuple(turns)
