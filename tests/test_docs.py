@@ -234,7 +234,7 @@ def causes() -> set[str]:
     return found
 
 
-CAUSED = {"ConfigError", "DataError", "IsthmusError", "_Wrong"}
+CAUSED = {"ConfigError", "DataError", "IsthmusError", "NotFinite", "_Wrong"}
 
 
 def template(node: ast.expr) -> str:

@@ -12,7 +12,7 @@ ROOT = Path(isthmus.__file__).parent
 
 FLOORS: list[set[str]] = [
     {"types", "errors", "config", "assets", "torchfile"},
-    {"graft", "lora", "sites", "fuse", "tokens", "kernels", "objectives", "data"},
+    {"graft", "lora", "quantised", "sites", "fuse", "tokens", "kernels", "kernels_linear", "objectives", "data"},
     {"encoders", "connectors", "generators"},
     {"aligner", "parts", "processor"},
     {"aligners", "model", "generation", "storage", "assembly"},
@@ -22,7 +22,7 @@ FLOORS: list[set[str]] = [
     {"evaluation", "speakers", "compress", "federate", "serving", "apps"},
     {"experiment"},
     {"recipes"},
-    {"cli"},
+    {"cli", "__main__"},
 ]
 """From the ground up; a room may import its own floor and those below."""
 
@@ -81,9 +81,7 @@ def test_no_cycles_between_files():
     names = {dotted(path) for path in files()}
     graph = {}
     for path in files():
-        targets = set()
-        for target in imports(path):
-            targets |= {target, target.rpartition(".")[0]} & names
+        targets = {target if target in names else target.rpartition(".")[0] for target in imports(path)} & names
         graph[dotted(path)] = targets - {dotted(path)}
     TopologicalSorter(graph).prepare()  # raises CycleError
 

@@ -20,7 +20,7 @@ from isthmus.connectors import Connector
 from isthmus.encoders import Encoder
 from isthmus.fuse import Rule
 from isthmus.graft import Graft
-from isthmus.types import ConfigError, Layout
+from isthmus.types import ConfigError, Layout, Reading
 
 if TYPE_CHECKING:
     from isthmus.model import VLM
@@ -66,6 +66,10 @@ class Aligner:
     def layout(self, kind: str, tokens: int) -> Layout:
         """How a medium of Q connector tokens stands in the text. LLaVA puts a newline behind it."""
         return Layout(count=tokens if self.splices else 0, after="\n")
+
+    def reading(self) -> Reading | None:
+        """Text that the connectors read beside features, as `Context.extra_text`; none by default."""
+        return None
 
     def new_tokens(self) -> tuple[str, ...]:
         """Strings that become new vocabulary entries, with rows of their own in embedding and head."""

@@ -55,6 +55,8 @@ class EncoderConfig(Frozen):
     """Other depths that a joint reads; only these are computed and cached."""
     image_size: int | None = None
     """Side of the square input in pixels; None is the encoder's own."""
+    bits: Literal[4, 8] | None = None
+    """Hold the Linears in so many bits; they are then frozen, and LoRA trains beside them."""
     aspect: Literal["crop", "pad", "squash"] = "pad"
     """How a picture becomes square: centre crop, letter-box with the mean colour (LLaVA-1.5), or stretch."""
     architecture: dict[str, Any] | None = None
@@ -68,6 +70,8 @@ class LLMConfig(Frozen):
     revision: str | None = None
     attention: Literal["isthmus", "sdpa", "eager", "flex_attention", "flash_attention_2"] = "isthmus"
     """transformers' attention kernel; `isthmus` is sdpa but for short rows on a CPU (see `kernels`)."""
+    bits: Literal[4, 8] | None = None
+    """Hold the Linears in so many bits, all but the head; they are then frozen, and LoRA trains beside them."""
     architecture: dict[str, Any] | None = None
     """The source's own config, inline, so that `plan` needs neither hub nor folder."""
 
@@ -172,17 +176,36 @@ class Stage(Frozen):
     batching: Literal["bucketed", "shuffled", "packed"] = "bucketed"
     template: Literal["chat", "plain"] = "chat"
     """`chat` is the LLM's own template; `plain` is LLaVA's first stage: media, then the answer, then end."""
-    evaluate_every: float | None = 0.25
+    evaluate_every: float | None = Field(0.25, gt=0, le=1)
     """Validation loss after this share of the stage; None only at its end."""
-    save_every: float | None = 0.25
+    save_every: float | None = Field(0.25, gt=0, le=1)
     recompute: bool = False
-    """Activation checkpointing of the LLM's layers."""
+    """Activation checkpointing of the LLM's layers, and of those of encoders that train."""
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}")
         return self
+
+
+class Engine(Frozen):
+    """How the machine does the work. Nothing here changes what is learnt, so a run may go on with other values."""
+
+    workers: int = Field(0, ge=0)
+    """Processes that prepare batches ahead; 0 prepares them between steps."""
+    keep: int = Field(2, ge=1)
+    """Resumable checkpoints that stay; the best one by validation loss stays besides."""
+    save_async: bool = False
+    """Write checkpoints beside the training; the weights are copied first."""
+    compile: bool = False
+    """`torch.compile` the LLM's layers."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Over several processes: replicate what trains, or shard it (FSDP2)."""
+    shard_frozen: bool = True
+    """With `fsdp`, shard frozen parts too; otherwise every process holds them whole."""
+    tensorboard: bool = False
+    """Write TensorBoard events beside `metrics.jsonl`."""
 
 
 # ---------------------------------------------------------------------------------------------- recipe
@@ -217,6 +240,7 @@ class Recipe(Frozen):
     """The system turn of conversations that have none; None leaves it to the LLM's chat template."""
     stages: tuple[Stage, ...] = ()
     eval: tuple[OneTask, ...] = ()
+    engine: Engine = Engine()
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of frozen parts; what trains keeps float32 masters. `auto` asks the machine (see `doctor`)."""
@@ -240,8 +264,8 @@ class Recipe(Frozen):
         raise ConfigError(f"no stage named {name!r}", f"stages are {[s.name for s in self.stages]}")
 
     def fingerprint(self) -> str:
-        """Twelve hex digits that change with any field."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        """Twelve hex digits that change with any field but `engine`."""
+        canonical = json.dumps(self.model_dump(mode="json", exclude={"engine"}), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
     def override(self, assignments: Sequence[str]) -> Recipe:

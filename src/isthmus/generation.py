@@ -27,6 +27,7 @@ class Generation(GenerationMixin):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_at: Tensor | None = None,
+        instruction_ids: Tensor | None = None,
         labels: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
@@ -50,6 +51,7 @@ class Generation(GenerationMixin):
             pixel_values: [N, C, H, W], all images of the batch in order of appearance.
             image_at: [N, 2], row and column of each image, as the processor gives them; told from the placeholders
                 where it is left out.
+            instruction_ids: [N, L], what the connector reads beside each image, -1 at padding (see `Reading`).
             labels: [B, T], unshifted, -100 where there is no loss.
             decoder_input_ids: [B, U], with labels of that shape, for an encoder-decoder.
             encoder_outputs: its encoder's states, where they are known already.
@@ -62,7 +64,7 @@ class Generation(GenerationMixin):
             past_key_values = None
         if self.config.is_encoder_decoder:
             if encoder_outputs is None:
-                batch = self.as_batch(input_ids, attention_mask, pixel_values, image_at)
+                batch = self.as_batch(input_ids, attention_mask, pixel_values, image_at, instruction_ids)
                 attention_mask = batch.segment_BT
                 encoder_outputs = self._read(batch)
             read_BTD = encoder_outputs.last_hidden_state
@@ -78,7 +80,7 @@ class Generation(GenerationMixin):
         past = Past(past_key_values, vision, media_at)
         segment_BS = (attention_mask > 0).long()
         if inputs_embeds is None:
-            batch = self.as_batch(input_ids, attention_mask[:, -length:], pixel_values, image_at)
+            batch = self.as_batch(input_ids, attention_mask[:, -length:], pixel_values, image_at, instruction_ids)
             connected = self.connect(batch)
             inputs_embeds = self.embed(batch, connected)
             if modality is None:
@@ -139,7 +141,7 @@ class Generation(GenerationMixin):
     def _prompt(self: Any, ids_BT: Tensor | None, kwargs: dict[str, Any]) -> Batch:
         """The processor's tensors, taken out of generate's arguments, as a batch."""
         ids_BT = kwargs.pop("input_ids", ids_BT)
-        names = ("attention_mask", "pixel_values", "image_at")
+        names = ("attention_mask", "pixel_values", "image_at", "instruction_ids")
         return self.as_batch(ids_BT, *(kwargs.pop(name, None) for name in names))
 
     def create_masks_for_generate(self, attention_mask: Tensor | None, **unused: Any) -> Tensor | None:
@@ -169,8 +171,9 @@ class Generation(GenerationMixin):
         mask_BT: Tensor | None = None,
         pixels: Tensor | None = None,
         image_at: Tensor | None = None,
+        instruction_ids: Tensor | None = None,
     ) -> Batch:
-        """Ids, mask, pixels and their places as a batch of one segment per row.
+        """Ids, mask, pixels, their places and what is asked of them as a batch of one segment per row.
 
         Raises:
             DataError: the places of the pixels are neither given nor to be told from placeholders.
@@ -187,4 +190,5 @@ class Generation(GenerationMixin):
             row_N, at_N = image_at.unbind(1)
             media["image"] = Media(row_N, torch.ones_like(row_N), at_N, pixels=pixels)
         segment_BT = torch.ones_like(ids_BT) if mask_BT is None else (mask_BT > 0).long()
-        return Batch(ids_BT, segment_BT, modality_BT, media=media)
+        extra_text = {} if instruction_ids is None else {"image": instruction_ids}
+        return Batch(ids_BT, segment_BT, modality_BT, media=media, extra_text=extra_text)

@@ -23,6 +23,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from isthmus import sites
@@ -41,6 +42,8 @@ class Graft(nn.Module):
     """Goes below additions that are not innermost, whenever it is attached (a change of the host's own weight)."""
     reads_side: ClassVar[bool] = True
     """False lets it into models that do not hand `side` on."""
+    reads_host: ClassVar[bool] = True
+    """False if it reaches the host through `base` alone, so that LoRA beneath it may be folded into the weight."""
 
     def forward(self, host: Any, base: Callable[..., Any], x: Tensor, *args: Any, side: Side | None, **kw: Any) -> Any:
         """What the host returns instead of `base(x, *args, **kw)`.
@@ -109,10 +112,33 @@ def at(host: nn.Module) -> dict[str, Graft]:
 # ---------------------------------------------------------------------------------------------- the swapped classes
 
 
-class _Loan(threading.local):
-    """The side that a running layer lends to what is inside it; each thread that runs the layer has its own."""
+class _Own(threading.local):
+    """One slot per thread."""
 
     side: Side | None = None
+
+
+class _Loan:
+    """The side that a running layer lends to what is inside it; each thread that runs the layer has its own.
+
+    `torch.compile` cannot trace a slot per thread. A layer that is compiled whole needs none: what it lends becomes
+    an input of its graph.
+    """
+
+    def __init__(self) -> None:
+        self._own = _Own()
+        self._traced: Side | None = None
+
+    def look(self) -> Side | None:
+        if torch.compiler.is_compiling() or self._own.side is None:
+            return self._traced  # also set where a compiled layer has to run a piece of itself uncompiled
+        return self._own.side
+
+    def lend(self, side: Side | None) -> None:
+        if torch.compiler.is_compiling():
+            self._traced = side
+        else:
+            self._own.side = side
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Loan:
         return _Loan()
@@ -127,7 +153,7 @@ class Grafted(nn.Module):
     """The name of the first parameter of the original forward: some hosts are called with keywords only."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        side = kwargs.pop("side", self._loan.side)
+        side = kwargs.pop("side") if "side" in kwargs else self._loan.look()
         if not args:
             args = (kwargs.pop(self._first),)
         call = super().forward
@@ -142,11 +168,12 @@ class Carrier(nn.Module):
     _loan: _Loan
 
     def forward(self, *args: Any, side: Side | None = None, **kwargs: Any) -> Any:
-        before, self._loan.side = self._loan.side, side
+        before = self._loan.look()
+        self._loan.lend(side)
         try:
             return super().forward(*args, **kwargs)
         finally:
-            self._loan.side = before
+            self._loan.lend(before)
 
 
 def _become(module: Any, carries: bool, grafted: bool) -> None:

@@ -27,12 +27,12 @@ from transformers import (
 from transformers.configuration_utils import SubConfigSpec
 
 from isthmus import aligner as aligners
-from isthmus import fuse, graft, lora, sites, storage, tokens
+from isthmus import fuse, graft, kernels_linear, lora, sites, storage, tokens
 from isthmus.config import EncoderConfig, LoRA
 from isthmus.encoders import Encoder
 from isthmus.generation import Generation
 from isthmus.processor import VLMProcessor
-from isthmus.types import Batch, ConfigError, Context, DataError, Media, Modality, Output, Past, Side
+from isthmus.types import Batch, ConfigError, Context, DataError, Features, Media, Modality, Output, Past, Side
 
 
 class VLMConfig(PreTrainedConfig):
@@ -121,6 +121,8 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
             {kind: self.aligner.connector(kind, encoder, width) for kind, encoder in encoders.items()}
         )
         self.heads = nn.ModuleDict(self.aligner.heads(width))
+        if kernels_linear.pays():
+            kernels_linear.use_onednn(self)
         additions = list(self.aligner.grafts(llm, self.encoders, width))
         for path, name, addition in additions:
             graft.graft(self, path, name, addition)
@@ -158,6 +160,7 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
         past: Past | None = None,
         keep: bool = False,
         need: Literal["hidden", "connected"] = "hidden",
+        idle: Tensor | None = None,
     ) -> Output:
         """From a batch to the LLM's states.
 
@@ -167,11 +170,14 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
             past: what an earlier call with `keep` returned; its cache grows in place.
             keep: return `Output.past` for the next call.
             need: `connected` stops before the LLM.
+            idle: a zero added to the LLM's input, so that a gradient goes to what it depends on.
         """
         connected = self.connect(batch)
         if need == "connected":
             return self._output(None, connected)
         embeds_BTD = self.embed(batch, connected)
+        if idle is not None:
+            embeds_BTD = embeds_BTD + idle.to(embeds_BTD.dtype)
         if self.config.is_encoder_decoder:
             return self._run_encoder_decoder(batch, embeds_BTD, connected)
         if past is None:
@@ -186,18 +192,27 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
         """Every kind of medium through its encoder (unless features were cached) and connector: y_NQD by kind."""
         return {kind: self._connect(kind, media, batch) for kind, media in batch.media.items()}
 
-    def _connect(self, kind: str, media: Media, batch: Batch) -> Tensor:
-        encoder, connector = self.encoders[kind], self.connectors[kind]
-        features = media.features
+    def blank(self, kind: str, batch: Batch) -> Tensor:
+        """An empty medium of a kind, connected as one of this batch's first segment: y_NQD with N = 1."""
+        first_N = batch.segment_BT.new_zeros(1)
+        pixels = self.encoders[kind].blank().to(first_N.device)
+        media = Media(row_N=first_N, segment_N=first_N + 1, at_N=first_N, pixels=pixels)
+        return self._connect(kind, media, replace(batch, extra_text={}))
+
+    def encode(self, kind: str, media: Media) -> Features:
+        """What the connector of a kind reads of media, in its dtype: x [N, S, E], encoded unless it was cached."""
+        encoder, features = self.encoders[kind], media.features
         if features is None:
             if media.pixels is None:
                 raise DataError(f"{kind} without pixels or features", "collate with a reader of pixels or features")
             with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(encoder)):
                 features = encoder(media.pixels.to(next(encoder.parameters()).dtype))
-        weight = next(connector.parameters())
+        weight = next(self.connectors[kind].parameters())
+        return features.map(lambda x: x.to(weight.dtype))
+
+    def _connect(self, kind: str, media: Media, batch: Batch) -> Tensor:
         route_N = None if batch.route_BT is None else _first(batch.route_BT, batch.segment_BT, media)
-        context = Context(batch.extra_text, route_N)
-        return connector(features.map(lambda x: x.to(weight.dtype)), context)
+        return self.connectors[kind](self.encode(kind, media), Context(batch.extra_text, route_N))
 
     def embed(self, batch: Batch, connected: dict[str, Tensor]) -> Tensor:
         """Token embeddings, with connected media in place of their placeholders where the joint splices.

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from isthmus.data import chat, collate, formats, media
-from isthmus.types import Batch, DataError, Features, Image, Layout, Medium, Sample
+from isthmus.data.reading import Reader, padded
+from isthmus.types import Batch, DataError, Features, Image, Layout, Medium, Reading, Sample
 
 if TYPE_CHECKING:
     from isthmus.model import VLM
@@ -33,6 +34,7 @@ class VLMProcessor(ProcessorMixin):
         template: `chat` or `plain` (see `Stage.template`).
         system: the system turn of conversations that have none.
         decoder_start: the first id of an encoder-decoder's decoder; None for a decoder alone.
+        reading: the fields of `Reading`, where connectors read text; else None.
     """
 
     def __init__(
@@ -45,16 +47,19 @@ class VLMProcessor(ProcessorMixin):
         template: Literal["chat", "plain"] = "chat",
         system: str | None = None,
         decoder_start: int | None = None,
+        reading: dict[str, Any] | None = None,
         chat_template: str | None = None,
     ):
         self.layouts, self.placeholders = layouts or {}, placeholders or {}
         self.aspect, self.template, self.system, self.decoder_start = aspect, template, system, decoder_start
+        self.reading = reading
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
     def of(cls, model: VLM, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> VLMProcessor:
         """The processor of a freshly composed model."""
         layouts = {kind: model.aligner.layout(kind, model.queries(kind)) for kind in model.encoders}
+        reading = model.aligner.reading()
         return cls(
             model.encoders["image"].processor,
             tokenizer,
@@ -63,6 +68,7 @@ class VLMProcessor(ProcessorMixin):
             aspect=model.config.encoder("image").aspect,
             system=system,
             decoder_start=model.config.text_config.decoder_start_token_id if model.config.is_encoder_decoder else None,
+            reading=None if reading is None else vars(reading),
             chat_template=tokenizer.chat_template,
         )
 
@@ -80,6 +86,12 @@ class VLMProcessor(ProcessorMixin):
             decoder_start=self.decoder_start,
         )
 
+    def reader(self, renderer: chat.Renderer) -> Reader | None:
+        """What tokenizes the text that connectors read beside features, if they do."""
+        end = self.tokenizer.eos_token_id
+        begin = end if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+        return None if self.reading is None else Reader(Reading(**self.reading), renderer.plain, (begin, end))
+
     def look(self, kind: str, seen: Sequence[Medium]) -> tuple[Tensor | None, Features | None]:
         """Pixels of media as they are, [N, C, H, W]; a feature cache is the other reader (`prepare.features`)."""
         pictures = (media.open_image(medium.source) for medium in seen)
@@ -89,7 +101,8 @@ class VLMProcessor(ProcessorMixin):
         self, look: collate.Look | None = None, template: Literal["chat", "plain"] | None = None, **settings: Any
     ) -> collate.Collator:
         """A collator for this model; `settings` are those of `data.collate.Collator`."""
-        return collate.Collator(self.renderer(template), self.look if look is None else look, self.pad, **settings)
+        renderer, look = self.renderer(template), self.look if look is None else look
+        return collate.Collator(renderer, look, self.pad, reader=self.reader(renderer), **settings)
 
     def prompts(self, samples: Sequence[Sample], look: collate.Look | None = None) -> Batch:
         """A left-padded batch that ends where the assistant is to speak."""
@@ -108,7 +121,8 @@ class VLMProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Strings with one `<image>` per picture -> input_ids, attention_mask, pixel_values, image_at, left-padded.
 
-        `image_at` [N, 2] is the row and column of each picture.
+        `image_at` [N, 2] is the row and column of each picture. Where the connector reads the question,
+        `instruction_ids` [N, L] are the string without its markers.
 
         Raises:
             DataError: the number of markers and of pictures differ.
@@ -131,6 +145,10 @@ class VLMProcessor(ProcessorMixin):
             inputs["pixel_values"], _ = self.look("image", [image for row in rows for image in row.media])
             at = [(index, gaps[index] + start) for index, row in enumerate(rows) for start, _ in row.spans]
             inputs["image_at"] = torch.tensor(at)
+            reader = self.reader(renderer)
+            if reader is not None and reader.reading.of == "question":
+                read = [reader.encode(text.replace(MARKER, "").strip()) for text in texts]
+                inputs["instruction_ids"] = padded([ids for ids, row in zip(read, rows) for _ in row.media])
         return BatchFeature(inputs, tensor_type=return_tensors)
 
     def apply_chat_template(  # type: ignore[override]
@@ -146,6 +164,8 @@ class VLMProcessor(ProcessorMixin):
         if "image" in batch.media:
             images = batch.media["image"]
             inputs |= {"pixel_values": images.pixels, "image_at": torch.stack([images.row_N, images.at_N], 1)}
+        if "image" in batch.extra_text:
+            inputs["instruction_ids"] = batch.extra_text["image"]
         return BatchFeature(inputs)
 
     def decode(self, ids: Any, **options: Any) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor
 from isthmus.errors import ConfigError as ConfigError
 from isthmus.errors import DataError as DataError
 from isthmus.errors import IsthmusError as IsthmusError
+from isthmus.errors import NotFinite as NotFinite
 
 IGNORE = -100
 """A label that carries no loss."""
@@ -163,6 +164,19 @@ class Layout:
     after: str = ""
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Text that a connector reads beside features, at most `length` tokens per medium.
+
+    A question is the turn that holds the medium, an answer what is said next. `tokenizer` is the JSON of a vocabulary
+    of the connector's own; None is the LLM's.
+    """
+
+    length: int
+    of: Literal["question", "answer"] = "question"
+    tokenizer: str | None = None
+
+
 @dataclass
 class Features:
     """What an encoder saw: `x_NSE`, named intermediate states (`taps`, each [N, S', E']) and the grid of S.
@@ -221,7 +235,7 @@ class Batch:
     branch_BT: Tensor | None = None
     """0 where a segment's conversations share their beginning, then 1, 2, ... for what follows in each."""
     extra_text: dict[str, Tensor] = field(default_factory=dict)
-    """Text in a connector's own tokenizer, one row per medium (an instruction for a Q-Former)."""
+    """Per kind, what its connector reads (`Reading`): ids with one row per medium, -1 at padding."""
     targets: dict[str, Tensor] = field(default_factory=dict)
     """What others computed beforehand: a teacher's, a generator's, a prompt teacher's."""
     ids: tuple[str, ...] = ()

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from isthmus.objectives import named
 from isthmus.objectives.lm import cross_entropy, supervised
@@ -82,6 +84,44 @@ def test_only_one_block_of_logits_at_a_time_and_nothing_twice_for_a_frozen_head(
     probe, blocks = seen[0], seen[1:]
     assert probe == 1
     assert sorted(blocks) == sorted([4, 4, 2] * (2 if trains else 1))  # a trained head is computed again in backward
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operator returns, in elements, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
+def test_all_logits_are_never_held(trains: bool) -> None:
+    rows_at_once, vocabulary, length = 8, 1000, 200
+    linear = nn.Linear(D, vocabulary, bias=False).requires_grad_(trains)
+    hidden = torch.randn(2, length, D, requires_grad=True)
+    data = batch(torch.randint(V, (2, length)).tolist())
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    objective = named("lm", {"rows": rows_at_once})
+    with Largest() as seen, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        objective.loss(None, Output(hidden, {}, linear, nn.Identity()), data).backward()
+    weight = D * vocabulary  # its gradient, where it trains
+    assert seen.elements <= max(rows_at_once * vocabulary, weight) < 2 * length * vocabulary / 20
+    assert max(saved) <= weight
+    with Largest() as plain:
+        F.cross_entropy(linear(hidden).flatten(0, 1), data.labels_BT.flatten()).backward()
+    assert plain.elements == 2 * length * vocabulary  # what the measure shows of the usual way
 
 
 def test_nothing_to_predict_is_zero_with_a_whole_graph() -> None:

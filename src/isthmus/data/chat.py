@@ -119,6 +119,10 @@ class Renderer:
         self.write_box = write_box
         self._chat = Template(tokenizer)
 
+    def plain(self, text: str) -> list[int]:
+        """Ids of a text that stands alone; none of them is a control token."""
+        return self._chat.codec.plain(text, follows=False)
+
     def render(self, turns: Sequence[Turn], open_answer: bool = False) -> Rendered:
         """Tokens of a conversation; `open_answer` ends with the generation prompt instead of an answer.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from isthmus.data.chat import Rendered, Renderer, share
+from isthmus.data.reading import Reader
 from isthmus.types import IGNORE, KIND, Batch, ConfigError, DataError, Features, Medium, Modality, Sample, Turn
 from isthmus.types import Media as BatchMedia
 
@@ -32,6 +33,7 @@ class Collator:
         side: where the content of a row stands opposite to its padding: `right` pads on the right.
         open_answer: rows end where the assistant is to speak, without labels, padded on the left. An answer at the
             end of a sample is left out; an overlong prompt is always refused.
+        reader: makes the ids of what connectors read beside features; None where they read nothing.
 
     Attributes:
         dropped, shortened: ids of the samples that `overlong` has hit so far.
@@ -46,11 +48,13 @@ class Collator:
         overlong: Literal["error", "drop", "oldest"] = "error",
         side: Literal["left", "right"] = "right",
         open_answer: bool = False,
+        reader: Reader | None = None,
     ) -> None:
         self.renderer, self.look, self.pad_id = renderer, look, pad_id
         self.max_length, self.overlong = max_length, "error" if open_answer else overlong
         self.side = "left" if open_answer else side
         self.open_answer = open_answer
+        self.reader = None if open_answer and reader and reader.reading.of == "answer" else reader
         self.dropped: set[str] = set()
         self.shortened: set[str] = set()
 
@@ -151,6 +155,8 @@ class Collator:
             media=self._media(rows, [width - len(column.ids) if self.side == "left" else 0 for column in columns]),
             ids=tuple(sample.id for row in rows for sample, _ in row),
         )
+        if self.reader is not None:
+            batch.extra_text = self.reader((sample, rendered.media) for row in rows for sample, rendered in row)
         if any(column.decoder for column in columns):
             wide = max(len(column.decoder) for column in columns)
             batch.decoder_ids_BU = padded([column.decoder for column in columns], self.pad_id, wide, "right")

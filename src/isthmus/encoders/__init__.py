@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers.image_processing_base import ImageProcessingMixin
 
@@ -39,6 +40,10 @@ class Encoder(nn.Module):
     def identity(self) -> dict[str, str]:
         """What cached features depend on besides the picture: source, weights' hash, depth, preprocessing."""
         raise NotImplementedError
+
+    def blank(self) -> Tensor:
+        """Pixels of one empty medium, [1, C, H, W]."""
+        return torch.zeros(1, 3, self.size, self.size)
 
     def forward(self, pixels: Tensor) -> Features:
         """pixels [N, C, H, W] -> features with x [N, S, E] and the configured taps."""

@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.models.blip_2.modeling_blip_2 import Blip2VisionConfig, Blip2VisionModel
 from transformers.utils import logging
 
 from isthmus.config import EncoderConfig
 from isthmus.encoders import Encoder
 from isthmus.types import ConfigError, Features
+
+# EVA's ViT-g as BLIP-2 uses it: transformers holds it, and its AutoModel does not know it alone.
+AutoModel.register(Blip2VisionConfig, Blip2VisionModel, exist_ok=True)
 
 
 class Transformer(Encoder):
@@ -81,7 +85,7 @@ class Transformer(Encoder):
         weight = next(self.tower.parameters())
         try:
             with torch.no_grad():
-                seen = self._see(weight.new_zeros(1, config.num_channels, self.size, self.size))
+                seen = self._see(weight.new_zeros(1, 3, self.size, self.size))
         except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"{name} does not take pictures of {self.size} pixels ({str(error).splitlines()[0]})",
@@ -118,8 +122,10 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load(config: EncoderConfig, folder: Path, source: dict[str, str], dtype: torch.dtype) -> Transformer:
-    """The real tower with its weights from a folder."""
+def load(
+    config: EncoderConfig, folder: Path, source: dict[str, str], dtype: torch.dtype | Literal["auto"]
+) -> Transformer:
+    """The real tower with its weights from a folder; `auto` is the dtype that they are stored in."""
     whole = AutoConfig.from_pretrained(folder)
     _vision(whole)
     with quiet():

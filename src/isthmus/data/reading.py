@@ -1,0 +1,86 @@
+"""Text that a connector reads in a vocabulary of its own: each picture's question, or what is said of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from isthmus.types import KIND, DataError, Medium, Reading, Sample, Turn
+
+EMPTY = [0]
+"""No text at all, so that what reads it always has something to read."""
+
+
+class Reader:
+    """Tokenizes what `reading` asks for, one row per medium.
+
+    Args:
+        reading: which text, how much of it, and in which vocabulary.
+        plain: encodes a text in the LLM's own vocabulary, for a reading that names no other.
+        ends: the ids that then stand before and behind an answer, as a BERT tokenizer puts them by itself.
+    """
+
+    def __init__(self, reading: Reading, plain: Callable[[str], list[int]], ends: tuple[int, int]) -> None:
+        self.reading, self.plain, self.ends = reading, plain, ends
+
+    def __call__(self, samples: Iterable[tuple[Sample, Sequence[Medium]]]) -> dict[str, Tensor]:
+        """Ids [N, L] by kind of the media that were kept of each sample, -1 at padding.
+
+        Raises:
+            DataError: questions about one picture that share its tokens, though its tokens depend on the question.
+        """
+        rows: dict[str, list[list[int]]] = {}
+        for sample, media in samples:
+            turns = [(medium, turn, index) for index, turn in enumerate(sample.turns) for medium in turn.media]
+            for medium, turn, index in turns[len(turns) - len(media) :]:
+                self._check(sample, index)
+                said = turn if self.reading.of == "question" else _answer(sample, index)
+                rows.setdefault(KIND[type(medium)], []).append(self.encode(said.text.strip()))
+        return {kind: padded(ids) for kind, ids in rows.items()}
+
+    def encode(self, text: str) -> list[int]:
+        """At most `reading.length` ids: the end of a question, the beginning of an answer."""
+        side: Literal["left", "right"] = "left" if self.reading.of == "question" else "right"
+        if self.reading.tokenizer is None:
+            ids = self.plain(text)
+            if side == "left":
+                return ids[-self.reading.length :] or EMPTY
+            return [self.ends[0], *ids[: self.reading.length - 2], self.ends[1]]
+        own = tokenizer(self.reading.tokenizer)  # asked for here: a copy for another process forgets its settings
+        encoding = own.encode(text, add_special_tokens=False)
+        encoding.truncate(self.reading.length - own.num_special_tokens_to_add(False), direction=side)
+        return own.post_process(encoding).ids or EMPTY
+
+    def _check(self, sample: Sample, index: int) -> None:
+        for branch in sample.branches if self.reading.of == "question" else ():
+            if branch[index].text != sample.turns[index].text:
+                raise DataError(
+                    f"sample {sample.id}: its questions share the picture's tokens, which depend on the question here",
+                    "give each question a sample of its own (options: {together: false})",
+                )
+
+
+def padded(rows: Sequence[list[int]]) -> Tensor:
+    """Rows of ids filled up with -1, [N, L]."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows])
+
+
+@functools.lru_cache(maxsize=4)
+def tokenizer(serialised: str) -> Tokenizer:
+    """A tokenizer from its JSON; control tokens that somebody types are read as plain text."""
+    made = Tokenizer.from_str(serialised)
+    made.no_padding()
+    made.no_truncation()
+    made.encode_special_tokens = True
+    return made
+
+
+def _answer(sample: Sample, index: int) -> Turn:
+    """What the assistant says first behind a turn; nothing in an open prompt."""
+    return next((turn for turn in sample.turns[index:] if turn.role == "assistant"), Turn("assistant", ()))
