@@ -43,6 +43,14 @@ def test_grouped_heads_by_hand():
         torch.testing.assert_close(mixed[0, :, head], expected)
 
 
+def test_booleans_mean_what_an_additive_mask_means():
+    query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    allowed = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
+    added = torch.zeros(1, 1, 5, 5).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    found, expected = (kernels.attention(torch.nn.Module(), query, key, value, mask)[0] for mask in (allowed, added))
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
 class Layer(torch.nn.Module):
     num_key_value_groups, is_causal = 2, True
 

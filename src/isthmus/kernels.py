@@ -47,7 +47,7 @@ def attention(
     Args:
         query: [B, heads, T, d].
         key, value: [B, key heads, S, d]; the query heads are grouped over them.
-        attention_mask: [B, 1, T, S], added to the scores (or booleans on accelerators); or `borders`, as integers,
+        attention_mask: [B, 1, T, S], added to the scores, or booleans; or `borders`, as integers,
             for causality within each segment; or None for causality alone (or nothing, for a module that is not).
 
     Returns:
@@ -66,6 +66,8 @@ def attention(
         attention_mask = _additive(seen.tril(keys - length) if causal else seen, query.dtype)
     if attention_mask is None or not short:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if attention_mask.dtype == torch.bool:
+        attention_mask = _additive(attention_mask, query.dtype)
     return _by_products(query, key, value, attention_mask, scaling), None
 
 
