@@ -21,8 +21,7 @@ from isthmus import sites
 from isthmus.aligner import Addition, Aligner
 from isthmus.config import Frozen
 from isthmus.connectors import Connector, composite
-from isthmus.connectors.mlp import MLP
-from isthmus.connectors.pool import Normalised, Pool, settle
+from isthmus.connectors.pool import projector, settle
 from isthmus.encoders import Encoder
 from isthmus.fuse import Rule
 from isthmus.types import ConfigError, Modality
@@ -61,12 +60,7 @@ class EEMLLM(Aligner):
 
     def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
         depth = 1 if self.options.projector == "linear" else 2
-        joint: Connector = MLP(encoder.width, width, depth)
-        if self.options.normalise:
-            joint = Normalised(joint, encoder.width, width)
-        if self.options.pool:
-            joint = Pool(joint, encoder.grid, self.options.pool)
-        return joint
+        return projector(encoder, width, depth, self.options.pool, self.options.normalise)
 
     def grafts(self, llm: nn.Module, encoders: nn.ModuleDict, width: int) -> Iterator[Addition]:
         if self.options.compute == "rule":

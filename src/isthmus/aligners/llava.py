@@ -17,8 +17,7 @@ from isthmus import sites
 from isthmus.aligner import Aligner
 from isthmus.config import Frozen
 from isthmus.connectors import Connector
-from isthmus.connectors.mlp import MLP
-from isthmus.connectors.pool import Normalised, Pool, settle
+from isthmus.connectors.pool import projector, settle
 from isthmus.encoders import Encoder
 
 if TYPE_CHECKING:
@@ -41,12 +40,7 @@ class LLaVA(Aligner):
 
     def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
         depth = 1 if self.options.projector == "linear" else 2
-        joint: Connector = MLP(encoder.width, width, depth)
-        if self.options.normalise:
-            joint = Normalised(joint, encoder.width, width)
-        if self.options.pool:
-            joint = Pool(joint, encoder.grid, self.options.pool)
-        return joint
+        return projector(encoder, width, depth, self.options.pool, self.options.normalise)
 
     def birth(self, model: VLM) -> None:
         settle(model.connectors, sites.embedding(model.llm).weight)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isthmus.connectors import Connector
+from isthmus.connectors.mlp import MLP
+from isthmus.encoders import Encoder
 from isthmus.types import ConfigError, Context, Features
 
 
@@ -72,6 +74,14 @@ class Normalised(Connector):
         """x [N, S, E] -> y [N, Q, D] with root mean square `scale` around `centre`."""
         y_NQD = self.inner(replace(features, x_NSE=self.norm(features.x_NSE)), context)
         return F.rms_norm(y_NQD, y_NQD.shape[-1:]) * self.scale + self.centre
+
+
+def projector(encoder: Encoder, out: int, depth: int, pool: int | None, normalise: bool) -> Connector:
+    """LLaVA's projector of `depth` Linears, with this file's additions where they are wanted."""
+    joint: Connector = MLP(encoder.width, out, depth)
+    if normalise:
+        joint = Normalised(joint, encoder.width, out)
+    return Pool(joint, encoder.grid, pool) if pool else joint
 
 
 @torch.no_grad()

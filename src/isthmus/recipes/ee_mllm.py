@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from isthmus.config import AlignerConfig, Budget, EncoderConfig, LLMConfig, Recipe, Stage, Train
+from isthmus.config import AlignerConfig, EncoderConfig, LLMConfig, Recipe, Train
 from isthmus.recipes import parts
 
 Visual = Literal["self", "ffn", "keys"]
@@ -28,26 +28,7 @@ def published(visual: Visual, free: bool) -> Recipe:
         llm=LLMConfig(source="lmsys/vicuna-7b-v1.5", architecture=parts.VICUNA_7B),
         aligner=AlignerConfig(name="ee_mllm", options=_options(visual, free)),
         dtype="bfloat16",
-        stages=(
-            Stage(
-                name="align",
-                data=(parts.file("blip_laion_cc_sbu_558k.json", "llava-pretrain"),),
-                template="plain",
-                train={"connectors.*": Train()},
-                lr=1e-3,
-                batch_size=256,
-                budget=Budget(epochs=1),
-            ),
-            Stage(
-                name="sft",
-                data=(parts.file("llava_v1_5_mix665k.json", "images"),),
-                train={"connectors.*": Train(), "llm.*": Train()},
-                lr=2e-5,
-                batch_size=128,
-                budget=Budget(epochs=1),
-                recompute=True,
-            ),
-        ),
+        stages=parts.llava_stages({"connectors.*": Train()}),
     )
 
 

@@ -125,3 +125,27 @@ def embedded(name: str, about: str, aligner: AlignerConfig, stages: tuple[Stage,
 def file(name: str, images: str) -> Source:
     """A file of a published data set, where recipes expect the user's copy."""
     return Source(name=f"data/{name}", images=Path("data") / images)
+
+
+def llava_stages(joint: Mapping[str, Train]) -> tuple[Stage, Stage]:
+    """LLaVA-1.5's two stages as published (spec T1.4): `joint` alone, then connectors and LLM."""
+    return (
+        Stage(
+            name="align",
+            data=(file("blip_laion_cc_sbu_558k.json", "llava-pretrain"),),
+            template="plain",
+            train=dict(joint),
+            lr=1e-3,
+            batch_size=256,
+            budget=Budget(epochs=1),
+        ),
+        Stage(
+            name="sft",
+            data=(file("llava_v1_5_mix665k.json", "images"),),
+            train={"connectors.*": Train(), "llm.*": Train()},
+            lr=2e-5,
+            batch_size=128,
+            budget=Budget(epochs=1),
+            recompute=True,
+        ),
+    )
