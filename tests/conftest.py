@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 
 from isthmus import assets
+
+# Equal bits need equal numbers of threads, in here and in the processes that tests start; tiny models gain by one.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

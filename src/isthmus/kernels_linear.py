@@ -2,7 +2,8 @@
 
 PyTorch computes float32 products on CPUs with MKL, which has no AVX-512 code for processors other than Intel's. oneDNN,
 which PyTorch brings along too, has: on an AMD EPYC with AVX-512 it does 205 GFLOP/s on one core where MKL does 97
-(`benchmarks/roofline.py`). Both accumulate in float32 and differ by rounding alone.
+(`benchmarks/roofline.py`). Both accumulate in float32 and differ by rounding alone. No model uses it unless asked
+(`use_onednn`): whether its bits are the same run after run with several threads is not shown yet.
 """
 
 from __future__ import annotations

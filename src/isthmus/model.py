@@ -27,7 +27,7 @@ from transformers import (
 from transformers.configuration_utils import SubConfigSpec
 
 from isthmus import aligner as aligners
-from isthmus import fuse, graft, kernels_linear, lora, sites, storage, tokens
+from isthmus import fuse, graft, lora, sites, storage, tokens
 from isthmus.config import EncoderConfig, LoRA
 from isthmus.encoders import Encoder
 from isthmus.generation import Generation
@@ -121,8 +121,6 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
             {kind: self.aligner.connector(kind, encoder, width) for kind, encoder in encoders.items()}
         )
         self.heads = nn.ModuleDict(self.aligner.heads(width))
-        if kernels_linear.pays():
-            kernels_linear.use_onednn(self)
         additions = list(self.aligner.grafts(llm, self.encoders, width))
         for path, name, addition in additions:
             graft.graft(self, path, name, addition)

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from isthmus import kernels_linear
 from isthmus.training.checkpoint import write_text, writing
 from isthmus.types import ConfigError
 
@@ -68,8 +67,7 @@ def measured_ceiling(device: torch.device, dtype: torch.dtype, threads: int, sec
     """The best of as many products of two square matrices as fit into that time; measured once in a process."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.ones(size, size, dtype=dtype, device=device)
-    kind = kernels_linear.Linear if kernels_linear.pays() else nn.Linear  # what the models use here
-    product = kind(size, size, bias=False, dtype=dtype, device=device).requires_grad_(False)
+    product = nn.Linear(size, size, bias=False, dtype=dtype, device=device).requires_grad_(False)
     times: list[float] = []
     until = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < until:
