@@ -63,6 +63,12 @@ def by_row(connected: dict[str, Tensor], media: dict[str, Media], rows: int) -> 
     return vision_BKQD, media_at_BK
 
 
+def last(appeared_BTK: Tensor, media_at_BK: Tensor) -> Tensor:
+    """Of the media that have appeared at each position, only the last, [B, T, K]."""
+    last_BT1 = media_at_BK[:, None].where(appeared_BTK, -1).amax(-1, keepdim=True)
+    return appeared_BTK & (media_at_BK[:, None] == last_BT1)
+
+
 def positions(segment_BT: Tensor, branch_BT: Tensor | None = None) -> Tensor:
     """Position of each token within its segment, from 0; every branch goes on where the shared beginning ends.
 

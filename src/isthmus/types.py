@@ -190,6 +190,13 @@ class Features:
     grid: tuple[int, int] | None = None
     lengths_N: Tensor | None = None
 
+    @property
+    def real_NS(self) -> Tensor | None:
+        """Which of the S rows are no padding; None where all are real."""
+        if self.lengths_N is None:
+            return None
+        return torch.arange(self.x_NSE.shape[1], device=self.x_NSE.device) < self.lengths_N[:, None]
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Features:
         """The same features with `change` applied to `x_NSE` and every tap (a cast, a move, an index)."""
         taps = {name: change(tap) for name, tap in self.taps.items()}

@@ -25,7 +25,7 @@ def run(folder: Path, *options: str) -> dict:
 def test_ten_kills(tmp_path: Path) -> None:
     found = run(tmp_path, "--times", "10")
     assert (found["kills"], found["survived"], found["faults"]) == (10, 10, [])
-    assert found["in_saves"] >= 2
+    assert found["in_saves"] >= 1
 
 
 @pytest.mark.slow

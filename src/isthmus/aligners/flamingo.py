@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from isthmus import sites
+from isthmus import fuse, sites
 from isthmus.aligner import Addition, Aligner
 from isthmus.config import Frozen
 from isthmus.connectors import Connector
@@ -114,9 +114,7 @@ class Flamingo(Aligner):
 
     def media_mask(self, position_BT: Tensor, segment_BT: Tensor, media_at_BK: Tensor) -> Tensor:
         """Only the last medium that has appeared."""
-        appeared_BTK = super().media_mask(position_BT, segment_BT, media_at_BK)
-        last_BT1 = media_at_BK[:, None].where(appeared_BTK, -1).amax(-1, keepdim=True)
-        return appeared_BTK & (media_at_BK[:, None] == last_BT1)
+        return fuse.last(super().media_mask(position_BT, segment_BT, media_at_BK), media_at_BK)
 
     def _read(self, encoders: nn.ModuleDict) -> int:
         """The width of the latents, which all encoders share."""

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from isthmus import sites
+from isthmus import fuse, sites
 from isthmus.aligner import Addition, Aligner
 from isthmus.config import Frozen
 from isthmus.connectors import Connector
@@ -273,6 +273,4 @@ class LLaMAAdapter(Aligner):
 
     def media_mask(self, position_BT: Tensor, segment_BT: Tensor, media_at_BK: Tensor) -> Tensor:
         """The last medium that has appeared, and no other: [B, T, K]."""
-        appeared_BTK = super().media_mask(position_BT, segment_BT, media_at_BK)
-        behind_BTK = appeared_BTK.flip(-1).cumsum(-1).flip(-1)
-        return appeared_BTK & (behind_BTK == 1)
+        return fuse.last(super().media_mask(position_BT, segment_BT, media_at_BK), media_at_BK)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isthmus.connectors import Connector
-from isthmus.connectors.resampler import real
 from isthmus.types import Context, Features
 
 
@@ -88,7 +87,7 @@ class Abstractor(Connector):
         """x [N, S, E] -> y [N, queries + 1, D]; the last vector is the same for every picture."""
         x_NSI = self.narrow(features.x_NSE)
         y_NQI = self.queries.expand(len(x_NSI), -1, -1)
-        is_real = real(features)
+        is_real = features.real_NS
         padding = None if is_real is None else F.pad(~is_real, (len(self.queries), 0), value=False)
         for layer in self.layers:
             y_NQI = layer(y_NQI, x_NSI, padding)

@@ -223,9 +223,8 @@ class QFormer(Connector):
             ids_NT: text beside the queries, negative at padding.
             mask: [N, Q + T, Q + T], who may look at whom; by default everyone at everything but padding.
         """
-        picture, seen = self.picture_norm(features.x_NSE), None
-        if features.lengths_N is not None:
-            seen = torch.arange(picture.shape[1], device=picture.device) < features.lengths_N[:, None, None]
+        picture, real_NS = self.picture_norm(features.x_NSE), features.real_NS
+        seen = None if real_NS is None else real_NS.unsqueeze(1)
         x_NLW = self.queries.expand(len(picture), -1, -1)
         if ids_NT is not None:
             x_NLW = torch.cat([x_NLW, self._words(ids_NT)], 1)

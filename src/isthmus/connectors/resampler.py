@@ -48,13 +48,6 @@ def feed_forward(width: int) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(width), wide, nn.GELU(), nn.Linear(4 * width, width, bias=False))
 
 
-def real(features: Features) -> Tensor | None:
-    """Which encoder tokens are no padding, [N, S]; None where all are real."""
-    if features.lengths_N is None:
-        return None
-    return torch.arange(features.x_NSE.shape[1], device=features.x_NSE.device) < features.lengths_N[:, None]
-
-
 class Layer(nn.Module):
     """Latents read the tokens and themselves, then pass a feed-forward network; both with a residual."""
 
@@ -107,7 +100,7 @@ class Perceiver(Connector):
         """x [N, S, E] -> y [N, Q, I]."""
         x_NSI = self.narrow(features.x_NSE)
         latents_NQI = self.latents.expand(len(x_NSI), -1, -1)
-        is_real = real(features)
+        is_real = features.real_NS
         allowed = None if is_real is None else F.pad(is_real, (0, len(self.latents)), value=True)[:, None, None]
         for layer in self.layers:
             latents_NQI = layer(latents_NQI, x_NSI, allowed)

@@ -1,7 +1,7 @@
 """All stages of a recipe in one folder, each handed the model of the one before, each resumable.
 
-`runs/NAME/` holds `run.json` (recipe, dtype, features), `features/`, and a folder per stage whose `model/` is a
-complete Hugging Face directory. A stage with a model is finished and is never run again.
+`runs/NAME/` holds `run.json` (recipe, dtype) and a folder per stage whose `model/` is a complete Hugging Face
+directory. A stage with a model is finished and is never run again. Features are cached in Isthmus's home, for all runs.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ from isthmus.types import Batch, ConfigError, Medium, Sample
 
 HELD_OUT = 24
 """Validation samples per source of a stage."""
-
-
 REMEMBERED = 1 << 14
 """Samples and lengths that a stage keeps at hand: making and rendering them costs more than a small joint's step."""
 

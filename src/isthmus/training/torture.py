@@ -35,7 +35,7 @@ KILLS = 6
 """A run is killed at most so often before it is left alone."""
 LATE = 1.1
 """A kill comes at a random moment within so many times the duration of an undisturbed run."""
-SAVING, LONG = 0.6, 0.01
+SAVING, LONG = 0.6, 0.004
 """Share of the kills that are put off until the next save, and the seconds over which they then fall."""
 ENGINES = tuple(Engine(workers=workers, save_async=beside) for workers in (0, 1) for beside in (False, True))
 
