@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import inspect
 import json
 import re
@@ -270,15 +269,6 @@ def test_the_answers_in_the_page_about_joints_are_those_of_the_class():
         method, _, arguments = call.removesuffix(")").partition("(")
         parameters = list(inspect.signature(getattr(aligners.Aligner, method)).parameters)[1:]
         assert arguments.split(", ") == parameters, call
-
-
-def test_papers_page_is_current():
-    spec = importlib.util.spec_from_file_location("make_papers", ROOT / "docs/make_papers.py")
-    assert spec and spec.loader
-    script = importlib.util.module_from_spec(spec)
-    sys.modules["make_papers"] = script
-    spec.loader.exec_module(script)
-    assert (ROOT / "docs/papers.md").read_text() == script.page(), "run python docs/make_papers.py"
 
 
 def test_embedded_page_names_the_pinned_packages():

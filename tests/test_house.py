@@ -18,11 +18,12 @@ FLOORS: list[set[str]] = [
     {"aligners", "model", "generation", "storage", "assembly"},
     {"prepare", "exporting"},
     {"training"},
-    {"planning"},
+    {"planning", "costs"},
     {"evaluation", "speakers", "compress", "federate", "serving", "apps"},
     {"experiment"},
     {"recipes"},
-    {"cli", "__main__"},
+    {"papers"},
+    {"comparison", "cli", "__main__"},
 ]
 """From the ground up; a room may import its own floor and those below."""
 

@@ -21,7 +21,8 @@ from tiny import IMAGE, LLMS, WIDTH, llm, vision
 
 IDS = torch.arange(20, 36).reshape(2, 8)
 PROJECTIONS = {"llama": "*.q_proj", "qwen2": "*.q_proj", "qwen3": "*.mlp.*", "glm": "*.gate_up_proj", "opt": "*.fc1"}
-PROJECTIONS |= {"t5": "decoder.*.q"}
+PROJECTIONS |= {"t5": "decoder.*.q", "flan-t5": "decoder.*.wi_*", "gemma": "*.o_proj", "gemma2": "*.k_proj"}
+PROJECTIONS |= {"gemma3_text": "*.v_proj", "mistral": "*.self_attn.*", "phi": "*.dense", "phi3": "*.qkv_proj"}
 
 
 class Expert(Graft):

@@ -12,11 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from isthmus import sites
 from isthmus.graft import Graft, graft
 from isthmus.types import ConfigError
-from tiny import DECODERS, LLMS, VISION, WIDTH, llm, vision
+from tiny import DECODERS, LLMS, MORE_DECODERS, VISION, WIDTH, llm, vision
 
 IDS = torch.arange(20, 36).reshape(2, 8)
 STACKS = {"opt": "model.decoder.layers", "t5": "decoder.block", "clip": "encoder.layers", "siglip": "encoder.layers"}
-STACKS |= {"dinov2": "encoder.layer", "vit": "layers"}
+STACKS |= {"dinov2": "encoder.layer", "vit": "layers", "flan-t5": "decoder.block"}
 SCALED: dict[str, dict] = {
     "gemma2": {"head_dim": 8, "final_logit_softcapping": 3.0},
     "granite": {"logits_scaling": 3.0},
@@ -88,7 +88,7 @@ def test_layers_attention_and_linears(family):
     assert model.get_submodule(path) is modules and len(modules) == 3
     attention = sites.attention(modules[1])
     projections = [name for name in sites.linears(attention) if name[0] in "qkv"]
-    assert len(projections) == 3 and attention in modules[1].modules()
+    assert len(projections) == (1 if family == "phi3" else 3) and attention in modules[1].modules()
     every = {name for name, module in modules[1].named_modules() if type(module) is nn.Linear}
     assert set(sites.linears(modules[1])) == every
     assert sites.enclosing(model, f"{path}.1") == f"{path}.1"
@@ -108,8 +108,8 @@ def test_the_two_stacks_of_an_encoder_decoder():
 
 
 def test_mlp_or_the_reason_why_not():
-    for family in (*DECODERS, *VISION):
-        layer = sites.layers(llm(family) if family in DECODERS else vision(family)).modules[0]
+    for family in (*DECODERS, *MORE_DECODERS, *VISION):
+        layer = sites.layers(llm(family) if family in LLMS else vision(family)).modules[0]
         if family == "opt":
             with pytest.raises(ConfigError, match=r"feed-forward Linears on the layer itself\nchoose \['fc1', 'fc2'\]"):
                 sites.mlp(layer)
@@ -122,6 +122,7 @@ def test_mlp_or_the_reason_why_not():
 def test_norm_and_embedding():
     assert sites.norm(model := llm("qwen3")) is model.model.norm
     assert sites.norm(model := llm("opt")) is model.model.decoder.final_layer_norm
+    assert sites.norm(model := llm("phi")) is model.model.final_layernorm
     assert sites.norm(model := vision("clip")) is model.post_layernorm
     assert sites.norm(model := vision("vit")) is model.layernorm
     assert sites.embedding(model := llm("opt")) is model.model.decoder.embed_tokens

@@ -103,6 +103,16 @@ def test_saving_over_an_older_save_leaves_nothing_of_it(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.safetensors*")) == ["model.safetensors"]
 
 
+def test_a_fingerprint_changes_with_the_weights_alone(tmp_path):
+    model = composed.model()
+    model.save_pretrained(tmp_path)
+    first = storage.fingerprint(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert storage.fingerprint(tmp_path) == first
+    stir(model).save_pretrained(tmp_path)
+    assert storage.fingerprint(tmp_path) != first
+
+
 def test_a_loaded_model_is_saved_again_the_same(saved, tmp_path):
     isthmus.load(saved).save_pretrained(tmp_path)
     first, second = load_file(saved / "model.safetensors"), load_file(tmp_path / "model.safetensors")

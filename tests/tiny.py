@@ -31,10 +31,15 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from tiny_voices import VOICES
+
 DECODERS = ("llama", "qwen2", "qwen3", "opt", "glm")
-"""Families of decoder-only LLMs that `llm` builds."""
-LLMS = (*DECODERS, "t5")
-"""All families that `llm` builds; T5 is the encoder-decoder."""
+"""Families of decoder-only LLMs that every joint is tried on."""
+MORE_DECODERS = ("gemma", "gemma2", "gemma3_text", "mistral", "phi", "phi3")
+"""Decoder-only families with windows, soft-capping, scaled embeddings, fused projections or parallel layers."""
+ENCODER_DECODERS = ("t5", "flan-t5")
+LLMS = (*DECODERS, *MORE_DECODERS, *ENCODER_DECODERS)
+"""All families that `llm` builds."""
 VISION = ("clip", "siglip", "dinov2", "vit")
 """Families of image encoders that `vision` builds."""
 
@@ -62,25 +67,41 @@ _DECODER = {
     "eos_token_id": EOS,
 }
 _GATED = {**_DECODER, "intermediate_size": 64, "num_key_value_heads": 2, "initializer_range": 0.2}
+_WINDOW = {"sliding_window": 24, "head_dim": 8}
+"""Shorter than most rows, so that a window that is forgotten shows; longer than a picture's sixteen tokens."""
+_GEMMA = {**_GATED, "head_dim": 8, "eos_token_id": 1, "bos_token_id": 2}
+_CAPPED = {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
+_T5 = {
+    "vocab_size": VOCAB,
+    "d_model": WIDTH,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "pad_token_id": PAD,
+    "decoder_start_token_id": PAD,
+}
 _CONFIGS = {
     "llama": {**_GATED, "tie_word_embeddings": True},
     "qwen2": {**_GATED, "tie_word_embeddings": False},
     "qwen3": {**_GATED, "tie_word_embeddings": True, "head_dim": 8},
     "glm": {**_GATED, "tie_word_embeddings": False, "head_dim": 8},
     "opt": {**_DECODER, "ffn_dim": 64, "word_embed_proj_dim": WIDTH, "init_std": 0.2, "dropout": 0.0},
-    "t5": {
-        "vocab_size": VOCAB,
-        "d_model": WIDTH,
-        "d_kv": 8,
-        "d_ff": 64,
-        "num_layers": 2,
-        "num_decoder_layers": 3,
-        "num_heads": 4,
-        "dropout_rate": 0.0,
-        "pad_token_id": PAD,
-        "eos_token_id": EOS,
-        "decoder_start_token_id": PAD,
+    "gemma": _GEMMA,
+    "gemma2": {**_GEMMA, **_WINDOW, **_CAPPED},
+    "gemma3_text": {
+        **_GEMMA,
+        **_WINDOW,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "mistral": {**_GATED, **_WINDOW, "tie_word_embeddings": False},
+    "phi": {**_DECODER, "intermediate_size": 64, "initializer_range": 0.2},
+    "phi3": {**_GATED, **_WINDOW, "tie_word_embeddings": False},
+    "t5": {**_T5, "eos_token_id": EOS},
+    "flan-t5": {**_T5, "eos_token_id": 1, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
 _TOWER = {
     "hidden_size": WIDTH,
@@ -108,7 +129,7 @@ _PROCESSORS: dict[str, tuple[type[PilBackend], dict]] = {
 
 def llm(family: str = "llama", *, seed: int = 0, **changes) -> Any:
     """A language model of a family in `LLMS`; `changes` replace fields of its config."""
-    config = AutoConfig.for_model(family, **{**_CONFIGS[family], **changes})
+    config = AutoConfig.for_model(family.removeprefix("flan-"), **{**_CONFIGS[family], **changes})
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -157,7 +178,7 @@ def processor(family: str = "clip") -> PilBackend:
 def llm_folder(path: Path, family: str = "llama", **changes) -> Path:
     """Write model and tokenizer as a Hugging Face folder, and return `path`."""
     llm(family, **changes).save_pretrained(path)
-    tokenizer().save_pretrained(path)
+    VOICES.get(family, tokenizer)().save_pretrained(path)
     return path
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from isthmus.config import Frozen, check, nearest
 from isthmus.connectors import Connector
+from isthmus.data.boxes import BoxFormat, Decimals
 from isthmus.encoders import Encoder
 from isthmus.fuse import Rule
 from isthmus.graft import Graft
@@ -47,6 +48,8 @@ class Aligner:
     """How recipes call it; the file in `aligners/` has the same name."""
     family: ClassVar[str] = "converter"
     """Converter, perceiver, tool or data: the survey's families (arXiv 2311.07594)."""
+    also: ClassVar[str | None] = None
+    """A second family, where the paper is about data as much."""
     splices: ClassVar[bool] = True
     """Vectors take places in the LLM's input; otherwise they stay aside and grafts read `Side.vision_BKQD`."""
     asleep: ClassVar[tuple[str, ...]] = ()
@@ -54,7 +57,9 @@ class Aligner:
     identity: ClassVar[bool] = True
     """Whether a freshly composed model equals the bare LLM on text."""
     encoder_decoder: ClassVar[bool] = True
-    """Whether an encoder-decoder LLM can carry this joint."""
+    """Whether an encoder-decoder LLM can carry this joint. Its encoder reads prompt and media with positions and masks
+    of its own, so `positions` and `rule` are never asked there, rows are not packed, and of the side its decoder knows
+    the route alone: a joint that lives by any of these says False."""
 
     def __init__(self, options: Frozen):
         self.options: Any = options
@@ -72,15 +77,22 @@ class Aligner:
         return None
 
     def new_tokens(self) -> tuple[str, ...]:
-        """Strings that become new vocabulary entries, with rows of their own in embedding and head."""
+        """Strings that become new vocabulary entries, with rows of their own in embedding and head.
+
+        Those that stand in a layout become control tokens; the others are text that a user may type.
+        """
         return ()
+
+    def boxes(self) -> BoxFormat:
+        """How regions are written and read; Shikra's decimals unless the paper has a way of its own."""
+        return Decimals()
 
     def grafts(self, llm: nn.Module, encoders: nn.ModuleDict, width: int) -> Iterator[Addition]:
         """What is added inside the LLM's or the encoders' modules."""
         return iter(())
 
     def heads(self, width: int) -> dict[str, nn.Module]:
-        """Output modules on the LLM's states, by name (an output projector, a regression head)."""
+        """Modules beside the LLM, by name (output heads, a teacher)."""
         return {}
 
     def positions(self, counted_BT: Tensor, segment_BT: Tensor, modality_BT: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ from isthmus import parts
 from isthmus.config import Recipe
 from isthmus.model import VLM, VLMConfig
 from isthmus.processor import VLMProcessor
+from isthmus.types import Turn
 
 
 def compose(recipe: Recipe, dtype: torch.dtype = torch.float32) -> VLM:
@@ -33,7 +34,7 @@ def compose(recipe: Recipe, dtype: torch.dtype = torch.float32) -> VLM:
             kind: {
                 "config": config.model_dump(mode="json"),
                 "architecture": parts.encoder_architecture(config),
-                "weights": parts.fingerprint(parts.encoder_weights(config)),
+                "weights": parts.encoder_fingerprint(config),
             }
             for kind, config in recipe.encoders.items()
         },
@@ -45,7 +46,23 @@ def compose(recipe: Recipe, dtype: torch.dtype = torch.float32) -> VLM:
         model.aligner.birth(model)
     tokenizer = parts.tokenizer(recipe.llm)
     model.processor = VLMProcessor.of(model, tokenizer, recipe.system)
+    _stop_at_turns_end(model)
     return model.eval()
+
+
+def _stop_at_turns_end(model: VLM) -> None:
+    """Let generation stop where the template ends an answer, too; some checkpoints name another token alone.
+
+    Raises:
+        ConfigError: the template refuses a question and its answer, or a system turn that the recipe asks for.
+    """
+    rendered = model.processor.renderer().render((Turn.say("user", "?"), Turn.say("assistant", "!")))
+    ids = rendered.ids if rendered.decoder_ids is None else rendered.decoder_ids
+    end = [token for token, trained in zip(ids, rendered.trained) if trained][-1]
+    own = model.generation_config.eos_token_id
+    known = own if isinstance(own, list) else [] if own is None else [own]
+    if end not in known:
+        model.generation_config.eos_token_id = [*known, end]
 
 
 def load(source: str | Path, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu") -> VLM:

@@ -61,6 +61,10 @@ class EncoderConfig(Frozen):
     """How a picture becomes square: centre crop, letter-box with the mean colour (LLaVA-1.5), or stretch."""
     architecture: dict[str, Any] | None = None
     """The source's own config, inline, so that `plan` needs neither hub nor folder."""
+    also: tuple[Annotated[EncoderConfig, _named("source")], ...] = ()
+    """Encoders that see the same picture beside this one."""
+    join: Literal["concatenate", "interleave"] = "concatenate"
+    """Their tokens side by side along the width, or, place by place, one behind the other."""
 
 
 class LLMConfig(Frozen):

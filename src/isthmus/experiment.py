@@ -23,7 +23,7 @@ from isthmus.data.media import open_image
 from isthmus.evaluation import report as reports
 from isthmus.evaluation.measure import Measured, build, measure, merge
 from isthmus.evaluation.results import Column, Credit, Curve, Generation, Part, Report, examples, headline, rows
-from isthmus.evaluation.tasks import Task
+from isthmus.evaluation.tasks import Task, plain
 from isthmus.model import VLM
 from isthmus.planning import count
 from isthmus.speakers.local import Local
@@ -133,9 +133,8 @@ def free_replies(model: VLM, look: Look, tasks: list[tuple[Task, TaskConfig]], e
     replies = speaker.say_all([item.prompt for _, item in asked])
     found = []
     for (_, item), reply in zip(asked, replies):
-        shown = next(part for part in item.prompt.media if isinstance(part, Image))
-        question = item.prompt.turns[-1].text
-        found.append(Generation(question, reply, open_image(shown.source, item.prompt.id), item.answer))
+        shown = next(part for part in reversed(item.prompt.media) if isinstance(part, Image))
+        found.append(Generation(item.words, reply, open_image(shown.source, item.prompt.id), item.answer))
     return tuple(found)
 
 
@@ -185,7 +184,8 @@ def parts_of(recipe: Recipe, model: VLM) -> tuple[Part, ...]:
     size = count(model)
     added = {name: number for name, number in size.items() if "grafts" in name}
     joint = sum(number for name, number in size.items() if name.startswith("connectors"))
-    found = [Part("encoder", kind, config.source, size[f"encoders.{kind}"]) for kind, config in recipe.encoders.items()]
+    sources = {kind: " + ".join(each.source for each in (one, *one.also)) for kind, one in recipe.encoders.items()}
+    found = [Part("encoder", kind, source, size[f"encoders.{kind}"]) for kind, source in sources.items()]
     found.append(Part("joint", recipe.aligner.name, "trained here", joint, joint))
     found.append(Part("llm", recipe.llm.source, recipe.llm.source, size["llm"]))
     found += [Part("adapter", name, "trained here", number, number) for name, number in added.items()]
@@ -193,11 +193,11 @@ def parts_of(recipe: Recipe, model: VLM) -> tuple[Part, ...]:
 
 
 def data_hash(tasks: Iterable[Task]) -> str:
-    """Twelve hex digits over every item's id, question and answer."""
+    """Twelve hex digits over every item's id, conversation with regions, choices and answer."""
     digest = hashlib.sha256()
     for task in tasks:
         for item in task.items:
-            digest.update(f"{item.prompt.id}\n{item.prompt.turns[-1].text}\n{item.answer}\n".encode())
+            digest.update(f"{item.prompt.id}\n{plain(item.prompt)}\n{item.choices}\n{item.answer}\n".encode())
     return digest.hexdigest()[:12]
 
 
@@ -205,12 +205,9 @@ def credits_of(recipe: Recipe) -> tuple[Credit, ...]:
     """Licences and authors of the data and of embedded models."""
     cards = {card.name: card for stage in recipe.stages for card in map(_card, stage.data)}
     found = [Credit(card.name, "data", card.licence, card.attribution) for card in cards.values()]
-    used = {
-        parts.EMBEDDED_LLM: (recipe.llm.source, packages.LLM),
-        parts.EMBEDDED_ENCODER: (recipe.encoder.source, packages.LITE),
-    }
-    for name, (source, package) in used.items():
-        if source == name:
+    used = {recipe.llm.source, recipe.encoder.source, *(one.source for one in recipe.encoder.also)}
+    for name, package in {parts.EMBEDDED_LLM: packages.LLM, parts.EMBEDDED_ENCODER: packages.LITE}.items():
+        if name in used:
             found.append(Credit(package.name, "model", package.licence, package.attribution))
     return tuple(found)
 

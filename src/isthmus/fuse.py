@@ -6,8 +6,9 @@ Masks are always built from segments and a rule, never guessed from positions: t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def by_row(connected: dict[str, Tensor], media: dict[str, Media], rows: int) -> 
     at_N = torch.cat([some.at_N for some in media.values()])
     most = int(torch.bincount(row_N, minlength=rows).max())
     vision_BKQD = y_NQD.new_zeros(rows, most, *y_NQD.shape[1:])
-    media_at_BK = torch.full((rows, most), -1, device=y_NQD.device)
+    media_at_BK = torch.full((rows, most), -1, device=at_N.device)
     for row in range(rows):
         chosen = (row_N == row).nonzero().flatten()
         chosen = chosen[at_N[chosen].argsort()]
@@ -104,7 +105,7 @@ def masks(
 ) -> Tensor | dict[str, Tensor] | None:
     """The attention mask (or one per layer type) of a decoder for causality, segments, branches and a rule.
 
-    A branch sees the shared beginning of its segment and itself.
+    A branch sees the shared beginning of its segment and itself; a sliding window counts positions there, else columns.
 
     `segment_BS` covers the cached positions too; with a static cache the mask covers its whole length. Padding
     looks at padding, so that no row is empty. None is returned where causality alone is right, which lets
@@ -136,13 +137,30 @@ def masks(
             seen = seen & ((branch_BS[b, kv] == 0) | (branch_BS[b, q] == branch_BS[b, kv]))
         return seen if rule is None else seen & rule(b, h, q, kv.clamp(max=segment_BS.shape[1] - 1))
 
-    return create_masks_for_generate(
-        config=config,
-        inputs_embeds=embeds_BTD,
-        attention_mask=None,
-        past_key_values=cache,
-        and_mask_function=allowed,
-    )
+    def build(config: PreTrainedConfig, seen: Rule) -> Any:
+        return create_masks_for_generate(
+            config=config,
+            inputs_embeds=embeds_BTD,
+            attention_mask=None,
+            past_key_values=cache,
+            and_mask_function=seen,
+        )
+
+    window = getattr(config, "sliding_window", None)
+    if branch_BS is None or window is None:
+        return build(config, allowed)
+    # Branches lie behind each other, so that a window of columns would cut them off from what they share.
+    position = torch.nn.functional.pad(positions(segment_BS, branch_BS), (0, reach - segment_BS.shape[1]))
+
+    def near(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return allowed(b, h, q, kv) & (position[b, q] - position[b, kv] < window)
+
+    wide = copy.copy(config)
+    wide.sliding_window = reach + 1
+    whole, windowed = build(wide, allowed), build(wide, near)
+    if not isinstance(whole, dict):
+        return windowed  # every layer has the window
+    return {kind: (windowed if kind == "sliding_attention" else whole)[kind] for kind in whole}
 
 
 def _check(config: PreTrainedConfig, divided: bool) -> None:

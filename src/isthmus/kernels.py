@@ -2,7 +2,8 @@
 
 PyTorch's CPU flash attention spends its time on blocks that short rows do not fill: for 32 rows of 36 tokens, forward
 and backward together took 20 to 25 ms per layer in bfloat16 on two cores, plain batched products 3 ms
-(`benchmarks/attention.py`). Longer rows and accelerators keep transformers' sdpa.
+(`benchmarks/attention.py`). Longer rows and accelerators keep transformers' sdpa, except where an LLM caps its scores
+(Gemma 2), which sdpa cannot.
 
 Packed rows come with the borders of their segments in place of a mask, and each segment is computed alone: on a CPU
 in batches of segments of similar length, on an accelerator by PyTorch's flash attention for variable lengths. A dense
@@ -58,17 +59,18 @@ def attention(
         options.pop("is_causal", None)  # borders say it
         return _by_segment(module, query, key, value, attention_mask.flatten(), options), None
     length, keys = query.shape[2], key.shape[2]
-    capped = more.get("softcap") is not None or more.get("s_aux") is not None
-    short = query.device.type == "cpu" and keys <= SHORT.get(query.dtype, 0) and not dropout and not capped
-    if short and attention_mask is None and length in (1, keys):
+    softcap = more.get("softcap")
+    short = query.device.type == "cpu" and keys <= SHORT.get(query.dtype, 0) and not dropout
+    products = softcap is not None or (short and more.get("s_aux") is None)  # sdpa knows of no cap
+    if products and attention_mask is None:
         causal = module.is_causal if more.get("is_causal") is None else more["is_causal"]
-        seen = torch.ones(length, keys, dtype=torch.bool)
-        attention_mask = _additive(seen.tril(keys - length) if causal else seen, query.dtype)
-    if attention_mask is None or not short:
+        seen = torch.ones(length, keys, dtype=torch.bool, device=query.device)
+        attention_mask = _additive(seen.tril() if causal and length > 1 else seen, query.dtype)  # as sdpa reads None
+    if attention_mask is None or not products:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if attention_mask.dtype == torch.bool:
         attention_mask = _additive(attention_mask, query.dtype)
-    return _by_products(query, key, value, attention_mask, scaling), None
+    return _by_products(query, key, value, attention_mask, scaling, softcap, dropout), None
 
 
 def mask(*args: Any, dtype: torch.dtype = torch.float32, **more: Any) -> Tensor | None:
@@ -102,19 +104,31 @@ def check_packing(name: str, device: torch.device) -> None:
         )
 
 
-def _by_products(query: Tensor, key: Tensor, value: Tensor, additive: Tensor, scaling: float | None) -> Tensor:
-    """Scores, softmax and mixture as three batched products; the query heads that share a key go together."""
+def _by_products(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additive: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
+    """Scores, softmax and mixture as three batched products; the query heads that share a key go together.
+
+    Scores are held below `softcap` by a tanh before the mask, as in Gemma 2.
+    """
     rows, heads, length, width = query.shape
     shared, keys = key.shape[1], key.shape[2]
     grouped = (rows * shared, heads // shared * length)
     mask = additive.to(query.dtype).expand(rows, heads, length, keys).reshape(*grouped, keys)
-    scores = torch.baddbmm(
-        mask,
-        query.reshape(*grouped, width),
-        key.flatten(0, 1).transpose(1, 2),
-        alpha=width**-0.5 if scaling is None else scaling,
-    )
-    mixed = torch.bmm(scores.softmax(-1), value.flatten(0, 1))
+    asked, offered = query.reshape(*grouped, width), key.flatten(0, 1).transpose(1, 2)
+    scale = width**-0.5 if scaling is None else scaling
+    if softcap is None:
+        scores = torch.baddbmm(mask, asked, offered, alpha=scale)
+    else:
+        scores = mask + softcap * (torch.bmm(asked, offered) * (scale / softcap)).tanh()
+    weights = nn.functional.dropout(scores.softmax(-1), dropout)
+    mixed = torch.bmm(weights, value.flatten(0, 1))
     return mixed.view(rows, heads, length, width).transpose(1, 2).contiguous()
 
 
@@ -131,8 +145,7 @@ def _by_segment(
     """Attention within the segments of packed rows, [B, T, heads, d]."""
     rows, _, length, _ = query.shape
     if query.device.type != "cpu" and not _has_flash(query, options):
-        allowed = _dense(borders, rows, length)
-        return sdpa_attention_forward(module, query, key, value, allowed, **options)[0]
+        return attention(module, query, key, value, _dense(borders, rows, length), **options)[0]
     query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     if query.device.type == "cpu":
         mixed = _in_groups(module, query, key, value, borders, options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -24,9 +24,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from isthmus import assets, kernels, quantised
+from isthmus import assets, kernels, quantised, sites
 from isthmus.config import EncoderConfig, LLMConfig
-from isthmus.encoders import Encoder, hf, lite
+from isthmus.encoders import Encoder, hf, lite, nfnet, several, timm
 from isthmus.types import ConfigError, IsthmusError
 
 EMBEDDED_LLM = "smollm2-135m-instruct"
@@ -101,9 +101,14 @@ def llm_config(config: LLMConfig) -> PreTrainedConfig:
 
 
 def load_llm(config: LLMConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """An LLM with its weights; packed ones come from the checkpoint's own numbers, whatever `dtype` is."""
+    """An LLM with its weights; packed ones come from the checkpoint's own numbers, whatever `dtype` is.
+
+    Raises:
+        ConfigError: it is no language model, or one that is multimodal already; or it does not run on the kernel.
+    """
     path = folder(config.source, config.revision)
     architecture = AutoConfig.from_pretrained(path)
+    _check_llm(architecture, config.source)
     with hf.quiet():
         llm = _auto(architecture).from_pretrained(
             path,
@@ -131,9 +136,32 @@ def tokenizer(config: LLMConfig) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder(config.source, config.revision))
 
 
-def vocabulary(source: str) -> str:
-    """The JSON of a tokenizer that a connector reads with, so that a saved model carries it along."""
-    return AutoTokenizer.from_pretrained(folder(source)).backend_tokenizer.to_str()
+def vocabulary(source: str | None) -> str | None:
+    """The JSON of a tokenizer that a connector reads with, so that a saved model carries it along.
+
+    None stands for the LLM's.
+    """
+    return None if source is None else AutoTokenizer.from_pretrained(folder(source)).backend_tokenizer.to_str()
+
+
+def check_vocabulary(llm: PreTrainedModel, source: str | None, held: int, own: int = 0) -> None:
+    """Refuse a text half that cannot hold every word of the LLM, where it reads those.
+
+    Args:
+        llm: the LLM.
+        source: whose vocabulary the text half reads; None is the LLM's.
+        held: entries of the text half.
+        own: entries among them that stand for no word of a text, such as one that starts a caption.
+
+    Raises:
+        ConfigError: there are too few, with the number that is needed.
+    """
+    needed = len(sites.embedding(llm).weight) + own
+    if source is None and held < needed:
+        raise ConfigError(
+            f"the text half holds {held} words; it reads the LLM's vocabulary and needs {needed}",
+            f"set aligner.options.vocabulary={needed}, or name a tokenizer of its own",
+        )
 
 
 def tensors(source: str) -> dict[str, torch.Tensor]:
@@ -144,8 +172,31 @@ def tensors(source: str) -> dict[str, torch.Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
+def _check_llm(architecture: PreTrainedConfig, source: str) -> None:
+    """Refuse what is no language model, or more than one."""
+    if architecture.get_text_config() is not architecture:
+        raise ConfigError(
+            f"{source}: {architecture.model_type} is a multimodal model, with a tower and a joint of its own",
+            "choose the text-only checkpoint of the family, or save its language model to a folder of its own",
+        )
+    if type(architecture) not in _auto(architecture)._model_mapping:
+        raise ConfigError(
+            f"{source}: {architecture.model_type} is not a language model that transformers knows",
+            "choose a decoder-only or an encoder-decoder LLM",
+        )
+
+
 def _kernel(architecture: PreTrainedConfig, attention: str) -> str:
-    """Encoder-decoders add position biases to their scores, which our kernel does not know of."""
+    """Encoder-decoders add position biases to their scores, which our kernel does not know of.
+
+    Raises:
+        ConfigError: the LLM caps its attention scores, and the kernel would not.
+    """
+    if attention == "sdpa" and getattr(architecture, "attn_logit_softcapping", None) is not None:
+        raise ConfigError(
+            f"{architecture.model_type} caps its attention scores, which sdpa cannot",
+            f"set llm.attention to {kernels.NAME}, eager or flex_attention",
+        )
     return "sdpa" if attention == kernels.NAME and architecture.is_encoder_decoder else attention
 
 
@@ -158,35 +209,65 @@ def _auto(architecture: PreTrainedConfig) -> Any:
 
 def encoder_architecture(config: EncoderConfig) -> dict[str, Any]:
     """An encoder's architecture as plain values; {} for the embedded one, whose code says it all."""
+    if config.also:
+        return {"members": [encoder_architecture(one) for one in several.members(config)]}
     if config.architecture is not None:
         return config.architecture
-    return {} if config.source == EMBEDDED_ENCODER else hf.architecture(folder(config.source, config.revision))
+    if config.source == EMBEDDED_ENCODER:
+        return {}
+    path = folder(config.source, config.revision)
+    return timm.architecture(path) or hf.architecture(path)
 
 
 def encoder_weights(config: EncoderConfig) -> Path:
-    """The file or folder that holds an encoder's weights."""
+    """The file or folder that holds the weights of one encoder."""
     if config.source == EMBEDDED_ENCODER:
         return assets.lite_weights()
     return folder(config.source, config.revision)
+
+
+def encoder_fingerprint(config: EncoderConfig) -> str:
+    """The fingerprints of all encoders that a config names, joined by `+`."""
+    return "+".join(fingerprint(encoder_weights(one)) for one in several.members(config))
+
+
+def confirm_encoder(kind: str, config: EncoderConfig, expected: str) -> None:
+    """Check that the weights of all encoders that a config names are those that a joint was trained on.
+
+    Raises:
+        IsthmusError: one of them is not.
+    """
+    for one, known in zip(several.members(config), expected.split("+"), strict=True):
+        confirm(f"{kind} encoder", encoder_weights(one), known)
 
 
 def load_encoder(config: EncoderConfig, dtype: torch.dtype) -> Encoder:
     """An encoder with its weights; packed ones come from the checkpoint's own numbers, whatever `dtype` is.
 
     Raises:
-        ConfigError: `bits` for the embedded encoder, which is made of convolutions.
+        ConfigError: `bits` for an encoder that is made of convolutions; encoders that cannot be joined.
     """
-    if config.bits is not None and config.source == EMBEDDED_ENCODER:
-        raise ConfigError(f"{EMBEDDED_ENCODER} is made of convolutions, which stay dense", "leave encoder.bits out")
+    if config.also:
+        return several.Several([load_encoder(one, dtype) for one in several.members(config)], config.join)
     path = encoder_weights(config)
     source = {"source": config.source, "weights": fingerprint(path), "dtype": str(dtype)}
-    if config.source == EMBEDDED_ENCODER:
-        return lite.load(config, path, source).to(dtype)
     if config.bits is None:
-        return hf.load(config, path, source, dtype)
-    encoder = hf.load(config, path, source | {"bits": str(config.bits)}, "auto")
+        return _load_encoder(config, path, source, dtype)
+    encoder = _load_encoder(config, path, source | {"bits": str(config.bits)}, "auto")
+    if isinstance(encoder, lite.EfficientNetLite | nfnet.NFNet):
+        raise ConfigError(f"{config.source} is made of convolutions, which stay dense", "leave encoder.bits out")
     quantised.quantise(encoder, config.bits, dtype)
     return encoder
+
+
+def _load_encoder(
+    config: EncoderConfig, path: Path, source: dict[str, str], dtype: torch.dtype | Literal["auto"]
+) -> Encoder:
+    if config.source == EMBEDDED_ENCODER:
+        encoder = lite.load(config, path, source)
+        return encoder if dtype == "auto" else encoder.to(dtype)
+    load = hf.load if timm.architecture(path) is None else timm.load
+    return load(config, path, source, dtype)
 
 
 def empty_encoder(
@@ -197,6 +278,20 @@ def empty_encoder(
 ) -> Encoder:
     """An encoder's structure; its weights and processor come from a checkpoint, or it is only planned with."""
     source = {"source": config.source, "weights": str(checkpoint)}
+    processor = hf.processor(checkpoint) if checkpoint else None
+    if not config.also:
+        return _empty_encoder(config, architecture, processor, source, dtype)
+    configs = several.members(config)
+    looks = processor.members if processor else [None] * len(configs)
+    described = zip(configs, architecture["members"], looks, strict=True)
+    return several.Several([_empty_encoder(*one, source, dtype) for one in described], config.join)
+
+
+def _empty_encoder(
+    config: EncoderConfig, architecture: dict[str, Any], processor: Any, source: dict[str, str], dtype: torch.dtype
+) -> Encoder:
     if config.source == EMBEDDED_ENCODER:
         return lite.EfficientNetLite(config, source).to(dtype)
-    return hf.empty(config, architecture, hf.processor(checkpoint) if checkpoint else None, source, dtype)
+    if "architecture" in architecture:
+        return timm.empty(config, architecture, source).to(dtype)
+    return hf.empty(config, architecture, processor, source, dtype)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from isthmus.data import chat, collate, formats, media
+from isthmus.data import chat, collate, formats, media, views
+from isthmus.data.boxes import Decimals, Regions
 from isthmus.data.reading import Reader, padded
+from isthmus.tokens import name_tokens
 from isthmus.types import Batch, DataError, Features, Image, Layout, Medium, Reading, Sample
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class VLMProcessor(ProcessorMixin):
         system: the system turn of conversations that have none.
         decoder_start: the first id of an encoder-decoder's decoder; None for a decoder alone.
         reading: the fields of `Reading`, where connectors read text; else None.
+        boxes: the fields of a `BoxFormat`: how the joint writes regions; plain decimals by default.
     """
 
     def __init__(
@@ -48,17 +51,21 @@ class VLMProcessor(ProcessorMixin):
         system: str | None = None,
         decoder_start: int | None = None,
         reading: dict[str, Any] | None = None,
+        boxes: dict[str, Any] | None = None,
         chat_template: str | None = None,
     ):
         self.layouts, self.placeholders = layouts or {}, placeholders or {}
         self.aspect, self.template, self.system, self.decoder_start = aspect, template, system, decoder_start
-        self.reading = reading
+        self.reading, self.boxes = reading, boxes or Decimals().model_dump()
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
     def of(cls, model: VLM, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> VLMProcessor:
         """The processor of a freshly composed model."""
         layouts = {kind: model.aligner.layout(kind, model.queries(kind)) for kind in model.encoders}
+        names = model.aligner.new_tokens()
+        around = "".join(layout.before + layout.after for layout in layouts.values())
+        name_tokens(tokenizer, model.vocabulary - len(names), names, [name for name in names if name in around])
         reading = model.aligner.reading()
         return cls(
             model.encoders["image"].processor,
@@ -69,6 +76,7 @@ class VLMProcessor(ProcessorMixin):
             system=system,
             decoder_start=model.config.text_config.decoder_start_token_id if model.config.is_encoder_decoder else None,
             reading=None if reading is None else vars(reading),
+            boxes=model.aligner.boxes().model_dump(),
             chat_template=tokenizer.chat_template,
         )
 
@@ -84,18 +92,26 @@ class VLMProcessor(ProcessorMixin):
             template=template or self.template,
             system=self.system,
             decoder_start=self.decoder_start,
+            regions=self.regions,
         )
+
+    @property
+    def regions(self) -> Regions:
+        """How this model writes and reads regions: in the coordinates of the square that its encoder sees."""
+        return Regions.of(self.boxes, self.aspect)
 
     def reader(self, renderer: chat.Renderer) -> Reader | None:
         """What tokenizes the text that connectors read beside features, if they do."""
         end = self.tokenizer.eos_token_id
         begin = end if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
-        return None if self.reading is None else Reader(Reading(**self.reading), renderer.plain, (begin, end))
+        if self.reading is None:
+            return None
+        return Reader(Reading(**self.reading), renderer.plain, (begin, end), renderer.regions.spell)
 
     def look(self, kind: str, seen: Sequence[Medium]) -> tuple[Tensor | None, Features | None]:
         """Pixels of media as they are, [N, C, H, W]; a feature cache is the other reader (`prepare.features`)."""
         pictures = (media.open_image(medium.source) for medium in seen)
-        return torch.stack([media.pixels(picture, self.image_processor, self.aspect) for picture in pictures]), None
+        return torch.stack([views.pixels(picture, self.image_processor, self.aspect) for picture in pictures]), None
 
     def collator(
         self, look: collate.Look | None = None, template: Literal["chat", "plain"] | None = None, **settings: Any

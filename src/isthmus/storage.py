@@ -19,6 +19,8 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from isthmus import parts, quantised, sites
 from isthmus.config import LLMConfig
@@ -76,6 +78,13 @@ def _write(model: VLM, folder: Path, whole: bool) -> None:
     (folder / MANIFEST).write_text(json.dumps(hashes, indent=1))
 
 
+def fingerprint(source: str | Path) -> str:
+    """Twelve hex digits that change with a saved model's config or weights, from its manifest of hashes."""
+    folder = parts.folder(str(source), None)
+    files = [file for name in ("config.json", MANIFEST) if (file := folder / name).is_file()]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
 def load(cls: type[VLM], source: str | Path, dtype: torch.dtype | str, revision: str | None = None) -> VLM:
     """A model from a directory or hub name, in eval mode; every key is compared."""
     folder = parts.folder(str(source), revision)
@@ -105,11 +114,13 @@ def load(cls: type[VLM], source: str | Path, dtype: torch.dtype | str, revision:
         llm = parts.load_llm(llm_config, dtype)
         encoders = {}
         for kind, entry in config.encoders.items():
-            parts.confirm(f"{kind} encoder", parts.encoder_weights(config.encoder(kind)), entry["weights"])
+            parts.confirm_encoder(kind, config.encoder(kind), entry["weights"])
             encoders[kind] = parts.load_encoder(config.encoder(kind), dtype)
     model = cls(config, llm, encoders)
     _fill(model, read_weights(folder), config.whole, folder)
     model.processor = VLMProcessor.from_pretrained(folder)
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 

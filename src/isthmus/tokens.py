@@ -1,14 +1,18 @@
-"""New tokens as grafts on the input embedding and the head; the base's own rows stay as they are, byte for byte."""
+"""New tokens as grafts on the input embedding and the head; the base's own rows stay as they are, byte for byte.
+
+`add_tokens` gives the LLM rows, `name_tokens` the tokenizer the strings for them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 import torch
+from tokenizers import AddedToken
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from isthmus import sites
 from isthmus.graft import Graft, at, graft
@@ -52,6 +56,39 @@ class NewOutputs(NewRows):
 
     def forward(self, host: Any, base: Callable[..., Any], x: Tensor, *args: Any, side: Side | None, **kw: Any) -> Any:
         return torch.cat([base(x, *args, **kw), F.linear(x, self.rows.to(x.dtype))], -1)
+
+
+def name_tokens(
+    tokenizer: PreTrainedTokenizerBase, first: int, names: Sequence[str], control: Collection[str] = ()
+) -> None:
+    """Teach a tokenizer the ids first, first + 1, ... that `add_tokens` gave the LLM; again is no change.
+
+    A tokenizer with fewer entries than the LLM has rows is filled up with control tokens that nobody can type.
+
+    Args:
+        first: the LLM's V.
+        names: the new strings, in order.
+        control: those of them that, typed by a user, stay text.
+
+    Raises:
+        ConfigError: a name is an entry already, or the tokenizer has more entries than the LLM has rows.
+    """
+    wanted = list(range(first, first + len(names)))
+    if not names or tokenizer.convert_tokens_to_ids(list(names)) == wanted:
+        return
+    known = set(tokenizer.get_vocab())
+    if taken := sorted(known & set(names)):
+        raise ConfigError(f"{taken[0]!r} is an entry of the LLM's vocabulary already", "choose another LLM")
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= first:
+        raise ConfigError(
+            f"the tokenizer has an entry {highest}, but the LLM only {first} rows", "resize the LLM's embedding first"
+        )
+    fill = [f"<|unused-{index}|>" for index in range(highest + 1, first)]
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in fill])
+    tokenizer.add_tokens([AddedToken(name, special=name in control, normalized=False) for name in names])
+    if tokenizer.convert_tokens_to_ids(list(names)) != wanted:
+        raise ConfigError("the tokenizer gives new entries other ids than the LLM", "choose another LLM")
 
 
 def add_tokens(llm: PreTrainedModel, n: int, init: Init = "mean") -> int:

@@ -91,7 +91,10 @@ class Tag:
 
 @dataclass(frozen=True)
 class Box:
-    """A region, normalised xyxy in [0, 1] of the original picture; papers render it as they like."""
+    """A region, normalised xyxy in [0, 1] of the original picture; papers render it as they like.
+
+    It belongs to the picture before it. `label` are the words that it points out, which are written with it.
+    """
 
     xyxy: tuple[float, float, float, float]
     label: str = ""
@@ -102,7 +105,12 @@ class Box:
             raise ValueError(f"box {self.xyxy} is not normalised xyxy; divide by the picture's width and height")
 
 
-Part: TypeAlias = Text | Image | Video | Audio | Tag | Box
+@dataclass(frozen=True)
+class Grounding:
+    """Asks for an answer with regions; a joint with a token for that writes it here, others write nothing."""
+
+
+Part: TypeAlias = Text | Image | Video | Audio | Tag | Box | Grounding
 Medium: TypeAlias = Image | Video | Audio
 KIND: dict[type, str] = {Image: "image", Video: "video", Audio: "audio"}
 """The kind of a medium: the key of its encoder, connector and `Batch.media` entry."""
@@ -242,7 +250,9 @@ class Batch:
     branch_BT: Tensor | None = None
     """0 where a segment's conversations share their beginning, then 1, 2, ... for what follows in each."""
     extra_text: dict[str, Tensor] = field(default_factory=dict)
-    """Per kind, what its connector reads (`Reading`): ids with one row per medium, -1 at padding."""
+    """Per kind, what its connector reads (`Reading`): ids with one row per medium, -1 at padding.
+
+    Where answers are read, `text` has those of the samples without a medium, one row each."""
     targets: dict[str, Tensor] = field(default_factory=dict)
     """What others computed beforehand: a teacher's, a generator's, a prompt teacher's."""
     ids: tuple[str, ...] = ()

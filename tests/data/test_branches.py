@@ -62,3 +62,23 @@ def test_collate_gives_branches_and_labels():
         told = batch.labels_BT[0][(batch.branch_BT[0] == number) & (batch.labels_BT[0] != IGNORE)]
         assert renderer().tokenizer.decode(told, skip_special_tokens=True).strip() == text
     assert collator([plain]).branch_BT is None
+
+
+def test_earlier_answers_are_shared_whole_or_not_at_all():
+    def talk(first: str, second: str) -> tuple[Turn, ...]:
+        return (*asked("What?", first), Turn.say("user", "Sure?"), Turn.say("assistant", second))
+
+    def learnt(branch: int) -> str:
+        pairs = zip(merged.ids, merged.trained, merged.branch)
+        return renderer().tokenizer.decode([token for token, trained, own in pairs if trained and own == branch])
+
+    render = renderer().render
+    merged = share([render(talk("a cat", "yes")), render(talk("a cat", "yes, it is"))])
+    assert [learnt(branch) for branch in range(3)] == ["a cat<|im_end|>", "yes<|im_end|>", "yes, it is<|im_end|>"]
+    merged = share([render(talk("a cat", "yes")), render(talk("a dog", "no"))])
+    assert [learnt(branch) for branch in range(3)] == [
+        "",
+        "a cat<|im_end|>yes<|im_end|>",
+        "a dog<|im_end|>no<|im_end|>",
+    ]
+    assert not merged.trained[merged.branch.index(1)] and not merged.trained[merged.branch.index(2)]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 from tiny_tokenizers import CHATML, LLAMA3, byte_level, metaspace, unigram, zoo
 
+from isthmus.data.boxes import Regions, Thousandths
 from isthmus.data.chat import Renderer
 from isthmus.types import Box, ConfigError, DataError, Image, Layout, Modality, Tag, Turn, Video
 
@@ -216,8 +217,8 @@ def test_layouts_may_depend_on_the_medium_and_tags_and_boxes_are_text():
     rendered = make.render((Turn.say("user", PICTURE, Tag("fox", 0.5), " at ", box), Turn.say("assistant", "yes")))
     assert rendered.ids.count(IMAGE) == 2
     assert "fox at [0.000,0.250,0.500,1.000]<|im_end|>" in tokenizer.decode([i for i in rendered.ids if i != IMAGE])
-    own = renderer(tokenizer, write_box=lambda box: "BOX").render((Turn.say("user", box),))
-    assert "BOX" in tokenizer.decode(own.ids)
+    own = renderer(tokenizer, regions=Regions(Thousandths())).render((Turn.say("user", box),))
+    assert "<box>(0,250),(500,999)</box>" in tokenizer.decode(own.ids)
 
 
 def test_a_joint_that_stays_aside_marks_the_place_with_text():

@@ -154,4 +154,8 @@ def test_identity_names_all_that_features_depend_on():
     changed += [load("clip", aspect="crop"), load("vit")]
     assert len({str(sorted(each.identity().items())) for each in changed} | {str(sorted(plain.items()))}) == 7
     assert load("clip").identity() == plain
+    looks = {"size": "32", "aspect": "pad", "processor": load("clip").processor.to_json_string()}
+    chosen = {"layer": "2", "taps": "{'0': 0, '-1': 3}", "class_token": "keep"}
+    known = load("clip", taps=(0, -1), class_token="keep").identity()
+    assert known == {name: plain[name] for name in known.keys() - chosen.keys() - looks.keys()} | chosen | looks
     assert load("clip", layer=2).identity() == plain, "2 is -2 of a tower with three blocks"

@@ -138,7 +138,8 @@ def test_identity_names_all_that_features_depend_on() -> None:
     base = load().identity()
     others = [load(layer="block5"), load(image_size=96), load(taps=("block3",)), load(aspect="crop")]
     assert all(encoder.identity() != base for encoder in others)
-    assert base["source"] == "test"
+    looks = {"aspect": "pad", "processor": load().processor.to_json_string()}
+    assert base == {"source": "test", "layer": "head", "taps": ""} | looks, "features in caches are known by it"
     assert load(layer="head").identity() == base
 
 

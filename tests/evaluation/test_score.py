@@ -9,6 +9,7 @@ import torch
 from PIL import Image as Pillow
 
 import composed
+from isthmus.evaluation import score
 from isthmus.evaluation.score import Question, Scorer, _rank
 from isthmus.model import VLM
 from isthmus.types import DataError, Image, Sample, Turn
@@ -41,7 +42,7 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture(scope="module", params=("llama", "qwen2", "opt"))
+@pytest.fixture(scope="module", params=("llama", "qwen2", "opt", "mistral", "gemma3_text"))
 def model(request: pytest.FixtureRequest) -> VLM:
     return composed.stir(composed.model(request.param))
 
@@ -67,6 +68,33 @@ def test_shared_prompts_equal_whole_conversations(model: VLM, batch_size: int) -
         assert scores.values == pytest.approx([sum(values) for values in expected], abs=5e-5)
         assert scores.tokens == tuple(map(len, expected))
         assert len({round(value, 3) for value in scores.values}) == len(asked.choices)
+
+
+@torch.no_grad()
+def reply_by_hand(model: VLM, sample: Sample, answer: str) -> list[float]:
+    """Log-probabilities of an answer's tokens by the encoder-decoder of transformers alone, one call per answer."""
+    batch = model.processor.prompts([sample])
+    tokenizer = model.processor.tokenizer
+    labels = tokenizer(answer, return_tensors="pt").input_ids  # it ends with the end token
+    embeds = model.embed(batch, model.connect(batch))
+    logits = model.llm(inputs_embeds=embeds, labels=labels).logits[0].log_softmax(-1)
+    return logits.gather(1, labels[0, :, None])[:, 0].tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_an_encoder_decoder_reads_each_prompt_once_for_all_choices(
+    batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = composed.stir(composed.model("flan-t5"))
+    genuine, read = model.read, []
+    monkeypatch.setattr(model, "read", lambda batch, *more: read.append(len(batch.ids)) or genuine(batch, *more))
+    monkeypatch.setattr(score, "TOLD", 3)  # so that one question's choices are told in two turns
+    found = Scorer(model, batch_size=batch_size).likelihoods(QUESTIONS)
+    assert sum(read) == len(QUESTIONS)
+    for asked, scores in zip(QUESTIONS, found, strict=True):
+        expected = [reply_by_hand(model, asked.sample, choice) for choice in asked.choices]
+        assert scores.values == pytest.approx([sum(values) for values in expected], rel=1e-5)
+        assert scores.tokens == tuple(map(len, expected))
 
 
 def test_equal_prompts_and_pictures_are_run_once() -> None:

@@ -14,9 +14,10 @@ import composed
 from isthmus import config
 from isthmus.config import TaskConfig
 from isthmus.data import sets
-from isthmus.evaluation import answers, tasks
+from isthmus.evaluation import answers, catalogue, tasks
+from isthmus.evaluation.catalogue import named
 from isthmus.evaluation.score import RULE, Scorer
-from isthmus.evaluation.tasks import Choice, Cut, Generate, Likelihood, item, named, plain, run
+from isthmus.evaluation.tasks import Choice, Cut, Generate, Likelihood, item, plain, run
 from isthmus.model import VLM
 from isthmus.types import Box, ConfigError, DataError, Image, Sample, Tag, Turn
 
@@ -181,4 +182,4 @@ def test_easy_vqa_is_drawn_from_all_of_the_test_set_and_cut_twice(opened: list[c
     assert places == sorted(random.Random(7).sample(range(700), 100))
     total, without = task.cuts
     assert total.takes("yesno") and total.takes("open") and without.takes("open") and not without.takes("yesno")
-    assert set(tasks._TASKS) == set(NAMES)
+    assert set(tasks.TASKS) == set(NAMES) < set(catalogue.TASKS)

@@ -17,9 +17,10 @@ import torch
 
 from isthmus.config import Engine, Recipe, Stage
 from isthmus.training.loop import run_stage
-from isthmus.training.parallel import World
+from isthmus.training.optimizer import choose
+from isthmus.training.parallel import World, spread
 from isthmus.training.run import train
-from isthmus.training.step import held_out
+from isthmus.training.step import Step, held_out
 from isthmus.types import Batch, DataError, IsthmusError
 
 PATIENCE = 120
@@ -134,6 +135,19 @@ def whole(world: World, recipe: Recipe, folder: Path, home: Path) -> None:
     """All stages of a recipe, as `isthmus train` runs them."""
     os.environ["ISTHMUS_HOME"] = str(home)
     train(recipe, folder, torch.device("cpu"), small.quiet())
+
+
+def queues(world: World, recipe: Recipe, stage: Stage, folder: Path) -> None:
+    """What is in each process's queue, which differ, after a forward of them together, written down by each."""
+    step = Step(small.build(recipe), stage.objectives, world)
+    choose(step, stage)
+    step.accompany()
+    step.ready()
+    keys = step.objectives["itc"].queues["image"].key_K.fill_(world.rank)
+    batch, device = small.Colours(step.vlm)(0, 0), torch.device("cpu")
+    with world.started(device):
+        spread(step, (), world, device, "ddp", False, step.uneven(), step.drifting())(batch, step.scales([batch]))
+        (folder / f"{world.rank}.json").write_text(json.dumps(keys.tolist()))
 
 
 def agree(world: World, folder: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from isthmus.config import Budget, Recipe
 from isthmus.training.log import read_rows
 from isthmus.training.loop import derive, marks, run_stage, steps_for
+from isthmus.training.step import Step
 from isthmus.types import Batch, ConfigError, DataError, IsthmusError
 
 
@@ -148,6 +149,29 @@ def test_a_warm_stage_trains_connector_and_temperature(recipe: Recipe, tmp_path:
     _, result = run(recipe, tmp_path, steps=20, objectives=["contrastive"])
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert result.state == "done" and rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+
+
+def test_what_a_validation_draws_is_the_same_each_time_and_moves_no_step(recipe: Recipe, tmp_path: Path) -> None:
+    drawn: list[float] = []
+
+    def validate(step: Step) -> float:
+        drawn.append(float(torch.rand(())))
+        return drawn[-1]
+
+    vlm, made = small.build(recipe), small.stage(train=DROPPING, evaluate_every=0.5)
+    feed = small.Colours(vlm)
+    run_stage(vlm, made, feed, tmp_path / "seen", steps=4, validate=validate, console=small.quiet())
+    run(recipe, tmp_path / "unseen", steps=4, train=DROPPING)
+    assert len(drawn) == 2 and drawn[0] == drawn[1]
+    seen, unseen = (losses(tmp_path / name) for name in ("seen", "unseen"))
+    assert seen == unseen and len(seen) == 4
+
+
+DROPPING = {"connectors.*": 1e-2, "llm.*": {"mode": {"r": 2, "dropout": 0.2}, "lr": 1e-2}}
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
 
 
 def test_negatives_of_a_batch_cannot_be_split(recipe: Recipe, tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from isthmus import parts, sites
+from isthmus import parts
 from isthmus.aligner import Aligner
 from isthmus.connectors import Connector
 from isthmus.connectors.qformer import QFormer, Shape
 from isthmus.encoders import Encoder
-from isthmus.types import ConfigError, Layout, Reading
+from isthmus.types import Layout, Reading
 
 if TYPE_CHECKING:
     from isthmus.model import VLM
@@ -49,8 +49,7 @@ class BLIP2(Aligner):
     def reading(self) -> Reading | None:
         if not self.options.text:
             return None
-        source = self.options.tokenizer
-        return Reading(self.options.length, "answer", None if source is None else parts.vocabulary(source))
+        return Reading(self.options.length, "answer", parts.vocabulary(self.options.tokenizer))
 
     def birth(self, model: VLM) -> None:
         """Nothing but a check.
@@ -58,9 +57,5 @@ class BLIP2(Aligner):
         Raises:
             ConfigError: the text half cannot hold the vocabulary that it reads, and the word that starts a caption.
         """
-        words, held = len(sites.embedding(model.llm).weight), self.options.vocabulary
-        if self.options.text and self.options.tokenizer is None and words >= held:
-            raise ConfigError(
-                f"the text half holds {held} words; the LLM's vocabulary and a start are {words + 1}",
-                f"set aligner.options.vocabulary={words + 1}, or name a tokenizer of its own",
-            )
+        if self.options.text:
+            parts.check_vocabulary(model.llm, self.options.tokenizer, self.options.vocabulary, own=1)

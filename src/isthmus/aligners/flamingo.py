@@ -26,7 +26,7 @@ from isthmus.config import Frozen
 from isthmus.connectors import Connector
 from isthmus.connectors.resampler import CrossAttention, Perceiver, feed_forward
 from isthmus.encoders import Encoder
-from isthmus.graft import Graft
+from isthmus.graft import Graft, arithmetic
 from isthmus.types import ConfigError, Layout, Side
 
 MARKER = "<image>"
@@ -51,8 +51,7 @@ class Gated(Graft):
         self.attention_gate, self.feed_gate = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
 
     def forward(self, host: Any, base: Callable[..., Any], x: Tensor, *args: Any, side: Side | None, **kw: Any) -> Any:
-        # The masters are float32; a base in bfloat16 keeps its speed.
-        with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
+        with arithmetic(x):
             y_BTD = x
             if side is not None and side.vision_BKQD is not None and side.media_mask_BTK is not None:
                 y_BTD = y_BTD + self.attention_gate.tanh() * self.look(x, side.vision_BKQD, side.media_mask_BTK)

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from isthmus import parts, sites
+from isthmus import parts
 from isthmus.aligner import Aligner
 from isthmus.connectors import Connector
 from isthmus.connectors.qformer import InstructedQFormer, Shape
 from isthmus.encoders import Encoder
-from isthmus.types import ConfigError, Layout, Reading
+from isthmus.types import Layout, Reading
 
 if TYPE_CHECKING:
     from isthmus.model import VLM
@@ -30,6 +30,7 @@ class InstructBLIP(Aligner):
 
     name = "instructblip"
     family = "perceiver"
+    also = "data"
 
     class Options(Shape):
         length: int = Field(128, ge=1)
@@ -45,8 +46,7 @@ class InstructBLIP(Aligner):
         return Layout(tokens)
 
     def reading(self) -> Reading:
-        source = self.options.tokenizer
-        return Reading(self.options.length, tokenizer=None if source is None else parts.vocabulary(source))
+        return Reading(self.options.length, tokenizer=parts.vocabulary(self.options.tokenizer))
 
     def birth(self, model: VLM) -> None:
         """Nothing but a check.
@@ -54,9 +54,4 @@ class InstructBLIP(Aligner):
         Raises:
             ConfigError: the Q-Former cannot hold the vocabulary that it reads.
         """
-        words, held = len(sites.embedding(model.llm).weight), self.options.vocabulary
-        if self.options.tokenizer is None and words > held:
-            raise ConfigError(
-                f"the Q-Former holds {held} words, the LLM's vocabulary {words}",
-                f"set aligner.options.vocabulary={words}, or name a tokenizer of its own",
-            )
+        parts.check_vocabulary(model.llm, self.options.tokenizer, self.options.vocabulary)

@@ -29,6 +29,7 @@ class LLaVA(Aligner):
 
     name = "llava"
     family = "converter"
+    also = "data"
 
     class Options(Frozen):
         projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"

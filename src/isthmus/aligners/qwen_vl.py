@@ -3,7 +3,7 @@
 Bai et al. 2023, arXiv 2308.12966 (Qwen-VL). Official code: github.com/QwenLM/Qwen-VL.
 
 Differs:
-    - `<img>` and `</img>` are written with the LLM's own tokens, and pictures are not numbered;
+    - `<img>`, `<ref>`, `<box>` and their ends are written with the LLM's own tokens, and pictures are not numbered;
     - `normalise` is ours, off by default: LayerNorm before, and output where the LLM's embeddings are.
 """
 
@@ -20,6 +20,7 @@ from isthmus.config import Frozen
 from isthmus.connectors import Connector
 from isthmus.connectors.pool import Normalised, settle
 from isthmus.connectors.position_aware import PositionAware
+from isthmus.data.boxes import Thousandths
 from isthmus.encoders import Encoder
 from isthmus.types import ConfigError, Layout
 
@@ -52,6 +53,9 @@ class QwenVL(Aligner):
 
     def layout(self, kind: str, tokens: int) -> Layout:
         return Layout(tokens, before="<img>", after="</img>\n")
+
+    def boxes(self) -> Thousandths:
+        return Thousandths()
 
     def birth(self, model: VLM) -> None:
         settle(model.connectors, sites.embedding(model.llm).weight)

@@ -25,7 +25,7 @@ from isthmus.config import Frozen
 from isthmus.connectors import Connector, composite
 from isthmus.connectors.pool import Pool
 from isthmus.encoders import Encoder
-from isthmus.graft import Graft
+from isthmus.graft import Graft, arithmetic
 from isthmus.types import ConfigError, Context, Features, Layout, Modality, Side
 
 
@@ -69,8 +69,7 @@ class OwnView(Graft):
     def forward(self, host: Any, base: Callable[..., Any], x: Tensor, *args: Any, side: Side | None, **kw: Any) -> Any:
         if side is not None and composite.holds_media(side):
             at_BT = side.modality_BT != Modality.TEXT
-            # The masters are float32; a base in bfloat16 keeps its speed.
-            with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
+            with arithmetic(x):
                 own_MD = self.projector(_present(side))
             x = fuse.splice(x, at_BT, own_MD, "image")
         return base(x, *args, **kw)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from isthmus.cli.options import Device, DType
+from isthmus.cli.options import Device, DType, Endpoint, KeyEnv, Settings
 
 Model = Annotated[str, typer.Argument(help="A directory that `isthmus train` wrote, or a hub name.")]
 
@@ -28,6 +28,9 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     device: Device = "auto",
     dtype: DType = "float32",
+    endpoint: Endpoint = None,
+    key_env: KeyEnv = None,
+    remote: Settings = None,
 ) -> None:
     """Talk to a model in the terminal; pictures by path, answers streamed.
 
@@ -35,18 +38,32 @@ def chat(
     """
     from rich.console import Console
 
+    console = Console(highlight=False)
+    conversation = Conversation(list(image or []))
+    if endpoint is not None:
+        from isthmus.cli.options import remote_of
+
+        limits = {"max_tokens": max_tokens, "temperature": temperature}
+        with remote_of(model, endpoint, key_env, remote, **limits) as far:
+            _talk(console, far, conversation, prompt, model)
+            typer.echo(str(far.usage), err=True)
+        return
+
     from isthmus.assembly import load
     from isthmus.cli.options import on
     from isthmus.speakers.local import Local
 
-    console = Console(highlight=False)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
-    speaker = Local(load(model, dtype, on(device)), max_new_tokens=max_tokens, **sampling)
-    conversation = Conversation(list(image or []))
+    near = Local(load(model, dtype, on(device)), max_new_tokens=max_tokens, **sampling)
+    _talk(console, near, conversation, prompt, model)
+
+
+def _talk(console, speaker, conversation: Conversation, prompt: str | None, name: str) -> None:
+    """One question, or a conversation until its end."""
     if prompt is not None:
         _reply(console, speaker, conversation, prompt)
         return
-    console.print(f"[dim]{model}. /image PATH shows a picture, /new starts afresh, /quit leaves.[/dim]")
+    console.print(f"[dim]{name}. /image PATH shows a picture, /new starts afresh, /quit leaves.[/dim]")
     while True:
         try:
             said = console.input("[bold cyan]you[/bold cyan] ").strip()

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from isthmus.cli import answer, data, house, measure, runs, torture, train
+from isthmus.cli import answer, data, house, measure, plan, runs, torture, train
 from isthmus.errors import IsthmusError
 
 app = typer.Typer(
@@ -19,13 +19,14 @@ app = typer.Typer(
 
 app.command("demo")(train.demo)
 app.command("train")(train.train)
-app.command("plan")(train.plan)
+app.command("plan")(plan.plan)
 app.command("eval")(measure.evaluate)
 app.command("runs")(runs.runs)
 app.command("chat")(answer.chat)
 app.command("import")(answer.import_)
 app.command("export")(answer.export)
 app.command("recipes")(house.recipes)
+app.command("papers")(house.papers)
 app.command("doctor")(house.doctor)
 app.add_typer(data.app, name="data", help="Fetch, check and look at data.")
 app.add_typer(torture.app, name="torture", help="Kill training, and see that nothing is lost.")

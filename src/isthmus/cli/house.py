@@ -1,4 +1,4 @@
-"""`isthmus recipes` and `isthmus doctor`: what there is, and whether this machine is well."""
+"""`isthmus recipes`, `papers` and `doctor`: what there is, where it comes from, and whether this machine is well."""
 
 from __future__ import annotations
 
@@ -40,6 +40,19 @@ def recipes(
         for name, title in book.titles().items():
             table.add_row(f"[bold]{name}[/bold]", title)
         Console().print(table)
+
+
+def papers(
+    write: Annotated[bool, typer.Option("--write", help="Rewrite docs/papers.md; in a checkout.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Every paper with its file, recipes, tests, family in the survey's taxonomy, and where ours differs."""
+    from isthmus import papers as book
+
+    if write:
+        typer.echo(f"wrote {book.rewrite('papers.md', book.page)}")
+    else:
+        typer.echo(json.dumps(book.plain(), indent=2) if as_json else book.text())
 
 
 def doctor(as_json: AsJson = False) -> None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from isthmus.config import Recipe
+    from isthmus.speakers.remote import Remote
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
 DType = Annotated[str, typer.Option(help="Arithmetic of the base parts: auto, float32, bfloat16.")]
@@ -20,6 +21,16 @@ RecipeName = Annotated[str, typer.Argument(help="A recipe's name (see `isthmus r
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Dotted overrides such as stages.align.lr=1e-3 encoder=./my-encoder seed=1."),
+]
+
+Endpoint = Annotated[
+    str | None,
+    typer.Option(help="An OpenAI-compatible address such as http://localhost:8000/v1; MODEL is then a name there."),
+]
+KeyEnv = Annotated[str | None, typer.Option(help="The environment variable that holds the endpoint's key.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--remote", "-r", help="A setting of the remote model, such as budget=1; see docs/speakers.md."),
 ]
 
 
@@ -58,3 +69,24 @@ def recipe_of(name: str, overrides: list[str] | None) -> Recipe:
 
     recipe = read(Path(name)) if name.endswith((".yaml", ".yml", ".json")) else recipes.named(name)
     return recipe.override(overrides or [])
+
+
+def remote_of(model: str, endpoint: str, key_env: str | None, settings: list[str] | None, **defaults: object) -> Remote:
+    """A remote speaker; settings are KEY=VALUE and go before defaults.
+
+    Raises:
+        ConfigError: a setting is unknown or wrong.
+    """
+    from isthmus.config import check, parse_value
+    from isthmus.errors import ConfigError
+    from isthmus.speakers.remote import Remote
+    from isthmus.speakers.settings import RemoteConfig
+
+    pairs = (setting.partition("=") for setting in settings or [])
+    chosen = {key: parse_value(value) for key, _, value in pairs}
+    tree = {**defaults, "endpoint": endpoint, "model": model, "key_env": key_env, **chosen}
+    try:
+        config = check(RemoteConfig, tree, "remote")
+    except ConfigError as error:
+        raise ConfigError(error.cause, "docs/speakers.md lists the settings, written KEY=VALUE") from None
+    return Remote(config, lambda told: typer.echo(told, err=True))

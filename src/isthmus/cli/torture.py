@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from isthmus.cli.options import AsJson, Out
+from isthmus.cli.options import AsJson
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -21,7 +22,9 @@ def _torture() -> None:
 def train(
     times: Annotated[int, typer.Option(min=1, help="Kills.")] = 200,
     seed: Annotated[int, typer.Option(help="When the kills come.")] = 0,
-    out: Out = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the runs.  [default: a temporary one]")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Kill training at random moments, saves among them, resume it, and compare with a run that was left alone.
@@ -32,7 +35,6 @@ def train(
     import shutil
     import tempfile
     from dataclasses import asdict
-    from pathlib import Path
 
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""`isthmus demo`, `train` and `plan`: from a recipe to a model, and what that costs."""
+"""`isthmus demo` and `train`: from a recipe to a model."""
 
 from __future__ import annotations
 
@@ -65,36 +65,6 @@ def train(
 
     chosen = recipe_of(recipe, overrides)
     _experiment(chosen, out or Path("runs") / chosen.name, device, Console(stderr=as_json, highlight=False), as_json)
-
-
-def plan(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Parameters by part, and what every stage trains, before any weights are read."""
-    from dataclasses import asdict
-
-    from rich.console import Console
-    from rich.table import Table
-
-    from isthmus.cli.options import recipe_of
-    from isthmus.planning import plan as plan_of
-
-    chosen = recipe_of(recipe, overrides)
-    planned = plan_of(chosen)
-    if as_json:
-        typer.echo(json.dumps(asdict(planned) | {"total": planned.total}, indent=2))
-        return
-    table = Table("part", "parameters", *(f"trained in {stage.name}" for stage in planned.stages), box=None)
-    for part in dict.fromkeys([*planned.parts, *(part for stage in planned.stages for part in stage.by_part)]):
-        table.add_row(
-            part,
-            f"{planned.parts.get(part, 0):,}" if part in planned.parts else "added",
-            *(f"{stage.by_part.get(part, 0):,}" for stage in planned.stages),
-        )
-    shares = (f"{stage.trained:,} ({stage.trained / planned.total:.1%})" for stage in planned.stages)
-    table.add_section()
-    table.add_row("all", f"{planned.total:,}", *shares)
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(", ".join(f"{tokens} tokens per {kind}" for kind, tokens in planned.tokens.items()))
 
 
 def _experiment(recipe: Recipe, folder: Path, device: str, console: Console, as_json: bool) -> None:

@@ -140,7 +140,7 @@ def check(layer: nn.Module) -> str:
     ):
         raise ConfigError(
             f"{type(attention).__name__} is not made of q_proj, k_proj, v_proj and o_proj alone",
-            "choose a Llama-, Qwen-, GLM- or OPT-like LLM, or ee_mllm with compute=rule",
+            "choose a Llama-, Qwen-, Mistral-, Gemma-, GLM- or OPT-like LLM, or ee_mllm with compute=rule",
         )
     return _name(layer, attention)
 

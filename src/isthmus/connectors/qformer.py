@@ -167,8 +167,18 @@ class Heads(nn.Module):
 
     def similarity(self, q_NQW: Tensor, t_MW: Tensor) -> Tensor:
         """Each picture's best query against each text, over the temperature, [N, M]."""
-        picture_NQC = F.normalize(self.picture(q_NQW), dim=-1)
-        text_MC = F.normalize(self.text(t_MW), dim=-1)
+        return self.compare(self.directions(q_NQW), self.direction(t_MW))
+
+    def directions(self, q_NQW: Tensor) -> Tensor:
+        """What a picture's queries stand for where pictures and texts are compared, of length 1, [N, Q, C]."""
+        return F.normalize(self.picture(q_NQW), dim=-1)
+
+    def direction(self, t_MW: Tensor) -> Tensor:
+        """What the first states of texts stand for there, of length 1, [M, C]."""
+        return F.normalize(self.text(t_MW), dim=-1)
+
+    def compare(self, picture_NQC: Tensor, text_MC: Tensor) -> Tensor:
+        """`similarity` of what is already there, [N, M]."""
         return (picture_NQC @ text_MC.T).amax(1) / self.temperature
 
     def write(self, t_MW: Tensor, words: Words) -> Tensor:
@@ -204,7 +214,7 @@ class QFormer(Connector):
             for n in range(shape.layers)
         )
         self.heads = Heads(shape) if text == "whole" else None
-        self.apply(_as_bert)
+        self.apply(as_bert)
         nn.init.normal_(self.queries, std=0.02)
         self.project = nn.Linear(shape.width, out)
 
@@ -288,7 +298,7 @@ class InstructedQFormer(QFormer):
         return self.project(self.see(features, ids_NT)[-1])
 
 
-def _as_bert(module: nn.Module) -> None:
+def as_bert(module: nn.Module) -> None:
     """Normal weights of 0.02 and no bias, as BERT is born."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)

@@ -20,8 +20,9 @@ from typing import Literal, TypeAlias
 from rich.text import Text as RichText
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from isthmus.data.boxes import UNMAPPED, Regions
 from isthmus.data.template import Codec, Template
-from isthmus.types import KIND, Box, ConfigError, DataError, Layout, Medium, Modality, Tag, Text, Turn
+from isthmus.types import KIND, ConfigError, DataError, Layout, Medium, Modality, Tag, Text, Turn
 
 Layouts: TypeAlias = Mapping[str, Layout | Callable[[Medium], Layout]]
 
@@ -44,7 +45,8 @@ class Rendered:
 def share(conversations: Sequence[Rendered]) -> Rendered:
     """Several conversations with a common beginning as one, the beginning once and then each one's rest.
 
-    The last token before an answer always stays with the answer, because it is what predicts it.
+    The last token before an answer always stays with the answer, because it is what predicts it; the last answer is
+    always a conversation's own, and no other is cut in two.
 
     Raises:
         DataError: they are an encoder-decoder's, or a medium stands behind the common beginning.
@@ -53,9 +55,8 @@ def share(conversations: Sequence[Rendered]) -> Rendered:
     if any(one.decoder_ids is not None for one in conversations):
         raise DataError("an encoder-decoder cannot read branches", "give each question a sample of its own")
     shared = min(_agreement(first.ids, one.ids) for one in conversations)
-    shared = min(
-        shared, *(max(one.trained.index(True) - 1, 0) if any(one.trained) else shared for one in conversations)
-    )
+    while (border := min(_border(one.trained, shared) for one in conversations)) < shared:
+        shared = border
     if any(one.media != first.media or any(end > shared for _, end in one.spans) for one in conversations):
         raise DataError("branches differ before or in their media", "put the same media first in every branch")
     ids, trained, modality = first.ids[:shared], first.trained[:shared], first.modality[:shared]
@@ -73,9 +74,13 @@ def _agreement(a: Sequence[int], b: Sequence[int]) -> int:
     return next((place for place, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def write_box(box: Box) -> str:
-    """A region as text, `[x1,y1,x2,y2]` with three decimals."""
-    return "[" + ",".join(f"{value:.3f}" for value in box.xyxy) + "]"
+def _border(trained: Sequence[bool], place: int) -> int:
+    """The last place up to this one that is before the last answer, and before the start of any answer it is in."""
+    last = max((index for index, learnt in enumerate(trained) if learnt), default=place)
+    place = min(place, last)
+    while place and place < len(trained) and trained[place]:
+        place -= 1
+    return place
 
 
 class Renderer:
@@ -88,7 +93,7 @@ class Renderer:
         template: `chat` is the tokenizer's own (or `FALLBACK`); `plain` is LLaVA's first stage: media, answer, end.
         system: the system turn of conversations that have none; None leaves it to the template.
         decoder_start: the id an encoder-decoder's decoder starts with; None for a decoder alone.
-        write_box: how a region is written.
+        regions: how regions of pictures are written.
 
     Raises:
         ConfigError: the tokenizer is not a fast one, lacks an end token, or its template loses contents.
@@ -102,7 +107,7 @@ class Renderer:
         template: Literal["chat", "plain"] = "chat",
         system: str | None = None,
         decoder_start: int | None = None,
-        write_box: Callable[[Box], str] = write_box,
+        regions: Regions = UNMAPPED,
     ) -> None:
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ConfigError(
@@ -116,7 +121,7 @@ class Renderer:
         self.template = template
         self.system = system
         self.decoder_start = decoder_start
-        self.write_box = write_box
+        self.regions = regions
         self._chat = Template(tokenizer)
 
     def plain(self, text: str) -> list[int]:
@@ -132,6 +137,7 @@ class Renderer:
         """
         if open_answer and turns and turns[-1].role == "assistant":
             raise DataError("an answer cannot be opened after an answer", "leave the last assistant turn out")
+        turns = self.regions.spell(turns)
         if self.decoder_start is not None:
             return self._render_pair(turns, open_answer, self.decoder_start)
         if self.system is not None and turns and turns[0].role != "system":
@@ -232,11 +238,10 @@ class Renderer:
         """The turn's parts with neighbouring texts joined."""
         contents: list[str | Medium] = []
         for part in turn.parts:
-            if isinstance(part, Text | Tag | Box):
-                text = self.write_box(part) if isinstance(part, Box) else part.text
+            if isinstance(part, Text | Tag):
                 last = contents.pop() if contents and isinstance(contents[-1], str) else ""
-                contents.append(f"{last}{text}")
-            else:
+                contents.append(f"{last}{part.text}")
+            elif isinstance(part, Medium):  # regions are text by now
                 contents.append(part)
         return contents
 

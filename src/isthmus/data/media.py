@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
 
 import numpy as np
+from PIL import ExifTags, ImageOps, UnidentifiedImageError
 from PIL import Image as Pillow
-from PIL import ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from isthmus.types import DataError, Drawn, Source
@@ -22,6 +23,10 @@ CHUNK = 1 << 20
 
 Aspect: TypeAlias = Literal["crop", "pad", "squash"]
 Colour: TypeAlias = tuple[int, int, int]
+Corners: TypeAlias = tuple[float, float, float, float]
+
+ROUNDED = 1e-3
+"""How far outside a picture a point may be read: written numbers are rounded."""
 
 
 def open_image(source: Source, where: str = "") -> Pillow.Image:
@@ -96,6 +101,63 @@ def side(processor: Any) -> int:
 
 
 # ---------------------------------------------------------------------------------------------- squares
+
+
+def upright_size(source: Source) -> tuple[int, int]:
+    """Width and height of a picture as `open_image` gives it; a file's pixels are not decoded.
+
+    Raises:
+        DataError: as `open_image`.
+    """
+    if isinstance(source, Drawn | Pillow.Image):
+        return open_image(source).size
+    with _open_bytes(source, _name(source)) as file:
+        try:
+            picture = Pillow.open(file, formats=FORMATS)
+            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        except Exception:  # whatever is wrong, opening it says so in our words
+            return open_image(source).size
+    return (picture.height, picture.width) if turned else picture.size
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where a picture lies in its square: x of the picture is x * scale + shift of the square, likewise y."""
+
+    scale: tuple[float, float] = (1.0, 1.0)
+    shift: tuple[float, float] = (0.0, 0.0)
+
+    @classmethod
+    def of(cls, size: tuple[int, int], aspect: Aspect) -> Frame:
+        """What `square` does to a picture of this width and height; of huge strips, to a pixel of the square."""
+        if aspect == "squash":
+            return cls()
+        if aspect == "crop":
+            side = min(size)
+            starts = [(side - length) / 2 for length in size]
+        else:
+            side = max(size)
+            starts = [(side - length) // 2 for length in size]
+        width, height = (length / side for length in size)
+        return cls((width, height), (starts[0] / side, starts[1] / side))
+
+    def onto(self, xyxy: Corners) -> Corners | None:
+        """A region of the picture as one of the square, cut at its edges; None if it lies outside."""
+        x1, y1, x2, y2 = (self.scale[n % 2] * value + self.shift[n % 2] for n, value in enumerate(xyxy))
+        return _inside((x1, y1, x2, y2))
+
+    def back(self, xyxy: Corners) -> Corners | None:
+        """A region of the square as one of the picture; None if it lies in the margin."""
+        x1, y1, x2, y2 = ((value - self.shift[n % 2]) / self.scale[n % 2] for n, value in enumerate(xyxy))
+        return _inside((x1, y1, x2, y2), (ROUNDED / self.scale[0], ROUNDED / self.scale[1]))
+
+
+def _inside(xyxy: Corners, slack: tuple[float, float] = (0.0, 0.0)) -> Corners | None:
+    """The part of a region within [0, 1]; None if an area loses all of it, or a point lies further outside."""
+    x1, y1, x2, y2 = (min(max(value, 0.0), 1.0) for value in xyxy)
+    lost = (x1 == x2) > (xyxy[0] == xyxy[2]) or (y1 == y2) > (xyxy[1] == xyxy[3])
+    outside = any(high < -some or low > 1 + some for low, high, some in zip(xyxy[:2], xyxy[2:], slack))
+    return None if lost or outside else (x1, y1, x2, y2)
 
 
 def _crop(image: Pillow.Image, size: int, mean: Colour, resample: Pillow.Resampling) -> Pillow.Image:

@@ -9,11 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
+from isthmus.data.boxes import Decimals
 from isthmus.data.concepts import names, several, some
 from isthmus.data.scenes import COLOURS, Placed, Scene, pick
+from isthmus.types import Box, Grounding, Part
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 YES_NO = ("yes", "no")
+HERE = "<here>"
+"""Where a question points at its region."""
 WORDINGS = {
     "naming": (
         "What is this?",
@@ -49,6 +53,17 @@ WORDINGS = {
         "Is the {0} {2} or {3} the {1}?",
         "Seen from the {1}, where is the {0}, {2} or {3} it?",
     ),
+    "refer": (
+        "Where is the {0}?",
+        "Find the {0}.",
+        "Show me the {0}.",
+        "In which region is the {0}?",
+    ),
+    "region": (
+        "What is at {0}?",
+        "Name what is at {0}.",
+        "Which thing is at {0}?",
+    ),
     "names": (
         "Name everything in the picture.",
         "Which things are in the picture?",
@@ -70,6 +85,21 @@ class Question:
     answer: str
     choices: tuple[str, ...] = ()
     """What likelihood ranking chooses from; none for a caption."""
+    box: Box | None = None
+    """A region that the answer is, or that stands in the question in place of `HERE`."""
+
+    @property
+    def asked(self) -> tuple[Part | str, ...]:
+        """The user's words, and regions among them."""
+        if self.box is None:
+            return (self.text,)
+        before, here, after = self.text.partition(HERE)
+        return (before, self.box, after) if here else (self.text, Grounding())
+
+    @property
+    def told(self) -> Part | str:
+        """The assistant's words, or a region."""
+        return self.answer if self.box is None or HERE in self.text else self.box
 
 
 @dataclass(frozen=True)
@@ -120,6 +150,21 @@ class Asker:
         text = self._word(random, "place", one.name, other.name, choices[0], phrase(choices[1]))
         return Question("relation", text, true, choices)
 
+    def _refer(self, random: Random) -> Question:
+        """Where one of several different things is."""
+        thing, xyxy = random.choice(self.scene.boxes)
+        box = Box(xyxy, f"the {thing}")
+        return Question("refer", self._word(random, "refer", thing), Decimals().write([box]), box=box)
+
+    def _region(self, random: Random) -> Question:
+        """What is in a region, one of ten names, among them all that are in the picture."""
+        thing, xyxy = random.choice(self.scene.boxes)
+        present = tuple(self.scene.counts)
+        others = pick(random, self.pool, 10 - len(present), but=present)
+        choices = [names()[each] for each in (*present, *others)]
+        random.shuffle(choices)
+        return Question("region", self._word(random, "region", HERE), thing, tuple(choices), Box(xyxy))
+
     def _names(self, random: Random) -> Question:
         """With articles, so that each name is written as within a sentence: tokenizers care."""
         listed = ", ".join(some(names()[char]) for char in self.scene.counts)
@@ -169,6 +214,8 @@ _KINDS: dict[str, Callable[[Asker, Random], Question]] = {
     "counting": Asker._counting,
     "colour": Asker._colour,
     "relation": Asker._relation,
+    "refer": Asker._refer,
+    "region": Asker._region,
     "names": Asker._names,
     "caption": Asker._caption,
 }

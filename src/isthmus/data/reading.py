@@ -23,23 +23,35 @@ class Reader:
         reading: which text, how much of it, and in which vocabulary.
         plain: encodes a text in the LLM's own vocabulary, for a reading that names no other.
         ends: the ids that then stand before and behind an answer, as a BERT tokenizer puts them by itself.
+        spell: writes a conversation's regions as text, as the joint does.
     """
 
-    def __init__(self, reading: Reading, plain: Callable[[str], list[int]], ends: tuple[int, int]) -> None:
-        self.reading, self.plain, self.ends = reading, plain, ends
+    def __init__(
+        self,
+        reading: Reading,
+        plain: Callable[[str], list[int]],
+        ends: tuple[int, int],
+        spell: Callable[[Sequence[Turn]], tuple[Turn, ...]],
+    ) -> None:
+        self.reading, self.plain, self.ends, self.spell = reading, plain, ends, spell
 
     def __call__(self, samples: Iterable[tuple[Sample, Sequence[Medium]]]) -> dict[str, Tensor]:
         """Ids [N, L] by kind of the media that were kept of each sample, -1 at padding.
+
+        Answers are read without a medium too: `text` has a row for every sample that holds none.
 
         Raises:
             DataError: questions about one picture that share its tokens, though its tokens depend on the question.
         """
         rows: dict[str, list[list[int]]] = {}
         for sample, media in samples:
-            turns = [(medium, turn, index) for index, turn in enumerate(sample.turns) for medium in turn.media]
-            for medium, turn, index in turns[len(turns) - len(media) :]:
-                self._check(sample, index)
-                said = turn if self.reading.of == "question" else _answer(sample, index)
+            turns = self.spell(sample.turns)
+            shown = [(medium, index) for index, turn in enumerate(turns) for medium in turn.media]
+            if not media and self.reading.of == "answer":
+                rows.setdefault("text", []).append(self.encode(_answer(turns).text.strip()))
+            for medium, index in shown[len(shown) - len(media) :]:
+                self._check(sample, turns, index)
+                said = turns[index] if self.reading.of == "question" else _answer(turns[index:])
                 rows.setdefault(KIND[type(medium)], []).append(self.encode(said.text.strip()))
         return {kind: padded(ids) for kind, ids in rows.items()}
 
@@ -56,9 +68,9 @@ class Reader:
         encoding.truncate(self.reading.length - own.num_special_tokens_to_add(False), direction=side)
         return own.post_process(encoding).ids or EMPTY
 
-    def _check(self, sample: Sample, index: int) -> None:
+    def _check(self, sample: Sample, turns: Sequence[Turn], index: int) -> None:
         for branch in sample.branches if self.reading.of == "question" else ():
-            if branch[index].text != sample.turns[index].text:
+            if self.spell(branch)[index].text != turns[index].text:
                 raise DataError(
                     f"sample {sample.id}: its questions share the picture's tokens, which depend on the question here",
                     "give each question a sample of its own (options: {together: false})",
@@ -81,6 +93,6 @@ def tokenizer(serialised: str) -> Tokenizer:
     return made
 
 
-def _answer(sample: Sample, index: int) -> Turn:
-    """What the assistant says first behind a turn; nothing in an open prompt."""
-    return next((turn for turn in sample.turns[index:] if turn.role == "assistant"), Turn("assistant", ()))
+def _answer(turns: Sequence[Turn]) -> Turn:
+    """What the assistant says first; nothing in an open prompt."""
+    return next((turn for turn in turns if turn.role == "assistant"), Turn("assistant", ()))

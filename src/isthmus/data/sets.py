@@ -20,6 +20,7 @@ from isthmus.assets import packages
 from isthmus.config import Frozen, Source, check, nearest
 from isthmus.data import easyvqa, records, sprites
 from isthmus.data.concepts import Split, concepts, countable, names
+from isthmus.data.documents import DocumentOptions, Documents
 from isthmus.data.questions import Asker
 from isthmus.data.scenes import Scene, compose, crowd, layout, pick
 from isthmus.types import ConfigError, Image, Part, Sample, Tag, Text, Turn
@@ -91,7 +92,8 @@ def open_set(source: Source, seed: int) -> Set:
 
 def stamp(sources: Sequence[Source], seed: int) -> str:
     """Sixteen hex digits that change when these sources hold other samples: with recipe, seed, file or version."""
-    files = [(Path(source.name), source.images) for source in sources if Path(source.name).suffix in FILES]
+    inner = [each for source in sources if source.name == "documents" for each in _shelves(source)]
+    files = [(Path(each.name), each.images) for each in (*sources, *inner) if Path(each.name).suffix in FILES]
     states = [records.stamp(file, images) for file, images in files]
     told = [[source.model_dump(mode="json") for source in sources], seed, states, version("isthmus")]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
@@ -129,16 +131,16 @@ def _easy_vqa(source: Source, seed: int) -> Set:
 # ---------------------------------------------------------------------------------------------- generated sets
 
 
-Kind: TypeAlias = Literal["naming", "presence", "counting", "colour", "relation", "names", "caption"]
+Kind: TypeAlias = Literal["naming", "presence", "counting", "colour", "relation", "refer", "region", "names", "caption"]
 FAMILIES: dict[str, frozenset[Kind]] = {
     "single": frozenset({"naming", "names"}),
-    "layout": frozenset({"presence", "colour", "relation", "names", "caption"}),
+    "layout": frozenset({"presence", "colour", "relation", "refer", "region", "names", "caption"}),
     "crowd": frozenset({"presence", "counting", "colour", "names", "caption"}),
 }
 """What can be asked of one object, of several different ones, and where some object is there several times."""
 
 
-REPEATED: frozenset[Kind] = frozenset({"presence", "relation"})
+REPEATED: frozenset[Kind] = frozenset({"presence", "relation", "refer", "region"})
 """What can be asked again of the same picture."""
 
 
@@ -153,7 +155,7 @@ class SceneOptions(Frozen):
     speaks in words can then be read by what the LLM learns here, at a fraction of the tokens (as CapDec trains a
     captioner on text alone, arXiv 2211.00575)."""
     repeat: int = Field(1, ge=1)
-    """Questions about presence and relations per picture, where they are together."""
+    """Questions about presence, relations and regions per picture, where they are together."""
     count: int | None = Field(None, ge=1)
     """Pictures."""
     size: int = Field(224, ge=32)
@@ -197,10 +199,12 @@ class Generator:
             "boxes": scene.boxes,
         }
         if len(questions) == 1:
-            meta |= {"kind": questions[0].kind, "choices": questions[0].choices, "answer": questions[0].answer}
+            (only,) = questions
+            meta |= {"kind": only.kind, "choices": only.choices, "answer": only.answer}
+            meta |= {} if only.box is None else {"box": only.box.xyxy}
         shown = self._words(scene) if self.options.shown == "words" else (Image(scene),)
         turns, *branches = [
-            (Turn.say("user", *shown, question.text), Turn.say("assistant", question.answer)) for question in questions
+            (Turn.say("user", *shown, *question.asked), Turn.say("assistant", question.told)) for question in questions
         ]
         asked = "+".join((*dict.fromkeys(kinds), *(["words"] if self.options.shown == "words" else [])))
         return Sample(turns, f"scenes/{self.split}/{family}/{cycle}/{asked}", meta, branches=tuple(branches))
@@ -257,6 +261,27 @@ def _naming(source: Source, seed: int) -> Set:
     return _scenes(source.but(options={"kinds": ("naming",), **source.options}), seed)
 
 
+# ---------------------------------------------------------------------------------------------- documents
+
+
+def _documents(source: Source, seed: int) -> Set:
+    """Several pictures of other sets, each followed by its text."""
+    options = check(DocumentOptions, source.options, source.name)
+    shelves = tuple(open_set(each, seed) for each in _shelves(source))
+    cards = [shelf.card for shelf in shelves]
+    size = options.count or (MANY if source.split == "train" else FEW)
+    licence, attribution, origin = (
+        "; ".join(dict.fromkeys(texts)) for texts in zip(*((c.licence, c.attribution, c.source) for c in cards))
+    )
+    card = Card(source.name, licence, attribution, origin, size)
+    return Set(card, Documents(source.split, seed if source.split == "train" else 0, options, shelves).sample)
+
+
+def _shelves(source: Source) -> tuple[Source, ...]:
+    """What documents are made of, in their own split."""
+    return tuple(each.but(split=source.split) for each in check(DocumentOptions, source.options, source.name).of)
+
+
 def _card(name: str, origins: tuple[packages.Package, ...], size: int) -> Card:
     licence = ", ".join(dict.fromkeys(origin.licence for origin in origins))
     attribution = "; ".join(origin.attribution for origin in origins)
@@ -264,5 +289,10 @@ def _card(name: str, origins: tuple[packages.Package, ...], size: int) -> Card:
     return Card(name, licence, attribution, source, size)
 
 
-EMBEDDED: dict[str, Callable[[Source, int], Set]] = {"easy-vqa": _easy_vqa, "naming": _naming, "scenes": _scenes}
+EMBEDDED: dict[str, Callable[[Source, int], Set]] = {
+    "documents": _documents,
+    "easy-vqa": _easy_vqa,
+    "naming": _naming,
+    "scenes": _scenes,
+}
 """The sets that come with Isthmus, by name."""

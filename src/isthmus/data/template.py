@@ -49,7 +49,8 @@ class Frame:
 class Template:
     """The chat template of a tokenizer as frames: fixed text around turns, found by rendering sentinels.
 
-    `begin` and `end` are the tokens that the tokenizer itself puts around a text, as strings.
+    `begin` and `end` are the tokens that the tokenizer itself puts around a text, as strings. Contents are strings, or
+    lists of parts where the template knows nothing else (those that come with processors, as llava-hf's).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -61,6 +62,7 @@ class Template:
         self._tokenizer = tokenizer
         self._jinja = tokenizer.chat_template or (self.begin + FALLBACK)
         self._frames: dict[tuple[Role, ...], Frame] = {}
+        self._parts = not self._keeps(parts=False) and self._keeps(parts=True)
         self.codec = Codec(tokenizer, markers=self._fill(("user", "assistant", "user"), ("", "", "")))
 
     def frame(self, roles: tuple[Role, ...]) -> Frame:
@@ -112,8 +114,20 @@ class Template:
             return 0
         return own
 
+    def _keeps(self, parts: bool) -> bool:
+        """Whether a question's text survives as a string, or as a list of parts."""
+        self._parts = parts
+        (sentinel,) = _sentinels(("user",))
+        try:
+            return sentinel in self._fill(("user",), (sentinel,))
+        except ConfigError:
+            return False
+
     def _fill(self, roles: Sequence[Role], contents: Sequence[str], prompt: bool = False) -> str:
-        messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
+        messages: list[Any] = [
+            {"role": role, "content": [{"type": "text", "text": content}] if self._parts else content}
+            for role, content in zip(roles, contents)
+        ]
         try:
             text = self._tokenizer.apply_chat_template(
                 messages, chat_template=self._jinja, tokenize=False, add_generation_prompt=prompt

@@ -1,4 +1,4 @@
-"""Towers that turn pixels into `Features`: transformers models (`hf`), EfficientNet-Lite (`lite`)."""
+"""Towers that turn pixels into `Features`: of transformers (`hf`), of timm and open_clip (`timm`), and `lite`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.image_processing_base import ImageProcessingMixin
 
-from isthmus.types import Features
+from isthmus.types import ConfigError, Features
 
 
 class Encoder(nn.Module):
@@ -41,6 +41,10 @@ class Encoder(nn.Module):
         """What cached features depend on besides the picture: source, weights' hash, depth, preprocessing."""
         raise NotImplementedError
 
+    def preprocessing(self) -> dict[str, str]:
+        """The part of `identity` that says how a picture becomes pixels."""
+        return {"size": str(self.size), "aspect": self.aspect, "processor": self.processor.to_json_string()}
+
     def blank(self) -> Tensor:
         """Pixels of one empty medium, [1, C, H, W]."""
         return torch.zeros(1, 3, self.size, self.size)
@@ -48,3 +52,28 @@ class Encoder(nn.Module):
     def forward(self, pixels: Tensor) -> Features:
         """pixels [N, C, H, W] -> features with x [N, S, E] and the configured taps."""
         raise NotImplementedError
+
+
+def state_index(layer: int | str, depth: int) -> int:
+    """Which of a transformer's states a layer means: 0 is the embeddings, `depth` or -1 the last block's output.
+
+    Raises:
+        ConfigError: not a number, or there is no such state.
+    """
+    try:
+        index = int(layer)
+    except ValueError:
+        raise ConfigError(f"layer {layer!r} of a transformer is a number", "-2 is the penultimate") from None
+    if not -depth - 1 <= index <= depth:
+        raise ConfigError(f"layer {index} of a tower with {depth} blocks", f"use {-depth - 1} to {depth}")
+    return index % (depth + 1)
+
+
+def check_patches(size: int, patch: int) -> None:
+    """Refuse a side that is no whole number of patches.
+
+    Raises:
+        ConfigError: the next smaller side that is one stands in the remedy.
+    """
+    if size % patch:
+        raise ConfigError(f"image_size {size} does not divide into patches of {patch}", f"use {size // patch * patch}")

@@ -18,7 +18,7 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2VisionConfig, Blip2V
 from transformers.utils import logging
 
 from isthmus.config import EncoderConfig
-from isthmus.encoders import Encoder
+from isthmus.encoders import Encoder, check_patches, state_index
 from isthmus.types import ConfigError, Features
 
 # EVA's ViT-g as BLIP-2 uses it: transformers holds it, and its AutoModel does not know it alone.
@@ -51,8 +51,9 @@ class Transformer(Encoder):
         self.tap_widths = {str(tap): self.width for tap in config.taps}
         self._interpolates = self.size != own
         self.extra = self._extra_tokens()
-        self._layer = self._index(config.layer)
-        self._taps = {str(tap): self._index(tap) for tap in config.taps}
+        depth = architecture.num_hidden_layers
+        self._layer = state_index(config.layer, depth)
+        self._taps = {str(tap): state_index(tap, depth) for tap in config.taps}
 
     @property
     def tokens(self) -> int:
@@ -61,8 +62,7 @@ class Transformer(Encoder):
 
     def identity(self) -> dict[str, str]:
         chosen = {"layer": str(self._layer), "taps": str(self._taps), "class_token": self._config.class_token}
-        picture = {"size": str(self.size), "aspect": self._config.aspect, "processor": self.processor.to_json_string()}
-        return self._source | chosen | picture
+        return self._source | chosen | self.preprocessing()
 
     def forward(self, pixels: Tensor) -> Features:
         """pixels [N, 3, H, W] -> x [N, S, E]."""
@@ -77,11 +77,8 @@ class Transformer(Encoder):
     def _extra_tokens(self) -> int:
         """How many leading tokens are not patches (class token, registers), counted on one empty picture."""
         config, name = self.tower.config, type(self.tower).__name__
-        if self._interpolates and self.size % config.patch_size:
-            raise ConfigError(
-                f"image_size {self.size} does not divide into patches of {config.patch_size}",
-                f"use {self.size // config.patch_size * config.patch_size}",
-            )
+        if self._interpolates:
+            check_patches(self.size, config.patch_size)
         weight = next(self.tower.parameters())
         try:
             with torch.no_grad():
@@ -98,16 +95,6 @@ class Transformer(Encoder):
 
     def _patches(self, x_NSE: Tensor) -> Tensor:
         return x_NSE if self._config.class_token == "keep" else x_NSE[:, self.extra :]
-
-    def _index(self, layer: int | str) -> int:
-        depth = self.tower.config.num_hidden_layers
-        try:
-            index = int(layer)
-        except ValueError:
-            raise ConfigError(f"layer {layer!r} of a transformer is a number", "-2 is the penultimate") from None
-        if not -depth - 1 <= index <= depth:
-            raise ConfigError(f"layer {index} of a tower with {depth} blocks", f"use {-depth - 1} to {depth}")
-        return index % (depth + 1)
 
 
 @contextmanager

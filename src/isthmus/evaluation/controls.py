@@ -39,7 +39,9 @@ def blind(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
 
 
 def shuffled(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
-    """Pictures exchanged among samples with equally many, so that none keeps its own or one equal to it.
+    """Pictures exchanged among samples with equally many, so that none keeps its last one or one equal to it.
+
+    The last one is what is asked about; those before it are demonstrations' or the conversation's, and move with it.
 
     Raises:
         DataError: more than half of them show the same picture, or a sample has no partner.
@@ -49,7 +51,7 @@ def shuffled(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
     for count in sorted(set(counts) - {0}):
         members = [index for index, own in enumerate(counts) if own == count]
         pictures = [tuple(_pictures(samples[index])) for index in members]
-        partners = derangement([tuple(key(p) for p in own) for own in pictures], seed)
+        partners = derangement([key(own[-1]) for own in pictures], seed)
         for index, partner in zip(members, partners):
             found[index] = _with_pictures(samples[index], pictures[partner])
     return found

@@ -11,14 +11,14 @@ import torch
 
 from isthmus.config import TaskConfig
 from isthmus.data.collate import Look
-from isthmus.evaluation import tasks
+from isthmus.evaluation import fewshot, tasks
 from isthmus.evaluation.answers import Prediction
 from isthmus.evaluation.results import Column
 from isthmus.evaluation.score import Scorer
 from isthmus.evaluation.tasks import Task
 from isthmus.model import VLM
 from isthmus.speakers.local import Local
-from isthmus.types import Sample
+from isthmus.types import ConfigError, Sample
 
 Measured: TypeAlias = dict[str, tuple[Task, dict[Column, list[Prediction]]]]
 """Per task name: the task, and its predictions by column of the result table."""
@@ -27,8 +27,19 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 
 def build(configs: Sequence[TaskConfig], seed: int) -> list[tuple[Task, TaskConfig]]:
-    """The tasks, with the items that the seed draws."""
-    return [(tasks.named(config.name)(config, seed), config) for config in configs]
+    """The tasks, with the items that the seed draws.
+
+    Raises:
+        ConfigError: two tasks have one name, under which predictions and rows are kept; or see `fewshot.build`.
+    """
+    built = [(fewshot.build(config, seed), config) for config in configs]
+    names = [task.name for task, _ in built]
+    if again := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(
+            f"several tasks are named {', '.join(sorted(again))}: one would overwrite the other's predictions",
+            "leave one out, or measure it into a folder of its own",
+        )
+    return built
 
 
 def measure(
@@ -48,16 +59,17 @@ def measure(
         folder: where predictions are kept, below a folder named after the column; complete ones are reused.
         settings: what else the answers depend on, above all which weights these are.
     """
-    scorer = _scorer(model, look)
+    scorer = Scorer(model, look)
     found: Measured = {}
     for task, config in built:
+        scorer.reply = _reply(model, look, task.longest)
         conditions: dict[Column, tasks.Control | None] = {column: None}
         if column == "after":
             conditions |= {control: control for control in config.controls}
             conditions |= {"cosine": "cosine"} if task.cosine else {}
         runs: dict[Column, list[Prediction]] = {}
         for name, control in conditions.items():
-            advance = _advance(f"{task.name} {name}", len(task.items), progress)
+            advance = advancing(f"{task.name} {name}", len(task.items), progress)
             with _arithmetic(model):
                 runs[name] = tasks.run(
                     task,
@@ -77,13 +89,13 @@ def merge(before: Measured, after: Measured) -> Measured:
     return {name: (task, {**before.get(name, (task, {}))[1], **runs}) for name, (task, runs) in after.items()}
 
 
-def _scorer(model: VLM, look: Look | None) -> Scorer:
-    speaker = Local(model, look, max_new_tokens=24)
+def _reply(model: VLM, look: Look | None, longest: int) -> Callable[[Sequence[Sample]], list[str | None]]:
+    speaker = Local(model, look, max_new_tokens=longest)
 
     def reply(samples: Sequence[Sample]) -> list[str | None]:
         return list(speaker.say_all(samples))
 
-    return Scorer(model, look, reply=reply)
+    return reply
 
 
 def _arithmetic(model: VLM) -> Any:
@@ -93,7 +105,8 @@ def _arithmetic(model: VLM) -> Any:
     return nullcontext()
 
 
-def _advance(what: str, total: int, progress: Progress | None) -> Callable[[int], None] | None:
+def advancing(what: str, total: int, progress: Progress | None) -> Callable[[int], None] | None:
+    """Counts the items of one condition for `progress`."""
     if progress is None:
         return None
     done = 0

@@ -194,11 +194,11 @@ def examples(runs: Mapping[str, tuple[Task, Runs]], count: int = 10, seed: int =
     found = []
     for label, place in draw_examples(runs, count, seed):
         task, columns = runs[label]
-        prompt = task.items[place].prompt
-        image = next(medium for medium in prompt.media if isinstance(medium, Image))
+        item = task.items[place]
+        prompt = item.prompt
+        image = next(part for part in reversed(prompt.media) if isinstance(part, Image))  # demonstrations come first
         before = columns["before"][place] if "before" in columns else None
-        question = prompt.turns[-1].text
-        found.append(Example(label, question, open_image(image.source, prompt.id), columns["after"][place], before))
+        found.append(Example(label, item.words, open_image(image.source, prompt.id), columns["after"][place], before))
     return tuple(found)
 
 

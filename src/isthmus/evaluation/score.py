@@ -5,8 +5,9 @@ end-of-turn token, given the prompt. That is the probability that the model says
 length, or subtracting a blank-picture score, would be other questions, and choosing among such rules after the fact
 moves results by tens of points.
 
-Candidates are branches of one row (`Sample.branches`): they share the prompt and do not see each other. The head runs
-at the scored positions alone, and its softmax is in float32.
+Candidates are branches of one row (`Sample.branches`): they share the prompt and do not see each other. An
+encoder-decoder reads the prompt once, and its decoder tells each candidate from the same states. The head runs at the
+scored positions alone, and its softmax is in float32.
 """
 
 from __future__ import annotations
@@ -17,19 +18,23 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from isthmus import sites
 from isthmus.data.collate import Look
 from isthmus.evaluation.controls import key
 from isthmus.model import VLM
 from isthmus.objectives.contrastive import late
 from isthmus.objectives.lm import supervised
-from isthmus.types import Batch, DataError, Output, Sample, Turn
+from isthmus.types import IGNORE, Batch, DataError, Output, Sample, Turn
 
 RULE = "sum of the log-probabilities of the answer's tokens and its end-of-turn token, given the prompt"
 COSINE_RULE = (
     "mean over an answer's tokens (as within a sentence) of the largest cosine of their input embeddings, centred over "
     "the task's answers, with any connected token; a token weighs more the fewer answers hold it; the LLM is not run"
 )
+TOLD = 64
+"""Candidates that the decoder of an encoder-decoder tells side by side, each beside a copy of its prompt's states."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,13 @@ class Group:
     @property
     def row(self) -> Sample:
         """The prompt with every choice as an answer."""
-        answered = [(*self.sample.turns, Turn.say("assistant", choice)) for choice in self.choices]
-        return self.sample.but(turns=answered[0], branches=tuple(answered[1:]))
+        first, *others = self.answered
+        return self.sample.but(turns=first, branches=tuple(others))
+
+    @property
+    def answered(self) -> list[tuple[Turn, ...]]:
+        """The prompt followed by each choice, as conversations."""
+        return [(*self.sample.turns, Turn.say("assistant", choice)) for choice in self.choices]
 
 
 class Scorer:
@@ -93,13 +103,14 @@ class Scorer:
         """Scores of every question's choices, in the order given; `advance` hears of finished questions.
 
         Raises:
-            DataError: a sample cannot be rendered, or the LLM is an encoder-decoder, which cannot read branches.
+            DataError: a sample cannot be rendered.
         """
         self.model.eval()
+        score = self._score_told if self.model.config.is_encoder_decoder else self._score
         found: list[Scores | None] = [None] * len(questions)
         for groups in self._batches(_groups(questions)):
             start = time.perf_counter()
-            scores, tokens = self._score(groups)
+            scores, tokens = score(groups)
             done = sum(len(group.members) for group in groups)
             seconds = (time.perf_counter() - start) / done
             for group, values, counts in zip(groups, scores.tolist(), tokens.tolist()):
@@ -113,9 +124,14 @@ class Scorer:
 
     def _batches(self, groups: Sequence[Group]) -> Iterator[list[Group]]:
         """Longest rows first: the worst memory shows at once, and rows of a batch are nearly as long."""
-        ordered = sorted(groups, key=lambda group: self.collator.lengths(group.row), reverse=True)
+        ordered = sorted(groups, key=self._length, reverse=True)
         for start in range(0, len(ordered), self.batch_size):
             yield ordered[start : start + self.batch_size]
+
+    def _length(self, group: Group) -> int:
+        """Tokens of a group's row; those of an encoder-decoder's prompt, since it has no row of branches."""
+        alone = self.model.config.is_encoder_decoder
+        return self.collator.lengths(group.sample.but(turns=group.answered[0]) if alone else group.row)
 
     def _score(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
         """Sums of log-probabilities [G, A] of every group's choices, and how many tokens each sums over."""
@@ -123,7 +139,9 @@ class Scorer:
         output = self.model.run(batch)
         scored_BT = supervised(batch)
         assert output.hidden_BTD is not None and batch.labels_BT is not None
-        values_M = _log_probabilities(output, output.hidden_BTD[:, :-1][scored_BT], batch.labels_BT[:, 1:][scored_BT])
+        values_M = _log_probabilities(
+            output.head, output.hidden_BTD[:, :-1][scored_BT], batch.labels_BT[:, 1:][scored_BT]
+        )
         row_M, column_M = scored_BT.nonzero(as_tuple=True)
         if batch.branch_BT is None:
             branch_M = torch.zeros_like(row_M)
@@ -131,13 +149,49 @@ class Scorer:
             branch_M = (batch.branch_BT[row_M, column_M + 1] - 1).clamp(min=0)
         width = max(len(group.choices) for group in groups)
         cell_M = row_M * width + branch_M
-        # Answers that the prompt itself holds come first in a branch and are not what is asked for.
+        # Answers that the prompt itself holds come first, in the shared beginning, and are not what is asked for.
         told = torch.tensor([self._told(group.sample) for group in groups], device=row_M.device)
-        asked_M = _rank(cell_M) >= told[row_M]
+        asked_M = _rank(cell_M) >= torch.where(branch_M == 0, told[row_M], 0)
         sums = torch.zeros(len(groups) * width, dtype=torch.float64, device=row_M.device)
         sums.index_add_(0, cell_M[asked_M], values_M[asked_M].double())
         counts = torch.bincount(cell_M[asked_M], minlength=len(sums))
         return sums.view(len(groups), width).cpu(), counts.view(len(groups), width).cpu()
+
+    def _score_told(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+        """The same of an encoder-decoder: its encoder reads each prompt once, for all the choices."""
+        model = self.model
+        batch = model.processor.prompts([group.sample for group in groups], self.look).to(model.device)
+        connected = model.connect(batch)
+        read_BTD = model.read(batch, model.embed(batch, connected), connected)
+        told = [
+            (row, column, self.renderer.render(turns).decoder_ids or [])
+            for row, group in enumerate(groups)
+            for column, turns in enumerate(group.answered)
+        ]
+        shape = len(groups), max(len(group.choices) for group in groups)
+        sums, counts = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.long)
+        for start in range(0, len(told), TOLD):
+            rows, columns, ids = zip(*told[start : start + TOLD])
+            values_A, counts_A = self._tell(batch, read_BTD, torch.tensor(rows, device=read_BTD.device), ids)
+            sums[rows, columns], counts[rows, columns] = values_A.cpu(), counts_A.cpu()
+        return sums, counts
+
+    def _tell(
+        self, batch: Batch, read_BTD: Tensor, row_A: Tensor, ids: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Sums of log-probabilities [A] of answers, each told from the states of its prompt's row, and their tokens."""
+        told = [torch.tensor(one, device=row_A.device) for one in ids]
+        ids_AU = pad_sequence(told, batch_first=True, padding_value=IGNORE)
+        route_BT = batch.route_BT
+        route_AT = None if route_BT is None else route_BT[row_A]
+        shown_AU = ids_AU.masked_fill(ids_AU == IGNORE, 0)  # nothing real looks at padding on the right
+        hidden_AUD = self.model.tell(shown_AU, read_BTD[row_A], batch.segment_BT[row_A], route_AT, None)
+        scored_AU = ids_AU[:, 1:] != IGNORE
+        head = sites.head(self.model.llm)
+        values_M = _log_probabilities(head, hidden_AUD[:, :-1][scored_AU], ids_AU[:, 1:][scored_AU])
+        at_M = scored_AU.nonzero()[:, 0]
+        sums_A = torch.zeros(len(ids), dtype=torch.float64, device=row_A.device).index_add_(0, at_M, values_M.double())
+        return sums_A, scored_AU.sum(1)
 
     def _told(self, sample: Sample) -> int:
         """Supervised tokens of the answers inside a prompt."""
@@ -207,11 +261,11 @@ def _rank(cell_M: Tensor) -> Tensor:
     return rank
 
 
-def _log_probabilities(output: Output, states_MD: Tensor, ids_M: Tensor, chunk: int = 256) -> Tensor:
+def _log_probabilities(head: Callable[[Tensor], Tensor], states_MD: Tensor, ids_M: Tensor, chunk: int = 256) -> Tensor:
     """Log-probability of each token given the state before it, in float32, a chunk of logits at a time."""
     parts = []
     for start in range(0, len(ids_M), chunk):
-        logits = output.head(states_MD[start : start + chunk]).float()
+        logits = head(states_MD[start : start + chunk]).float()
         chosen = logits.gather(1, ids_M[start : start + chunk, None])[:, 0]
         parts.append(chosen - logits.logsumexp(-1))
     return torch.cat(parts)

@@ -14,16 +14,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from isthmus import config
-from isthmus.config import TaskConfig, nearest
-from isthmus.data import sets
-from isthmus.data.chat import write_box
+from isthmus.config import TaskConfig
+from isthmus.data import boxes, sets
 from isthmus.evaluation import answers, controls
 from isthmus.evaluation.answers import Prediction
 from isthmus.evaluation.score import COSINE_RULE, RULE, Question, Scorer
-from isthmus.types import KIND, Box, ConfigError, DataError, Part, Sample, Tag, Text
+from isthmus.types import KIND, Box, ConfigError, DataError, Grounding, Part, Sample, Tag, Text
 
 Control: TypeAlias = Literal["blind", "shuffled", "cosine"]
 Advance: TypeAlias = Callable[[int], None]
@@ -42,6 +41,11 @@ class Item:
     @property
     def question(self) -> Question:
         return Question(self.prompt, self.choices)
+
+    @property
+    def words(self) -> str:
+        """What the last turn says, its regions spelled."""
+        return boxes.UNMAPPED.spell(self.prompt.turns)[-1].text
 
 
 @dataclass(frozen=True)
@@ -62,14 +66,18 @@ class Task(ABC):
     Attributes:
         cuts: the rows that the task fills in a result table.
         cosine: whether the joint alone is measured too.
+        training: where demonstrations of such items come from, if there is such a set.
     """
 
     name: str
     items: tuple[Item, ...]
     cuts: tuple[Cut, ...]
     cosine: bool = False
+    training: config.Source | None = None
 
     unit: ClassVar[Literal["accuracy", "nats per token"]] = "accuracy"
+    longest: ClassVar[int] = 24
+    """Tokens of a free reply."""
 
     @property
     @abstractmethod
@@ -153,7 +161,42 @@ class Likelihood(Task):
 
 
 @dataclass(frozen=True)
-class Generate(Task):
+class Free(Task):
+    """A free reply, scored by itself."""
+
+    @abstractmethod
+    def score(
+        self, scorer: Scorer, item: Item, prompt: Sample, reply: str | None
+    ) -> tuple[bool | None, tuple[float, ...]]:
+        """Whether a reply is right (None: not scored), and what `Prediction.scores` holds of it."""
+
+    def predict(self, scorer: Scorer, prompts: Sequence[Sample], advance: Advance | None) -> list[Prediction]:
+        """As in `Task`.
+
+        Raises:
+            ConfigError: the scorer has no `reply` function.
+        """
+        if scorer.reply is None:
+            raise ConfigError(f"task {self.name!r} needs free replies", "give the scorer a `reply` function")
+        found = []
+        for start in range(0, len(prompts), scorer.batch_size):
+            asked, clock = prompts[start : start + scorer.batch_size], time.perf_counter()
+            replies = scorer.reply(asked)
+            seconds = (time.perf_counter() - clock) / len(asked)
+            for item, prompt, reply in zip(self.items[start : start + len(asked)], asked, replies, strict=True):
+                right, scores = self.score(scorer, item, prompt, reply)
+                found.append(
+                    self._prediction(
+                        item, prompt, choices=(), scores=scores, prediction=reply, right=right, seconds=seconds
+                    )
+                )
+            if advance is not None:
+                advance(len(asked))
+        return found
+
+
+@dataclass(frozen=True)
+class Generate(Free):
     """A free reply that is, or contains, the answer."""
 
     contains: bool = True
@@ -163,24 +206,10 @@ class Generate(Task):
         how = "contains the answer as whole words" if self.contains else "equals the answer"
         return f"free reply {how}, after case, accents, punctuation, articles and number words are evened out"
 
-    def predict(self, scorer: Scorer, prompts: Sequence[Sample], advance: Advance | None) -> list[Prediction]:
-        if scorer.reply is None:
-            raise ConfigError(f"task {self.name!r} needs free replies", "give the scorer a `reply` function")
-        found = []
-        for start in range(0, len(prompts), scorer.batch_size):
-            part, clock = prompts[start : start + scorer.batch_size], time.perf_counter()
-            replies = scorer.reply(part)
-            seconds = (time.perf_counter() - clock) / len(part)
-            for item, prompt, reply in zip(self.items[start:], part, replies, strict=False):
-                right = answers.match(reply, item.answer, contains=self.contains)
-                found.append(
-                    self._prediction(
-                        item, prompt, choices=(), scores=(), prediction=reply, right=right, seconds=seconds
-                    )
-                )
-            if advance is not None:
-                advance(len(part))
-        return found
+    def score(
+        self, scorer: Scorer, item: Item, prompt: Sample, reply: str | None
+    ) -> tuple[bool | None, tuple[float, ...]]:
+        return answers.match(reply, item.answer, contains=self.contains), ()
 
 
 # ---------------------------------------------------------------------------------------------- one run
@@ -247,73 +276,63 @@ def plain(sample: Sample) -> str:
 def _word(part: Part) -> str:
     if isinstance(part, Text | Tag):
         return part.text
-    return write_box(part) if isinstance(part, Box) else f"<{KIND[type(part)]}>"
+    if isinstance(part, Box):
+        return boxes.Decimals().write([part])
+    return "<grounding>" if isinstance(part, Grounding) else f"<{KIND[type(part)]}>"
 
 
 # ---------------------------------------------------------------------------------------------- the demo's tasks
 
 Builder: TypeAlias = Callable[[TaskConfig, int], Task]
+Some = TypeVar("Some", bound=Task)
 
 LIMIT = 500
 """Items of a task whose config names no limit. They are drawn from the whole set by the seed."""
 
 
-def named(name: str) -> Builder:
-    """The builder of a task: `named("naming")(TaskConfig(name="naming"), seed)`.
-
-    Raises:
-        ConfigError: there is no such task; the nearest name is given.
-    """
-    if name not in _TASKS:
-        raise ConfigError(f"no task named {name!r}{nearest(name, list(_TASKS))}", f"tasks are {sorted(_TASKS)}")
-    return _TASKS[name]
-
-
 def naming(task: TaskConfig, seed: int) -> Choice:
     """Concepts that training never saw, one of ten names."""
-    items = _scene_items(task, seed, "naming", split="unseen")
-    return Choice(task.name, items, (Cut("Naming unseen concepts"),), cosine=True)
+    return replace(of_scenes(Choice, task, seed, "naming", "Naming unseen concepts", split="unseen"), cosine=True)
 
 
 def naming_freely(task: TaskConfig, seed: int) -> Generate:
     """The same pictures, named in the model's own words."""
-    items = _scene_items(task, seed, "naming", split="unseen")
-    return Generate(task.name, items, (Cut("Naming unseen concepts, free reply"),))
+    return of_scenes(Generate, task, seed, "naming", "Naming unseen concepts, free reply", split="unseen")
 
 
 def easy_vqa(task: TaskConfig, seed: int) -> Choice:
     """The official test questions, each among all thirteen answers; in total, and without yes/no."""
-    items = _items(task, seed, config.Source(name="easy-vqa", split="test", options=task.options))
+    training = config.Source(name="easy-vqa", options=task.options)
     cuts = (Cut("easy-VQA, official test"), Cut("easy-VQA without yes/no", frozenset({"open"})))
-    return Choice(task.name, items, cuts)
+    return Choice(task.name, _items(task, seed, training.but(split="test")), cuts, training=training)
 
 
 def presence(task: TaskConfig, seed: int) -> Choice:
     """Whether a named thing is in the picture; as often as not it is absent."""
-    return Choice(task.name, _scene_items(task, seed, "presence"), (Cut("Presence"),))
+    return of_scenes(Choice, task, seed, "presence", "Presence")
 
 
 def counting(task: TaskConfig, seed: int) -> Choice:
     """How many of a thing there are."""
-    return Choice(task.name, _scene_items(task, seed, "counting"), (Cut("Counting"),))
+    return of_scenes(Choice, task, seed, "counting", "Counting")
 
 
 def relation(task: TaskConfig, seed: int) -> Choice:
     """Which thing stands left of, right of, above or below another."""
-    return Choice(task.name, _scene_items(task, seed, "relation"), (Cut("Relations"),))
+    return of_scenes(Choice, task, seed, "relation", "Relations")
 
 
 def colour(task: TaskConfig, seed: int) -> Choice:
     """The colour of the background, one of ten."""
-    return Choice(task.name, _scene_items(task, seed, "colour"), (Cut("Background colour"),))
+    return of_scenes(Choice, task, seed, "colour", "Background colour")
 
 
 def caption(task: TaskConfig, seed: int) -> Likelihood:
     """The reference caption's negative log-likelihood."""
-    return Likelihood(task.name, _scene_items(task, seed, "caption"), (Cut("Captions, NLL"),))
+    return of_scenes(Likelihood, task, seed, "caption", "Captions, NLL")
 
 
-_TASKS: dict[str, Builder] = {
+TASKS: dict[str, Builder] = {
     "naming": naming,
     "naming-free": naming_freely,
     "easy-vqa": easy_vqa,
@@ -323,11 +342,14 @@ _TASKS: dict[str, Builder] = {
     "colour": colour,
     "caption": caption,
 }
+"""By the name that recipes know; `catalogue` holds those of other files too."""
 
 
-def _scene_items(task: TaskConfig, seed: int, kind: str, split: str = "test") -> tuple[Item, ...]:
-    options = {"kinds": [kind], "count": task.limit or LIMIT, **task.options}
-    return _items(task, seed, config.Source(name="scenes", split=split, options=options))
+def of_scenes(make: type[Some], task: TaskConfig, seed: int, kind: str, label: str, split: str = "test") -> Some:
+    """A task of one row that asks one kind of question about scenes, as they are in training."""
+    training = config.Source(name="scenes", options={"kinds": [kind], **task.options})
+    asked = training.but(split=split, options={"count": task.limit or LIMIT, **training.options})
+    return make(task.name, _items(task, seed, asked), (Cut(label),), training=training)
 
 
 def _items(task: TaskConfig, seed: int, source: config.Source) -> tuple[Item, ...]:

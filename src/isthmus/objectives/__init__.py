@@ -13,6 +13,7 @@ from isthmus.types import Batch, ConfigError, Output
 
 if TYPE_CHECKING:  # what an objective may be handed; it imports types alone
     Step = Any
+    VLM = Any
 
 
 class Objective(nn.Module):
@@ -31,10 +32,20 @@ class Objective(nn.Module):
     """`connected` leaves the LLM out of the loop when no other objective needs its states."""
     splits: ClassVar[bool] = True
     """False for losses over in-batch negatives, which change when a step is split into micro-batches."""
+    momentum: float | None = None
+    """Share of itself that the slow copy of the connectors keeps at every step, for a term that learns from one: it is
+    `step.companions["momentum"]`, and the same for all terms."""
 
     def __init__(self, options: Frozen):
         super().__init__()
         self.options: Any = options
+
+    def check(self, vlm: VLM) -> None:
+        """Before anything runs: whether this joint and this LLM can carry the term; by default all can.
+
+        Raises:
+            ConfigError: they cannot.
+        """
 
     def count(self, batch: Batch) -> int:
         """How many terms `loss` sums over; known before the forward."""
@@ -44,6 +55,12 @@ class Objective(nn.Module):
         """The sum of this term over the batch: a scalar in float32. `step` is the module being trained."""
         raise NotImplementedError
 
+    def begin(self, step: Step) -> None:
+        """Once, before the first step, when it is settled what trains: the place to register buffers."""
+
+    def after_step(self, step: Step) -> None:
+        """After every update of the weights. What it writes into buffers is saved and resumed."""
+
 
 def named(name: str, options: dict[str, Any]) -> Objective:
     """The objective of that name, with its options validated against its own schema.
@@ -51,7 +68,7 @@ def named(name: str, options: dict[str, Any]) -> Objective:
     Raises:
         ConfigError: no such name, or no such option; the nearest is suggested.
     """
-    known = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    known = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
     if name not in known:
         raise ConfigError(f"no objective named {name!r}{nearest(name, known)}", f"there are {known}")
     module = importlib.import_module(f"{__name__}.{name}")

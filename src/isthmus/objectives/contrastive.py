@@ -20,13 +20,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from isthmus.config import Frozen
 from isthmus.objectives import Objective
+from isthmus.objectives._captions import same, shares
 from isthmus.types import IGNORE, Batch, ConfigError, DataError, Output
 
 if TYPE_CHECKING:
-    from isthmus.objectives import Step
+    from isthmus.objectives import VLM, Step
 
 Embed: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -53,12 +55,19 @@ class Contrastive(Objective):
         super().__init__(options)
         self.sharpness = nn.Parameter(torch.tensor(math.log(1 / TEMPERATURE)), requires_grad=self.options.learned)
 
+    def check(self, vlm: VLM) -> None:
+        if vlm.config.is_encoder_decoder:
+            raise _misplaced()
+        if not vlm.aligner.splices:
+            raise ConfigError(
+                f"contrastive compares connected tokens with words, and those of {vlm.aligner.name} are no words: they "
+                "stay aside",
+                "leave the warm stage out for this joint",
+            )
+
     def count(self, batch: Batch) -> int:
         if batch.labels_BT is None or batch.decoder_ids_BU is not None:
-            raise ConfigError(
-                "contrastive reads labels beside the media, as decoder-only LLMs have them",
-                "leave the warm stage out for an encoder-decoder",
-            )
+            raise _misplaced()
         return sum(len(media) for media in batch.media.values())
 
     def loss(self, step: Step, output: Output, batch: Batch) -> Tensor:
@@ -68,10 +77,17 @@ class Contrastive(Objective):
         match = late if self.options.match == "late" else mean
         similarity_NN = torch.cat([match(y_NQD, texts, output.embed) for y_NQD in output.connected.values()])
         logits_NN = self.sharpness.exp().clamp(max=SHARPEST) * similarity_NN
-        target_NN = _same(texts).to(logits_NN)
+        target_NN = shares(same(pad_sequence(texts, batch_first=True, padding_value=IGNORE)))
         to_text = F.cross_entropy(logits_NN, target_NN, reduction="sum")
         to_media = F.cross_entropy(logits_NN.T, target_NN, reduction="sum")
         return (to_text + to_media) / 2
+
+
+def _misplaced() -> ConfigError:
+    return ConfigError(
+        "contrastive reads labels beside the media, as decoder-only LLMs have them",
+        "leave the warm stage out for an encoder-decoder",
+    )
 
 
 def mean(y_NQD: Tensor, texts: Sequence[Tensor], embed: Embed) -> Tensor:
@@ -115,10 +131,3 @@ def _texts(batch: Batch, kind: str) -> list[Tensor]:
         if not len(texts[-1]):
             raise DataError(f"a sample among {batch.ids} has no text to compare with", "give it an answer")
     return texts
-
-
-def _same(texts: list[Tensor]) -> Tensor:
-    """Each text's positives as shares that sum to 1, [N, N]."""
-    keys = [tuple(text.tolist()) for text in texts]
-    same = torch.tensor([[float(a == b) for b in keys] for a in keys])
-    return same / same.sum(1, keepdim=True)

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from isthmus.config import Frozen
 from isthmus.objectives import Objective
-from isthmus.objectives.itc import captions
+from isthmus.objectives._captions import captions, reads_captions, summed
 from isthmus.types import Batch, Output
 
 if TYPE_CHECKING:
-    from isthmus.objectives import Step
+    from isthmus.objectives import VLM, Step
 
 
 class ITG(Objective):
@@ -33,11 +32,14 @@ class ITG(Objective):
     name: ClassVar[str] = "itg"
     needs = "connected"
 
+    def check(self, vlm: VLM) -> None:
+        reads_captions(vlm)
+
     def count(self, batch: Batch) -> int:
         return sum(int((ids_NT[:, 1:] >= 0).sum()) for ids_NT in captions(batch).values())
 
     def loss(self, step: Step, output: Output, batch: Batch) -> Tensor:
-        return torch.stack([self._kind(step, kind, ids, batch) for kind, ids in captions(batch).items()]).sum()
+        return summed((self._kind(step, kind, ids, batch) for kind, ids in captions(batch).items()), batch)
 
     def _kind(self, step: Step, kind: str, ids_NT: Tensor, batch: Batch) -> Tensor:
         former = step.vlm.connectors[kind]

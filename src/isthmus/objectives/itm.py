@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from isthmus.objectives import Objective
-from isthmus.objectives.itc import captions, same
+from isthmus.objectives._captions import captions, reads_captions, same, summed
 from isthmus.types import Batch, Output
 
 if TYPE_CHECKING:
-    from isthmus.objectives import Step
+    from isthmus.objectives import VLM, Step
 
 NEVER = -1e4
 """Added to the similarity of what must not be drawn."""
@@ -33,12 +33,15 @@ class ITM(Objective):
     needs = "connected"
     splits = False
 
+    def check(self, vlm: VLM) -> None:
+        reads_captions(vlm)
+
     def count(self, batch: Batch) -> int:
         return sum(3 * len(ids) for ids in captions(batch).values() if drawable(ids))
 
     def loss(self, step: Step, output: Output, batch: Batch) -> Tensor:
-        terms = [self._kind(step, kind, ids, batch) for kind, ids in captions(batch).items() if drawable(ids)]
-        return torch.stack(terms).sum() if terms else batch.segment_BT.new_zeros((), dtype=torch.float32)
+        terms = (self._kind(step, kind, ids, batch) for kind, ids in captions(batch).items() if drawable(ids))
+        return summed(terms, batch)
 
     def _kind(self, step: Step, kind: str, ids_NT: Tensor, batch: Batch) -> Tensor:
         former, features = step.vlm.connectors[kind], step.vlm.encode(kind, batch.media[kind])

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from isthmus.data import media as pictures
+from isthmus.data import views
 from isthmus.encoders import Encoder
 from isthmus.types import Features, IsthmusError, Medium
 
@@ -109,17 +110,16 @@ class FeatureCache:
 
     def _pixels(self, media: Sequence[Medium]) -> Tensor:
         pixels = [
-            pictures.pixels(pictures.open_image(medium.source), self.encoder.processor, self.encoder.aspect)
+            views.pixels(pictures.open_image(medium.source), self.encoder.processor, self.encoder.aspect)
             for medium in media
         ]
         return torch.stack(pixels)
 
     def _probe(self) -> dict[str, torch.Size]:
         """Shapes of x and every tap for one picture."""
-        side = self.encoder.size
         device = next(self.encoder.parameters()).device
         with torch.inference_mode():
-            features = self.encoder(torch.zeros(1, 3, side, side, dtype=self._dtype, device=device))
+            features = self.encoder(self.encoder.blank().to(device, self._dtype))
         return {"x": features.x_NSE.shape[1:]} | {name: tap.shape[1:] for name, tap in features.taps.items()}
 
     # ------------------------------------------------------------------------------------ files

@@ -10,16 +10,20 @@ from collections.abc import Callable
 
 from isthmus.config import Recipe, nearest
 from isthmus.errors import ConfigError
+from isthmus.recipes.albef import albef
 from isthmus.recipes.blip2 import blip2, instructblip, minigpt4
 from isthmus.recipes.cogvlm import cogvlm
 from isthmus.recipes.demo import demo
 from isthmus.recipes.ee_mllm import ee_mllm
 from isthmus.recipes.flamingo import flamingo
+from isthmus.recipes.kosmos2 import kosmos2
 from isthmus.recipes.llama_adapter import llama_adapter
 from isthmus.recipes.llava import llava
 from isthmus.recipes.mplug_owl import mplug_owl
+from isthmus.recipes.p_former import p_former
 from isthmus.recipes.qwen_vl import qwen_vl
 from isthmus.recipes.saisa import saisa
+from isthmus.recipes.shikra import shikra
 
 BOOK: dict[str, Callable[[], Recipe]] = {
     "demo": demo,
@@ -32,8 +36,15 @@ BOOK: dict[str, Callable[[], Recipe]] = {
     "blip2-opt-2.7b": lambda: blip2("published"),
     "blip2-opt-2.7b-second": lambda: blip2("published", first=False),
     "blip2-flan-t5-xl": lambda: blip2("published", "flan-t5-xl"),
+    "albef": albef,
+    "albef-without-momentum": lambda: albef(momentum=False),
+    "albef-fusion-alone": lambda: albef(contrast=False),
     "instructblip": instructblip,
     "instructblip-vicuna-7b": lambda: instructblip("published"),
+    "p-former": p_former,
+    "p-former-without": lambda: p_former(weight=0),
+    "p-former-opt-2.7b": lambda: p_former("published"),
+    "p-former-opt-2.7b-without": lambda: p_former("published", weight=0),
     "minigpt4": minigpt4,
     "minigpt4-first": lambda: minigpt4(curated=False),
     "minigpt4-7b": lambda: minigpt4("published"),
@@ -62,6 +73,10 @@ BOOK: dict[str, Callable[[], Recipe]] = {
     "naavit-7b": lambda: ee_mllm("published", visual="ffn"),
     "saisa": saisa,
     "saisa-7b": lambda: saisa("published"),
+    "shikra": shikra,
+    "shikra-7b": lambda: shikra("published"),
+    "kosmos2": kosmos2,
+    "kosmos2-1.7b": lambda: kosmos2("published"),
 }
 """Recipes by the name that the command line knows."""
 

@@ -7,16 +7,14 @@ from typing import Any, Literal
 from isthmus.config import AlignerConfig, Budget, EncoderConfig, LLMConfig, Recipe, Stage, Train
 from isthmus.recipes import parts
 
-EVA2_CLIP_E: dict[str, Any] = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1792,
-    "intermediate_size": 15360,
-    "num_hidden_layers": 64,
-    "num_attention_heads": 16,
-    "image_size": 490,
-    "patch_size": 14,
-}
-"""The tower's sizes in a class that transformers has; the authors' own has norms behind its blocks."""
+EVA2_CLIP_E = EncoderConfig(
+    source="timm/eva02_enormous_patch14_clip_224.laion2b_plus",
+    layer=-2,
+    image_size=490,
+    architecture={"architecture": "eva02_enormous_patch14_clip_224", "pretrained_cfg": {"input_size": [3, 224, 224]}},
+    aspect="squash",
+)
+"""All but the last of 64 blocks, with norms behind attention and MLP; positions resampled to 35 x 35 patches."""
 JOINT = {"connectors.*": Train(), "llm.*.grafts.expert.*": Train()}
 
 Where = Literal["layer", "attention", "ffn"]
@@ -40,7 +38,7 @@ def published(options: dict[str, Any]) -> Recipe:
     return Recipe(
         name="cogvlm-17b",
         about="CogVLM 17B as published: EVA2-CLIP-E at 490 px, experts on every Linear of Vicuna 7B",
-        encoder=EncoderConfig(source="QuanSun/EVA-CLIP", layer=-2, architecture=EVA2_CLIP_E, aspect="squash"),
+        encoder=EVA2_CLIP_E,
         llm=LLMConfig(source="lmsys/vicuna-7b-v1.5", architecture=parts.VICUNA_7B),
         aligner=AlignerConfig(name="cogvlm", options={**options, "idle": True}),
         dtype="bfloat16",

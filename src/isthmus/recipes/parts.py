@@ -47,11 +47,14 @@ VICUNA_7B: dict[str, Any] = {
 ENCODER = EncoderConfig(layer="block5+block11+head", aspect="squash")
 """EfficientNet-Lite0 with three depths side by side."""
 MIX: tuple[Source, ...] = (
-    Source(name="easy-vqa", weight=1.0, limit=1500, options={"together": True}),
-    Source(name="scenes", weight=1.5, options={"together": True, "repeat": 3, "count": 1500}),
-    Source(name="naming", weight=0.7, options={"count": 2500}),
-    Source(name="scenes", weight=1.0, options={"shown": "words", "kinds": ["presence"], "together": True, "repeat": 4}),
-    Source(name="naming", weight=0.3, options={"shown": "words"}),
+    Source(name="easy-vqa", weight=0.8, limit=1500, options={"together": True}),
+    Source(name="scenes", weight=2.5, options={"kinds": ["presence"], "together": True, "repeat": 6}),
+    Source(name="scenes", weight=0.8, options={"shown": "words", "kinds": ["presence"], "together": True, "repeat": 6}),
+    Source(
+        name="scenes", weight=0.2, options={"kinds": ["counting", "colour", "relation", "caption"], "together": True}
+    ),
+    Source(name="naming", weight=0.6, options={"count": 2500}),
+    Source(name="naming", weight=0.2, options={"shown": "words"}),
 )
 """Pictures, and words in place of pictures: what the LLM learns of the second it can do with the first, once connected
 tokens are like words."""
@@ -60,7 +63,7 @@ TASKS: tuple[TaskConfig, ...] = (
     TaskConfig(name="caption", limit=100),
 )
 ATTENTION_LORA: Mapping[str, Train] = {"llm.*self_attn.*": Train(mode=LoRA(r=16, alpha=32))}
-"""On attention alone: faster than on all Linears here, and no worse (docs/log.md)."""
+"""On attention alone: fewer products per step than on all Linears."""
 
 
 def warm(minutes: float) -> Stage:

@@ -1,11 +1,11 @@
-"""Things that can be spoken to: a VLM here, later remote endpoints, judges and tool agents."""
+"""Things that can be spoken to: a VLM in this process, or a model behind an endpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from isthmus.types import Turn
+from isthmus.types import Sample, Turn
 
 
 class Speaker(Protocol):
@@ -14,5 +14,8 @@ class Speaker(Protocol):
     def say(self, turns: Sequence[Turn]) -> str:
         """The next assistant turn's text."""
 
+    def say_all(self, samples: Sequence[Sample]) -> list[str]:
+        """The same for several conversations, in their order."""
+
     def stream(self, turns: Sequence[Turn]) -> Iterator[str]:
-        """The same, piece by piece."""
+        """The next assistant turn's text, piece by piece."""

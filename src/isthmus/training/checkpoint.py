@@ -1,8 +1,8 @@
 """What a run leaves on disk so that it can go on exactly where it stopped, whatever stops it.
 
 A checkpoint is a folder that appears by one rename, when all that is in it has reached the disk: what trains, the
-optimizer's moments, counters, and a manifest with the sha256 of each file. There is no random state in it, because
-every step derives its own seed.
+optimizer's moments, slow copies and queues, counters, and a manifest with the sha256 of each file. There is no random
+state in it, because every step derives its own seed.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from isthmus.training.step import Step
 from isthmus.types import ConfigError, IsthmusError
 
 WEIGHTS, MOMENTS, STATE, MANIFEST = "trainable.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+DRIFTING = "drifting.safetensors"
+"""Slow copies and queues, where a stage has some."""
 
 
 @dataclass
@@ -74,7 +76,9 @@ class Checkpoints:
 
     def save(self, state: State) -> None:
         """Write a resumable checkpoint and drop all but the last ones; see `Writer` for when an error is raised."""
-        self._write("step", state, {WEIGHTS: self._moving(), MOMENTS: self._moments()}, self.keep)
+        drifting = self.step.drifting()
+        more = {DRIFTING: drifting} if drifting else {}
+        self._write("step", state, {WEIGHTS: self._moving(), MOMENTS: self._moments(), **more}, self.keep)
 
     def save_best(self, state: State) -> None:
         """Write the weights that validated best so far, and drop those they beat."""
@@ -92,6 +96,8 @@ class Checkpoints:
             return State()
         folder = self.folder / f"step-{newest:07d}"
         _copy(folder / WEIGHTS, self._moving())
+        if drifting := self.step.drifting():
+            _copy(folder / DRIFTING, drifting)
         self._set_moments(folder / MOMENTS)
         return State(**json.loads((folder / STATE).read_text()))
 

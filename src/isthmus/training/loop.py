@@ -104,7 +104,7 @@ def run_stage(
     torch.manual_seed(derive(seed, stage.name, "birth"))
     step = Step(vlm, stage.objectives, world)
     trained = optimizer.choose(step, stage)
-    step.to(device)
+    step.to(device).accompany()
     runner = _Runner(step, trained, stage, feed, folder, seed, validate, torch.device(device), dtype, engine)
     console.print(log.first_lines(f"Stage {stage.name}", optimizer.table(step, runner.trained), sample))
     if steps is None and not world.any((folder / checkpoint.MANIFEST).is_file()):
@@ -147,7 +147,14 @@ class _Runner:
         self.seed, self.validate, self.device, self.dtype, self.engine = seed, validate, device, dtype, engine
         self.world, self.agreed = step.world, True
         self.spread = parallel.spread(
-            step, step.units(), self.world, device, engine.parallel, engine.shard_frozen, step.uneven()
+            step,
+            step.units(),
+            self.world,
+            device,
+            engine.parallel,
+            engine.shard_frozen,
+            step.uneven(),
+            step.drifting(),
         )
         self.trained = trained = optimizer.anew(step, trained)
         self.adamw = optimizer.adamw(trained, stage.betas)
@@ -236,6 +243,7 @@ class _Runner:
 
     def _validate(self) -> float:
         assert self.validate is not None  # the callers asked
+        torch.manual_seed(derive(self.seed, self.stage.name, "validation"))  # what is drawn in it is the same each time
         with self._autocast():
             loss = self.validate(self.step)
         self.spread.rest()
@@ -284,6 +292,7 @@ class _Runner:
             group["lr"] = group["base_lr"] * factor
         self.adamw.step()
         self.adamw.zero_grad()
+        self.step.after_step()
         return sum(values), dict(zip(shares, values)), sizes
 
     def _draw_and_backward(self, number: int, batches: list[Batch]) -> dict[str, Tensor]:

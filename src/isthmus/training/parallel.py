@@ -140,6 +140,7 @@ def spread(
     how: Literal["ddp", "fsdp"],
     shard_frozen: bool,
     uneven: bool,
+    drifting: Iterable[str],
 ) -> Alone:
     """The step, ready to train in this world. With `fsdp` its parameters are other objects afterwards.
 
@@ -148,6 +149,7 @@ def spread(
         units: modules that are gathered one at a time when sharded. All processes must run all of them.
         shard_frozen: shard what does not train, too; otherwise every process holds it whole.
         uneven: samples may differ in which parameters they use.
+        drifting: names of what every process changes alike without a gradient, so that nobody has to be sent it.
     """
     if world.size == 1:
         return Alone(step)
@@ -156,7 +158,7 @@ def spread(
             if parameter.requires_grad:
                 dist.broadcast(parameter.data, 0)
     if how == "ddp":
-        return Replicated(step, device, uneven)
+        return Replicated(step, device, uneven, drifting)
     return Sharded(step, units, world, device, shard_frozen, uneven)
 
 
@@ -184,8 +186,10 @@ class Alone:
 class Replicated(Alone):
     """DDP: every process holds everything, and gradients are averaged while the backward runs."""
 
-    def __init__(self, step: nn.Module, device: torch.device, uneven: bool):
+    def __init__(self, step: nn.Module, device: torch.device, uneven: bool, drifting: Iterable[str]):
         super().__init__(step)
+        # DDP would broadcast a whole queue at every forward. There is no public way to name single buffers.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, list(drifting))
         self.ddp = DistributedDataParallel(
             step,
             device_ids=[device] if device.type == "cuda" else None,

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from isthmus import assets, kernels
+from isthmus import assets
 from isthmus.assembly import compose, load
 from isthmus.config import Recipe, Source, Stage
 from isthmus.data import sets
@@ -23,15 +23,15 @@ from isthmus.data.collate import Collator, Look
 from isthmus.data.mix import Batches, Mix, Ref
 from isthmus.model import VLM
 from isthmus.prepare.features import FeatureCache
-from isthmus.training import checkpoint, log, loop
+from isthmus.training import checkpoint, combination, log, loop
 from isthmus.training.machine import arithmetic
 from isthmus.training.parallel import World
 from isthmus.training.prefetch import Prefetched
 from isthmus.training.step import Step, dealt, held_out
 from isthmus.types import Batch, ConfigError, Medium, Sample
 
-HELD_OUT = 24
-"""Validation samples per source of a stage."""
+HELD_OUT = 64
+"""Validation samples of a stage, as many from each of its sources."""
 REMEMBERED = 1 << 14
 """Samples and lengths that a stage keeps at hand: making and rendering them costs more than a small joint's step."""
 
@@ -131,8 +131,13 @@ class Run:
         return self.folder / stage.name / "model"
 
     def newborn(self) -> VLM:
-        """The model as it is composed, before any training."""
+        """The model as it is composed, before any training.
+
+        Raises:
+            ConfigError: a part of it cannot do what a stage asks.
+        """
         model = compose(self.recipe, self.dtype)
+        combination.check(self.recipe, model, self.device)
         return model.to(self.device)  # type: ignore[arg-type]
 
     def look(self, model: VLM) -> Look:
@@ -170,8 +175,6 @@ class Run:
         renderer = model.processor.renderer(stage.template)
         share = dealt(stage.objectives, self.world)
         own = Feed(stage, data, collator, self.recipe.seed, share)
-        if stage.batching == "packed":
-            kernels.check_packing(self.recipe.llm.attention, self.device)
         self.console.print(f"{stage.batching} batches: {own.padding():.1%} of their tokens is padding")
         with Prefetched(own, self.recipe.engine.workers) as feed:
             result = loop.run_stage(
@@ -208,14 +211,15 @@ class Run:
 
     def _validation(self, stage: Stage, collator: Collator) -> Callable[[Step], float]:
         """The stage's loss on samples held out of its own sources."""
-        samples = [sample for source in stage.data for sample in self._held_out(source)]
+        count = -(-HELD_OUT // len(stage.data))
+        samples = [sample for source in stage.data for sample in self._held_out(source, count)]
         size = stage.batch_size
         return held_out([collator(samples[start : start + size]) for start in range(0, len(samples), size)])
 
-    def _held_out(self, source: Source) -> list[Sample]:
+    def _held_out(self, source: Source, count: int) -> list[Sample]:
         opened = sets.open_set(source.but(split="val", limit=None), self.recipe.seed)
-        spread = max(1, len(opened) // HELD_OUT)
-        return list(opened[::spread])[:HELD_OUT]
+        spread = max(1, len(opened) // count)
+        return list(opened[::spread])[:count]
 
     def _encoder_trains(self, model: VLM) -> bool:
         # of parameters, and of modules: LoRA's globs name Linears

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from isthmus import graft, objectives
 from isthmus.config import ObjectiveConfig
 from isthmus.model import VLM
+from isthmus.training.momentum import Momentum
 from isthmus.training.parallel import World
 from isthmus.types import Batch, ConfigError, DataError
 
@@ -29,7 +30,7 @@ class Step(nn.Module):
             with each other: then each computes all of it.
 
     Raises:
-        ConfigError: an objective is unknown or named twice.
+        ConfigError: an objective is unknown, named twice, or not for this model.
     """
 
     def __init__(self, vlm: VLM, terms: Sequence[ObjectiveConfig], world: World = World()):  # noqa: B008 - frozen
@@ -42,6 +43,8 @@ class Step(nn.Module):
         self.companions = nn.ModuleDict()
         self.weights = {term.name: term.weight for term in terms}
         self.world, self.dealt = world, dealt(terms, world)
+        for term in self.terms.values():
+            term.check(vlm)
 
     @property
     def terms(self) -> dict[str, objectives.Objective]:
@@ -66,6 +69,38 @@ class Step(nn.Module):
             )
         size = self.dealt.size
         return {name: self.weights[name] * size / count if count else 0.0 for name, count in counts.items()}
+
+    def accompany(self) -> None:
+        """Once it is settled what trains: the slow copy that terms learn from, and what they keep between steps.
+
+        Raises:
+            ConfigError: terms ask for slow copies that differ.
+        """
+        decays = {term.momentum for term in self.terms.values() if term.momentum is not None}
+        if len(decays) > 1:
+            raise ConfigError(f"one slow copy cannot keep {sorted(decays)} of itself", "give the terms one decay")
+        for decay in decays:
+            self.companions["momentum"] = Momentum(self.vlm.connectors, decay)
+        for term in self.terms.values():
+            term.begin(self)
+
+    def after_step(self) -> None:
+        """After every update of the weights; all processes have to call it."""
+        for term in self.terms.values():
+            term.after_step(self)
+        for slow in self._slow().values():
+            slow.follow(self.vlm.connectors)
+
+    def drifting(self) -> dict[str, Tensor]:
+        """What changes from step to step without a gradient, by name: a slow copy, and what terms keep in buffers."""
+        found = dict(self.objectives.named_buffers("objectives"))
+        for name, slow in self._slow().items():
+            found |= {**dict(slow.named_parameters(name)), **dict(slow.named_buffers(name))}
+        return {name: tensor.detach() for name, tensor in found.items()}
+
+    def _slow(self) -> dict[str, Momentum]:
+        """The companions that follow the model, by name; a teacher stays as it is."""
+        return {f"companions.{name}": each for name, each in self.companions.items() if isinstance(each, Momentum)}
 
     def forward(self, batch: Batch, scales: Mapping[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         """The scaled total to call backward on, and each term's scaled share of it (detached)."""

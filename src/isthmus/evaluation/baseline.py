@@ -1,0 +1,67 @@
+"""Measuring a remote speaker, as a baseline for models trained here: the same items, controls, files and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from isthmus.config import TaskConfig
+from isthmus.evaluation import tasks
+from isthmus.evaluation.answers import Prediction
+from isthmus.evaluation.measure import Measured, Progress, advancing
+from isthmus.evaluation.results import Column
+from isthmus.evaluation.score import Scorer
+from isthmus.evaluation.tasks import Generate, Task
+from isthmus.speakers.remote import Remote
+from isthmus.types import ConfigError
+
+
+class Listener(Scorer):
+    """Takes free replies from a speaker; there is no model here whose probabilities could be read."""
+
+    def __init__(self, speaker: Remote):
+        self.reply, self.batch_size = speaker.replies, 4 * speaker.config.concurrency
+
+
+def measure(
+    speaker: Remote,
+    built: Sequence[tuple[Task, TaskConfig]],
+    seed: int,
+    folder: Path,
+    progress: Progress | None = None,
+) -> Measured:
+    """Predictions of every task and of its controls, under the column `after`; refused items are not scored.
+
+    Complete prediction files are reused; of a file that was not finished, the speaker's cache has the answers.
+
+    Raises:
+        ConfigError: a task needs more than text. Nothing has been asked then.
+        IsthmusError: see `Remote.say`.
+    """
+    for task, _ in built:
+        _check_needs_text_alone(task, speaker)
+    listener, found = Listener(speaker), Measured()
+    for task, config in built:
+        conditions: tuple[tasks.Control | None, ...] = (None, *config.controls)
+        runs: dict[Column, list[Prediction]] = {
+            control or "after": tasks.run(
+                task,
+                listener,
+                control=control,
+                folder=folder / "after",
+                settings=speaker.config.identity(),
+                seed=seed,
+                advance=advancing(f"{task.name} {control or 'after'}", len(task.items), progress),
+            )
+            for control in conditions
+        }
+        found[task.name] = task, runs
+    return found
+
+
+def _check_needs_text_alone(task: Task, speaker: Remote) -> None:
+    if not isinstance(task, Generate):
+        raise ConfigError(
+            f"task {task.name!r} reads log-probabilities or the model's own regions; {speaker.config.model} gives text",
+            "measure it on tasks with free replies, such as naming-free",
+        )

@@ -1,0 +1,54 @@
+"""What an experiment says of its data: the hash of all that was asked, and questions as they were asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from PIL import Image as Pillow
+
+from isthmus import experiment
+from isthmus.config import TaskConfig
+from isthmus.evaluation.results import examples
+from isthmus.evaluation.tasks import Choice, Cut, Item, Task
+from isthmus.experiment import data_hash, free_replies
+from isthmus.types import Box, Image, Sample, Turn
+
+PICTURE = Image(Pillow.new("RGB", (8, 8)))
+BEFORE = (Turn.say("user", PICTURE, "And this?"), Turn.say("assistant", "a dog"))
+
+
+def asked(box: Box, before: tuple[Turn, ...] = (), choices: tuple[str, ...] = ("a cat", "a cow")) -> Task:
+    turns = (*before, Turn.say("user", PICTURE, "What is at ", box, "?"))
+    return Choice("t", (Item(Sample(turns, "one"), "a cat", choices, "one", "region"),), (Cut("T"),))
+
+
+LEFT, RIGHT = Box((0, 0, 0.5, 1)), Box((0.5, 0, 1, 1))
+
+
+def test_the_hash_of_the_data_sees_regions_demonstrations_and_choices() -> None:
+    tasks = [
+        asked(LEFT),
+        asked(RIGHT),
+        asked(LEFT, BEFORE),
+        asked(LEFT, (BEFORE[0], Turn.say("assistant", "a cow"))),
+        asked(LEFT, choices=("a cat", "a hen")),
+    ]
+    assert len({data_hash([task]) for task in tasks}) == len(tasks)
+    assert data_hash([asked(LEFT)]) == data_hash([replace(asked(LEFT), cuts=(Cut("Another label"),))])
+
+
+def test_reports_show_the_region_that_was_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent:
+        def __init__(self, *model: Any, **options: Any) -> None: ...
+
+        def say_all(self, samples: Sequence[Sample]) -> list[str]:
+            return [""] * len(samples)
+
+    monkeypatch.setattr(experiment, "Local", Silent)
+    task = asked(LEFT, BEFORE)
+    (said,) = free_replies(None, None, [(task, TaskConfig(name="t"))])  # type: ignore[arg-type]
+    (shown,) = examples({"T": (task, {"after": [None]})})  # type: ignore[dict-item]
+    assert said.prompt == shown.question == "What is at [0.000,0.000,0.500,1.000]?"

@@ -1,0 +1,115 @@
+"""What `plan` says of a picture's cost, against formulas by hand and against real runs; docs/comparison.md is true."""
+
+from __future__ import annotations
+
+import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from typer.testing import CliRunner
+
+import composed
+from isthmus import comparison, papers, recipes
+from isthmus.aligners.ee_mllm import flops
+from isthmus.cli.app import app
+from isthmus.costs import BYTES, TEXT, costs, measure
+from isthmus.planning import plan
+from isthmus.recipes.published import FIGURES
+from test_papers import ROOT
+
+HEAD = 2 * 4096 * 32000
+"""Logits of the last position in Vicuna 7B."""
+TOKEN = 32 * 2 * 4096 * BYTES
+"""Keys and values of one position in Vicuna 7B."""
+LINES = (ROOT / "docs/comparison.md").read_text(encoding="utf-8").splitlines()
+TABLE = {
+    line.split("`")[1]: [cell.strip() for cell in line.split("|")[1:-1]] for line in LINES if line.startswith("| `")
+}
+
+
+# ---------------------------------------------------------------------------------------------- by hand
+
+
+def test_llava_costs_what_the_formula_says():
+    cost = costs(recipes.named("llava-1.5-7b"))
+    assert (cost.text, cost.positions) == (TEXT, 576)
+    layer = 577 * (8 * 1024**2 + 4 * 1024 * 4096) + 4 * 577**2 * 1024
+    assert cost.encoder == 24 * layer + 2 * 576 * 1024 * 3 * 14**2
+    assert cost.joint == 2 * 576 * (1024 * 4096 + 4096 * 4096)
+    assert cost.llm == flops(4096, 11008, 32, TEXT, 576, "full") + HEAD
+    assert cost.text_only == flops(4096, 11008, 32, TEXT, 0, "full") + HEAD
+    assert cost.cache == 576 * TOKEN == 288 * 2**20 and cost.aside == 0
+    assert cost.total == cost.encoder + cost.joint + cost.llm
+
+
+@pytest.mark.parametrize(("name", "how"), [("ee-mllm-7b", "self"), ("naavit-7b", "ffn")])
+def test_what_is_skipped_is_not_counted(name, how):
+    cost = costs(recipes.named(name))
+    assert cost.llm == flops(4096, 11008, 32, TEXT, 576, how) + HEAD
+    assert cost.cache == 576 * TOKEN  # media's keys and values are kept in every layer all the same
+
+
+def test_media_that_stay_aside_take_no_place():
+    cost = costs(recipes.named("openflamingo-9b"))
+    assert cost.positions == cost.cache == 0 and cost.aside == 64 * 1024 * BYTES
+    # queries and output of 64 text tokens, keys and values of 64 latents, scores and mixing; feed-forwards run anyway
+    looks = 2 * 64 * (2 * 4096 * 512 + 1024 * 1024) + 4 * 64 * 64 * 512
+    assert cost.llm - cost.text_only == 8 * looks
+
+
+def test_an_encoder_decoder_keeps_what_its_decoder_reads():
+    cost = costs(composed.recipe("t5"))
+    assert cost.positions == 16 and cost.cache == 16 * 3 * 2 * 32 * BYTES
+
+
+# ---------------------------------------------------------------------------------------------- by running
+
+
+@pytest.mark.parametrize("joint", ["llava", "cogvlm", "ee_mllm", "flamingo", "llama_adapter", "saisa"])
+def test_counts_without_numbers_are_those_of_a_real_run(joint):
+    real = composed.model(aligner=joint)
+    with sdpa_kernel(SDPBackend.MATH):  # a CPU's flash attention is not counted
+        assert measure(real) == costs(composed.recipe(aligner=joint))
+
+
+# ---------------------------------------------------------------------------------------------- the page
+
+
+def test_every_published_recipe_has_a_row_and_figures_are_of_recipes():
+    assert list(TABLE) == list(comparison.published()) and FIGURES.keys() <= TABLE.keys()
+    assert "\n".join(LINES).startswith(comparison.HEAD.format(text=TEXT, before=comparison.BEFORE).rstrip())
+
+
+@pytest.mark.parametrize("name", comparison.published())
+def test_parameters_of_the_page_are_those_of_the_models(name):
+    planned = plan(recipes.named(name).but(name=name))
+    assert TABLE[name][:5] == comparison.counted(planned)
+    figure = FIGURES.get(name)
+    if figure is not None and figure.parameters is not None:
+        assert planned.stages[0].trained == pytest.approx(figure.parameters, rel=0.04)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", comparison.published())
+def test_the_whole_row_is_true(name):
+    assert TABLE[name] == comparison.row(name).cells()
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "cogvlm-17b", "saisa-7b"])
+def test_costs_of_the_page_are_those_of_the_models(name):
+    cost = costs(recipes.named(name))
+    assert TABLE[name][5:] == [*comparison.operations(cost), *comparison.kept(cost, name)]
+
+
+# ---------------------------------------------------------------------------------------------- the verb
+
+
+def test_the_verb_takes_one_recipe_or_all(monkeypatch, tmp_path):
+    runner = CliRunner()
+    for words in ([], ["llava", "--all"], ["llava", "--write"]):
+        assert "one recipe, or --all" in str(runner.invoke(app, ["plan", *words]).exception)
+    told = runner.invoke(app, ["plan", "llava-1.5-7b"]).output
+    assert "576 tokens per image" in told and "288.00 MiB of keys and values" in told
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(papers, "checkout", lambda: tmp_path)
+    monkeypatch.setattr(recipes, "BOOK", {"llava-1.5-7b": recipes.BOOK["llava-1.5-7b"]})
+    assert runner.invoke(app, ["plan", "--all", "--write"]).exit_code == 0
+    assert (tmp_path / "docs/comparison.md").read_text().count("| `llava-1.5-7b` | 576 | 7.063 B |") == 1
