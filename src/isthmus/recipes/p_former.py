@@ -24,7 +24,7 @@ def p_former(
     Args:
         size: embedded parts, or those of the paper (OPT-2.7B).
         weight: lambda in both stages; None is the paper's 10 and then 100. With 0 the teacher and its stage are left
-            out: BLIP-2 on the same data and as long.
+            out: BLIP-2 on the same data, with the same minutes in the shared stages.
         minutes: of the whole embedded recipe.
     """
     weights = PUBLISHED if weight is None else (weight, weight)
