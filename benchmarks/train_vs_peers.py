@@ -7,8 +7,8 @@ Same weights (theirs, imported), samples, order, batches, optimizer, schedule an
 under a random CLIP tower. `align` trains the projector; `sft` the projector and LoRA of rank 16 on every Linear of the
 LLM's layers (peft's on their side, born equal), or with `--llm full` the whole LLM. Every variant runs in a process of
 its own, and variants take turns within a repeat. Before any speed is quoted, loss curves must agree: to 1e-4 over 50
-float32 steps of a small model, then over the measured steps themselves, to 1e-4 in float32, and in bfloat16 to twice
-the distance of their own curve from their float32 one. Otherwise the speed is withheld and the exit code is 1.
+float32 steps of a small model, then over the measured steps themselves, to 1e-4 in float32, and in bfloat16 to
+the distance of Trainer's bfloat16 curve from its float32 one. Otherwise the speed is withheld and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CHECK_DISTINCT, CHECK_BATCH = 10, 8
 TOLERANCE = 1e-4
 """Largest difference of two float32 losses at the same step."""
 ROUNDING, CHAOS = 2e-2, 0.2
-"""The tolerance in bfloat16 is twice the distance of their bfloat16 curve from their float32 one, within these bounds:
+"""Two bfloat16 curves may lie as far from each other as Trainer's lies from its own float32 one, within these bounds:
 beyond the upper one, rounding decides what is learned and curves say nothing."""
 RATE, CHECK_RATE = 1e-4, 1e-3
 """Learning rates: the first is low enough that a rounding error stays one over the steps that are measured."""
@@ -261,18 +261,17 @@ def measure(bench: Bench, variants: Sequence[Variant], repeats: int) -> list[dic
 def _yardstick(
     variants: Sequence[Variant], curves: Sequence[list[float]], variant: Variant, found: list[float]
 ) -> tuple[list[float], list[float], float]:
-    """Their float32 curve over the same samples, the curve to judge, and how far it may be from the first."""
+    """Trainer's curve over the same samples in the same dtype, the curve to judge, and how far apart they may be."""
     sorted_ = variant.batching == "bucketed"
     peers = {
         other.dtype: curve
         for other, curve in zip(variants, curves)
         if other.side == "trainer" and not other.weights and (other.batching == "bucketed") == sorted_
     }
-    reference = peers["float32"]
     if variant.dtype == "float32":
-        return reference, found, TOLERANCE
-    rounding = 2 * compare(reference, peers["bfloat16"], 0.0).difference
-    return reference, found, min(CHAOS, max(ROUNDING, rounding))
+        return peers["float32"], found, TOLERANCE
+    rounding = compare(peers["float32"], peers["bfloat16"], 0.0).difference
+    return peers["bfloat16"], found, min(CHAOS, max(ROUNDING, rounding))
 
 
 def _best_peer(bench: Bench, variants: Sequence[Variant], turn: Sequence[dict[str, Any]], dtype: str) -> float:

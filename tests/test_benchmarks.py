@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,16 @@ def test_unsorted_and_packed_curves_are_judged_by_the_peer_on_the_same_samples()
     curves = [[1.0, 1.0], [2.0, 2.0], [2.0, 2.00005]]
     reference, found, tolerance = train._yardstick(variants, curves, variants[2], curves[2])
     assert reference == curves[1] and train.compare(reference, found, tolerance).holds
+
+
+def test_bfloat16_curves_are_judged_by_each_other_and_by_what_rounding_does_to_the_peer():
+    train = importlib.import_module("train_vs_peers")
+    variants = [train.BOTH[0], replace(train.BOTH[0], dtype="bfloat16"), replace(train.BOTH[2], dtype="bfloat16")]
+    curves = [[1.0, 1.0], [1.0, 1.15], [1.0, 1.28]]
+    reference, found, tolerance = train._yardstick(variants, curves, variants[2], curves[2])
+    assert reference == curves[1] and tolerance == pytest.approx(0.15)
+    assert train.compare(reference, found, tolerance).holds
+    assert not train.compare(reference, [1.0, 1.31], tolerance).holds
 
 
 def test_packing_keeps_every_sample_whole():
