@@ -117,6 +117,7 @@ class Joint(NamedTuple):
     aligner: str
     options: dict[str, Any]
     families: tuple[str, ...]
+    encoder: dict[str, Any] = {}
 
 
 ALL = (*DECODERS, "t5")
@@ -126,6 +127,15 @@ SMALL_QUERIES = {"queries": 3, "layers": 3, "width": 16, "heads": 2, "inner": 24
 """A Q-Former of three layers, the first and third of which look at the picture."""
 RELEASED = {"lower": 1, "prompts": 3, "tune": "bias", "blocks": 1, "inner": 16, "heads": 2}
 """LLaMA-Adapter V2 as its code was released, with a small block."""
+
+LION = {
+    **SMALL_QUERIES,
+    "vocabulary": 320,
+    "aggregator": {"heads": 2, "inner": 24, "dropout": 0.0},
+    "bottleneck": 4,
+    "tags": "hard",
+}
+TAPS = {"taps": (1, 2)}
 
 NARROW = {"queries": 2, "depth": 1, "heads": 2, "inner": 8, "width": 8, "normalise": True}
 
@@ -155,19 +165,24 @@ JOINTS = {
     "ee-mllm-free": Joint("ee_mllm", {"free": True, "layers": [1, 2], "pool": 2, "normalise": True}, SOME),
     "naavit": Joint("ee_mllm", {"visual": "ffn"}, SOME),
     "keys": Joint("ee_mllm", {"visual": "keys"}, ("llama", "glm")),
+    "victor": Joint("victor", {"size": None}, ("llama", "opt", "t5")),
     "saisa": Joint("saisa", {"inner": 16}, ("llama", "qwen2", "qwen3", "glm")),
     "saisa-pooled": Joint("saisa", {"pool": 2, "normalise": True}, ("llama",)),
     "shikra": Joint("shikra", {}, ("llama", "opt", "t5")),
     "kosmos2": Joint("kosmos2", {"queries": 3, "heads": 4, "grid": 2}, ("llama", "qwen2", "opt", "t5")),
+    "lion": Joint("lion", LION, ALL, TAPS),
+    "lion-soft": Joint("lion", {**LION, "tags": "soft", "normalise": True, "mixture": "hard"}, ("llama", "t5"), TAPS),
+    "lion-image": Joint("lion", {**LION, "visual_input": "qformer", "mixture": "none"}, ("llama",)),
+    "lion-region": Joint("lion", {**LION, "visual_input": "aggregator"}, ("llama", "t5"), TAPS),
 }
 FAMILIES = {
-    "gemma": ("mlp",),  # scaled embeddings, (1 + w) norms
-    "gemma2": ("mlp", "composite"),  # capped scores and logits, every second layer a window
+    "gemma": ("mlp", "lion"),  # scaled embeddings, (1 + w) norms
+    "gemma2": ("mlp", "composite", "lion"),  # capped scores and logits, every second layer a window
     "gemma3_text": ("mlp", "aside", "composite", "cogvlm"),  # windows and rotations that differ by layer
     "mistral": ("mlp", "ee-mllm", "llama-adapter"),  # a window in every layer
-    "phi": ("mlp", "cogvlm"),  # attention and feed-forward side by side, partial rotation, biases
+    "phi": ("mlp", "cogvlm", "lion"),  # attention and feed-forward side by side, partial rotation, biases
     "phi3": ("mlp", "aside", "cogvlm"),  # fused projections, a window
-    "flan-t5": ("mlp", "aside"),  # gated feed-forward, untied head, no chat template
+    "flan-t5": ("mlp", "aside", "lion"),  # gated feed-forward, untied head, no chat template
 }
 """Families for which a few joints stand for all, one for each mechanism that could disagree with what the family does
 otherwise; that every other joint composes, or refuses with the reason, is tried below."""
@@ -195,7 +210,7 @@ every_decoder = pytest.mark.parametrize(("joint", "family"), DECODING)
 
 
 def newborn(joint: str, family: str) -> VLM:
-    return composed.model(family, JOINTS[joint].aligner, JOINTS[joint].options)
+    return composed.model(family, JOINTS[joint].aligner, JOINTS[joint].options, **JOINTS[joint].encoder)
 
 
 def grown(joint: str, family: str) -> VLM:

@@ -126,3 +126,21 @@ def test_what_would_leak_in_silence_is_refused():
     config.layer_types = ["conv", "full_attention"]
     with pytest.raises(ConfigError, match="carry a state along the whole row"):
         fuse.masks(config, embeds, packed, None, None)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", kernels.NAME])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_one_more_token_sees_its_row_without_the_padding(family, attention):
+    config = tiny.llm(family, attn_implementation=attention).config
+    window = getattr(config, "sliding_window", None) or 100
+    cache = DynamicCache()
+    for layer in range(config.num_hidden_layers):
+        cache.update(torch.zeros(2, 2, 30, 8), torch.zeros(2, 2, 30, 8), layer)
+    segment = torch.ones(2, 31, dtype=torch.long)
+    segment[1, :9] = 0
+    mask = fuse.masks(config, torch.zeros(2, 1, 32), segment, cache, None)
+    assert isinstance(mask, torch.Tensor)
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    column = torch.arange(31)
+    assert seen.shape == (2, 1, 1, 31)
+    assert torch.equal(seen[:, 0, 0], (segment > 0) & (30 - column < window))

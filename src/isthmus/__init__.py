@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if Path(sys.argv[0] if sys.argv else "").name != "isthmus":  # `isthmus --help` answers before torch is loaded
     from isthmus.assembly import compose, load
+    from isthmus.comparing.compare import compare
     from isthmus.config import Recipe
     from isthmus.model import VLM, VLMConfig
     from isthmus.types import Audio, Box, ConfigError, DataError, Image, IsthmusError, Sample, Tag, Text, Turn, Video
@@ -32,6 +33,7 @@ if Path(sys.argv[0] if sys.argv else "").name != "isthmus":  # `isthmus --help` 
         "Turn",
         "VLMConfig",
         "Video",
+        "compare",
         "compose",
         "load",
     ]

@@ -11,13 +11,14 @@ import pkgutil
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from isthmus.config import Frozen, check, nearest
 from isthmus.connectors import Connector
 from isthmus.data.boxes import BoxFormat, Decimals
+from isthmus.data.hints import Hints
 from isthmus.encoders import Encoder
 from isthmus.fuse import Rule
 from isthmus.graft import Graft
@@ -87,6 +88,10 @@ class Aligner:
         """How regions are written and read; Shikra's decimals unless the paper has a way of its own."""
         return Decimals()
 
+    def hints(self) -> Hints:
+        """How a tagger's tags are written; one behind the other unless the paper has a sentence for them."""
+        return Hints()
+
     def grafts(self, llm: nn.Module, encoders: nn.ModuleDict, width: int) -> Iterator[Addition]:
         """What is added inside the LLM's or the encoders' modules."""
         return iter(())
@@ -94,6 +99,12 @@ class Aligner:
     def heads(self, width: int) -> dict[str, nn.Module]:
         """Modules beside the LLM, by name (output heads, a teacher)."""
         return {}
+
+    @property
+    def media_see(self) -> Literal["past", "themselves", "nothing"]:
+        """What the places of spliced media look at while the LLM trains: all that is before them, themselves alone,
+        or nothing, where they stay what was put in. Terms over their states ask for it."""
+        return "past"
 
     def positions(self, counted_BT: Tensor, segment_BT: Tensor, modality_BT: Tensor) -> Tensor | None:
         """Position ids over the whole row, or None for `counted_BT`, the count within each segment."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
-from isthmus import parts
+from isthmus import aligner as aligners
+from isthmus import graft, parts, sites
 from isthmus.config import Recipe
 from isthmus.model import VLM, VLMConfig
 from isthmus.processor import VLMProcessor
-from isthmus.types import Turn
+from isthmus.types import ConfigError, Turn
 
 
 def compose(recipe: Recipe, dtype: torch.dtype = torch.float32) -> VLM:
@@ -48,6 +51,40 @@ def compose(recipe: Recipe, dtype: torch.dtype = torch.float32) -> VLM:
     model.processor = VLMProcessor.of(model, tokenizer, recipe.system)
     _stop_at_turns_end(model)
     return model.eval()
+
+
+def rejoin(model: VLM, options: dict[str, Any]) -> None:
+    """Give the joint other options, in place; its weights stay, which therefore must all fit.
+
+    Raises:
+        ConfigError: an option is wrong, or it changes the joint's parameters or vocabulary.
+    """
+    config = {**model.config.aligner, "options": {**model.config.aligner.get("options", {}), **options}}
+    joint, width = aligners.build(config["name"], config["options"]), sites.embedding(model.llm).weight.shape[1]
+    connectors = {kind: joint.connector(kind, encoder, width) for kind, encoder in model.encoders.items()}
+    fits = joint.new_tokens() == model.aligner.new_tokens()
+    fits &= all(_alike(new, model.connectors[kind]) for kind, new in connectors.items())
+    for path, name, addition in joint.grafts(model.llm, model.encoders, width):
+        fits &= name in (there := graft.at(model.get_submodule(path))) and _alike(addition, there[name])
+    if not fits:
+        raise ConfigError(
+            f"{', '.join(options)}: these options change what {joint.name} consists of",
+            "set them in aligner.options, for all stages",
+        )
+    for kind, new in connectors.items():
+        old = model.connectors[kind]
+        new.load_state_dict(old.state_dict())
+        model.connectors[kind] = new.to(next(old.parameters()).device).train(old.training)
+    model.aligner, model.config.aligner = joint, config
+    before = model.processor
+    model.processor = VLMProcessor.of(model, before.tokenizer, before.system)
+    model.processor.template = before.template
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether both have the same tensors by name and shape."""
+    shapes = [{name: tensor.shape for name, tensor in each.state_dict().items()} for each in (one, other)]
+    return shapes[0] == shapes[1]
 
 
 def _stop_at_turns_end(model: VLM) -> None:

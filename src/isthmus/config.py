@@ -21,6 +21,8 @@ from isthmus.errors import ConfigError
 
 SCHEMA = "`isthmus recipes --schema` lists every key"
 Model = TypeVar("Model", bound=BaseModel)
+LATER: dict[str, Any] = {"exclude_if": lambda value: value in (None, {})}
+"""Of fields that came later: recipes that leave them out keep their fingerprints."""
 
 
 class Frozen(BaseModel):
@@ -129,6 +131,10 @@ class Source(Frozen):
     limit: int | None = Field(None, ge=1)
     """At most this many samples, the first ones of the set's own order."""
     options: dict[str, Any] = Field(default_factory=dict)
+    route: int | None = Field(None, ge=0, **LATER)
+    """The kind of its tasks (`types.Route`), for joints that treat kinds apart; None lets every sample tell its own."""
+    tags: dict[str, Any] = Field(default_factory=dict, **LATER)
+    """What a tagger puts beside every picture (`prepare.tags.Tagging`); nothing by default."""
 
 
 class Budget(Frozen):
@@ -177,6 +183,8 @@ class Stage(Frozen):
     """Decoder tokens per sample. Media spans are atomic: see `overlong`."""
     overlong: Literal["error", "drop", "oldest"] = "error"
     """A longer sample: refuse, drop it (counted), or drop its oldest turns."""
+    mixing: float | None = Field(None, ge=0, **LATER)
+    """Shares are weights times the sets' sizes to this power: 0.5 is the root, 1 / T a temperature; None is 0."""
     batching: Literal["bucketed", "shuffled", "packed"] = "bucketed"
     template: Literal["chat", "plain"] = "chat"
     """`chat` is the LLM's own template; `plain` is LLaVA's first stage: media, then the answer, then end."""
@@ -185,6 +193,9 @@ class Stage(Frozen):
     save_every: float | None = Field(0.25, gt=0, le=1)
     recompute: bool = False
     """Activation checkpointing of the LLM's layers, and of those of encoders that train."""
+
+    joint: dict[str, Any] = Field(default_factory=dict, **LATER)
+    """Options of the joint that this stage sets, from it on; only such as change no parameters."""
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:

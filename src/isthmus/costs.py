@@ -8,6 +8,7 @@ it computes twice is. Attention counts densely, without regard to causality; 2 o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -115,9 +116,23 @@ def measure(model: VLM) -> Costs:
     )
 
 
+class _Whole(nullcontext[None]):
+    """Stands for torch's tracker of modules, which stops where a module runs without gradients."""
+
+    parents = ("Global",)
+
+
+class Counter(FlopCounterMode):
+    """Counts the operations of products as one sum, not module by module."""
+
+    def __init__(self) -> None:
+        super().__init__(display=False)
+        self.mod_tracker: Any = _Whole()
+
+
 def count(run: Callable[[], Result]) -> tuple[Result, int]:
     """What a function returns, and the operations of the products that it computed."""
-    with FlopCounterMode(display=False) as counter, NoNumbers():
+    with Counter() as counter, NoNumbers():
         result = run()
     return result, counter.get_total_flops()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from isthmus import parts
+from isthmus import cards, parts
 from isthmus.assets import packages
 from isthmus.config import Recipe, Source, TaskConfig
 from isthmus.data import sets
@@ -24,6 +24,7 @@ from isthmus.evaluation import report as reports
 from isthmus.evaluation.measure import Measured, build, measure, merge
 from isthmus.evaluation.results import Column, Credit, Curve, Generation, Part, Report, examples, headline, rows
 from isthmus.evaluation.tasks import Task, plain
+from isthmus.forecast import was
 from isthmus.model import VLM
 from isthmus.planning import count
 from isthmus.speakers.local import Local
@@ -76,9 +77,12 @@ def experiment(
     start = time.perf_counter()
     before = _measure(run, model, look, tasks, "before")
     clock.add("measuring before", start)
+    was.plan(recipe, folder, run.device, console)
     start = time.perf_counter()
     trained = run.train(model, look)
     clock.add("training, with encoding its pictures", start)
+    if planned := was.compare(folder):
+        console.print(was.table(planned))
     if trained is None:
         return None
     start = time.perf_counter()
@@ -87,6 +91,8 @@ def experiment(
     clock.add("measuring after", start)
     result = summarise(run, trained, tasks, merge(before, after), said, clock.seconds)
     reports.write(result, folder)
+    if recipe.stages:
+        cards.refresh(run.model_of(recipe.stages[-1]))
     return result
 
 
@@ -129,7 +135,7 @@ def free_replies(model: VLM, look: Look, tasks: list[tuple[Task, TaskConfig]], e
     if not tasks:
         return ()
     speaker = Local(model, look, max_new_tokens=24)
-    asked = [(task, item) for task, _ in tasks for item in task.items[:each]]
+    asked = [(task, item) for task, _ in tasks for item in task.items[:each] if item.prompt.media]
     replies = speaker.say_all([item.prompt for _, item in asked])
     found = []
     for (_, item), reply in zip(asked, replies):

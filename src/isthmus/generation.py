@@ -109,9 +109,11 @@ class Generation(GenerationMixin):
     ) -> Any:
         """As in transformers, from what the processor returns or from a left-padded `Batch`.
 
-        Media are connected once, so beams and later steps cost no second look. Returned ids start with the
-        prompt, as is usual for decoder-only models; those of an encoder-decoder hold the answer alone, and its
-        cache is a dynamic one.
+        Media are connected once, so beams and later steps cost no second look. `route` (one number, or one per row)
+        says of which kind the tasks are, where the joint treats kinds apart; a `Batch` says it itself.
+
+        Returned ids start with the prompt, as is usual for decoder-only models; those of an encoder-decoder hold the
+        answer alone, and its cache is a dynamic one.
         """
         batch = inputs if isinstance(inputs, Batch) else self._prompt(inputs, kwargs)
         carried: dict[str, Any] = {"attention_mask": (batch.segment_BT > 0).long(), "route": batch.route_BT}
@@ -142,7 +144,12 @@ class Generation(GenerationMixin):
         """The processor's tensors, taken out of generate's arguments, as a batch."""
         ids_BT = kwargs.pop("input_ids", ids_BT)
         names = ("attention_mask", "pixel_values", "image_at", "instruction_ids")
-        return self.as_batch(ids_BT, *(kwargs.pop(name, None) for name in names))
+        route = kwargs.pop("route", None)
+        batch = self.as_batch(ids_BT, *(kwargs.pop(name, None) for name in names))
+        if route is None:
+            return batch
+        route_B1 = torch.as_tensor(route, device=batch.input_ids_BT.device).reshape(-1, 1)
+        return replace(batch, route_BT=route_B1.expand_as(batch.input_ids_BT))
 
     def create_masks_for_generate(self, attention_mask: Tensor | None, **unused: Any) -> Tensor | None:
         """The 2-D mask as it is: a mask built here, without the modality, would lose the joint's rule."""

@@ -314,7 +314,7 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """The decoder's states at the new ids; of the side it knows the route alone."""
         text_BU = torch.zeros_like(ids_BU)
-        side = Side(text_BU, text_BU + 1, None if route_BT is None else route_BT[:, -1:].expand_as(ids_BU))
+        side = Side(text_BU, text_BU + 1, None if route_BT is None else route_BT.amax(1, True).expand_as(ids_BU))
         decoder = self.llm.get_decoder()
         return decoder(
             input_ids=ids_BU,

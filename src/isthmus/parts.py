@@ -7,6 +7,7 @@ folder's weights are identified by a hash, so that a joint is never put back on 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,20 +40,39 @@ def folder(source: str, revision: str | None = None) -> Path:
     """The local folder of a part.
 
     Raises:
-        ConfigError: there is no such folder, and no model of that name can be had.
+        ConfigError: there is no such folder, and no model of that name can be had; or its index leads elsewhere.
     """
     if source == EMBEDDED_LLM:
         return assets.llm_folder()
     if Path(source).is_dir():
-        return Path(source)
+        return _own_shards(Path(source))
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=WANTED))
+        return _own_shards(Path(snapshot_download(source, revision=revision, allow_patterns=WANTED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         cause = str(error).splitlines()[0]
         raise ConfigError(
             f"{source!r} is neither a folder nor a model that can be downloaded ({cause})",
             f"name a folder, a hub model, or an embedded part ({EMBEDDED_LLM}, {EMBEDDED_ENCODER})",
         ) from None
+
+
+def _own_shards(path: Path) -> Path:
+    """The folder, whose index names safetensors files in it alone: transformers would open whatever else it names.
+
+    Asking transformers for safetensors chooses the index, and not what the index leads to.
+    """
+    for index in path.glob("*.safetensors.index.json"):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            strange = [shard for shard in shards if Path(shard).name != shard or not shard.endswith(".safetensors")]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{index}: damaged ({error})", "fetch or save the model again") from None
+        if strange:
+            raise ConfigError(
+                f"{index} leads to {min(strange)!r}, which is no safetensors file beside it",
+                "convert the checkpoint to safetensors first",
+            )
+    return path
 
 
 def fingerprint(path: Path) -> str:

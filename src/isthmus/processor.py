@@ -15,6 +15,7 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from isthmus.data import chat, collate, formats, media, views
 from isthmus.data.boxes import Decimals, Regions
+from isthmus.data.hints import Hints
 from isthmus.data.reading import Reader, padded
 from isthmus.tokens import name_tokens
 from isthmus.types import Batch, DataError, Features, Image, Layout, Medium, Reading, Sample
@@ -38,6 +39,7 @@ class VLMProcessor(ProcessorMixin):
         decoder_start: the first id of an encoder-decoder's decoder; None for a decoder alone.
         reading: the fields of `Reading`, where connectors read text; else None.
         boxes: the fields of a `BoxFormat`: how the joint writes regions; plain decimals by default.
+        hints: the fields of `Hints`: how the joint writes tags; one behind the other by default.
     """
 
     def __init__(
@@ -52,11 +54,13 @@ class VLMProcessor(ProcessorMixin):
         decoder_start: int | None = None,
         reading: dict[str, Any] | None = None,
         boxes: dict[str, Any] | None = None,
+        hints: dict[str, Any] | None = None,
         chat_template: str | None = None,
     ):
         self.layouts, self.placeholders = layouts or {}, placeholders or {}
         self.aspect, self.template, self.system, self.decoder_start = aspect, template, system, decoder_start
         self.reading, self.boxes = reading, boxes or Decimals().model_dump()
+        self.hints = hints or Hints().model_dump()
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -64,7 +68,8 @@ class VLMProcessor(ProcessorMixin):
         """The processor of a freshly composed model."""
         layouts = {kind: model.aligner.layout(kind, model.queries(kind)) for kind in model.encoders}
         names = model.aligner.new_tokens()
-        around = "".join(layout.before + layout.after for layout in layouts.values())
+        hints = model.aligner.hints()
+        around = "".join(layout.before + layout.after for layout in layouts.values()) + hints.sentence
         name_tokens(tokenizer, model.vocabulary - len(names), names, [name for name in names if name in around])
         reading = model.aligner.reading()
         return cls(
@@ -77,6 +82,7 @@ class VLMProcessor(ProcessorMixin):
             decoder_start=model.config.text_config.decoder_start_token_id if model.config.is_encoder_decoder else None,
             reading=None if reading is None else vars(reading),
             boxes=model.aligner.boxes().model_dump(),
+            hints=hints.model_dump(),
             chat_template=tokenizer.chat_template,
         )
 
@@ -93,6 +99,7 @@ class VLMProcessor(ProcessorMixin):
             system=self.system,
             decoder_start=self.decoder_start,
             regions=self.regions,
+            hints=Hints(**self.hints),
         )
 
     @property

@@ -6,7 +6,9 @@ every attention module with `is_causal`, and the head is run by the model's own 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -17,6 +19,10 @@ from isthmus.types import ConfigError
 
 ADDED = "grafts"
 """The child that holds what was added to a module; below it, nothing belongs to the base model."""
+
+
+FEED_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm", "final_layer_norm", "ln_2", "input_layernorm")
+"""What families call the norm before the feed-forward part, those first whose layers have the others too."""
 
 
 class Layers(NamedTuple):
@@ -46,6 +52,26 @@ def layers(model: nn.Module, side: Literal["decoder", "encoder"] = "decoder") ->
             f"{type(model).__name__} has no stack of transformers layers", "choose a transformer, or graft by path"
         )
     return min(found, key=lambda each: each.path.count("."))
+
+
+@contextlib.contextmanager
+def states(model: nn.Module, after: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """What the decoder's layers hand on while it runs inside the block: by number, the states [B, T, D] after so many
+    of them; negative numbers count from the end, -1 being after the last one and before the norm behind it."""
+    found: dict[int, Tensor] = {}
+    hooks = []
+    for number in after:
+        layer = layers(model).modules[number - 1 if number > 0 else number]
+        hooks.append(layer.register_forward_hook(partial(_keep, found, number)))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _keep(found: dict[int, Tensor], number: int, layer: nn.Module, inputs: Any, output: Any) -> None:
+    found[number] = output if isinstance(output, Tensor) else output[0]
 
 
 def enclosing(root: nn.Module, path: str) -> str | None:
@@ -84,6 +110,41 @@ def mlp(layer: nn.Module) -> nn.Module:
         if direct and id(module) not in attending:
             return module
     raise ConfigError(f"{type(layer).__name__} has no feed-forward module made of Linears", "choose a module by path")
+
+
+class Feed(NamedTuple):
+    """Where the un-normalised input of a layer's feed-forward part goes in: a dotted name in the layer."""
+
+    path: str
+    holds_norm: bool
+    """Whether the module there is the whole part with norm and residual; else it is the norm before it."""
+
+
+def feed(layer: nn.Module) -> Feed:
+    """The feed-forward part of a layer: T5's sublayer, or the norm that stands before it elsewhere.
+
+    Raises:
+        ConfigError: the layer normalises behind the sum, or its norms are not named as in any known family.
+    """
+    children = dict(layer.named_children())
+    for path, part in base_modules(layer).items():
+        if path and any("Norm" in type(child).__name__ for child in part.children()) and _feeds(part):
+            return Feed(path, True)
+    before = [name for name in FEED_NORMS if name in children]
+    after = not vars(layer).get("do_layer_norm_before", True)  # OPT 350M
+    alone = before == ["post_attention_layernorm"]  # OLMo 2 normalises what attention returns
+    if not before or after or alone:
+        raise ConfigError(
+            f"{type(layer).__name__} has no known norm before its feed-forward part", "choose another LLM or joint"
+        )
+    return Feed(before[0], False)
+
+
+def _feeds(part: nn.Module) -> bool:
+    """Whether a module that does not attend holds one made of Linears that does not either."""
+    return not _attends(part) and any(
+        linears(child) and not any(map(_attends, child.modules())) for child in part.children()
+    )
 
 
 def linears(module: nn.Module) -> dict[str, nn.Linear]:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from isthmus import parts, quantised, sites
+from isthmus import cards, parts, quantised, sites
 from isthmus.config import LLMConfig
 from isthmus.processor import VLMProcessor
 from isthmus.types import ConfigError, IsthmusError
@@ -54,6 +54,8 @@ def save(model: VLM, folder: Path, whole: bool) -> None:
             shutil.rmtree(stray, ignore_errors=True)
         with TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
             _write(model, Path(staging), whole)
+            if cards.ours(folder):
+                (Path(staging) / cards.NAME).write_text(_card(model, folder), encoding="utf-8")
             for old in folder.glob("model*.safetensors*"):
                 old.unlink()
             for new in Path(staging).iterdir():
@@ -76,6 +78,10 @@ def _write(model: VLM, folder: Path, whole: bool) -> None:
     model.processor.save_pretrained(folder)
     hashes = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
     (folder / MANIFEST).write_text(json.dumps(hashes, indent=1))
+
+
+def _card(model: VLM, folder: Path) -> str:
+    return cards.card(json.loads(model.config.to_json_string(use_diff=False)), cards.lineage(folder))
 
 
 def fingerprint(source: str | Path) -> str:
@@ -163,13 +169,26 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
             )
         try:
             state |= load_file(file)
-        except (SafetensorError, OSError) as error:
+            _names_once(file)
+        except (SafetensorError, OSError, ValueError) as error:
             raise IsthmusError(
                 f"{file}: cannot be read ({str(error).splitlines()[0]})", "copy it again, or use an earlier checkpoint"
             ) from None
     if lost := set(hashes) - {file.name for file in files}:
         raise IsthmusError(f"{folder / min(lost)}: missing", "copy it again, or use an earlier checkpoint")
     return state
+
+
+def _names_once(file: Path) -> None:
+    """Refuse a header that names a tensor twice: parsers differ in which of both they take."""
+
+    def entries(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(known := dict(pairs)) < len(pairs):
+            raise ValueError(f"a name stands twice among {sorted(known)[:3]}")
+        return known
+
+    with file.open("rb") as stream:
+        json.loads(stream.read(int.from_bytes(stream.read(8), "little")), object_pairs_hook=entries)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

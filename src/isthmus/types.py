@@ -42,6 +42,15 @@ class Modality(IntEnum):
     AUDIO = 3
 
 
+class Route(IntEnum):
+    """Which kind of task a segment belongs to (`Batch.route_BT`), for joints that treat kinds apart."""
+
+    IMAGE = 0
+    """About the picture as a whole: captions, questions. What nothing else is said of."""
+    REGION = 1
+    """About places in it: regions in the question or the answer."""
+
+
 # ---------------------------------------------------------------------------------------------- what people say
 
 
@@ -62,6 +71,8 @@ Source: TypeAlias = str | Path | bytes | Pillow.Image | Drawn
 @dataclass(frozen=True)
 class Text:
     text: str
+    given: bool = False
+    """In an answer: not learnt, like the printed words of a form that is filled in."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +258,9 @@ class Batch:
     media: dict[str, Media] = field(default_factory=dict)
     route_BT: Tensor | None = None
     """The task kind of each position's segment, for routers."""
+    draw_BT: Tensor | None = None
+    """What each position's sample drew from [0, 1), where terms of the loss are about a share of the samples; -1 for
+    a sample that carries no label and so belongs to every term that can learn from it."""
     branch_BT: Tensor | None = None
     """0 where a segment's conversations share their beginning, then 1, 2, ... for what follows in each."""
     extra_text: dict[str, Tensor] = field(default_factory=dict)
@@ -332,3 +346,5 @@ class Output:
     positions_BT: Tensor | None = None
     side: Side | None = None
     past: Past | None = None
+    states: dict[int, Tensor] = field(default_factory=dict)
+    """States after so many layers [B, T, D], before any norm behind them: those that objectives read."""

@@ -252,6 +252,7 @@ def test_label_safety_through_truncation(name, template, overlong, one, max_leng
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @given(*CASE)
 @settings(max_examples=10_000, deadline=None)
 def test_label_safety_through_truncation_at_length(name, template, overlong, one, max_length):

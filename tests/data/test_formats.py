@@ -103,7 +103,7 @@ FAULTS = {
     "id": (llava(id=[1]), "id is neither", "text"),
     "value": (llava(answer=3), "not a text", "string"),
     "content": (chat(("user", 3)), "content is not a list", "array"),
-    "part": (chat(("user", [{"type": "video"}])), "unknown part 'video'", "text, image"),
+    "part": (chat(("user", [{"type": "audio"}])), "unknown part 'audio'", "text, image"),
     "meta": (llava(meta=3), "meta is not", "meta"),
 }
 
@@ -209,3 +209,11 @@ def test_no_damage_escapes_as_a_traceback(tmp_path, records):
     assert all(fault.message and fault.remedy for fault in faults)
     if not faults:
         assert len(formats.load(path, tmp_path)) == len(records)
+
+
+def test_records_without_an_id_have_names_of_their_own_on_a_single_line_too(tmp_path):
+    said = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    (tmp_path / "line.json").write_text(json.dumps([{"conversations": said}] * 3))
+    path = write(tmp_path, *[{"conversations": said}] * 3, lines=True)
+    assert len({sample.id for sample in formats.load(tmp_path / "line.json")}) == 3
+    assert [sample.id for sample in formats.load(path)] == ["data:1", "data:2", "data:3"]

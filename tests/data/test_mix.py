@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.data.mix import CYCLE, Batches, Mix, permuted
+from isthmus.config import parse
+from isthmus.data.mix import CYCLE, Batches, Mix, by_size, permuted
+from isthmus.training.run import mix_of
 from isthmus.types import ConfigError, DataError
 
 
@@ -158,3 +162,28 @@ def test_samples_of_length_zero_are_left_out(batching):
     assert all(item % 2 == 0 for step in range(12) for _, item in short[step])
     with pytest.raises(DataError, match="step 0 is empty"):
         Batches(MIX, 8, batching, lambda ref: 0)[0]
+
+
+def test_shares_follow_sizes_to_a_power() -> None:
+    sets = [range(100), range(10_000)]
+    assert by_size([1, 1], sets, 0) == [1, 1]
+    assert by_size([1, 1], sets, 0.5) == [10, 100]
+    assert by_size([2, 1], sets, 1 / 4) == pytest.approx([2 * 100**0.25, 10])
+    mix = Mix(sets, by_size([1, 1], sets, 0.5), seed=0)
+    drawn = [mix[draw][0] for draw in range(4096)]
+    assert drawn.count(0) == pytest.approx(4096 / 11, abs=1)
+
+
+def test_a_stage_says_how_it_mixes_and_old_recipes_keep_their_fingerprints(tmp_path: Path) -> None:
+    stage = {"name": "a", "data": ["naming"], "train": {"connectors.*": 1e-3}, "budget": {"steps": 1}}
+    plain, mixed = (parse({"stages": [{**stage, **more}]}) for more in ({}, {"mixing": 0.5}))
+    assert plain.fingerprint() != mixed.fingerprint() and "mixing" not in plain.model_dump()["stages"][0]
+    with pytest.raises(ConfigError):
+        parse({"stages": [{**stage, "mixing": -1}]})
+    for name, count in (("few", 16), ("many", 400)):
+        said = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(said)}\n" * count)
+    sources = [{"name": str(tmp_path / f"{name}.jsonl"), "split": "test"} for name in ("few", "many")]
+    leg = parse({"stages": [{**stage, "data": sources, "mixing": 0.5}]}).stages[0]
+    drawn = [mix_of(leg, 0).mix[draw][0] for draw in range(240)]
+    assert drawn.count(0) == pytest.approx(240 * 4 / 24, abs=2)

@@ -11,6 +11,7 @@ from PIL import Image as Pillow
 
 from isthmus.config import Source
 from isthmus.data import formats
+from isthmus.data.formats import Form
 from isthmus.data.records import Records
 from isthmus.data.sets import open_set, stamp
 from isthmus.types import DataError
@@ -51,7 +52,7 @@ def test_one_by_one_is_what_all_at_once_is(tmp_path: Path, form: str) -> None:
     file = write(tmp_path, form)
     expected = formats.load(file)
     for _ in range(2):  # the second time from the index
-        found = Records(file, None, "all")
+        found = Records(Form(file), "all")
         assert len(found) == len(expected) == 300
         assert [found[number] for number in range(300)] == expected
 
@@ -59,19 +60,19 @@ def test_one_by_one_is_what_all_at_once_is(tmp_path: Path, form: str) -> None:
 def test_parts_are_disjoint_complete_and_follow_ids_alone(tmp_path: Path) -> None:
     file = write(tmp_path, "lines")
     kept, held_out = (
-        list(map(Records(file, None, part).__getitem__, range(len(Records(file, None, part)))))
+        list(map(Records(Form(file), part).__getitem__, range(len(Records(Form(file), part)))))
         for part in ("kept", "held out")
     )
     ids = [{sample.id for sample in part} for part in (kept, held_out)]
     assert not ids[0] & ids[1] and ids[0] | ids[1] == {sample.id for sample in formats.load(file)}
     assert 1 <= len(held_out) <= 20
     few = write(tmp_path, "array", 1)
-    assert len(Records(few, None, "kept")) == len(Records(few, None, "held out")) == 1
+    assert len(Records(Form(few), "kept")) == len(Records(Form(few), "held out")) == 1
 
 
 def test_a_second_opening_reads_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path, "lines")
-    Records(file, None, "all")
+    Records(Form(file), "all")
     monkeypatch.setattr(formats, "each", lambda *args: pytest.fail("read again"))
     source = Source(name=str(file), split="test")
     assert open_set(source, 0)[7].id == "7"
@@ -80,9 +81,9 @@ def test_a_second_opening_reads_no_record(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
     file = write(tmp_path, "lines")
     source = Source(name=str(file))
-    old, before = Records(file, None, "all"), stamp([source], 0)
+    old, before = Records(Form(file), "all"), stamp([source], 0)
     write(tmp_path, "lines", 200)
-    assert len(Records(file, None, "all")) == 200
+    assert len(Records(Form(file), "all")) == 200
     assert stamp([source], 0) != before != stamp([source], 1)
     with pytest.raises(DataError, match="line 300 is not what it was"):
         old[299]
@@ -94,21 +95,21 @@ def test_faults_are_said_every_time_and_never_kept(tmp_path: Path, home: Path) -
         stream.write('{"id": "bad", "messages": []}\n')
     for _ in range(2):
         with pytest.raises(DataError, match=r"line 301 \(bad\): there is no assistant turn"):
-            Records(file, None, "all")
+            Records(Form(file), "all")
     assert not list(home.rglob("*.npy"))
 
 
 @pytest.mark.parametrize("harm", ["cut", "emptied", "pickled"])
 def test_a_damaged_index_is_made_anew(tmp_path: Path, home: Path, harm: str) -> None:
     file = write(tmp_path, "lines")
-    expected = Records(file, None, "all")[5]
+    expected = Records(Form(file), "all")[5]
     (index,) = home.rglob("*.npy")
     content = index.read_bytes()
     if harm == "pickled":
         np.save(index, np.array([{}], dtype=object), allow_pickle=True)
     else:
         index.write_bytes(content[: len(content) // 2] if harm == "cut" else b"")
-    assert Records(file, None, "all")[5] == expected
+    assert Records(Form(file), "all")[5] == expected
     assert index.read_bytes() == content
 
 
@@ -118,12 +119,12 @@ def test_pictures_are_found_from_where_they_were(tmp_path: Path) -> None:
     said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A fox."}]
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"image": "a.png", "conversations": said}) + "\n")
-    assert Records(file, tmp_path / "images", "all")[0] == formats.load(file, tmp_path / "images")[0]
+    assert Records(Form(file, tmp_path / "images"))[0] == formats.load(file, tmp_path / "images")[0]
     with pytest.raises(DataError, match="no picture"):
-        Records(file, None, "all")
+        Records(Form(file), "all")
 
 
 def test_an_index_that_cannot_be_kept_is_done_without(tmp_path: Path, home: Path) -> None:
     home.mkdir()
     (home / "indexes").write_text("in the way")
-    assert Records(write(tmp_path, "lines"), None, "all")[299].turns[0].text == "plain 299?"
+    assert Records(Form(write(tmp_path, "lines")))[299].turns[0].text == "plain 299?"

@@ -109,6 +109,21 @@ def test_presence_is_balanced_and_true() -> None:
     assert max(asked["yes"].values()) <= 6 and max(asked["no"].values()) <= 6
 
 
+def test_a_checklist_is_true_of_the_boxes_and_gives_nothing_but_yes_and_no_to_learn() -> None:
+    answers: Counter[str] = Counter()
+    for scene in layouts(300):
+        question = asker(scene, varied=False).ask("checklist")
+        shown = {concepts.some(name) for name, _ in scene.boxes}
+        lines = question.answer.split("\n")
+        checked = dict(zip(lines[::2], lines[1::2], strict=True))
+        assert {thing for thing, answer in checked.items() if answer == "yes"} == shown
+        assert set(checked.values()) == {"yes", "no"} and len(checked) == len(lines) / 2
+        assert [part.text for part in question.filled if not part.given] == lines[1::2]
+        assert "".join(part.text for part in question.filled) == question.answer
+        answers.update(checked.values())
+    assert answers["yes"] == pytest.approx(answers["no"], rel=0.1)
+
+
 def test_counting_is_true_and_even() -> None:
     answers: Counter[str] = Counter()
     for index in range(600):
@@ -139,11 +154,25 @@ def test_naming_has_ten_distinct_choices_of_the_split() -> None:
     for index, char in enumerate(unseen[:40]):
         scene = scenes.compose(f"n {index}", [char], 224, STYLE)
         question = questions.Asker(scene, unseen, char, False).ask("naming")
-        names = [concepts.names()[other] for other in unseen]
-        assert question.text == "What is this?" and question.answer == concepts.names()[char]
+        names = {concepts.some(concepts.names()[other]): concepts.names()[other] for other in unseen}
+        assert question.text == "What is this?" and names[question.answer] == concepts.names()[char]
         assert len(set(question.choices)) == 10 and question.answer in question.choices
-        assert set(question.choices) <= set(names)
-        assert not any(concepts.alike(a, b) for a in question.choices for b in question.choices if a != b)
+        bare = [names[choice] for choice in question.choices]
+        assert not any(concepts.alike(a, b) for a in bare for b in bare if a != b)
+
+
+def test_options_are_the_choices_in_the_order_of_the_question() -> None:
+    places: Counter[int] = Counter()
+    for index, char in enumerate(SEEN[:200]):
+        scene = scenes.compose(f"o {index}", [char], 224, STYLE)
+        question = asker(scene, varied=False).ask("options")
+        listed = (
+            question.text.removeprefix("Which of these is it: ").removesuffix("?").replace(" or ", ", ").split(", ")
+        )
+        assert tuple(listed) == question.choices and len(set(listed)) == 10
+        assert question.answer == concepts.some(concepts.names()[char])
+        places[listed.index(question.answer)] += 1
+    assert len(places) == 10 and max(places.values()) < 45  # its place in the list tells nothing
 
 
 def test_concepts_are_split_by_themselves_alone() -> None:

@@ -113,6 +113,13 @@ def test_texts_are_given_and_the_temperature_is_learned_up_to_a_bound() -> None:
     assert losses[0] == pytest.approx(losses[1])
 
 
+def test_the_temperature_divides_the_cosines() -> None:
+    texts, out = [[3, 4], [5], [6, 7, 8]], output(3)
+    expected = image_text_contrastive_loss(cosines(out, texts).T / 0.2)
+    loss = named("contrastive", {"temperature": 0.2}).loss(None, out, batch(texts))
+    assert (loss / 3).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_segments_of_one_row_have_their_own_texts() -> None:
     apart = batch([[3, 4], [5, 6]])
     packed = Batch(

@@ -19,6 +19,7 @@ import torch
 
 from isthmus.config import Engine, Recipe
 from isthmus.training import checkpoint
+from isthmus.training.log import read_rows
 from isthmus.training.loop import run_stage
 from isthmus.training.run import Run
 from isthmus.training.step import Step
@@ -259,3 +260,16 @@ def test_ctrl_c_twice(recipe: Recipe, tmp_path: Path, save_async: bool, expected
     assert ended(child) in (5, 130)
     assert sound(tmp_path)
     finishes_as(expected, recipe, tmp_path)
+
+
+def test_a_clock_that_jumps(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, torch.Tensor]
+) -> None:
+    """A day back and a day forth at every look: the time of day is written down, and decides nothing."""
+    real, looks = time.time, iter(range(10**9))
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: real() + 86_400 * (-1) ** next(looks))
+        finishes_as(expected, recipe, tmp_path)
+    told = [row["time"] for row in read_rows(tmp_path / "align" / "metrics.jsonl")]
+    assert max(told) - min(told) > 86_400
+    assert sound(tmp_path)[-1] == 8

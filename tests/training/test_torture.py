@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,19 @@ def test_ten_kills(tmp_path: Path) -> None:
     assert found["in_saves"] >= 1
 
 
+def test_kills_of_two_ranks(tmp_path: Path) -> None:
+    found = run(tmp_path, "--times", "2", "--ranks", "2", "--seed", "3")
+    assert (found["kills"], found["survived"], found["faults"]) == (2, 2, [])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_kills_of_two_ranks(tmp_path: Path) -> None:
+    found = run(tmp_path, "--times", "20", "--ranks", "2", "--seed", "7")
+    assert (found["kills"], found["survived"], found["faults"]) == (20, 20, [])
+    assert found["in_saves"] >= 5
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_two_hundred_kills(tmp_path: Path) -> None:
@@ -39,12 +53,12 @@ def test_two_hundred_kills(tmp_path: Path) -> None:
 def test_a_run_that_went_otherwise_is_told_apart(tmp_path: Path) -> None:
     recipe = toy(tmp_path / "parts")
     recipe = recipe.but(stages=[recipe.stages[0].but(budget={"steps": 3}, save_every=1 / 3)])
-    assert torture._wait(torture._start(recipe, tmp_path / "whole", Engine()))
+    assert torture._start(recipe, tmp_path / "whole", Engine()).ends_well()
     whole = torture.contents(tmp_path / "whole", recipe)
     assert torture._differences(whole, torture.contents(tmp_path / "whole", recipe)) == []
 
     def other(name: str, change: Recipe) -> list[str]:
-        assert torture._wait(torture._start(change, tmp_path / name, Engine(workers=1, save_async=True)))
+        assert torture._start(change, tmp_path / name, Engine(workers=1, save_async=True)).ends_well()
         return torture._differences(whole, torture.contents(tmp_path / name, change))
 
     assert other("same", recipe) == []
@@ -56,5 +70,22 @@ def test_a_run_that_went_otherwise_is_told_apart(tmp_path: Path) -> None:
 def test_a_run_that_fails_by_itself_is_said_to(tmp_path: Path) -> None:
     recipe = toy(tmp_path / "parts")
     (tmp_path / "parts" / "data" / "data.jsonl").unlink()
-    assert not torture._wait(torture._start(recipe, tmp_path / "run", Engine()))
+    assert not torture._start(recipe, tmp_path / "run", Engine()).ends_well()
     assert "cannot be read" in (tmp_path / "run" / "error.txt").read_text()
+
+
+def test_a_rank_that_fails_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them would wait for minutes; the processes are forked, so they have the same patch."""
+    recipe = toy(tmp_path / "parts")
+
+    def train(self: torture.Run, *_: object) -> None:
+        if self.world.main:
+            time.sleep(200)
+        raise RuntimeError("only this one fails")
+
+    monkeypatch.setattr(torture.Run, "train", train)
+    began = time.monotonic()
+    assert not torture._start(recipe, tmp_path / "run", Engine(), ranks=2).ends_well()
+    assert time.monotonic() - began < 100
+    assert "only this one fails" in (tmp_path / "run" / "error-1.txt").read_text()
+    assert not (tmp_path / "run" / "error.txt").exists()

@@ -82,6 +82,13 @@ class EEMLLM(Aligner):
         if visual == "keys":
             yield Addition(f"{path}.{composite.feed_forward(layer)}", "composite", composite.TextOnly(free))
 
+    @property
+    def media_see(self) -> Literal["past", "themselves", "nothing"]:
+        """As LLaVA's where a layer is left as it was, or all of them are while gradients are recorded."""
+        if self.options.free or self.options.layers is not None:
+            return "past"
+        return "nothing" if self.options.visual == "keys" else "themselves"
+
     def rule(self, segment_BT: Tensor, modality_BT: Tensor) -> Rule | None:
         """Media see themselves alone. Text rows obey causality only, which is all that `skip` has to compute."""
         media_BT = modality_BT != Modality.TEXT

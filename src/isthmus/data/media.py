@@ -17,9 +17,14 @@ from torch import Tensor
 from isthmus.types import DataError, Drawn, Source
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+"""Endings of files of these formats."""
 MOST_PIXELS = 64_000_000
 """Larger pictures are refused before they are decoded. Below Pillow's own threshold, so its warning never decides."""
 CHUNK = 1 << 20
+PNG = b"\x89PNG\r\n\x1a\n"
+MOST_TEXTS = 16
+"""Compressed texts of a PNG, each of which Pillow unpacks to a MiB when it reads the header."""
 
 Aspect: TypeAlias = Literal["crop", "pad", "squash"]
 Colour: TypeAlias = tuple[int, int, int]
@@ -45,7 +50,9 @@ def open_image(source: Source, where: str = "") -> Pillow.Image:
         return _decode(source, where)
     with _open_bytes(source, where) as file:
         try:
-            picture = Pillow.open(file, formats=FORMATS)
+            picture = _opened(file)
+        except DataError as error:
+            raise DataError(f"{where}: {error.cause}", error.remedy) from None
         except UnidentifiedImageError:
             raise DataError(f"{where}: not a picture in {', '.join(FORMATS)}", "convert it, or remove it") from None
         except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning):
@@ -113,7 +120,7 @@ def upright_size(source: Source) -> tuple[int, int]:
         return open_image(source).size
     with _open_bytes(source, _name(source)) as file:
         try:
-            picture = Pillow.open(file, formats=FORMATS)
+            picture = _opened(file)
             turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         except Exception:  # whatever is wrong, opening it says so in our words
             return open_image(source).size
@@ -227,6 +234,24 @@ def _open_bytes(source: str | Path | bytes, where: str) -> BinaryIO:
     except (OSError, ValueError) as error:
         cause = error.strerror if isinstance(error, OSError) and error.strerror else "not a valid path"
         raise DataError(f"{where}: cannot be opened ({cause})", "check the path and its permissions") from None
+
+
+def _opened(file: BinaryIO) -> Pillow.Image:
+    """The picture with its header read; a PNG that carries a bomb of texts is left alone.
+
+    Raises:
+        DataError: it carries one.
+    """
+    texts, at = 0, len(PNG)
+    if file.read(at) == PNG:
+        while len(head := file.read(8)) == 8 and texts <= MOST_TEXTS:
+            texts += head[4:] in (b"zTXt", b"iTXt")
+            at += 12 + int.from_bytes(head[:4])
+            file.seek(at)
+    if texts > MOST_TEXTS:
+        raise DataError("more texts than a picture needs", "save it again without them")
+    file.seek(0)
+    return Pillow.open(file, formats=FORMATS)
 
 
 def _check_size(picture: Pillow.Image, where: str) -> None:

@@ -143,13 +143,17 @@ class Batches:
         Raises:
             DataError: overlong samples were left out until nothing remained.
         """
-        window, place = divmod(step, self.window)
-        if window not in self._planned:
-            self._planned = {window: self._plan(window)}
-        rows = self._planned[window][place][self.rank :: self.world_size]
+        rows = self.whole(step)[self.rank :: self.world_size]
         if len(rows) < self.least:
             raise DataError(f"step {step} is empty: its samples are longer than max_length", "raise max_length")
         return rows
+
+    def whole(self, step: int) -> list[list[Ref]]:
+        """All ranks' rows of a step."""
+        window, place = divmod(step, self.window)
+        if window not in self._planned:
+            self._planned = {window: self._plan(window)}
+        return self._planned[window][place]
 
     def padding_share(self, steps: range) -> float:
         """Share of the tokens of these steps' batches on this rank that is padding."""
@@ -190,6 +194,15 @@ class Batches:
 
     def _shuffle(self, items: list, number: int) -> list:
         return [items[permuted(place, len(items), (self.seed, -1, number))] for place in range(len(items))]
+
+
+def by_size(weights: Sequence[float], sets: Sequence[Sized], power: float) -> list[float]:
+    """Weights times the sizes of their sets to a power.
+
+    0 leaves the weights alone, 1 draws every sample as often as any other, 0.5 is InstructBLIP's root (Dai et al. 2023,
+    arXiv 2305.06500), and 1 / T the temperature T of multilingual training.
+    """
+    return [weight * max(1, len(items)) ** power for weight, items in zip(weights, sets)]
 
 
 def _deal(rows: list, batches: int) -> list[list]:

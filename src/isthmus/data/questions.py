@@ -12,7 +12,7 @@ from random import Random
 from isthmus.data.boxes import Decimals
 from isthmus.data.concepts import names, several, some
 from isthmus.data.scenes import COLOURS, Placed, Scene, pick
-from isthmus.types import Box, Grounding, Part
+from isthmus.types import Box, Grounding, Part, Text
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 YES_NO = ("yes", "no")
@@ -25,6 +25,18 @@ WORDINGS = {
         "What do you see?",
         "What does the picture show?",
         "Which thing is shown here?",
+    ),
+    "options": (
+        "Which of these is it: {0}?",
+        "Which of these do you see: {0}?",
+        "What is this, one of {0}?",
+        "Which one does the picture show: {0}?",
+    ),
+    "checklist": (
+        "Which of these does the picture show?",
+        "Which of these can you see?",
+        "Say of each thing whether it is in the picture.",
+        "Check what the picture shows.",
     ),
     "presence": (
         "Does the picture show {0}?",
@@ -87,6 +99,8 @@ class Question:
     """What likelihood ranking chooses from; none for a caption."""
     box: Box | None = None
     """A region that the answer is, or that stands in the question in place of `HERE`."""
+    filled: tuple[Text, ...] = ()
+    """The answer in parts, where some of it is given and not learnt."""
 
     @property
     def asked(self) -> tuple[Part | str, ...]:
@@ -97,9 +111,9 @@ class Question:
         return (before, self.box, after) if here else (self.text, Grounding())
 
     @property
-    def told(self) -> Part | str:
+    def told(self) -> tuple[Part | str, ...]:
         """The assistant's words, or a region."""
-        return self.answer if self.box is None or HERE in self.text else self.box
+        return self.filled or (self.answer if self.box is None or HERE in self.text else self.box,)
 
 
 @dataclass(frozen=True)
@@ -118,11 +132,37 @@ class Asker:
         return _KINDS[kind](self, Random(f"{kind} {number or ''}{self.scene.seed}"))
 
     def _naming(self, random: Random) -> Question:
+        """With an article, so that the name is written as within a sentence: tokenizers care."""
+        answer, choices = self._ten(random)
+        return Question("naming", self._word(random, "naming"), answer, choices)
+
+    def _options(self, random: Random) -> Question:
+        """Naming with the ten names in the question."""
+        answer, choices = self._ten(random)
+        return Question("options", self._word(random, "options", enumerate_words(choices, "or")), answer, choices)
+
+    def _ten(self, random: Random) -> tuple[str, tuple[str, ...]]:
+        """What the only object is, and ten names with that among them."""
         char = self.scene.objects[0].char
-        others = pick(random, self.pool, 9, but=(char,))
-        choices = [names()[each] for each in (char, *others)]
+        choices = [some(names()[each]) for each in (char, *pick(random, self.pool, 9, but=(char,)))]
+        answer = choices[0]
         random.shuffle(choices)
-        return Question("naming", self._word(random, "naming"), names()[char], tuple(choices))
+        return answer, tuple(choices)
+
+    def _checklist(self, random: Random) -> Question:
+        """Everything that is there among about as many other things, each with yes or no, which alone are learnt.
+
+        A yes or no takes a third of the tokens that it takes as a question of its own.
+        """
+        present = tuple(self.scene.counts)
+        absent = pick(random, self.pool, random.randint(1, 2 * len(present) - 1), but=present)
+        listed = random.sample([*present, *absent], len(present) + len(absent))
+        parts: list[Text] = []
+        for char in listed:
+            parts.append(Text(("\n" if parts else "") + some(names()[char]) + "\n", given=True))
+            parts.append(Text(YES_NO[char not in present]))
+        text = self._word(random, "checklist")
+        return Question("checklist", text, "".join(part.text for part in parts), filled=tuple(parts))
 
     def _presence(self, random: Random) -> Question:
         present = tuple(self.scene.counts)
@@ -203,13 +243,15 @@ def phrase(place: str) -> str:
     return f"{place} of" if place in {"left", "right"} else place
 
 
-def enumerate_words(words: Sequence[str]) -> str:
+def enumerate_words(words: Sequence[str], link: str = "and") -> str:
     """`a fox`, `a fox and a key`, `a fox, a key and two hats`."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {link} {words[-1]}"
 
 
 _KINDS: dict[str, Callable[[Asker, Random], Question]] = {
     "naming": Asker._naming,
+    "options": Asker._options,
+    "checklist": Asker._checklist,
     "presence": Asker._presence,
     "counting": Asker._counting,
     "colour": Asker._colour,

@@ -18,14 +18,15 @@ from pydantic import Field, field_validator
 
 from isthmus.assets import packages
 from isthmus.config import Frozen, Source, check, nearest
-from isthmus.data import easyvqa, records, sprites
+from isthmus.data import easyvqa, formats, records, sprites
 from isthmus.data.concepts import Split, concepts, countable, names
+from isthmus.data.containers import ENDINGS as FILES
 from isthmus.data.documents import DocumentOptions, Documents
+from isthmus.data.pictures import PictureOptions, Pictures, files, shown
 from isthmus.data.questions import Asker
 from isthmus.data.scenes import Scene, compose, crowd, layout, pick
-from isthmus.types import ConfigError, Image, Part, Sample, Tag, Text, Turn
+from isthmus.types import ConfigError, Image, Part, Sample, Text, Turn
 
-FILES = (".json", ".jsonl")
 SPLITS = ("train", "val", "test", "unseen")
 MANY, FEW = 20_000, 500
 """Pictures of a generated set, in training and elsewhere, unless `count` says otherwise."""
@@ -56,6 +57,10 @@ class Set(Sequence[Sample]):
         """The set's first `count` samples, or all if it has fewer."""
         return Set(replace(self.card, size=min(count, self.card.size)), self._item)
 
+    def map(self, change: Callable[[Sample], Sample]) -> Set:
+        """The set with `change` applied to every sample when it is asked for."""
+        return Set(self.card, lambda index: change(self._item(index)))
+
     @overload
     def __getitem__(self, index: int) -> Sample: ...
 
@@ -70,6 +75,16 @@ class Set(Sequence[Sample]):
         return self._item(index % len(self))
 
 
+@dataclass(frozen=True)
+class Routed:
+    """Tells a sample of which kind it is."""
+
+    route: int
+
+    def __call__(self, sample: Sample) -> Sample:
+        return sample.but(meta={**sample.meta, "route": self.route})
+
+
 def open_set(source: Source, seed: int) -> Set:
     """The set that a recipe names: an embedded one, or a `.json` or `.jsonl` file.
 
@@ -78,25 +93,33 @@ def open_set(source: Source, seed: int) -> Set:
         DataError: the file or a sample in it is wrong.
         IsthmusError: an embedded package was not fetched.
     """
-    if Path(source.name).suffix in FILES:
-        opened = _file(source)
+    if _is_file(source):
+        opened = _file(source, seed)
     elif source.name in EMBEDDED:
         opened = EMBEDDED[source.name](source, seed)
     else:
         raise ConfigError(
             f"no data set is named {source.name!r}{nearest(source.name, list(EMBEDDED))}",
-            f"use {', '.join(EMBEDDED)}, or a path that ends in .json or .jsonl",
+            f"use {', '.join(EMBEDDED)}, a folder, or a path that ends in {', '.join(FILES)}",
         )
-    return opened if source.limit is None else opened.first(source.limit)
+    opened = opened if source.limit is None else opened.first(source.limit)
+    return opened if source.route is None else opened.map(Routed(source.route))
 
 
 def stamp(sources: Sequence[Source], seed: int) -> str:
     """Sixteen hex digits that change when these sources hold other samples: with recipe, seed, file or version."""
-    inner = [each for source in sources if source.name == "documents" for each in _shelves(source)]
-    files = [(Path(each.name), each.images) for each in (*sources, *inner) if Path(each.name).suffix in FILES]
-    states = [records.stamp(file, images) for file, images in files]
+    inner = [each for source in sources if source.name in MADE_OF for each in _shelves(source)]
+    forms = [_form(each, seed) for each in (*sources, *inner) if _is_file(each)]
+    states = [records.stamp(form, form.opened()) for form in forms]
     told = [[source.model_dump(mode="json") for source in sources], seed, states, version("isthmus")]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def here(source: Source) -> bool:
+    """Whether the file or folder of a set is on this machine, and those of the sets that it is made of."""
+    if source.name not in EMBEDDED:
+        return Path(source.name).exists()
+    return source.name not in MADE_OF or all(map(here, _shelves(source)))
 
 
 def cards() -> list[Card]:
@@ -104,11 +127,20 @@ def cards() -> list[Card]:
     return [open_set(Source.model_validate({"name": name}), seed=0).card for name in EMBEDDED]
 
 
-def _file(source: Source) -> Set:
+def _is_file(source: Source) -> bool:
+    return source.name not in EMBEDDED and (Path(source.name).suffix in FILES or Path(source.name).is_dir())
+
+
+def _form(source: Source, seed: int) -> formats.Form:
+    return formats.Form(Path(source.name), source.images, check(formats.FileOptions, source.options, source.name), seed)
+
+
+def _file(source: Source, seed: int) -> Set:
     """A user's file: one sample in fifty is held out as `val`; `test` is the whole file."""
     parts: dict[str, Literal["kept", "held out"]] = {"train": "kept", "val": "held out"}
-    found = records.Records(Path(source.name), source.images, parts.get(source.split, "all"))
-    return Set(Card(source.name, "the user's own", "", source.name, len(found)), found.__getitem__)
+    found = records.Records(_form(source, seed), parts.get(source.split, "all"))
+    left = f", {found.skipped} faulty ones left out" if found.skipped else ""
+    return Set(Card(source.name, "the user's own", "", f"{source.name}{left}", len(found)), found.__getitem__)
 
 
 # ---------------------------------------------------------------------------------------------- easy-VQA
@@ -131,11 +163,23 @@ def _easy_vqa(source: Source, seed: int) -> Set:
 # ---------------------------------------------------------------------------------------------- generated sets
 
 
-Kind: TypeAlias = Literal["naming", "presence", "counting", "colour", "relation", "refer", "region", "names", "caption"]
+Kind: TypeAlias = Literal[
+    "naming",
+    "options",
+    "checklist",
+    "presence",
+    "counting",
+    "colour",
+    "relation",
+    "refer",
+    "region",
+    "names",
+    "caption",
+]
 FAMILIES: dict[str, frozenset[Kind]] = {
-    "single": frozenset({"naming", "names"}),
-    "layout": frozenset({"presence", "colour", "relation", "refer", "region", "names", "caption"}),
-    "crowd": frozenset({"presence", "counting", "colour", "names", "caption"}),
+    "single": frozenset({"naming", "options", "names"}),
+    "layout": frozenset({"checklist", "presence", "colour", "relation", "refer", "region", "names", "caption"}),
+    "crowd": frozenset({"checklist", "presence", "counting", "colour", "names", "caption"}),
 }
 """What can be asked of one object, of several different ones, and where some object is there several times."""
 
@@ -204,7 +248,7 @@ class Generator:
             meta |= {} if only.box is None else {"box": only.box.xyxy}
         shown = self._words(scene) if self.options.shown == "words" else (Image(scene),)
         turns, *branches = [
-            (Turn.say("user", *shown, *question.asked), Turn.say("assistant", question.told)) for question in questions
+            (Turn.say("user", *shown, *question.asked), Turn.say("assistant", *question.told)) for question in questions
         ]
         asked = "+".join((*dict.fromkeys(kinds), *(["words"] if self.options.shown == "words" else [])))
         return Sample(turns, f"scenes/{self.split}/{family}/{cycle}/{asked}", meta, branches=tuple(branches))
@@ -215,7 +259,7 @@ class Generator:
         present = tuple(scene.counts)
         others = pick(random, self.pool, len(present), but=present) if len(scene.objects) > 1 else ()
         listed = [names()[char] for char in (*present, *others)]
-        return (*(Tag(f" {name}") for name in random.sample(listed, len(listed))), Text("\n"))
+        return (*(Text(f" {name}") for name in random.sample(listed, len(listed))), Text("\n"))
 
     def _scene(self, family: str, number: int) -> tuple[Scene, str]:
         """A picture of a family, and the concept that naming or counting asks for."""
@@ -268,18 +312,39 @@ def _documents(source: Source, seed: int) -> Set:
     """Several pictures of other sets, each followed by its text."""
     options = check(DocumentOptions, source.options, source.name)
     shelves = tuple(open_set(each, seed) for each in _shelves(source))
-    cards = [shelf.card for shelf in shelves]
-    size = options.count or (MANY if source.split == "train" else FEW)
-    licence, attribution, origin = (
-        "; ".join(dict.fromkeys(texts)) for texts in zip(*((c.licence, c.attribution, c.source) for c in cards))
-    )
-    card = Card(source.name, licence, attribution, origin, size)
+    card = _joined(source.name, shelves, options.count or (MANY if source.split == "train" else FEW))
     return Set(card, Documents(source.split, seed if source.split == "train" else 0, options, shelves).sample)
 
 
+def _pictures(source: Source, seed: int) -> Set:
+    """A folder's pictures, or what other sets show, and nothing that they say."""
+    if source.images is not None:
+        if source.options:
+            raise ConfigError("pictures are a folder's or those of other sets, not both", "leave out `of` or `images`")
+        found = files(source.images, source.split)
+        card = Card(source.name, "the user's own", "", str(source.images), len(found))
+        return Set(card, lambda index: shown(found[index]))
+    shelves = tuple(open_set(each, seed) for each in _shelves(source))
+    pictures = Pictures(shelves)
+    return Set(_joined(source.name, shelves, len(pictures)), pictures.sample)
+
+
+MADE_OF: dict[str, type[DocumentOptions | PictureOptions]] = {"documents": DocumentOptions, "pictures": PictureOptions}
+"""Sets that are made of others, which their option `of` names."""
+
+
 def _shelves(source: Source) -> tuple[Source, ...]:
-    """What documents are made of, in their own split."""
-    return tuple(each.but(split=source.split) for each in check(DocumentOptions, source.options, source.name).of)
+    """What a set is made of, in its own split."""
+    return tuple(each.but(split=source.split) for each in check(MADE_OF[source.name], source.options, source.name).of)
+
+
+def _joined(name: str, shelves: Sequence[Set], size: int) -> Card:
+    """The card of a set that is made of others."""
+    cards = [shelf.card for shelf in shelves]
+    licence, attribution, origin = (
+        "; ".join(dict.fromkeys(texts)) for texts in zip(*((c.licence, c.attribution, c.source) for c in cards))
+    )
+    return Card(name, licence, attribution, origin, size)
 
 
 def _card(name: str, origins: tuple[packages.Package, ...], size: int) -> Card:
@@ -293,6 +358,7 @@ EMBEDDED: dict[str, Callable[[Source, int], Set]] = {
     "documents": _documents,
     "easy-vqa": _easy_vqa,
     "naming": _naming,
+    "pictures": _pictures,
     "scenes": _scenes,
 }
 """The sets that come with Isthmus, by name."""

@@ -32,6 +32,16 @@ class Objective(nn.Module):
     """`connected` leaves the LLM out of the loop when no other objective needs its states."""
     splits: ClassVar[bool] = True
     """False for losses over in-batch negatives, which change when a step is split into micro-batches."""
+    unlabelled: ClassVar[bool] = False
+    """True if samples without any supervised token teach something, such as pictures of which nothing is said."""
+    share: float = 1.0
+    """Of the samples that carry labels, how many the term is about."""
+    by: Literal["sample", "batch"] = "sample"
+    """Whether that share is one of the samples of every batch, or of the batches."""
+    alone: bool = False
+    """Whether the labels of the samples that it is about are kept from the other terms."""
+    reads: int | None = None
+    """After how many layers of the LLM it reads `Output.states`; None if it does not."""
     momentum: float | None = None
     """Share of itself that the slow copy of the connectors keeps at every step, for a term that learns from one: it is
     `step.companions["momentum"]`, and the same for all terms."""
@@ -54,6 +64,15 @@ class Objective(nn.Module):
     def loss(self, step: Step, output: Output, batch: Batch) -> Tensor:
         """The sum of this term over the batch: a scalar in float32. `step` is the module being trained."""
         raise NotImplementedError
+
+    def about(self, batch: Batch) -> Tensor:
+        """Which positions belong to samples that the term is about, [B, T]."""
+        real_BT = batch.segment_BT > 0
+        return real_BT if batch.draw_BT is None else real_BT & (batch.draw_BT < self.share)
+
+    def figures(self) -> dict[str, float]:
+        """What the term measured in its last forward, for the log of the run; nothing by default."""
+        return {}
 
     def begin(self, step: Step) -> None:
         """Once, before the first step, when it is settled what trains: the place to register buffers."""

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 Embed: TypeAlias = Callable[[Tensor], Tensor]
 
 TEMPERATURE = 0.07
-"""At the start; it is learned as the logarithm of its inverse."""
+"""CLIP's at the start; it is learned as the logarithm of its inverse."""
 SHARPEST = 100.0
 """The largest factor of the cosines."""
 
@@ -44,8 +45,10 @@ class Contrastive(Objective):
     class Options(Frozen):
         match: Literal["mean", "late"] = "mean"
         """Cosine of the means of both sides, or of every word with its best connected token."""
+        temperature: float = Field(TEMPERATURE, gt=0)
+        """What cosines are divided by, at the start."""
         learned: bool = True
-        """Whether the temperature trains; kept at 0.07, it makes connected tokens come closer to the words."""
+        """Whether the temperature trains; kept, it makes connected tokens come closer to the words."""
 
     name: ClassVar[str] = "contrastive"
     needs = "connected"
@@ -53,7 +56,8 @@ class Contrastive(Objective):
 
     def __init__(self, options: Frozen):
         super().__init__(options)
-        self.sharpness = nn.Parameter(torch.tensor(math.log(1 / TEMPERATURE)), requires_grad=self.options.learned)
+        sharpness = math.log(1 / self.options.temperature)
+        self.sharpness = nn.Parameter(torch.tensor(sharpness), requires_grad=self.options.learned)
 
     def check(self, vlm: VLM) -> None:
         if vlm.config.is_encoder_decoder:

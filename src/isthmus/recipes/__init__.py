@@ -17,6 +17,7 @@ from isthmus.recipes.demo import demo
 from isthmus.recipes.ee_mllm import ee_mllm
 from isthmus.recipes.flamingo import flamingo
 from isthmus.recipes.kosmos2 import kosmos2
+from isthmus.recipes.lion import lion
 from isthmus.recipes.llama_adapter import llama_adapter
 from isthmus.recipes.llava import llava
 from isthmus.recipes.mplug_owl import mplug_owl
@@ -24,6 +25,8 @@ from isthmus.recipes.p_former import p_former
 from isthmus.recipes.qwen_vl import qwen_vl
 from isthmus.recipes.saisa import saisa
 from isthmus.recipes.shikra import shikra
+from isthmus.recipes.vdep import vdep
+from isthmus.recipes.victor import victor
 
 BOOK: dict[str, Callable[[], Recipe]] = {
     "demo": demo,
@@ -75,8 +78,19 @@ BOOK: dict[str, Callable[[], Recipe]] = {
     "saisa-7b": lambda: saisa("published"),
     "shikra": shikra,
     "shikra-7b": lambda: shikra("published"),
+    "vdep": vdep,
+    "vdep-shift-0": lambda: vdep(shift=0),
+    "vdep-without": lambda: vdep(alpha=0),
+    "vdep-7b": lambda: vdep("published"),
+    "victor": victor,
+    "victor-7b": lambda: victor("published"),
     "kosmos2": kosmos2,
     "kosmos2-1.7b": lambda: kosmos2("published"),
+    "lion": lion,
+    "lion-single": lambda: lion(stages="single"),
+    "lion-mixture-none-single": lambda: lion(mixture="none", stages="single"),
+    "lion-last-layer": lambda: lion(aggregator=False),
+    "lion-4b": lambda: lion("published"),
 }
 """Recipes by the name that the command line knows."""
 

@@ -46,18 +46,34 @@ VICUNA_7B: dict[str, Any] = {
 
 ENCODER = EncoderConfig(layer="block5+block11+head", aspect="squash")
 """EfficientNet-Lite0 with three depths side by side."""
+SINGLE, SCENES = 2500, 4000
+"""Pictures of one thing, and of several, that embedded recipes draw from: each is encoded once, before the training."""
 MIX: tuple[Source, ...] = (
     Source(name="easy-vqa", weight=0.8, limit=1500, options={"together": True}),
-    Source(name="scenes", weight=2.5, options={"kinds": ["presence"], "together": True, "repeat": 6}),
-    Source(name="scenes", weight=0.8, options={"shown": "words", "kinds": ["presence"], "together": True, "repeat": 6}),
-    Source(
-        name="scenes", weight=0.2, options={"kinds": ["counting", "colour", "relation", "caption"], "together": True}
+    *(
+        Source(
+            name="scenes",
+            weight=weight,
+            options={"kinds": ["checklist", "presence"], "together": True, "count": SCENES, "shown": shown},
+        )
+        for shown, weight in (("picture", 2.5), ("words", 0.8))
     ),
-    Source(name="naming", weight=0.6, options={"count": 2500}),
-    Source(name="naming", weight=0.2, options={"shown": "words"}),
+    Source(
+        name="scenes",
+        weight=0.2,
+        options={"kinds": ["counting", "colour", "relation", "caption"], "together": True, "count": SCENES},
+    ),
+    *(
+        Source(
+            name="naming",
+            weight=weight,
+            options={"kinds": ["naming", "options"], "together": True, "count": SINGLE, "shown": shown},
+        )
+        for shown, weight in (("picture", 0.6), ("words", 0.2))
+    ),
 )
 """Pictures, and words in place of pictures: what the LLM learns of the second it can do with the first, once connected
-tokens are like words."""
+tokens are like words. Presence is asked by checklists and, so that the plain question is known, once by itself."""
 TASKS: tuple[TaskConfig, ...] = (
     *(TaskConfig(name=name) for name in ("naming", "easy-vqa", "presence", "counting", "relation")),
     TaskConfig(name="caption", limit=100),
@@ -71,12 +87,14 @@ def warm(minutes: float) -> Stage:
     return Stage(
         name="warm",
         data=(
-            Source(name="naming", weight=3.0, options={"kinds": ["names"], "count": 2500}),
-            Source(name="scenes", weight=3.0, options={"kinds": ["names"], "count": 1500}),
+            Source(name="naming", weight=2.0, options={"kinds": ["names"], "count": SINGLE}),
+            Source(name="scenes", weight=4.0, options={"kinds": ["names"], "count": SCENES + SCENES // 2}),
             Source(name="easy-vqa", weight=0.7, limit=1000, options={"kinds": ["caption"]}),
         ),
         train={"connectors.*": Train()},
-        objectives=(ObjectiveConfig(name="contrastive", options={"match": "late", "learned": False}),),
+        objectives=(
+            ObjectiveConfig(name="contrastive", options={"match": "late", "learned": False, "temperature": 0.15}),
+        ),
         lr=3e-3,
         batch_size=128,
         budget=Budget(minutes=round(minutes, 3)),
@@ -90,7 +108,7 @@ def align(minutes: float, train: Mapping[str, Train] | None = None, **more: Any)
         data=MIX,
         train=dict(train or {"connectors.*": Train()}),
         lr=2e-3,
-        batch_size=6,
+        batch_size=7,
         evaluate_every=None,
         budget=Budget(minutes=round(minutes, 3)),
         **more,
@@ -104,7 +122,7 @@ def sft(minutes: float, train: Mapping[str, Train] | None = None, **more: Any) -
         data=MIX,
         train=dict(train or {"connectors.*": Train(lr=5e-4), **ATTENTION_LORA}),
         lr=2e-3,
-        batch_size=6,
+        batch_size=7,
         evaluate_every=0.5,
         budget=Budget(minutes=round(minutes, 3)),
         **more,

@@ -40,8 +40,10 @@ FIGURES = {
     "ee-mllm-7b": Figure("as LLaVA-1.5", "paper", 20.98e6, "288 MiB"),
     "ee-mllm-f-7b": Figure("none", "paper", None, "288 MiB"),
     "naavit-7b": Figure("as LLaVA-1.5", "paper", None, "288 MiB"),
+    "vdep-7b": Figure("as LLaVA-1.5", "paper", 20.98e6, "288 MiB"),
     "saisa-7b": Figure("671 M", "sizes", 671e6, "288 MiB"),
     "shikra-7b": Figure("projector and LLM", "code", None, "128 MiB"),
     "kosmos2-1.7b": Figure("all but most of CLIP", "code"),
+    "lion-4b": Figure("Q-Former 188 M, aggregator 69 M, adapters 25 M", "sizes"),
 }
 """By recipe."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from isthmus import kernels, objectives
+from isthmus import aligner, kernels, objectives
 from isthmus.config import Recipe, Stage
 from isthmus.model import VLM
 from isthmus.types import ConfigError
@@ -16,8 +16,11 @@ def check(recipe: Recipe, vlm: VLM, device: torch.device) -> None:
     Raises:
         ConfigError: a stage asks for what this joint or this LLM cannot do.
     """
+    options = dict(recipe.aligner.options)
     for stage in recipe.stages:
+        options |= stage.joint
         try:
+            aligner.build(recipe.aligner.name, options)
             _check_stage(stage, vlm, recipe.llm.attention, device)
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error.cause}", error.remedy) from None

@@ -224,6 +224,7 @@ class _Runner:
             **({f"loss_{name}": share for name, share in shares.items()} if len(shares) > 1 else {}),
             "learning_rate": max(group["lr"] for group in self.adamw.param_groups),
             **norms,
+            **self.step.figures(),
             "tokens_per_second": tokens / seconds,
             "supervised_tokens_per_second": supervised / seconds,
             "samples_per_second": samples / seconds,

@@ -15,19 +15,20 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from isthmus import assets
-from isthmus.assembly import compose, load
+from isthmus import assets, cards
+from isthmus.assembly import compose, load, rejoin
 from isthmus.config import Recipe, Source, Stage
-from isthmus.data import sets
+from isthmus.data import lottery, sets
 from isthmus.data.collate import Collator, Look
-from isthmus.data.mix import Batches, Mix, Ref
+from isthmus.data.mix import Batches, Mix, Ref, by_size
 from isthmus.model import VLM
+from isthmus.prepare import tags
 from isthmus.prepare.features import FeatureCache
 from isthmus.training import checkpoint, combination, log, loop
 from isthmus.training.machine import arithmetic
 from isthmus.training.parallel import World
 from isthmus.training.prefetch import Prefetched
-from isthmus.training.step import Step, dealt, held_out
+from isthmus.training.step import Step, dealt, held_out, mixed, unlabelled
 from isthmus.types import Batch, ConfigError, Medium, Sample
 
 HELD_OUT = 64
@@ -53,8 +54,9 @@ class Data:
 
 def mix_of(stage: Stage, seed: int) -> Data:
     """The training data of a stage."""
-    opened = [sets.open_set(source, seed) for source in stage.data]
-    return Data(opened, Mix(opened, [source.weight for source in stage.data], seed))
+    opened = [tags.open_set(source, seed) for source in stage.data]
+    weights = [source.weight for source in stage.data]
+    return Data(opened, Mix(opened, by_size(weights, opened, stage.mixing or 0.0), seed))
 
 
 class Feed:
@@ -62,6 +64,7 @@ class Feed:
 
     def __init__(self, stage: Stage, data: Data, collator: Collator, seed: int, world: World = World()):  # noqa: B008
         self.micros, self._data, self._collator = stage.accumulate, data, collator
+        self._mixed, self._seed = mixed(stage.objectives), seed
         self._batches = Batches(
             data.mix,
             stage.batch_size,
@@ -77,7 +80,19 @@ class Feed:
 
     def __call__(self, step: int, micro: int) -> Batch:
         rows = self._batches.rows(step)[micro :: self.micros]
-        return self._collator.rows([[self._data.sample(ref) for ref in row] for row in rows])
+        drawn = self._drawn(step)
+        return self._collator.rows([[self._sample(ref, drawn) for ref in row] for row in rows])
+
+    def _drawn(self, step: int) -> dict[Ref, float]:
+        """Where terms are about a share of the samples, what each sample of a step draws."""
+        if self._mixed is None:
+            return {}
+        refs = (ref for row in self._batches.whole(step) for ref in row)
+        return lottery.draw(refs, step, self._seed, self._mixed)
+
+    def _sample(self, ref: Ref, drawn: dict[Ref, float]) -> Sample:
+        sample = self._data.sample(ref)
+        return sample.but(meta={**sample.meta, "draw": drawn[ref]}) if drawn else sample
 
     def padding(self) -> float:
         """Share of the tokens of the first batches that is padding."""
@@ -169,10 +184,14 @@ class Run:
         return model
 
     def _stage(self, model: VLM, stage: Stage, look: Look) -> str:
+        if stage.joint:
+            rejoin(model, stage.joint)
         data = mix_of(stage, self.recipe.seed)
+        if self.world.main:
+            cards.note_data(self.folder / stage.name, stage, [each.card for each in data.sets], self.recipe.seed)
         self._fill_once(look, stage, data)
-        collator = model.processor.collator(look, stage.template, max_length=stage.max_length, overlong=stage.overlong)
-        renderer = model.processor.renderer(stage.template)
+        limits = {"max_length": stage.max_length, "overlong": stage.overlong, "bare": unlabelled(stage.objectives)}
+        collator = model.processor.collator(look, stage.template, **limits)
         share = dealt(stage.objectives, self.world)
         own = Feed(stage, data, collator, self.recipe.seed, share)
         self.console.print(f"{stage.batching} batches: {own.padding():.1%} of their tokens is padding")
@@ -188,7 +207,7 @@ class Run:
                 device=self.device,
                 dtype=self.dtype,
                 console=self.console,
-                sample=renderer.preview(renderer.render(data.sample(data.mix[0]).turns)),
+                sample=collator.preview(data.sample(data.mix[0])),
                 engine=self.recipe.engine,
                 world=self.world,
             )
@@ -217,7 +236,7 @@ class Run:
         return held_out([collator(samples[start : start + size]) for start in range(0, len(samples), size)])
 
     def _held_out(self, source: Source, count: int) -> list[Sample]:
-        opened = sets.open_set(source.but(split="val", limit=None), self.recipe.seed)
+        opened = tags.open_set(source.but(split="val", limit=None), self.recipe.seed)
         spread = max(1, len(opened) // count)
         return list(opened[::spread])[:count]
 

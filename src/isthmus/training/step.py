@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from isthmus import graft, objectives
+from isthmus import graft, objectives, sites
 from isthmus.config import ObjectiveConfig
 from isthmus.model import VLM
 from isthmus.training.momentum import Momentum
 from isthmus.training.parallel import World
-from isthmus.types import Batch, ConfigError, DataError
+from isthmus.types import IGNORE, Batch, ConfigError, DataError
 
 
 class Step(nn.Module):
@@ -59,7 +60,7 @@ class Step(nn.Module):
             DataError: there is nothing to learn from in these batches.
         """
         batches = list(batches)
-        own = [sum(term.count(batch) for batch in batches) for term in self.terms.values()]
+        own = [sum(term.count(self._left(name, batch)) for batch in batches) for name, term in self.terms.items()]
         counts = dict(zip(self.terms, self.dealt.total(own)))
         if not any(counts.values()):
             ids = [sample for batch in batches for sample in batch.ids]
@@ -106,10 +107,29 @@ class Step(nn.Module):
         """The scaled total to call backward on, and each term's scaled share of it (detached)."""
         hidden = any(term.needs == "hidden" for term in self.terms.values())
         idle = self._idle(batch)
-        output = self.vlm.run(batch, need="hidden" if hidden else "connected", idle=idle)
-        shares = {name: term.loss(self, output, batch) * scales[name] for name, term in self.terms.items()}
+        read = {term.reads for term in self.terms.values() if term.reads is not None}
+        with sites.states(self.vlm.llm, read) as states:
+            output = self.vlm.run(batch, need="hidden" if hidden else "connected", idle=idle)
+        output.states = states
+        losses = {name: term.loss(self, output, self._left(name, batch)) for name, term in self.terms.items()}
+        shares = {name: loss * scales[name] for name, loss in losses.items()}
         total = torch.stack(list(shares.values())).sum()
         return total if idle is None else total + idle, {name: share.detach() for name, share in shares.items()}
+
+    def figures(self) -> dict[str, float]:
+        """What terms measured in their last forward, in this process."""
+        return {f"{name}_{key}": value for name, term in self.terms.items() for key, value in term.figures().items()}
+
+    def _left(self, name: str, batch: Batch) -> Batch:
+        """The batch as a term sees it: without the labels of samples that another term has to itself.
+
+        Where nothing was drawn, as in validation, nothing is kept from anyone.
+        """
+        for other, term in self.terms.items():
+            if term.alone and other != name and batch.draw_BT is not None and batch.labels_BT is not None:
+                kept_BT = term.about(batch)
+                batch = replace(batch, labels_BT=batch.labels_BT.masked_fill(kept_BT, IGNORE))
+        return batch
 
     def _idle(self, batch: Batch) -> Tensor | None:
         """A zero that depends on the connector (and the encoder, if it trains) of every kind this batch lacks.
@@ -206,6 +226,24 @@ def _set_recompute(layer: nn.Module, how: _Again) -> None:
 def dealt(terms: Sequence[ObjectiveConfig], world: World) -> World:
     """The world that the batches of these objectives are dealt out to: all of it, or each process for itself."""
     return world if all(objectives.named(term.name, term.options).splits for term in terms) else World()
+
+
+def mixed(terms: Sequence[ObjectiveConfig]) -> Literal["sample", "batch"] | None:
+    """By what objectives that are about a share of the samples draw it; None if there is none.
+
+    Raises:
+        ConfigError: they do it differently.
+    """
+    found = [objectives.named(term.name, term.options) for term in terms]
+    ways = {term.by for term in found if term.share < 1 or term.alone}
+    if len(ways) > 1:
+        raise ConfigError("one objective mixes by sample, another by batch", "give them the same `mix_by`")
+    return ways.pop() if ways else None
+
+
+def unlabelled(terms: Sequence[ObjectiveConfig]) -> bool:
+    """Whether a stage learns from samples without labels."""
+    return any(objectives.named(term.name, term.options).unlabelled for term in terms)
 
 
 def held_out(batches: Sequence[Batch]) -> Callable[[Step], float]:

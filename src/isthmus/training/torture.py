@@ -2,7 +2,8 @@
 
 Every run of a toy recipe is a forked process, which starts in no time; it is ended by SIGKILL together with its
 workers, as a machine that loses power would end it, and begun again until it is done. Between two starts the number
-of workers and the way of saving change too: nothing in `engine` may change what is learnt.
+of workers and the way of saving change too: nothing in `engine` may change what is learnt. Several ranks are forked by
+a launcher in front of them, and die with it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from rich.console import Console
 from isthmus.config import Engine, Recipe
 from isthmus.training import machine
 from isthmus.training.log import read_rows
+from isthmus.training.parallel import World
 from isthmus.training.run import Run
 from isthmus.training.toy import toy
 from isthmus.types import ConfigError, IsthmusError
@@ -55,13 +58,14 @@ class Outcome:
 
 
 def torture(
-    kills: int, folder: Path, seed: int = 0, tell: Callable[[int, int], None] = lambda done, total: None
+    kills: int, folder: Path, seed: int = 0, tell: Callable[[int, int], None] = lambda done, total: None, ranks: int = 1
 ) -> Outcome:
     """Kill training `kills` times and compare what it ends in with a run that was left alone.
 
     Args:
         folder: for runs and their data; a run that ends as it should is removed.
         tell: is called with (kills so far, kills).
+        ranks: processes that train together, over gloo; all of them are killed at once.
 
     Raises:
         ConfigError: this system cannot fork.
@@ -74,13 +78,13 @@ def torture(
     random, found = Random(seed), Outcome()
     recipe = toy(folder / "parts")
     began = time.monotonic()
-    if not _wait(_start(recipe, folder / "whole", Engine())):
+    if not _start(recipe, folder / "whole", Engine(), ranks).ends_well():
         raise IsthmusError("training failed without being killed", f"see {folder / 'whole' / 'error.txt'}")
     duration = time.monotonic() - began
     expected = contents(folder / "whole", recipe)
     while found.kills < kills:
         run = folder / f"run-{found.runs}"
-        suffered, failed = _suffer(recipe, run, random, duration, min(KILLS, kills - found.kills), found)
+        suffered, failed = _suffer(recipe, run, random, duration, min(KILLS, kills - found.kills), found, ranks)
         found.runs += 1
         differing = ["it failed: see error.txt"] if failed else _differences(expected, contents(run, recipe))
         if differing:
@@ -104,61 +108,116 @@ def contents(run: Path, recipe: Recipe) -> dict[str, str]:
     return found
 
 
-def _suffer(recipe: Recipe, run: Path, random: Random, duration: float, most: int, found: Outcome) -> tuple[int, bool]:
+def _suffer(
+    recipe: Recipe, run: Path, random: Random, duration: float, most: int, found: Outcome, ranks: int
+) -> tuple[int, bool]:
     """One run to its end through at most so many kills: how many there were, and whether it failed by itself."""
     for suffered in range(most):
-        child = _start(recipe, run, random.choice(ENGINES))
+        child = _start(recipe, run, random.choice(ENGINES), ranks)
         time.sleep(random.uniform(0, LATE * duration))
         if random.random() < SAVING:
             _await_a_save(child, run)
             time.sleep(random.uniform(0, LONG))
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if not os.WIFSIGNALED(status):  # it was faster
-            return suffered, os.waitstatus_to_exitcode(status) != 0
+        if not child.killed():  # it was faster
+            return suffered, not child.ends_well()
         found.kills += 1
         found.in_saves += any(run.rglob(".*"))
-    return most, not _wait(_start(recipe, run, random.choice(ENGINES)))
+    return most, not _start(recipe, run, random.choice(ENGINES), ranks).ends_well()
 
 
-def _await_a_save(child: int, run: Path) -> None:
+def _await_a_save(child: Group, run: Path) -> None:
     """Until something half-written is on the disk, or the process has ended."""
     while not any(run.glob("*/checkpoints/.*")):
-        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+        if child.ended():
             return
 
 
-def _start(recipe: Recipe, run: Path, engine: Engine) -> int:
-    """A process of its own group that trains, or goes on."""
+@dataclass
+class Group:
+    """A process, the leader of a group, with all that it starts. Each of them holds `end` of a pipe open."""
+
+    leader: int
+    end: int
+    status: int | None = None
+
+    def ended(self) -> bool:
+        """Whether the leader has ended; it is not waited for."""
+        return os.waitid(os.P_PID, self.leader, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def killed(self) -> bool:
+        """Kill all of them; False if the leader had ended by itself."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.leader, signal.SIGKILL)
+        return os.WIFSIGNALED(self._wait())
+
+    def ends_well(self) -> bool:
+        """Wait for its end, and say whether it was a good one."""
+        return os.waitstatus_to_exitcode(self._wait()) == 0
+
+    def _wait(self) -> int:
+        if self.status is None:
+            _, self.status = os.waitpid(self.leader, 0)
+            os.read(self.end, 1)  # nothing comes but the end, when the last one is gone: a new run must not meet it
+            os.close(self.end)
+        return self.status
+
+
+def _start(recipe: Recipe, run: Path, engine: Engine, ranks: int = 1) -> Group:
+    """Processes in a group of their own that train, or go on."""
+    end, held = os.pipe()
     child = os.fork()
     if not child:
-        _train(recipe.but(engine=engine), run)
+        try:
+            os.setpgid(0, 0)
+            recipe = recipe.but(engine=engine)
+            _train(recipe, run) if ranks == 1 else _launch(recipe, run, ranks)
+        finally:
+            os._exit(1)
+    os.close(held)
     with contextlib.suppress(OSError):  # both sides see to it, so that it is done before either goes on
         os.setpgid(child, child)
-    return child
+    return Group(child, end)
 
 
-def _train(recipe: Recipe, run: Path) -> NoReturn:
-    """What the forked process does instead of returning."""
+def _launch(recipe: Recipe, run: Path, ranks: int) -> NoReturn:
+    """Start all ranks on this machine, as torchrun does, and end all of them when one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+    children = set()
+    for rank in range(ranks):
+        child = os.fork()
+        if not child:
+            os.environ |= place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            _train(recipe, run, rank)
+        children.add(child)
+    failed = False
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if status and not failed:
+            failed = True
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+    os._exit(failed)
+
+
+def _train(recipe: Recipe, run: Path, rank: int = 0) -> NoReturn:
+    """What a forked process does instead of returning."""
     code = 1
     try:
-        os.setpgid(0, 0)
         run.mkdir(parents=True, exist_ok=True)
         os.environ["ISTHMUS_HOME"] = str(run / "home")
-        training = Run(recipe, run, torch.device("cpu"), Console(quiet=True))
-        model = training.newborn()
-        training.train(model, training.look(model))
+        cpu, world = torch.device("cpu"), World.here()
+        with world.started(cpu):
+            training = Run(recipe, run, cpu, Console(quiet=True), world)
+            model = training.newborn()
+            training.train(model, training.look(model))
         code = 0
     except BaseException:
-        (run / "error.txt").write_text(traceback.format_exc())
+        (run / (f"error-{rank}.txt" if rank else "error.txt")).write_text(traceback.format_exc())
     finally:
         os._exit(code)
-
-
-def _wait(child: int) -> bool:
-    """Whether it ended well."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def _differences(expected: dict[str, str], found: dict[str, str]) -> list[str]:

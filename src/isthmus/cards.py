@@ -1,0 +1,300 @@
+"""The model card of a saved or exported directory: `README.md` with its lineage, and the front matter that hubs read.
+
+What it says is read from the config and from what a run leaves beside its models (`run.json`, the stages' notes, the
+report). Nothing of a card is read back by `load`; a README that somebody else wrote is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from isthmus.assets import packages
+from isthmus.config import Source, Stage
+from isthmus.data import sets
+
+NAME = "README.md"
+MARK = "<!-- Written by Isthmus at every save. Delete this line, and the text is yours and stays. -->"
+DATA = "data.json"
+"""In a stage's folder: what its sources were when it began."""
+RECIPE, REPORT, STEPS = "run.json", "report.json", "manifest.json"
+TASK = "image-text-to-text"
+EMBEDDED: dict[str, packages.Package] = {"smollm2-135m-instruct": packages.LLM, "efficientnet-lite0": packages.LITE}
+ORIGINS = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""What an embedded part is called on the hub."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished stage: its settings, its steps where known, and what its sources were."""
+
+    settings: Mapping[str, Any]
+    steps: int | None
+    data: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where a model comes from, as far as the folders around it tell."""
+
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+    stages: tuple[Trained, ...] = ()
+    report: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Export:
+    """Into what a model was exported, and how far its logits moved on the way (None: they were not compared)."""
+
+    what: str
+    library: str
+    code: str
+    difference: float | None = None
+
+
+# ---------------------------------------------------------------------------------------------- gathering
+
+
+def note_data(folder: Path, stage: Stage, opened: Sequence[sets.Card], seed: int) -> None:
+    """Write down what a stage's sources are at its beginning; a note that is there stays."""
+    file = folder / DATA
+    if file.is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    noted = [_noted(source, card, seed) for source, card in zip(stage.data, opened, strict=True)]
+    _write(file, json.dumps(noted, indent=1))
+
+
+def _noted(source: Source, card: sets.Card, seed: int) -> dict[str, Any]:
+    return {**asdict(card), "split": source.split, "weight": source.weight, "hash": sets.stamp([source], seed)}
+
+
+def lineage(folder: Path) -> Lineage:
+    """The lineage of `RUN/STAGE/model`; an empty one for a directory that lies in no run."""
+    stage, run = folder.absolute().parent.name, folder.absolute().parent.parent
+    begun = _read(run / RECIPE)
+    recipe = begun.get("recipe", {})
+    names = [each["name"] for each in recipe.get("stages", [])]
+    if stage not in names:
+        return Lineage()
+    done = recipe["stages"][: names.index(stage) + 1]
+    report = _read(run / REPORT) if stage == names[-1] else {}
+    return Lineage(recipe, begun["fingerprint"], tuple(_trained(run, each) for each in done), report or None)
+
+
+def _trained(run: Path, settings: Mapping[str, Any]) -> Trained:
+    folder = run / settings["name"]
+    noted = json.loads((folder / DATA).read_text()) if (folder / DATA).is_file() else settings["data"]
+    return Trained(settings, _read(folder / STEPS).get("steps"), noted)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where there is none: a card is never a reason for a save to fail."""
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def ours(folder: Path) -> bool:
+    """Whether a card may be written here: there is none, or it is one of ours."""
+    file = folder / NAME
+    return not file.is_file() or MARK in file.read_text(encoding="utf-8", errors="replace")
+
+
+def refresh(folder: Path) -> None:
+    """Write a saved model's card anew, with what its run has found out since."""
+    if ours(folder):
+        _write(folder / NAME, card(_read(folder / "config.json"), lineage(folder)))
+
+
+def write_export(source: Path, out: Path, exported: Export) -> None:
+    """The card of an exported directory: that of the model it was made of, and how."""
+    if ours(out):
+        _write(out / NAME, card(_read(source / "config.json"), lineage(source), exported))
+
+
+def _write(file: Path, text: str) -> None:
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
+
+
+def card(config: Mapping[str, Any], told: Lineage, exported: Export | None = None) -> str:
+    """The text of a card.
+
+    Args:
+        config: the fields of a `VLMConfig`.
+        told: where the model comes from.
+        exported: what it was turned into, if it was.
+    """
+    sections = [
+        _opening(config, told, exported),
+        _parts(config),
+        *([_training(told), _data(told), _figures(told)] if told.stages else []),
+        _licences(config, told),
+        f"## Use\n\n```python\n{exported.code if exported else _OWN}\n```",
+    ]
+    front = f"---\n{_front(config, told, exported).to_yaml()}\n---\n"
+    return front + MARK + "\n\n" + "\n\n".join(filter(None, sections)) + "\n"
+
+
+_OWN = 'import isthmus\n\nmodel = isthmus.load("path/to/this/directory")'
+
+
+def _front(config: Mapping[str, Any], told: Lineage, exported: Export | None) -> ModelCardData:
+    sources = [source for _, source, _, _ in _sources(config)]
+    known = {EMBEDDED[source].licence.lower() if source in EMBEDDED else None for source in sources}
+    (licence,) = known if len(known) == 1 else (None,)
+    results = [
+        EvalResult(TASK, row["task"], row["label"], row["unit"], row["cells"]["after"]["value"])
+        for row in (told.report or {}).get("rows", [])
+        if "after" in row["cells"]
+    ]
+    return ModelCardData(
+        license=licence or "other",
+        license_name=None if licence else "those-of-the-parts",
+        library_name=exported.library if exported else "isthmus",
+        base_model=[ORIGINS.get(source, source) for source in sources if source in ORIGINS or _on_hub(source)] or None,
+        pipeline_tag=TASK,
+        tags=["isthmus", config["aligner"]["name"]],
+        model_name=_title(config, told),
+        eval_results=results or None,
+    )
+
+
+def _title(config: Mapping[str, Any], told: Lineage) -> str:
+    return told.recipe.get("name") or config["aligner"]["name"]
+
+
+def _opening(config: Mapping[str, Any], told: Lineage, exported: Export | None) -> str:
+    lines = [f"# {_title(config, told)}", ""]
+    if told.recipe.get("about"):
+        lines += [f"{told.recipe['about']}.", ""]
+    if exported:
+        checked = "" if exported.difference is None else f", largest difference of logits {exported.difference:.1e}"
+        lines.append(f"Exported from Isthmus as {exported.what}{checked}.")
+    elif config["whole"]:
+        lines.append("This directory holds all weights.")
+    else:
+        lines.append("This directory holds what was trained or added; the base parts are read from their own sources.")
+    made = f" Recipe {told.fingerprint}, seed {told.recipe['seed']}." if told.recipe else ""
+    return "\n".join([*lines, "", f"Made with isthmus {version('isthmus')}.{made}"])
+
+
+def _sources(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None, str | None]]:
+    """Role, source, revision and fingerprint of every base part."""
+    for kind, entry in config["encoders"].items():
+        chosen = entry["config"]
+        for one in (chosen, *chosen.get("also", ())):
+            yield f"{kind} encoder", one["source"], one.get("revision"), entry["weights"]
+    yield "LLM", config["llm"]["config"]["source"], config["llm"]["config"].get("revision"), config["llm"]["weights"]
+
+
+def _on_hub(source: str) -> bool:
+    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
+
+
+def _called(source: str) -> str:
+    """A source without the path to it, which is nobody else's business."""
+    return source if source in EMBEDDED or _on_hub(source) else f"{Path(source).name} (a local folder)"
+
+
+def _parts(config: Mapping[str, Any]) -> str:
+    rows = []
+    for role, source, revision, weights in _sources(config):
+        package = EMBEDDED.get(source)
+        pinned = f"{package.name} {package.version}, sha256 {package.sha256}" if package else revision or "not pinned"
+        rows.append((role, _called(source), pinned, weights or "in this directory"))
+    added = ", ".join(f"{key} {value}" for key, value in config["aligner"].get("options", {}).items())
+    rows.append(("joint", config["aligner"]["name"], added or "the joint's own defaults", "in this directory"))
+    for lora in config.get("lora") or ():
+        rows.append(("LoRA", lora["name"], f"r {lora['r']}, on {' '.join(lora['globs'])}", "in this directory"))
+    text = "## Parts\n\n" + _table(("part", "source", "revision or options", "weights"), rows)
+    full = " ".join(f"`{glob}`" for glob in config.get("trained") or () if not glob.startswith("connectors"))
+    return f"{text}\n\nBase parameters trained in full: {full}." if full else text
+
+
+def _training(told: Lineage) -> str:
+    rows = []
+    for stage in told.stages:
+        trains = ", ".join(f"`{glob}` {_how(how)}" for glob, how in stage.settings["train"].items())
+        losses = " + ".join(each["name"] for each in stage.settings["objectives"])
+        rows.append((stage.settings["name"], trains, losses, "?" if stage.steps is None else stage.steps,
+                     stage.settings["batch_size"], f"{stage.settings['lr']:g}"))  # fmt: skip
+    return "## Training\n\n" + _table(("stage", "what trains", "loss", "steps", "samples per step", "rate"), rows)
+
+
+def _how(how: Mapping[str, Any]) -> str:
+    mode = how["mode"]
+    named = mode if isinstance(mode, str) else f"{'DoRA' if mode['dora'] else 'LoRA'} r {mode['r']}"
+    return named if how["lr"] is None else f"{named} at {how['lr']:g}"
+
+
+def _data(told: Lineage) -> str:
+    rows = [
+        (stage.settings["name"], _file(source["name"]), source["split"], source.get("size", ""),
+         f"{source['weight']:g}", source.get("hash", "not noted"))
+        for stage in told.stages
+        for source in stage.data
+    ]  # fmt: skip
+    return "## Data\n\n" + _table(("stage", "set", "split", "samples", "share", "hash"), rows)
+
+
+def _file(name: str) -> str:
+    return name if name in sets.EMBEDDED else Path(name).name
+
+
+def _figures(told: Lineage) -> str:
+    if told.report is None:
+        return ""
+    columns = [
+        column
+        for column in ("before", "after", "blind", "shuffled")
+        if any(column in row["cells"] for row in told.report["rows"])
+    ]
+    rows = [
+        (row["label"], row["unit"], row["n"], *(_figure(row["cells"].get(column)) for column in columns))
+        for row in told.report["rows"]
+    ]
+    about = "Each with its 95 % interval. `blind` has no picture, `shuffled` another item's. "
+    about += f"Hash of all that was asked: {told.report['data_hash']}."
+    return f"## Figures\n\n{about}\n\n" + _table(("task", "unit", "items", *columns), rows)
+
+
+def _figure(cell: Mapping[str, Any] | None) -> str:
+    return "·" if cell is None else f"{cell['value']:.3f} ({cell['low']:.3f} – {cell['high']:.3f})"
+
+
+def _licences(config: Mapping[str, Any], told: Lineage) -> str:
+    rows: dict[tuple[Any, ...], None] = {}
+    for _, source, _, _ in _sources(config):
+        package = EMBEDDED.get(source)
+        rows[(_called(source), package.licence, package.attribution) if package else (_called(source), *_UNSAID)] = None
+    credited = {each["name"]: (each["licence"], each["author"]) for each in (told.report or {}).get("credits", [])}
+    for stage in told.stages:
+        for each in stage.data:
+            stated = (
+                (each["licence"], each["attribution"]) if "licence" in each else credited.get(each["name"], _UNSAID)
+            )
+            rows[(_file(each["name"]), *stated)] = None
+    return "## Licences and attributions\n\n" + _table(("what", "licence", "attribution"), list(rows))
+
+
+_UNSAID = ("see its source", "")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,68 @@
+"""Parquet, Arrow files and folders that `datasets` saved, memory-mapped; pictures stay bytes until they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+
+from isthmus.assets import home
+from isthmus.data.jsons import Place
+from isthmus.types import ConfigError, DataError
+
+FETCHED = 64
+"""Rows that are read at once in passing."""
+
+
+class Rows:
+    """The rows of tables. Parquet is unpacked once, by `datasets`, beside the other caches."""
+
+    copied = False
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+        self.table = _opened(paths).with_format("arrow")
+
+    def files(self) -> Sequence[Path]:
+        return [file for path in self.paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+
+    def scan(self) -> Iterator[tuple[Place, Any]]:
+        line = 0
+        for batch in self.table.iter(FETCHED):
+            for row in batch.to_pylist():
+                line += 1
+                yield Place(0, line), _full(row)
+
+    def read(self, place: Place) -> Any:
+        return _full(self.table[place.line - 1].to_pylist()[0])
+
+    def name(self, place: Place) -> str:
+        return str(self.paths[0] if len(self.paths) == 1 else self.paths[0].parent)
+
+    def held(self, raw: Any) -> Mapping[str, bytes]:
+        return {}
+
+
+def _opened(paths: Sequence[Path]) -> datasets.Dataset:
+    try:
+        if paths[0].is_dir():
+            found = datasets.load_from_disk(str(paths[0]))
+        elif paths[0].suffix == ".arrow":
+            found = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
+        else:
+            datasets.disable_progress_bars()
+            found = datasets.Dataset.from_parquet([str(path) for path in paths], cache_dir=str(home() / "tables"))
+    except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{paths[0]}: not a table ({cause[:200]})", "check the path, or write it again") from None
+    if isinstance(found, datasets.DatasetDict):
+        raise ConfigError(f"{paths[0]} holds the splits {', '.join(found)}", "name the folder of one of them")
+    return found
+
+
+def _full(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without what it has not."""
+    return {key: value for key, value in row.items() if value is not None}

@@ -1,0 +1,52 @@
+"""What is wrong with one record of a user's data: where, which, what, and how to repair it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from isthmus.types import DataError
+
+SHOWN = 3
+"""So many faults are spelled out when a file is refused."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with one record, where it starts, and how to repair it. `line` counts from 1.
+
+    In tables without lines it is the row, in tars the number of the sample; `file` says in which of several files.
+    """
+
+    line: int
+    id: str
+    message: str
+    remedy: str
+    file: str = ""
+
+    def __str__(self) -> str:
+        name = f" ({self.id})" if self.id else ""
+        return f"line {self.line}{name}: {self.message}"
+
+
+class Wrong(Exception):
+    """One fault of the record at hand."""
+
+    def __init__(self, message: str, remedy: str) -> None:
+        super().__init__(message)
+        self.message, self.remedy = message, remedy
+
+
+def refuse(path: Path, faults: Sequence[Fault], samples: int) -> None:
+    """Raise what is wrong with a file, if anything.
+
+    Raises:
+        DataError: it has faults, or no sample.
+    """
+    if faults:
+        shown = "; ".join(map(str, faults[:SHOWN]))
+        more = f" … {len(faults)} faults in all" if len(faults) > SHOWN else ""
+        raise DataError(f"{path}: {shown}{more}", f"{faults[0].remedy}; `isthmus data check` lists every fault")
+    if not samples:
+        raise DataError(f"{path}: holds no conversation", "give it at least one record")

@@ -1,0 +1,236 @@
+"""JSON files as numbered records: one per line, an array of them, or one object whose tables are walked.
+
+Lines are read one after the other, so a file of any size takes the memory of its longest line. Arrays and objects are
+held in memory while they are read through.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TypeAlias
+
+from isthmus.data.faults import Wrong
+from isthmus.types import DataError
+
+MARK = b"\xef\xbb\xbf"
+"""Of the byte order; some editors write it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a record starts: in which file, at which line (from 1), and between which bytes."""
+
+    shard: int
+    line: int
+    start: int = 0
+    end: int = 0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value and the line where it starts; of a member of an object, also its key."""
+
+    line: int
+    value: Any
+    key: str = ""
+
+
+Shape: TypeAlias = Literal["lines", "array", "object"]
+
+
+def shape(path: Path) -> Shape:
+    """How a file holds its records: its first lines tell.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    with opened(path) as stream:
+        full = (line for line in stream if line.removeprefix(MARK).strip())
+        first, second = (next(full, b"").removeprefix(MARK).strip() for _ in range(2))
+    if first.startswith(b"["):
+        return "array"
+    if path.suffix == ".jsonl" or not first.startswith(b"{"):
+        return "lines"
+    whole = parse(first)
+    if isinstance(whole, Wrong):
+        return "object" if second and not second.startswith(b"{") else "lines"
+    return "lines" if second or _is_record(whole) else "object"
+
+
+def places(path: Path) -> Iterator[tuple[Place, Any]]:
+    """Every record of lines or of an array, or what is `Wrong` there.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if shape(path) != "array":
+        yield from _lines(path)
+        return
+    text, mark = _text(path)
+    if isinstance(text, Cell):
+        yield Place(0, text.line), text.value
+    else:
+        yield from _array(text, mark)
+
+
+def root(path: Path) -> list[Cell]:
+    """A whole file of one object or array: its members or items; a member that is an array holds a list of `Cell`.
+
+    What is damaged ends the list with a `Wrong` cell.
+    """
+    text, mark = _text(path)
+    if isinstance(text, Cell):
+        return [text]
+    if text.lstrip().startswith("["):
+        return [Cell(place.line, value) for place, value in _array(text, mark)]
+    walk = _Walk(text, text.index("{") + 1)
+    members: list[Cell] = []
+    try:
+        for _ in walk.until("}"):
+            members.append(walk.member())
+    except Wrong as wrong:
+        members.append(Cell(walk.line, wrong))
+    return members
+
+
+def parse(record: bytes | str) -> Any:
+    """A record's value, or what is `Wrong` with it."""
+    try:
+        return json.loads(record.decode() if isinstance(record, bytes) else record)
+    except UnicodeDecodeError:
+        return _not_utf8()
+    except (ValueError, RecursionError) as error:
+        return not_json(error)
+
+
+def not_json(error: Exception) -> Wrong:
+    cause = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply, or a number too long"
+    return Wrong(f"not JSON ({cause})", "write one JSON array of records, or one record per line")
+
+
+def _not_utf8() -> Wrong:
+    return Wrong("not UTF-8", "save the file as UTF-8")
+
+
+def opened(path: Path) -> BinaryIO:
+    """The file for reading bytes.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})", "check the path and its permissions") from None
+
+
+def _is_record(value: Any) -> bool:
+    """Whether an object that fills a file is a sample rather than tables of samples."""
+    return not any(isinstance(member, dict) or _is_table(member) for member in value.values()) or bool(
+        {"conversations", "messages", "task", "text_list", "texts"} & value.keys()
+    )
+
+
+def _is_table(member: Any) -> bool:
+    return isinstance(member, list) and bool(member) and isinstance(member[0], dict)
+
+
+def _lines(path: Path) -> Iterator[tuple[Place, Any]]:
+    # Only \n ends a line: a JSON string may hold other line separators as they are.
+    start = 0
+    with opened(path) as stream:
+        for line, raw in enumerate(stream, start=1):
+            bare = raw.removeprefix(MARK) if line == 1 else raw
+            if bare.strip():
+                end = start + len(raw)
+                yield Place(0, line, end - len(bare), end - raw.endswith(b"\n")), parse(bare)
+            start += len(raw)
+
+
+def _text(path: Path) -> tuple[str | Cell, int]:
+    """A file's text and the bytes before it, or what is wrong with it."""
+    with opened(path) as stream:
+        raw = stream.read()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return Cell(raw.count(b"\n", 0, error.start) + 1, _not_utf8()), 0
+    return text, len(MARK) * raw.startswith(MARK)
+
+
+def _array(text: str, end: int) -> Iterator[tuple[Place, Any]]:
+    """The records of a JSON array with the line at which each starts."""
+    walk = _Walk(text, text.index("[") + 1)
+    counted = 0
+    try:
+        for _ in walk.until("]"):
+            start = end + len(text[counted : walk.at].encode())
+            line, begin = walk.line, walk.at
+            record = walk.value()
+            end, counted = start + len(text[begin : walk.at].encode()), walk.at
+            yield Place(0, line, start, end), record
+    except Wrong as wrong:
+        yield Place(0, walk.line), wrong
+
+
+class _Walk:
+    """Goes through a JSON text value by value, and knows the line."""
+
+    def __init__(self, text: str, at: int) -> None:
+        self.text, self.at = text, at
+        self._decoder = json.JSONDecoder()
+        self._line, self._counted = 1, 0
+
+    @property
+    def line(self) -> int:
+        self._line += self.text.count("\n", self._counted, self.at)
+        self._counted = self.at
+        return self._line
+
+    def until(self, closing: str) -> Iterator[None]:
+        """Once per element, until the bracket is passed; the caller reads the element.
+
+        Raises:
+            Wrong: there is neither a comma nor the bracket.
+        """
+        self.skip()
+        while self.here != closing:
+            yield
+            self.skip()
+            if self.here == ",":
+                self.at += 1
+                self.skip()
+            elif self.here != closing:
+                raise Wrong(f"no comma or {closing} after this record", "repair the JSON")
+        self.at += 1
+
+    def value(self) -> Any:
+        try:
+            value, self.at = self._decoder.raw_decode(self.text, self.at)
+        except (ValueError, RecursionError) as error:
+            raise not_json(error) from None
+        return value
+
+    def member(self) -> Cell:
+        """A key and its value; of an array, the list of its items."""
+        line, key = self.line, self.value()
+        self.skip()
+        if self.here != ":" or not isinstance(key, str):
+            raise Wrong("no key and colon here", "repair the JSON")
+        self.at += 1
+        self.skip()
+        if self.here != "[":
+            return Cell(line, self.value(), key)
+        self.at += 1
+        return Cell(line, [Cell(self.line, self.value()) for _ in self.until("]")], key)
+
+    @property
+    def here(self) -> str:
+        return self.text[self.at : self.at + 1]
+
+    def skip(self) -> None:
+        while self.here in (" ", "\t", "\r", "\n") and self.here:
+            self.at += 1

@@ -1,0 +1,337 @@
+"""Layouts of single records: each is rewritten as `conversations`, `messages` or a task (see `instructions`).
+
+Which layout a record has is told from its keys. A record may hold several samples, such as the questions about one
+picture; what is wrong with one of them is yielded in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from isthmus.data.attached import Unit, corners
+from isthmus.data.faults import Wrong
+
+Raw: TypeAlias = Mapping[str, Any]
+Found: TypeAlias = Iterator[dict[str, Any] | Wrong]
+Name: TypeAlias = Literal[
+    "llava",
+    "sharegpt",
+    "messages",
+    "ms-swift",
+    "task",
+    "texts",
+    "mmc4",
+    "obelics",
+    "vsr",
+    "visual-genome",
+    "webvid",
+    "caption",
+    "question",
+    "pope",
+    "coco-captions",
+    "coco-instances",
+    "flickr",
+    "vqav2",
+    "gqa",
+    "textvqa",
+    "textcaps",
+    "refcoco",
+    "scienceqa",
+    "ocr-vqa",
+    "msr-vtt",
+]
+"""What `options: {format: …}` may name; the later ones are `tables`."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How records of one kind are recognised and read.
+
+    Args:
+        fits: whether a record looks like it.
+        read: its samples; the second argument is the id of a record that has none.
+        unit: what its regions count.
+    """
+
+    fits: Callable[[Raw], bool]
+    read: Callable[[Raw, str], Found]
+    unit: Unit = "shares"
+
+
+def of(record: Any, name: Name | None) -> Layout:
+    """The layout of a record.
+
+    Raises:
+        Wrong: it looks like none, or not like the one that is named.
+    """
+    if not isinstance(record, Mapping):
+        raise Wrong("the record is not an object", 'write {"conversations": …} or {"messages": …}')
+    if name in LAYOUTS:
+        layout = LAYOUTS[name]
+        if not layout.fits(record):
+            raise Wrong(f"the record does not look like {name}", "correct it, or leave `format` away to have it told")
+        return layout
+    for layout in LAYOUTS.values():
+        if layout.fits(record):
+            return layout
+    keys = ", ".join(map(str, list(record)[:8]))
+    raise Wrong(
+        f"the record has neither conversations nor messages, nor another known layout's keys (it has {keys})",
+        "see the two forms in the documentation, and the layouts beside them",
+    )
+
+
+def has(*keys: str) -> Callable[[Raw], bool]:
+    """Recognises records by keys that must be there."""
+    return lambda record: all(key in record for key in keys)
+
+
+def task(kind: str, name: str, answer: Any, **more: Any) -> dict[str, Any]:
+    """A task's record: its fields by their names, `image`, `video` and `meta` beside them."""
+    beside: dict[str, Any] = {key: more.pop(key) for key in ("image", "video", "meta") if key in more}
+    return {"id": name, "task": kind, "answer": answer, "fields": more, **beside}
+
+
+def text(record: Raw, *keys: str) -> str:
+    """The first of these that is there, which must be a text or a number.
+
+    Raises:
+        Wrong: none is.
+    """
+    for key in keys:
+        value = record.get(key)
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            return str(value)
+    raise Wrong(f"{' or '.join(keys)} is missing, or not a text", "write it, or remove the record")
+
+
+def commonest(answers: Sequence[Any]) -> str:
+    """The answer that most annotators gave, the first of several.
+
+    Raises:
+        Wrong: there is none.
+    """
+    texts = [answer.get("answer") if isinstance(answer, Mapping) else answer for answer in answers]
+    if not texts or not all(isinstance(one, str) for one in texts):
+        raise Wrong("answers holds no texts", "write a list of texts")
+    return str(max(texts, key=texts.count))
+
+
+# ---------------------------------------------------------------------------------------------- conversations
+
+
+def _as_it_is(record: Raw, name: str) -> Found:
+    yield dict(record)
+
+
+def _texts(record: Raw, name: str) -> Found:
+    """`{images, texts: [{user, assistant}]}`: the pictures stand before the first question."""
+    pictures = [{"type": "image", "image": picture} for picture in _list(record.get("images") or [], "images")]
+    messages: list[dict[str, Any]] = []
+    for said in _list(record["texts"], "texts"):
+        if not isinstance(said, Mapping):
+            raise Wrong("an item of texts is not an object", 'write {"user": "…", "assistant": "…"}')
+        asked = {"type": "text", "text": text(said, "user")}
+        messages.append({"role": "user", "content": [*(pictures if not messages else []), asked]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": text(said, "assistant")}]})
+    yield {"id": record.get("id", name), "messages": messages}
+
+
+# ---------------------------------------------------------------------------------------------- documents
+
+
+def _mmc4(record: Raw, name: str) -> Found:
+    """MMC4: `text_list`, and `image_info` with the text that each picture goes with (Zhu et al., arXiv 2304.06939)."""
+    texts = [str(one) for one in _list(record["text_list"], "text_list")]
+    before: dict[int, list[Any]] = {}
+    for info in _list(record["image_info"], "image_info"):
+        place = info.get("matched_text_index") if isinstance(info, Mapping) else None
+        if not isinstance(place, int) or not 0 <= place < len(texts):
+            raise Wrong("a matched_text_index of image_info is not the number of a text", "match the picture again")
+        before.setdefault(place, []).append(info.get("image_name"))
+    items: list[str | dict[str, Any]] = []
+    for place, one in enumerate(texts):
+        items += [*map(_picture, before.get(place, ())), one]
+    yield _document(items, str(record.get("id", name)))
+
+
+def _obelics(record: Raw, name: str) -> Found:
+    """OBELICS: `images` and `texts` side by side, one of the two None (Laurençon et al., arXiv 2306.16527)."""
+    pictures, texts = _list(record["images"], "images"), _list(record["texts"], "texts")
+    if len(pictures) != len(texts) or any((one is None) == (other is None) for one, other in zip(pictures, texts)):
+        raise Wrong(
+            "images and texts are not side by side", "at each place, one of the two is null and the other is not"
+        )
+    items = [words if words is not None else _picture(picture) for picture, words in zip(pictures, texts)]
+    yield _document(items, str(record.get("id", name)))
+
+
+def _picture(given: Any) -> dict[str, Any]:
+    return {"type": "image", "image": given}
+
+
+def _document(items: Sequence[str | dict[str, Any]], name: str) -> dict[str, Any]:
+    """A page as a conversation: the user shows pictures, the assistant says what follows (see `documents`)."""
+    runs: list[tuple[str, list[Any]]] = []
+    for item in items:
+        role = "assistant" if isinstance(item, str) else "user"
+        if runs and runs[-1][0] == role:
+            runs[-1][1].append(item)
+        else:
+            runs.append((role, [item]))
+    if runs and runs[0][0] == "assistant":
+        runs.insert(0, ("user", []))
+    if runs and runs[-1][0] == "user":
+        runs.pop()  # pictures that nothing is said of
+    messages = [
+        {"role": role, "content": said if role == "user" else [{"type": "text", "text": " ".join(said)}]}
+        for role, said in runs
+    ]
+    return {"id": name, "messages": messages, "meta": {"kind": "document"}}
+
+
+# ---------------------------------------------------------------------------------------------- tasks
+
+
+def _vsr(record: Raw, name: str) -> Found:
+    """VSR: is the relation that a caption states true? (Liu et al., arXiv 2205.00363)"""
+    if record["label"] not in (0, 1):
+        raise Wrong(f"label is {str(record['label'])[:20]}, not 0 or 1", "write 1 where the caption is true, else 0")
+    answer = "Yes" if record["label"] else "No"
+    meta = {"relation": record.get("relation"), "label": record["label"]}
+    yield task("statement", name, answer, statement=text(record, "caption"), image=record["image"], meta=meta)
+
+
+def _visual_genome(record: Raw, name: str) -> Found:
+    """Visual Genome: the regions, questions or objects of one picture (Krishna et al., arXiv 1602.07332)."""
+    first = next((item for key in VG for item in record.get(key) or [] if isinstance(item, Mapping)), {})
+    number = text({**first, **record}, "image_id", "id")
+    for key, read in VG.items():
+        for item in _list(record.get(key) or [], key):
+            try:
+                yield read(item, f"{number}.jpg", number)
+            except (Wrong, KeyError, TypeError, AttributeError) as error:
+                yield error if isinstance(error, Wrong) else Wrong(f"an item of {key} is malformed", "compare it")
+
+
+def _vg_region(item: Raw, image: str, number: str) -> dict[str, Any]:
+    name = f"{number}/region/{item['region_id']}"
+    return task("region", name, text(item, "phrase"), region=_region(_xywh(item)), image=image)
+
+
+def _vg_question(item: Raw, image: str, number: str) -> dict[str, Any]:
+    name = f"{number}/question/{item['qa_id']}"
+    return task("question", name, text(item, "answer"), question=text(item, "question"), image=image)
+
+
+def _vg_object(item: Raw, image: str, number: str) -> dict[str, Any]:
+    phrase = str(item["names"][0])
+    answer = [_region(_xywh(item), phrase)]
+    return task("refer", f"{number}/object/{item['object_id']}", answer, phrase=phrase, image=image)
+
+
+VG: dict[str, Callable[[Raw, str, str], dict[str, Any]]] = {
+    "regions": _vg_region,
+    "qas": _vg_question,
+    "objects": _vg_object,
+}
+
+
+def _xywh(item: Raw) -> tuple[float, ...]:
+    width, height = (item[key] for key in (("width", "height") if "width" in item else ("w", "h")))
+    x, y, width, height = corners((item["x"], item["y"], width, height))
+    return x, y, x + width, y + height
+
+
+def _region(xyxy: Sequence[float], label: str = "", unit: Unit = "pixels") -> dict[str, Any]:
+    return {"type": "box", "box": list(xyxy), "label": label, "unit": unit}
+
+
+def _webvid(record: Raw, name: str) -> Found:
+    """WebVid's table: `videoid`, `page_dir` and the caption `name` (Bain et al., arXiv 2104.00650)."""
+    folder = record.get("page_dir") or ""
+    path = f"{folder}/{record['videoid']}.mp4".lstrip("/")
+    yield task("video", str(record["videoid"]), text(record, "name"), video=path)
+
+
+def _caption(record: Raw, name: str) -> Found:
+    """A picture or video and one caption or several, each of them a sample."""
+    shown = {key: record[key] for key in ("image", "video") if record.get(key) is not None}
+    shown = shown or {"image": record.get("file_name", record.get("filename"))}
+    given = next(record[key] for key in CAPTIONS if key in record)
+    captions = given if isinstance(given, list | tuple) else [given]
+    for number, caption in enumerate(captions):
+        own = f"{name}/{number}" if len(captions) > 1 else name
+        if not isinstance(caption, str):
+            yield Wrong("a caption is not a text", "write a text, or a list of them")
+        else:
+            yield task("video" if "video" in shown else "caption", own, caption.strip(), **shown)
+
+
+CAPTIONS = ("caption", "captions", "text", "txt", "TEXT")
+
+
+def _is_caption(record: Raw) -> bool:
+    return any(key in record for key in CAPTIONS) and any(
+        key in record for key in ("image", "video", "file_name", "filename")
+    )
+
+
+def _question(record: Raw, name: str) -> Found:
+    """A picture, a question, and an answer or the answers of several people."""
+    answer = record.get("answer", record.get("multiple_choice_answer"))
+    answers = record.get("answers")
+    given = answer if isinstance(answer, str) else commonest(answers if isinstance(answers, list) else [])
+    meta = {"answers": [one if isinstance(one, str) else one["answer"] for one in answers]} if answers else {}
+    own = record.get("meta", {})
+    if not isinstance(own, dict):
+        raise Wrong("meta is not an object", 'write {"meta": {…}}')
+    meta = own | meta | {key: record[key] for key in ("category",) if key in record}
+    yield task("question", name, given, question=text(record, "question"), image=record["image"], meta=meta)
+
+
+def _pope(record: Raw, name: str) -> Found:
+    """POPE: is a thing in the picture? (Li et al., arXiv 2305.10355)"""
+    asked = text(record, "text")
+    yield task(
+        "question", str(record.get("question_id", name)), text(record, "label"), question=asked, image=record["image"]
+    )
+
+
+def _list(given: Any, name: str) -> Sequence[Any]:
+    if not isinstance(given, list | tuple):
+        raise Wrong(f"{name} is not a list", "write a JSON array")
+    return given
+
+
+def _texts_are(kind: type) -> Callable[[Raw], bool]:
+    def fits(record: Raw) -> bool:
+        texts = record.get("texts")
+        return isinstance(texts, list) and "images" in record and any(isinstance(one, kind) for one in texts)
+
+    return fits
+
+
+_CONVERSATIONS = Layout(has("conversations"), _as_it_is)
+_MESSAGES = Layout(has("messages"), _as_it_is, "pixels")
+LAYOUTS: dict[str, Layout] = {
+    "llava": _CONVERSATIONS,
+    "sharegpt": _CONVERSATIONS,
+    "messages": _MESSAGES,
+    "ms-swift": _MESSAGES,
+    "task": Layout(has("task", "answer"), _as_it_is),
+    "texts": Layout(_texts_are(dict), _texts),
+    "mmc4": Layout(has("text_list", "image_info"), _mmc4),
+    "obelics": Layout(_texts_are(str), _obelics),
+    "vsr": Layout(has("image", "caption", "label", "relation"), _vsr),
+    "visual-genome": Layout(
+        lambda record: any(isinstance(record.get(key), list) for key in VG), _visual_genome, "pixels"
+    ),
+    "webvid": Layout(has("videoid", "name"), _webvid),
+    "question": Layout(has("image", "question"), _question),
+    "pope": Layout(has("image", "text", "label"), _pope),
+    "caption": Layout(_is_caption, _caption),
+}
+"""By name; the first that fits a record reads it."""

@@ -1,0 +1,300 @@
+"""Layouts whose samples are joined from the tables of one or two JSON files; each becomes a list of tasks with lines.
+
+The field lists follow the files that their authors publish. RefCOCO's references come as a pickle; that is code, not
+data, and is not read: write it as JSON once, where you trust it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, TypeAlias
+
+from isthmus.data.attached import shares
+from isthmus.data.faults import Wrong
+from isthmus.data.jsons import Cell
+from isthmus.data.layouts import Name, commonest, task, text
+
+Tables: TypeAlias = dict[str, Cell]
+"""A file's members by key; the items of an array by their number."""
+Row: TypeAlias = tuple[int, dict[str, Any] | Wrong]
+"""A line and the task that starts there."""
+
+SPLITS = {1: "train", 2: "val", 3: "test"}
+"""OCR-VQA's."""
+LETTERS = "ABCDEFGHIJ"
+
+
+@dataclass(frozen=True)
+class Table:
+    """How a kind of tables is recognised and joined.
+
+    Args:
+        fits: whether the members look like it; it is given some item of each member that is an array.
+        rows: the tasks; the second argument are the tables of the file beside.
+        beside: what the second file is, where there must be one.
+    """
+
+    fits: Callable[[Mapping[str, Any]], bool]
+    rows: Callable[[Tables, Tables], Iterator[Row]]
+    beside: str = ""
+
+
+def of(root: Tables, name: Name | None) -> Table | None:
+    """The layout of a file's tables; None where it looks like none."""
+    first = {key: _sample(cell.value) for key, cell in root.items()}
+    if name in TABLES:
+        return TABLES[name]
+    return next((table for table in TABLES.values() if table.fits(first)), None)
+
+
+def guarded(rows: Iterator[Row], line: int) -> Iterator[Row]:
+    """The same rows, and as the last one what is wrong with tables that are not what they seemed."""
+    try:
+        yield from rows
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        cause = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else "something has another type"
+        yield line, Wrong(f"the tables are malformed ({cause})", "compare the file with the publisher's")
+
+
+def _each(cells: Sequence[Cell], make: Callable[[Any, Cell], dict[str, Any]]) -> Iterator[Row]:
+    """A task per cell, or what is wrong with that one."""
+    for cell in cells:
+        try:
+            if isinstance(cell.value, Wrong):
+                raise cell.value
+            yield cell.line, make(cell.value, cell)
+        except Wrong as wrong:
+            yield cell.line, wrong
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            cause = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else "something has another type"
+            yield cell.line, Wrong(f"the entry is malformed ({cause})", "compare it with its neighbours")
+
+
+def _sample(value: Any) -> Any:
+    first = value[0].value if isinstance(value, list) and value and isinstance(value[0], Cell) else value
+    return first if isinstance(first, Mapping) else {}
+
+
+def _items(tables: Tables, key: str) -> list[Cell]:
+    value = tables[key].value
+    if not isinstance(value, list):
+        raise KeyError(key)
+    return value
+
+
+def _by(cells: Sequence[Cell], key: str) -> dict[Any, Any]:
+    return {cell.value[key]: cell.value for cell in cells if isinstance(cell.value, Mapping)}
+
+
+def _known(found: Mapping[Any, Any], key: Any, what: str) -> Any:
+    if key not in found:
+        raise Wrong(f"no {what} has the id {key}", f"add it to the {what}s, or remove the entry")
+    return found[key]
+
+
+# ---------------------------------------------------------------------------------------------- COCO, Flickr, RefCOCO
+
+
+def _coco_captions(tables: Tables, beside: Tables) -> Iterator[Row]:
+    images = _by(_items(tables, "images"), "id")
+
+    def make(entry: Any, cell: Cell) -> dict[str, Any]:
+        image = _known(images, entry["image_id"], "image")
+        meta = {"image_id": entry["image_id"]}
+        return task("caption", str(entry["id"]), text(entry, "caption").strip(), image=image["file_name"], meta=meta)
+
+    return _each(_items(tables, "annotations"), make)
+
+
+def _coco_instances(tables: Tables, beside: Tables) -> Iterator[Row]:
+    """All objects of a picture in one answer, in the order of the file; crowds are left out."""
+    images, names = _by(_items(tables, "images"), "id"), _by(_items(tables, "categories"), "id")
+    found: dict[Any, list[Cell]] = {}
+    for cell in _items(tables, "annotations"):
+        number = cell.value.get("image_id") if isinstance(cell.value, Mapping) else None
+        found.setdefault(number if number in images else None, []).append(cell)
+
+    def make(entry: Any, cell: Cell) -> dict[str, Any]:
+        image = _known(images, entry.get("image_id"), "image")
+        boxes = [
+            _region(one.value, image, text(_known(names, one.value["category_id"], "category"), "name"))
+            for one in found[image["id"]]
+            if not one.value.get("iscrowd")
+        ]
+        between = {"type": "text", "text": ", "}
+        answer = [part for box in boxes for part in (between, box)][1:]
+        return task("detect", str(image["id"]), answer, image=image["file_name"])
+
+    lost = _each(found.pop(None, []), make)
+    full = [cells[0] for cells in found.values() if not all(cell.value.get("iscrowd") for cell in cells)]
+    return (row for rows in (_each(full, make), lost) for row in rows)
+
+
+def _refcoco(tables: Tables, beside: Tables) -> Iterator[Row]:
+    """References, and the instances that they refer to in the file beside; one sample per sentence."""
+    images, regions = _by(_items(beside, "images"), "id"), _by(_items(beside, "annotations"), "id")
+    said = [
+        Cell(cell.line, {**cell.value, "sentence": sentence})
+        for cell in tables.values()
+        for sentence in (cell.value["sentences"] if isinstance(cell.value, Mapping) else [None])
+    ]
+
+    def make(entry: Any, cell: Cell) -> dict[str, Any]:
+        image = _known(images, entry["image_id"], "image")
+        region, phrase = _known(regions, entry["ann_id"], "annotation"), text(entry["sentence"], "sent", "raw")
+        meta = {"split": entry.get("split"), "ref_id": entry["ref_id"]}
+        name = f"{entry['ref_id']}/{entry['sentence']['sent_id']}"
+        answer = [_region(region, image, phrase)]
+        return task("refer", name, answer, phrase=phrase, image=image["file_name"], meta=meta)
+
+    return _each(said, make)
+
+
+def _flickr(tables: Tables, beside: Tables) -> Iterator[Row]:
+    """Karpathy's file of splits: pictures with their sentences."""
+    said = [
+        Cell(cell.line, {**cell.value, "sentence": sentence})
+        for cell in _items(tables, "images")
+        for sentence in cell.value["sentences"]
+    ]
+
+    def make(entry: Any, cell: Cell) -> dict[str, Any]:
+        name = f"{entry['imgid']}/{entry['sentence']['sentid']}"
+        meta = {"split": entry.get("split")}
+        return task("caption", name, text(entry["sentence"], "raw").strip(), image=entry["filename"], meta=meta)
+
+    return _each(said, make)
+
+
+def _region(entry: Any, image: Any, label: str) -> dict[str, Any]:
+    x, y, width, height = entry["bbox"]
+    xyxy = shares((x, y, x + width, y + height), image["width"], image["height"])
+    return {"type": "box", "box": list(xyxy), "label": label, "unit": "shares"}
+
+
+# ---------------------------------------------------------------------------------------------- questions
+
+
+def _vqav2(tables: Tables, beside: Tables) -> Iterator[Row]:
+    """Questions, and the annotations in the file beside; pictures are named as COCO's archives name them."""
+    answers = _by(_items(beside, "annotations"), "question_id")
+    subtype = tables["data_subtype"].value if "data_subtype" in tables else "val2014"
+
+    def make(entry: Any, cell: Cell) -> dict[str, Any]:
+        found = _known(answers, entry["question_id"], "annotation")
+        meta = {
+            "answers": [one["answer"] for one in found["answers"]],
+            "question_type": found.get("question_type"),
+            "answer_type": found.get("answer_type"),
+        }
+        image = f"COCO_{subtype}_{entry['image_id']:012d}.jpg"
+        answer, question = text(found, "multiple_choice_answer"), text(entry, "question")
+        return task("question", str(entry["question_id"]), answer, question=question, image=image, meta=meta)
+
+    return _each(_items(tables, "questions"), make)
+
+
+def _gqa(tables: Tables, beside: Tables) -> Iterator[Row]:
+    def make(entry: Any, cell: Cell) -> dict[str, Any]:
+        meta = {"full_answer": entry.get("fullAnswer"), "types": entry.get("types")}
+        image, answer = f"{entry['imageId']}.jpg", text(entry, "answer")
+        return task("question", cell.key, answer, question=text(entry, "question"), image=image, meta=meta)
+
+    return _each(list(tables.values()), make)
+
+
+def _textvqa(tables: Tables, beside: Tables) -> Iterator[Row]:
+    def make(entry: Any, cell: Cell) -> dict[str, Any]:
+        image, answer = f"{entry['image_id']}.jpg", commonest(entry["answers"])
+        meta = {"answers": entry["answers"]}
+        name = str(entry["question_id"])
+        return task("reading", name, answer, question=text(entry, "question"), image=image, meta=meta)
+
+    return _each(_items(tables, "data"), make)
+
+
+def _textcaps(tables: Tables, beside: Tables) -> Iterator[Row]:
+    def make(entry: Any, cell: Cell) -> dict[str, Any]:
+        image = f"{entry['image_id']}.jpg"
+        meta = {"references": entry.get("reference_strs", [])}
+        return task("caption", str(entry["caption_id"]), text(entry, "caption_str"), image=image, meta=meta)
+
+    return _each(_items(tables, "data"), make)
+
+
+def _scienceqa(tables: Tables, beside: Tables) -> Iterator[Row]:
+    """Questions with choices; pictures lie at `<split>/<id>/image.png`. Some questions have none."""
+
+    def make(entry: Any, cell: Cell) -> dict[str, Any]:
+        choices, answer = entry["choices"], entry["answer"]
+        if not isinstance(answer, int) or not 0 <= answer < len(choices):
+            raise Wrong(f"answer {answer} is not the number of one of {len(choices)} choices", "count from 0")
+        listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
+        context = f"{entry['hint']}\n" if entry.get("hint") else ""
+        shown = {"image": f"{entry['split']}/{cell.key}/{entry['image']}"} if entry.get("image") else {}
+        meta = {"choices": choices, "answer": answer, "split": entry.get("split"), "subject": entry.get("subject")}
+        fields = {"question": text(entry, "question"), "choices": listed, "context": context}
+        return task("choice", cell.key, LETTERS[answer], **fields, **shown, meta=meta)
+
+    return _each(list(tables.values()), make)
+
+
+def _ocr_vqa(tables: Tables, beside: Tables) -> Iterator[Row]:
+    """Covers of books, each with several questions; pictures are named by the book, with the address's ending."""
+    asked = [
+        Cell(cell.line, {**cell.value, "question": question, "answer": answer, "number": number}, key)
+        for key, cell in tables.items()
+        for number, (question, answer) in enumerate(zip(cell.value["questions"], cell.value["answers"], strict=True))
+    ]
+
+    def make(entry: Any, cell: Cell) -> dict[str, Any]:
+        image = cell.key + PurePosixPath(entry["imageURL"]).suffix
+        meta = {"split": SPLITS.get(entry.get("split")), "title": entry.get("title")}
+        answer, question = text(entry, "answer"), text(entry, "question")
+        return task("reading", f"{cell.key}/{entry['number']}", answer, question=question, image=image, meta=meta)
+
+    return _each(asked, make)
+
+
+def _msr_vtt(tables: Tables, beside: Tables) -> Iterator[Row]:
+    splits = {video["video_id"]: video.get("split") for video in _by(_items(tables, "videos"), "video_id").values()}
+
+    def make(entry: Any, cell: Cell) -> dict[str, Any]:
+        meta = {"split": _known(splits, entry["video_id"], "video")}
+        video = f"{entry['video_id']}.mp4"
+        return task("video", str(entry["sen_id"]), text(entry, "caption"), video=video, meta=meta)
+
+    return _each(_items(tables, "sentences"), make)
+
+
+def _members(*keys: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Recognises a file by its members."""
+    return lambda first: all(key in first for key in keys)
+
+
+def _entries(*keys: str, of: str | None = None) -> Callable[[Mapping[str, Any]], bool]:
+    """Recognises a file by the keys of its first entry, or of that of its member `of`."""
+
+    def fits(first: Mapping[str, Any]) -> bool:
+        entry = next(iter(first.values()), {}) if of is None else first.get(of, {})
+        return isinstance(entry, Mapping) and all(key in entry for key in keys)
+
+    return fits
+
+
+TABLES: dict[str, Table] = {
+    "coco-captions": Table(_entries("caption", "image_id", of="annotations"), _coco_captions),
+    "coco-instances": Table(_entries("bbox", "image_id", of="annotations"), _coco_instances),
+    "refcoco": Table(_entries("ref_id", "sentences"), _refcoco, "the instances.json of the same folder"),
+    "flickr": Table(_entries("sentences", "filename", of="images"), _flickr),
+    "vqav2": Table(_members("questions"), _vqav2, "the annotations with the answers"),
+    "textcaps": Table(_entries("caption_str", of="data"), _textcaps),
+    "textvqa": Table(_entries("question", "image_id", of="data"), _textvqa),
+    "msr-vtt": Table(_members("videos", "sentences"), _msr_vtt),
+    "gqa": Table(_entries("imageId", "question"), _gqa),
+    "scienceqa": Table(_entries("question", "choices"), _scienceqa),
+    "ocr-vqa": Table(_entries("questions", "answers", "imageURL"), _ocr_vqa),
+}
+"""By name; the first that fits a file reads it."""

@@ -1,0 +1,54 @@
+"""What terms over states at the places of media share: where those places are, and which joints have them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from isthmus.types import Batch, ConfigError, Modality
+
+if TYPE_CHECKING:
+    from isthmus.objectives import VLM
+
+
+@dataclass(frozen=True)
+class Places:
+    """Places of one kind of medium in a batch, in order: row, column, which medium, and which of its vectors."""
+
+    row_M: Tensor
+    column_M: Tensor
+    medium_M: Tensor
+    vector_M: Tensor
+
+    def __len__(self) -> int:
+        return len(self.row_M)
+
+    def __getitem__(self, which: slice | Tensor) -> Places:
+        return Places(*(getattr(self, field.name)[which] for field in fields(self)))
+
+
+def places(batch: Batch, kind: str) -> Places:
+    """Told from the first column of each medium, so that pictures side by side stay apart."""
+    media, width = batch.media[kind], batch.modality_BT.shape[1]
+    row_M, column_M = (batch.modality_BT == Modality[kind.upper()]).nonzero(as_tuple=True)
+    start_N, medium_N = (media.row_N * width + media.at_N).sort()
+    order_M = torch.searchsorted(start_N, row_M * width + column_M, right=True) - 1
+    medium_M = medium_N[order_M]
+    return Places(row_M, column_M, medium_M, column_M - media.at_N[medium_M])
+
+
+def has_states(vlm: VLM, who: str) -> None:
+    """Nothing but a check, in the name of the objective `who`.
+
+    Raises:
+        ConfigError: media have no places in the LLM, or nothing happens to them there.
+    """
+    told = f"objective {who} with the joint {vlm.aligner.name}: "
+    if not vlm.aligner.splices or vlm.config.is_encoder_decoder:
+        where = "an encoder-decoder's decoder" if vlm.config.is_encoder_decoder else "the LLM's input"
+        raise ConfigError(f"{told}{where} has no places of pictures", "splice into a decoder-only LLM, as llava does")
+    if vlm.aligner.media_see == "nothing":
+        raise ConfigError(f"{told}places of pictures stay what was put in", "choose a joint whose layers change them")

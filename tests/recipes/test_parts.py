@@ -1,0 +1,35 @@
+"""The embedded stages: pictures that are encoded for one of them serve the others."""
+
+from __future__ import annotations
+
+import pytest
+
+from isthmus.config import Source
+from isthmus.data.sets import Set, open_set
+from isthmus.recipes import parts
+
+pytestmark = pytest.mark.usefixtures("embedded")
+
+
+def keys(source: Source, families: int = 1) -> set[str]:
+    """Pictures of a set that asks about so many families of them: its first, a middle and its last cycle."""
+    opened: Set = open_set(source, seed=0)
+    cycles = len(opened) // families
+    places = {cycle * families + family for cycle in (0, cycles // 2, cycles - 1) for family in range(families)}
+    return {medium.source.key for place in places for medium in opened[place].media}  # type: ignore[union-attr]
+
+
+def test_the_mix_draws_on_the_pictures_of_the_warm_stage() -> None:
+    warm = {source.name: source for source in parts.warm(1.0).data}
+    shown = [source for source in parts.MIX if source.options.get("shown", "picture") == "picture"]
+    scenes, others = (source for source in shown if source.name == "scenes")
+    assert len(keys(scenes, 2)) == 6  # layouts and crowds
+    assert keys(scenes, 2) == keys(others, 2) < keys(warm["scenes"], 3)
+
+
+def test_words_stand_for_as_many_pictures_as_there_are() -> None:
+    for source in parts.MIX:
+        if source.options.get("shown") == "words":
+            twin = source.but(options={**source.options, "shown": "picture"})
+            assert [twin.name, twin.options] in [[each.name, each.options] for each in parts.MIX]
+            assert not open_set(source, seed=0)[3].media

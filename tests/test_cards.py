@@ -1,0 +1,119 @@
+"""The card of every directory says what the run's own files say, and is read by the hub's own reader."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from rich.console import Console
+
+import composed
+import isthmus
+from isthmus import cards, exporting
+from isthmus.config import LoRA
+from isthmus.experiment import experiment
+from isthmus.training.toy import toy
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run with everything that a card tells of: two stages on a file, LoRA, a report."""
+    folder = tmp_path_factory.mktemp("carded")
+    made = toy(folder / "parts", rows=12)
+    task = {"name": "exact", "limit": 4, "options": {"data": made.stages[0].data[0].model_dump(mode="json")}}
+    stages = [{**each.model_dump(), "budget": {"steps": 2}, "save_every": None} for each in made.stages]
+    recipe = type(made).model_validate({**made.model_dump(), "stages": stages, "eval": [task]})
+    assert experiment(recipe, folder / "run", torch.device("cpu"), Console(quiet=True)) is not None
+    return folder / "run"
+
+
+def lines(card: ModelCard, section: str) -> list[list[str]]:
+    """The rows of a section's table."""
+    text = card.text.split(f"## {section}\n", 1)[1].split("\n## ")[0]
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if "|" in line][2:]
+
+
+def test_a_card_says_what_the_run_did(run: Path) -> None:
+    model, noted, report = (
+        ModelCard.load(run / "tune/model/README.md"),
+        json.loads((run / "run.json").read_text()),
+        json.loads((run / "report.json").read_text()),
+    )
+    assert f"Recipe {noted['fingerprint']}, seed {noted['recipe']['seed']}" in model.text
+    stages = lines(model, "Training")
+    assert [row[0] for row in stages] == ["align", "tune"]
+    for row in stages:
+        manifest = json.loads((run / row[0] / "manifest.json").read_text())
+        assert row[3] == str(manifest["steps"]) == "2" and row[4] == str(manifest["run"]["batch_size"])
+    assert "`llm.*self_attn.*` LoRA r 2 at 0.01" in stages[1][1]
+    sources = [each for name in ("align", "tune") for each in json.loads((run / name / "data.json").read_text())]
+    assert [row[5] for row in lines(model, "Data")] == [each["hash"] for each in sources]
+    assert [row[3] for row in lines(model, "Data")] == [str(each["size"]) for each in sources]
+    after = report["rows"][0]["cells"]["after"]
+    assert lines(model, "Figures")[0][4] == f"{after['value']:.3f} ({after['low']:.3f} – {after['high']:.3f})"
+    assert report["data_hash"] in model.text
+    assert model.data.eval_results[0].metric_value == after["value"]
+    config = json.loads((run / "tune/model/config.json").read_text())
+    told = {row[0]: row for row in lines(model, "Parts")}
+    assert told["LLM"][3] == config["llm"]["weights"]
+    assert told["image encoder"][3] == config["encoders"]["image"]["weights"]
+
+
+def test_a_stage_before_the_last_claims_neither_what_came_later_nor_its_figures(run: Path) -> None:
+    cards.refresh(run / "align/model")
+    card = ModelCard.load(run / "align/model/README.md")
+    assert [row[0] for row in lines(card, "Training")] == ["align"] and "## Figures" not in card.text
+
+
+def test_no_path_of_this_machine_is_told(run: Path) -> None:
+    assert str(run.parent) not in (run / "tune/model/README.md").read_text()
+
+
+def test_the_front_matter_is_what_a_hub_asks_for(run: Path, tmp_path: Path) -> None:
+    data = ModelCard.load(run / "tune/model/README.md").data
+    assert (data.library_name, data.pipeline_tag, data.license) == ("isthmus", "image-text-to-text", "other")
+    config = json.loads((run / "tune/model/config.json").read_text())
+    config["llm"]["config"] |= {"source": "smollm2-135m-instruct"}
+    config["encoders"]["image"]["config"] |= {"source": "efficientnet-lite0"}
+    (tmp_path / "README.md").write_text(cards.card(config, cards.Lineage()))
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "apache-2.0" and card.data.base_model[0] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert "quantised by QuantFactory" in card.text and cards.EMBEDDED["efficientnet-lite0"].sha256 in card.text
+
+
+def test_exported_directories_carry_the_lineage_on(run: Path, tmp_path: Path) -> None:
+    source = run / "tune/model"
+    found = exporting.export_adapters(source, tmp_path / "peft")
+    for folder in found:
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.library_name == "peft" and len(lines(card, "Training")) == 2
+    llava = composed.model("llama", aspect="crop")
+    llava.save_pretrained(tmp_path / "plain")
+    parity = exporting.export(tmp_path / "plain", tmp_path / "theirs")
+    card = ModelCard.load(tmp_path / "theirs/README.md")
+    assert card.data.library_name == "transformers"
+    assert f"LlavaForConditionalGeneration, largest difference of logits {parity.difference:.1e}" in card.text
+
+
+def test_a_card_that_is_somebody_elses_stays(run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run / "tune/model", tmp_path / "model"))
+    (folder / "README.md").write_text("mine")
+    model = isthmus.load(folder)
+    model.save_pretrained(folder)
+    cards.refresh(folder)
+    assert (folder / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["delta", "whole"])
+def test_a_model_that_is_loaded_and_saved_again_is_the_same_bytes(tmp_path: Path, whole: bool) -> None:
+    model = composed.stir(composed.model("qwen2"))
+    model.add_lora(["llm.*.q_proj"], LoRA(r=2), "sft")
+    model.save_pretrained(tmp_path / "one", whole=whole)
+    isthmus.load(tmp_path / "one").save_pretrained(tmp_path / "two", whole=whole)
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one.keys() == two.keys() >= {"README.md", "model.safetensors", "tokenizer.json"}
+    assert {name for name in one if one[name] != two[name]} == set()

@@ -1,0 +1,222 @@
+"""What training is forecast to take, against real steps on the same batches; planned / was of a whole run."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+import composed
+from isthmus import compose, planning, recipes
+from isthmus.cli.app import app
+from isthmus.config import Recipe, Stage
+from isthmus.forecast import _mean, calibrate, forecast, resident, was
+from isthmus.forecast.trace import Ledger, Trace, in_dtype, trace
+from isthmus.training import optimizer
+from isthmus.training.run import Feed, mix_of, train
+from isthmus.training.step import Step
+
+CPU = torch.device("cpu")
+LORA = {"connectors.*": 1e-3, "llm.*layers.*": {"mode": {"r": 4}}}
+PAIRS = [
+    {"id": str(n), "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nwhat?" + " so" * n},
+     {"from": "gpt", "value": "a cat" + " and" * (n % 3)}]} for n in range(24)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("data")
+    composed.picture(1).source.save(folder / "a.png")
+    (folder / "data.json").write_text(json.dumps(PAIRS))
+    return {"name": str(folder / "data.json"), "images": str(folder)}
+
+
+def staged(
+    data: dict[str, Any], train: dict[str, Any], joint: str = "llava", family: str = "llama", **more: Any
+) -> Recipe:
+    fields = {"name": "align", "data": [data], "train": train, "budget": {"steps": 4}, "batch_size": 4, "lr": 1e-3}
+    stage = Stage.model_validate({**fields, "evaluate_every": None, "save_every": None, **more})
+    return composed.recipe(family, joint).but(stages=(stage,), dtype="float32")
+
+
+def real(recipe: Recipe) -> tuple[Step, list[Any]]:
+    """The same stage with weights, and its batches with the encoder's features."""
+    model, (stage,) = compose(recipe), recipe.stages
+    step = Step(model, stage.objectives)
+    optimizer.choose(step, stage)
+    step.accompany()
+    feed = Feed(stage, mix_of(stage, recipe.seed), model.processor.collator(None, stage.template), recipe.seed)
+    batches = [feed(number, 0) for number in range(4)]
+    for batch in batches:
+        media = batch.media["image"]
+        with torch.no_grad():
+            media.features = model.encode("image", media)
+    step.ready()
+    return step, batches
+
+
+@pytest.mark.parametrize(
+    ("joint", "train"),
+    [
+        ("llava", {"connectors.*": 1e-3}),
+        ("llava", LORA),
+        ("flamingo", {"connectors.*": 1e-3, "llm.*gated*": 1e-3}),
+        ("cogvlm", LORA),
+        ("saisa", LORA),
+    ],
+)
+def test_operations_and_tokens_are_those_of_real_steps(data, joint, train):
+    recipe = staged(data, train, joint)
+    (ahead,) = forecast(recipe, CPU, 0).stages
+    step, batches = real(recipe)
+    counted = []
+    for batch in batches:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            step(batch, step.scales([batch]))[0].backward()
+        counted.append(counter.get_total_flops())
+    assert ahead.flops == pytest.approx(sum(counted) / 4, rel=0.02)
+    tokens = sum(int((batch.segment_BT > 0).sum()) for batch in batches)
+    assert ahead.sample["tokens"] * 16 == pytest.approx(tokens) and ahead.sample["media"] == 1 and ahead.steps == 4
+    assert ahead.trained == sum(p.numel() for p in step.parameters() if p.requires_grad)
+    assert ahead.memory["gradients"] == 4 * ahead.trained and ahead.memory["optimizer"] == 8 * ahead.trained
+    weights = {id(p): p.nbytes for p in [*step.parameters(), *step.buffers()]}
+    assert ahead.memory["weights"] == pytest.approx(sum(weights.values()), rel=0.01)
+
+
+def test_bytes_that_live_are_counted_by_hand():
+    x = torch.ones(10, 10, device="meta", requires_grad=True)  # 400 bytes
+    with Ledger(torch.nn.ParameterList([x])) as ledger:  # type: ignore[arg-type]
+        y = x * 2
+        z = y.exp()  # kept for its own backward
+        assert ledger.alive == 800
+        del y
+        assert ledger.alive == 400  # a product with a number keeps nothing
+        w = z.view(100)
+        assert ledger.alive == 400 and ledger.peak == 800  # a view holds nothing of its own
+        del z
+        assert ledger.alive == 400
+        del w
+    assert ledger.alive == 0
+
+
+def test_a_trace_sees_activations_and_peak(data):
+    model = planning.outline(recipe := staged(data, {"connectors.*": 1e-3}))
+    assert recipe.stages[0].name == "align"
+
+    class Chain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(100, 100, bias=False, device="meta")
+            self.layers = torch.nn.ModuleList([self.inner])
+
+        def ready(self):
+            pass
+
+        def scales(self, batches):
+            return {}
+
+        def forward(self, batch, scales):
+            return torch.relu(self.inner(batch)).sum(), {}
+
+    found = trace(Chain(), [torch.ones(50, 100, device="meta")])
+    assert isinstance(found, Trace) and found.flops == 2 * 2 * 50 * 100 * 100  # forward, and the weight's gradient
+    assert found.kept == 50 * 100 * 4 + 4  # the relu's output and the sum
+    assert found.peak >= found.kept + 2 * 50 * 100 * 4  # gradients of the sum's and the relu's input
+    with in_dtype(Step(model, recipe.stages[0].objectives), torch.bfloat16):
+        assert model.dtype == torch.bfloat16
+    assert model.dtype == torch.float32
+
+
+def test_a_line_through_traced_steps():
+    assert _mean([10, 20, 30, 60], {1: 200.0, 3: 600.0}) == pytest.approx(300)  # 10 per position, mean 30
+    assert _mean([5, 5], {0: 7.0}) == 7
+
+
+def test_calls_are_timed_as_often_as_they_are_made():
+    x = torch.ones(300, 300)
+    with Ledger(torch.nn.Module()) as ledger:
+        for _ in range(10):
+            x @ x
+    (call,) = ledger.calls
+    assert ledger.calls[call] == 10
+    found = calibrate.speed(ledger.calls, CPU, 0.2)
+    alone = calibrate.best(lambda: x @ x, CPU, 5)
+    assert found.tried == 1 and 3 * alone < found.operations < 40 * alone
+    assert calibrate.optimizer(2 << 20, CPU) > 0 and 0 <= found.host < 0.1
+    assert 5e7 < resident() < 1e11
+
+
+def test_what_the_formula_of_recompute_does_to_memory(data):
+    plain, again = (forecast(staged(data, LORA, recompute=recompute), CPU, 0).stages[0] for recompute in (False, True))
+    assert again.memory["activations"] < plain.memory["activations"] and again.flops > 1.2 * plain.flops
+
+
+def test_published_recipes_are_planned_with_assumed_samples():
+    (stage,) = forecast(_cut(recipes.named("llava-1.5-7b")), CPU, 0).stages
+    assert stage.assumed and stage.sample["tokens"] == 640 and stage.steps is None and stage.seconds is None
+    positions, supervised = 256 * 640, 256 * 32
+    layer = 4 * 4096**2 + 3 * 4096 * 11008
+    # two layers: forward and input gradients of the frozen matrices, attention twice that; the head is frozen too
+    llm = 2 * 2 * positions * 2 * layer + 3 * 2 * 4 * 256 * 640**2 * 4096
+    joint = 256 * 576 * (4 * 1024 * 4096 + 6 * 4096 * 4096)
+    assert stage.flops == pytest.approx(llm + joint + 4 * supervised * 4096 * 32000, rel=0.01)
+
+
+def _cut(recipe: Recipe) -> Recipe:
+    """The first stage, on two layers."""
+    llm = recipe.llm.but(architecture={**recipe.llm.architecture, "num_hidden_layers": 2})
+    return recipe.but(llm=llm, stages=recipe.stages[:1], dtype="float32")
+
+
+@pytest.mark.parametrize("name", ["{}/absent.parquet", "{}/absent.tar", "{}/absent.csv", "{}/absent", "documents"])
+def test_data_that_are_not_here_are_assumed(tmp_path, name):
+    name = name.format(tmp_path)
+    more = {"options": {"of": [str(tmp_path / "absent.jsonl")]}} if name == "documents" else {}
+    recipe = staged({"name": name, **more}, {"connectors.*": 1e-3})
+    (stage,) = forecast(recipe, CPU, 0).stages
+    assert stage.assumed
+
+
+def test_planned_and_was(data, tmp_path):
+    recipe, quiet = staged(data, {"connectors.*": 1e-3}), Console(quiet=True)
+    was.plan(recipe, tmp_path, CPU, quiet)
+    train(recipe, tmp_path, CPU, quiet)
+    (stage,) = was.compare(tmp_path)
+    assert stage.planned["flops"] == pytest.approx(stage.was["flops"], rel=0.25)  # the meter leaves padding out
+    assert stage.was["steps_per_second"] > 0 and stage.planned["steps_per_second"] > 0 and stage.was["peak"] > 1e8
+    assert json.loads((tmp_path / "planned.json").read_text())[0]["stage"] == "align"
+    assert was.table([stage]).row_count == 1
+    before = (tmp_path / "plan.json").stat().st_mtime_ns
+    was.plan(recipe, tmp_path, CPU, quiet)  # what was planned stays
+    assert (tmp_path / "plan.json").stat().st_mtime_ns == before and was.compare(tmp_path / "none") == []
+
+
+def test_a_run_that_cannot_be_planned_goes_on(data, tmp_path, monkeypatch):
+    console = Console(record=True, file=io.StringIO())
+
+    def fails(*unused: Any) -> None:
+        raise NotImplementedError("aten::_local_scalar_dense on meta\nmore")
+
+    monkeypatch.setattr(was, "forecast", fails)
+    was.plan(staged(data, LORA), tmp_path, CPU, console)
+    assert not (tmp_path / "plan.json").exists() and "no forecast of this run" in console.export_text()
+
+
+def test_the_verb_tells_it(data, tmp_path):
+    runner, file = CliRunner(), tmp_path / "recipe.yaml"
+    staged(data, LORA).but(name="mine").save(file)
+    told = runner.invoke(app, ["plan", str(file), "--seconds", "0.05"]).output
+    for words in ("tokens per sample", "GFLOP per step", "activations, MiB", "peak memory", "time of the stage"):
+        assert words in told, told
+    both = runner.invoke(app, ["plan", str(file), "--beside", str(file), "--seconds", "0", "--json"])
+    first, second = json.loads(both.output)
+    assert first["stages"][0]["flops"] == second["stages"][0]["flops"] > 0
+    assert "training" not in json.loads(runner.invoke(app, ["plan", str(file), "--no-steps", "--json"]).output)
