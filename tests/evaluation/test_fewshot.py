@@ -13,6 +13,7 @@ from PIL import Image as Pillow
 
 import composed
 from isthmus.config import TaskConfig
+from isthmus.data import concepts
 from isthmus.data.scenes import COLOURS, Scene
 from isthmus.evaluation import catalogue, controls, measure
 from isthmus.evaluation.fewshot import Shots, build, shown
@@ -242,7 +243,7 @@ def colour(medium: Image) -> str:
 
 
 def name(medium: Image) -> str:
-    return medium.source.objects[0].name if isinstance(medium.source, Scene) else "nothing"
+    return concepts.some(medium.source.objects[0].name) if isinstance(medium.source, Scene) else "nothing"
 
 
 def accuracy(config: TaskConfig, control: str | None = None) -> float:

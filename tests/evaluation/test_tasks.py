@@ -149,7 +149,10 @@ def test_unknown_task_names_the_nearest() -> None:
         named("countin")
 
 
-NAMES = ("naming", "naming-free", "easy-vqa", "presence", "counting", "relation", "colour", "caption")
+NAMES = (
+    *("naming", "naming-options", "naming-free"),
+    *("easy-vqa", "presence", "counting", "relation", "colour", "caption"),
+)
 
 
 @pytest.fixture
@@ -173,7 +176,7 @@ def test_named_tasks_take_500_items_or_the_limit(name: str, opened: list[config.
     assert len(named(name)(TaskConfig(name=name, limit=40), 0).items) == 40
     assert task == named(name)(TaskConfig(name=name), 0)
     assert opened[0].split == ("unseen" if name.startswith("naming") else "test")
-    assert task.cosine == (name == "naming")
+    assert task.cosine == (name in {"naming", "naming-options"})
 
 
 def test_easy_vqa_is_drawn_from_all_of_the_test_set_and_cut_twice(opened: list[config.Source]) -> None:

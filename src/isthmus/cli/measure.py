@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from isthmus.cli.options import AsJson, Device, DType, Endpoint, KeyEnv, Settings
 
 Folder = Annotated[
-    Path | None, typer.Option("--out", "-o", help="Folder of predictions.  [default: runs/eval/RUN-STAGE]")
+    Path | None, typer.Option("--out", "-o", help="Folder of predictions.  \\[default: runs/eval/RUN-STAGE]")
 ]
 TASKS = "naming,easy-vqa,presence,counting,relation"
 
@@ -19,8 +19,13 @@ TASKS = "naming,easy-vqa,presence,counting,relation"
 def evaluate(
     model: Annotated[str, typer.Argument(help="A directory that `isthmus train` wrote, or a hub name.")],
     tasks: Annotated[str, typer.Option(help="Comma-separated task names.")] = TASKS,
-    limit: Annotated[int | None, typer.Option(help="Items per task.  [default: 500]")] = None,
+    limit: Annotated[int | None, typer.Option(help="Items per task.  \\[default: 500]")] = None,
     controls: Annotated[str, typer.Option(help="Baselines beside each task, or none.")] = "blind,shuffled",
+    data: Annotated[
+        Path | None, typer.Option(help="Your own file; --tasks then says how it is scored: exact, vqa, yes-no, …")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Where the file's picture paths start from.")] = None,
+    layout: Annotated[str | None, typer.Option("--format", help="Its layout.  \\[default: told from it]")] = None,
     shots: Annotated[int | None, typer.Option(min=0, help="Demonstrations before each question.")] = None,
     seed: Annotated[int, typer.Option(help="Draws items, demonstrations and the exchange of pictures.")] = 0,
     out: Folder = None,
@@ -50,7 +55,8 @@ def evaluate(
     console = Console(stderr=as_json, highlight=False)
     where = on(device)
     chosen = [] if controls == "none" else controls.split(",")
-    common = {"limit": limit, "controls": chosen, "options": {} if shots is None else {"shots": shots}}
+    asked = _options(data, images, layout) | ({} if shots is None else {"shots": shots})
+    common = {"limit": limit, "controls": chosen, "options": asked}
     wanted = [check(TaskConfig, {"name": name, **common}, "eval") for name in tasks.split(",")]
     built = build(wanted, seed)
     folder = out or Path("runs") / "eval" / _short(model)
@@ -73,6 +79,14 @@ def evaluate(
         return
     console.print(table_of(found))
     console.print(f"predictions per item: {folder}")
+
+
+def _options(data: Path | None, images: Path | None, layout: str | None) -> dict[str, Any]:
+    """Task options that name the user's file."""
+    if data is None:
+        return {}
+    form = {} if layout is None else {"format": layout}
+    return {"data": {"name": str(data), "images": images and str(images), "options": form}}
 
 
 def _short(model: str) -> str:

@@ -1,4 +1,4 @@
-"""`isthmus plan`: what a recipe trains and what a picture costs it, before any weights are read."""
+"""`isthmus plan`: what a recipe trains, what a picture costs it, and what training takes, before weights are read."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from isthmus.cli.options import AsJson, Overrides
+from isthmus.cli.options import AsJson, Device, Overrides
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from isthmus.comparison import Row
+    from isthmus.forecast import Forecast, StageForecast
 
 Name = Annotated[
     str | None, typer.Argument(help="A recipe's name (see `isthmus recipes`), or a .yaml or .json file; or --all.")
@@ -20,17 +23,26 @@ Name = Annotated[
 def plan(
     recipe: Name = None,
     overrides: Overrides = None,
+    beside: Annotated[
+        list[str] | None, typer.Option(help="Another recipe, in one table of stages with the first; again for more.")
+    ] = None,
+    steps: Annotated[
+        bool, typer.Option(help="Trace a step of each stage: tokens, operations, memory, and time on this machine.")
+    ] = True,
+    seconds: Annotated[float, typer.Option(min=0, help="Of calibration per stage; 0 leaves times out.")] = 1.0,
     every: Annotated[bool, typer.Option("--all", help="A table of all recipes, in place of one.")] = False,
     write: Annotated[
         bool, typer.Option("--write", help="With --all, rewrite docs/comparison.md; in a checkout.")
     ] = False,
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Parameters by part, what every stage trains, and what a picture costs, before any weights are read."""
+    """Parameters, what trains, what a picture costs, and what training takes, before any weights are read."""
     from isthmus import comparison, recipes
-    from isthmus.cli.options import recipe_of
+    from isthmus.cli.options import on, recipe_of
     from isthmus.costs import costs
     from isthmus.errors import ConfigError
+    from isthmus.forecast import forecast
     from isthmus.papers import rewrite
     from isthmus.planning import plan as plan_of
 
@@ -40,9 +52,13 @@ def plan(
         typer.echo(f"wrote {rewrite('comparison.md', comparison.page)}")
     elif recipe is None:
         _show_all([comparison.row(name) for name in recipes.BOOK], as_json)
+    elif beside:
+        chosen = [recipe_of(name, overrides) for name in (recipe, *beside)]
+        _show_stages([forecast(each, on(device), seconds) for each in chosen], as_json)
     else:
-        chosen = recipe_of(recipe, overrides)
-        _show_one(comparison.Row(plan_of(chosen), costs(chosen)), as_json)
+        one = recipe_of(recipe, overrides)
+        row = comparison.Row(plan_of(one), costs(one))
+        _show_one(row, forecast(one, on(device), seconds) if steps else None, as_json)
 
 
 def _show_all(rows: list[Row], as_json: bool) -> None:
@@ -61,12 +77,13 @@ def _show_all(rows: list[Row], as_json: bool) -> None:
     typer.echo("operations in GFLOP, cache in MiB per picture; docs/comparison.md says what is counted")
 
 
-def _show_one(row: Row, as_json: bool) -> None:
+def _show_one(row: Row, ahead: Forecast | None, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
     if as_json:
-        typer.echo(json.dumps(row.plain(), indent=2))
+        training = {} if ahead is None else {"training": ahead.plain()}
+        typer.echo(json.dumps(row.plain() | training, indent=2))
         return
     planned, cost = row.plan, row.costs
     table = Table("part", "parameters", *(f"trained in {stage.name}" for stage in planned.stages), box=None)
@@ -91,3 +108,82 @@ def _show_one(row: Row, as_json: bool) -> None:
         f"kept per picture: {cost.cache / 2**20:,.2f} MiB of keys and values, {cost.aside / 2**20:,.2f} MiB aside, "
         f"in bfloat16"
     )
+    if ahead is not None and ahead.stages:
+        console.print()
+        console.print(_training(ahead))
+        console.print(_footnote([ahead]))
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def _training(ahead: Forecast) -> Table:
+    """One recipe's stages as columns: what a step has, computes, holds and takes."""
+    from rich.table import Table
+
+    table = Table("training", *(stage.name for stage in ahead.stages), box=None)
+
+    def line(title: str, cells: list[str]) -> None:
+        table.add_row(title, *cells)
+
+    stages = ahead.stages
+    line("tokens per sample", [_tokens(stage) for stage in stages])
+    line("GFLOP per step", [f"{stage.flops / 1e9:,.4g}" for stage in stages])
+    table.add_section()
+    for kind in stages[0].memory:
+        line(f"{kind}, MiB", [f"{stage.memory[kind] / 2**20:,.0f}" for stage in stages])
+    line("peak memory, MiB", [f"{stage.peak / 2**20:,.0f}" for stage in stages])
+    table.add_section()
+    for kind in stages[0].seconds or ():
+        line(f"{kind}, ms per step", [f"{1e3 * (stage.seconds or {})[kind]:,.3g}" for stage in stages])
+    line("steps", ["?" if stage.steps is None else f"{stage.steps:,}" for stage in stages])
+    line("time of the stage", [_clock(stage.stage_seconds) for stage in stages])
+    return table
+
+
+def _show_stages(forecasts: list[Forecast], as_json: bool) -> None:
+    """Recipes side by side: a line per stage."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if as_json:
+        typer.echo(json.dumps([each.plain() for each in forecasts], indent=2))
+        return
+    titles = ("recipe", "stage", "trained", "tokens per sample", "GFLOP/step", "peak, MiB", "ms/step", "steps", "time")
+    table = Table(*titles, box=None)
+    for each in forecasts:
+        for number, stage in enumerate(each.stages):
+            table.add_row(
+                "" if number else each.recipe,
+                stage.name,
+                f"{stage.trained:,}",
+                _tokens(stage),
+                f"{stage.flops / 1e9:,.4g}",
+                f"{stage.peak / 2**20:,.0f}",
+                "–" if stage.step_seconds is None else f"{1e3 * stage.step_seconds:,.3g}",
+                "?" if stage.steps is None else f"{stage.steps:,}",
+                _clock(stage.stage_seconds),
+            )
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(_footnote(forecasts))
+
+
+def _tokens(stage: StageForecast) -> str:
+    return f"{stage.sample['tokens']:.0f}, {stage.sample['learnt']:.0f} learnt" + " (assumed)" * stage.assumed
+
+
+def _footnote(forecasts: list[Forecast]) -> str:
+    first = forecasts[0]
+    text = f"on {first.device} in {first.dtype}, {first.threads} threads; docs/plan.md says what is counted"
+    if any(stage.assumed for each in forecasts for stage in each.stages):
+        text += "; assumed: the data are not here, so samples of one picture and 64 text tokens"
+    return text
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    if seconds < 90:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 5400 else f"{seconds / 3600:,.3g} h"

@@ -31,7 +31,8 @@ class Prediction:
     """Natural-log probability of each choice, or the cosine; for a reference answer, that of the answer alone."""
     prediction: str | None
     answer: str
-    right: bool | None
+    right: float | None
+    """True or False, or how right it is from 0 to 1; None: not scored."""
     cluster: str
     kind: str = ""
     tokens: int = 0
@@ -102,6 +103,13 @@ def choose(choices: Sequence[str], scores: Sequence[float], answer: str) -> tupl
     if len(first) > 1 and answer in first:
         return None, None
     return first[0], first[0] == answer
+
+
+def verdict(right: float | None) -> str:
+    """`right`, `wrong`, `not scored`, or how right: `.60 right`."""
+    if right is None:
+        return "not scored"
+    return {0.0: "wrong", 1.0: "right"}.get(float(right), f"{right:.2f} right".removeprefix("0"))
 
 
 def match(reply: str | None, answer: str, *, contains: bool = False) -> bool | None:

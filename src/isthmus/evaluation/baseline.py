@@ -8,10 +8,11 @@ from pathlib import Path
 from isthmus.config import TaskConfig
 from isthmus.evaluation import tasks
 from isthmus.evaluation.answers import Prediction
+from isthmus.evaluation.grounding import Locate
 from isthmus.evaluation.measure import Measured, Progress, advancing
 from isthmus.evaluation.results import Column
 from isthmus.evaluation.score import Scorer
-from isthmus.evaluation.tasks import Generate, Task
+from isthmus.evaluation.tasks import Free, Task
 from isthmus.speakers.remote import Remote
 from isthmus.types import ConfigError
 
@@ -60,8 +61,8 @@ def measure(
 
 
 def _check_needs_text_alone(task: Task, speaker: Remote) -> None:
-    if not isinstance(task, Generate):
+    if not isinstance(task, Free) or isinstance(task, Locate):
         raise ConfigError(
             f"task {task.name!r} reads log-probabilities or the model's own regions; {speaker.config.model} gives text",
-            "measure it on tasks with free replies, such as naming-free",
+            "measure it on tasks with free replies, such as naming-free, vqa or options",
         )

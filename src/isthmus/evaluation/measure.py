@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,6 +18,7 @@ from isthmus.evaluation.results import Column
 from isthmus.evaluation.score import Scorer
 from isthmus.evaluation.tasks import Task
 from isthmus.model import VLM
+from isthmus.prepare.tags import Tagger
 from isthmus.speakers.local import Local
 from isthmus.types import ConfigError, Sample
 
@@ -32,7 +34,7 @@ def build(configs: Sequence[TaskConfig], seed: int) -> list[tuple[Task, TaskConf
     Raises:
         ConfigError: two tasks have one name, under which predictions and rows are kept; or see `fewshot.build`.
     """
-    built = [(fewshot.build(config, seed), config) for config in configs]
+    built = [(_build(config, seed), config) for config in configs]
     names = [task.name for task, _ in built]
     if again := {name for name in names if names.count(name) > 1}:
         raise ConfigError(
@@ -40,6 +42,16 @@ def build(configs: Sequence[TaskConfig], seed: int) -> list[tuple[Task, TaskConf
             "leave one out, or measure it into a folder of its own",
         )
     return built
+
+
+def _build(config: TaskConfig, seed: int) -> Task:
+    """One task, with tags beside its pictures where its options ask for them."""
+    rest = {name: value for name, value in config.options.items() if name != "tags"}
+    task = fewshot.build(config.but(options=rest), seed)
+    if "tags" not in config.options:
+        return task
+    tagger = Tagger.of(config.options["tags"], f"task {config.name}")
+    return replace(task, items=tuple(replace(item, prompt=tagger(item.prompt)) for item in task.items))
 
 
 def measure(
@@ -66,11 +78,12 @@ def measure(
         conditions: dict[Column, tasks.Control | None] = {column: None}
         if column == "after":
             conditions |= {control: control for control in config.controls}
-            conditions |= {"cosine": "cosine"} if task.cosine else {}
+            beside_words = task.cosine and model.aligner.splices  # elsewhere vectors are not in the words' space
+            conditions |= {"cosine": "cosine"} if beside_words else {}
         runs: dict[Column, list[Prediction]] = {}
         for name, control in conditions.items():
             advance = advancing(f"{task.name} {name}", len(task.items), progress)
-            with _arithmetic(model):
+            with arithmetic_of(model):
                 runs[name] = tasks.run(
                     task,
                     scorer,
@@ -98,7 +111,7 @@ def _reply(model: VLM, look: Look | None, longest: int) -> Callable[[Sequence[Sa
     return reply
 
 
-def _arithmetic(model: VLM) -> Any:
+def arithmetic_of(model: VLM) -> Any:
     """bfloat16 base parts and float32 joints meet under autocast, as they did in training."""
     if model.dtype == torch.bfloat16:
         return torch.autocast(model.device.type, torch.bfloat16)

@@ -5,13 +5,13 @@ Everything that comes from data or a model is escaped; figures come from `drawin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
-from importlib import resources
 
-from isthmus.evaluation import drawing
-from isthmus.evaluation.answers import Prediction
+from isthmus.evaluation import drawing, html
+from isthmus.evaluation.answers import Prediction, verdict
 from isthmus.evaluation.drawing import count
+from isthmus.evaluation.html import clock, credits_table, pairs, picture, section
 from isthmus.evaluation.results import COLUMNS, Column, Example, Generation, Report, Row, headline, interval
 from isthmus.evaluation.statistics import Estimate, short
 
@@ -27,49 +27,28 @@ ROLES = {"encoder": "encoder", "joint": "joint", "llm": "language model", "adapt
 
 def render(report: Report) -> str:
     """The whole page."""
-    style = resources.files("isthmus.evaluation").joinpath("templates/report.css").read_text(encoding="utf-8")
     sections = [
-        _section("Results", _results(report)),
-        _section("What was joined", _parts(report)),
-        _section("Training", _curves(report)) if report.curves else "",
-        _section("Examples", _examples(report)) if report.examples else "",
-        _section("In its own words", _generations(report.generations)) if report.generations else "",
-        _section("How it was measured", _method(report)),
-        _section("Attribution and licences", _credits(report)) if report.credits else "",
+        section("Results", _results(report)),
+        section("What was joined", _parts(report)),
+        section("Training", _curves(report)) if report.curves else "",
+        section("Examples", _examples(report)) if report.examples else "",
+        section("In its own words", _generations(report.generations)) if report.generations else "",
+        section("How it was measured", _method(report)),
+        section("Attribution and licences", credits_table(report.credits)) if report.credits else "",
     ]
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(report.title)} · Isthmus</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-{_head(report)}
-{"".join(sections)}
-</main>
-<footer>Made by Isthmus · recipe <code>{escape(report.fingerprint)}</code>
- · data <code>{escape(report.data_hash)}</code> · seed {report.seed}
- · revision <code>{escape(report.revision)}</code></footer>
-</body>
-</html>
-"""
-
-
-def _section(title: str, body: str) -> str:
-    name = title.lower().replace(" ", "-")
-    return f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2>\n{body}</section>\n'
+    footer = (
+        f"Made by Isthmus · recipe <code>{escape(report.fingerprint)}</code>\n"
+        f" · data <code>{escape(report.data_hash)}</code> · seed {report.seed}\n"
+        f" · revision <code>{escape(report.revision)}</code>"
+    )
+    return html.document(report.title, _head(report) + "\n" + "".join(sections), footer)
 
 
 def _head(report: Report) -> str:
     share = 100 * report.trained / max(1, report.parameters)
     facts = [
         (f"{share:.2g} %", f"of {count(report.parameters)} parameters trained"),
-        *((_clock(spent), leg) for leg, spent in list(report.seconds.items())[:3]),
+        *((clock(spent), leg) for leg, spent in list(report.seconds.items())[:3]),
     ]
     tiles = "".join(f"<div><dt>{escape(text)}</dt><dd>{escape(value)}</dd></div>" for value, text in facts)
     return (
@@ -216,7 +195,7 @@ def _example(example: Example) -> str:
     chart = drawing.bars(after.choices, after.scores, after.answer) if after.choices else ""
     before = _verdict("before", example.before) if example.before else ""
     return (
-        f'<article class="card">{_picture(example.picture, f"Picture of the question: {example.question}")}'
+        f'<article class="card">{picture(example.picture, f"Picture of the question: {example.question}")}'
         f'<div><p class="kind">{escape(example.label)}</p><h3>{escape(example.question)}</h3>'
         f'<dl class="verdicts"><dt>truth</dt><dd>{escape(after.answer)}</dd>{before}{_verdict("after", after)}</dl>'
         f"{chart}</div></article>\n"
@@ -224,19 +203,15 @@ def _example(example: Example) -> str:
 
 
 def _verdict(when: str, prediction: Prediction) -> str:
-    state, sign = {
-        True: ("right", "✓"),
-        False: ("wrong", "✗"),
-        None: ("unscored", "?"),
-    }[prediction.right]
-    word = "not scored" if prediction.right is None else state
+    word = verdict(prediction.right)
+    state, sign = {"right": ("right", "✓"), "wrong": ("wrong", "✗")}.get(word, ("unscored", "?"))
     said = "–" if prediction.prediction is None else escape(prediction.prediction)
     return f'<dt>{when}</dt><dd class="{state}"><span title="{word}" aria-label="{word}">{sign}</span> {said}</dd>'
 
 
 def _generations(generations: Iterable[Generation]) -> str:
     cards = "".join(
-        f'<article class="card said">{_picture(said.picture, "Picture of the conversation") if said.picture else ""}'
+        f'<article class="card said">{picture(said.picture, "Picture of the conversation") if said.picture else ""}'
         f"<div><h3>{escape(said.prompt)}</h3><blockquote>{escape(said.reply) or '(nothing)'}</blockquote>"
         + (f'<p class="note">reference: {escape(said.reference)}</p>' if said.reference else "")
         + "</div></article>\n"
@@ -244,10 +219,6 @@ def _generations(generations: Iterable[Generation]) -> str:
     )
     note = "Free replies, shown as they come. Ranking given answers is easier than writing them."
     return f'<p class="note">{note}</p><div class="cards">{cards}</div>\n'
-
-
-def _picture(picture: drawing.Pillow.Image, words: str) -> str:
-    return f'<img src="{drawing.data_url(picture)}" alt="{escape(words)}" width="144" height="144">'
 
 
 # ---------------------------------------------------------------------------------------------- how and by whom
@@ -260,34 +231,5 @@ def _method(report: Report) -> str:
         "seed": str(report.seed),
         "code revision": report.revision,
     }
-    spent = {"time": ", ".join(f"{leg} {_clock(seconds)}" for leg, seconds in report.seconds.items())}
-    return _pairs({**report.method, **(spent if report.seconds else {}), **stamps})
-
-
-def _pairs(pairs: Mapping[str, str]) -> str:
-    lines = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in pairs.items())
-    return f'<dl class="pairs">{lines}</dl>\n'
-
-
-def _credits(report: Report) -> str:
-    lines = "".join(
-        f'<tr><th scope="row">{_link(credit.name, credit.address)}'
-        + (f"<small>{escape(credit.author)}</small>" if credit.author else "")
-        + f"</th><td>{escape(credit.used_as)}</td><td>{escape(credit.licence)}</td></tr>\n"
-        for credit in report.credits
-    )
-    return f"""<div class="wide"><table class="credits"><caption class="hidden">Works used and their licences</caption>
-<thead><tr><th scope="col">work</th><th scope="col">used as</th><th scope="col">licence</th></tr></thead>
-<tbody>{lines}</tbody></table></div>
-"""
-
-
-def _link(name: str, address: str) -> str:
-    """A link only to the web; anything else stays text."""
-    return f'<a href="{escape(address)}">{escape(name)}</a>' if address.startswith("https://") else escape(name)
-
-
-def _clock(seconds: float) -> str:
-    """312 -> 5 min 12 s"""
-    whole = round(seconds)
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{seconds:.3g} s"
+    spent = {"time": ", ".join(f"{leg} {clock(seconds)}" for leg, seconds in report.seconds.items())}
+    return pairs({**report.method, **(spent if report.seconds else {}), **stamps})

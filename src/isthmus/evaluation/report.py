@@ -76,6 +76,10 @@ def table_of(rows: Sequence[Row]) -> Table:
         cells = [_terminal_cell(row.cells.get(column)) for column in shown]
         task = RichText(row.label).append(f"\n{row.n:,} items", style="dim")
         result.add_row(task, *cells, "" if row.chance is None else short(row.chance))
+        for name, value in row.besides.items():
+            result.add_row(
+                RichText(f"  {name}", style="dim"), *("" if c != "after" else short(value) for c in shown), ""
+            )
     return result
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from PIL import Image as Pillow
@@ -52,6 +52,8 @@ class Row:
     """After training, within each kind of question, where there are several; `macro` is their mean."""
     macro: Estimate | None = None
     chance: float | None = None
+    besides: Mapping[str, float] = field(default_factory=dict)
+    """Further figures of a benchmark, after training."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Report:
 
     def plain(self) -> dict[str, Any]:
         """All the numbers, for JSON; pictures stay in the page."""
-        return {"isthmus_report": 1, "parameters": self.parameters, "trained": self.trained, **_plain(self)}
+        return {"isthmus_report": 1, "parameters": self.parameters, "trained": self.trained, **as_plain(self)}
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -157,14 +159,9 @@ def _row(task: Task, cut: Cut, runs: Runs, seed: int) -> Row:
     after = chosen["after"]
     right, clusters, kinds = [p.right for p in after], [p.cluster for p in after], [p.kind for p in after]
     several = len(set(kinds)) > 1
-    sizes = [len(p.choices) for p in after]
-    return Row(
-        row.task,
-        row.label,
-        row.unit,
-        row.n,
-        row.clusters,
-        cells,
+    sizes = [len(item.choices) for item in task.items if cut.takes(item.kind)]
+    return replace(
+        row,
         gains={
             column: statistics.difference(right, [p.right for p in other], clusters, seed=seed)
             for column, other in chosen.items()
@@ -173,6 +170,7 @@ def _row(task: Task, cut: Cut, runs: Runs, seed: int) -> Row:
         kinds=statistics.by_kind(right, kinds, clusters, seed=seed) if several else {},
         macro=statistics.macro(right, kinds, clusters, seed=seed) if several else None,
         chance=sum(1 / size for size in sizes) / len(sizes) if all(sizes) else None,
+        besides=task.totals(after) if cut.kinds is None else {},
     )
 
 
@@ -228,18 +226,18 @@ def interval(value: Estimate) -> str:
     return f"{short(value.low, 2)}–{short(value.high, 2)}"
 
 
-def _plain(value: Any) -> Any:
+def as_plain(value: Any) -> Any:
     """Dataclasses to plain values; a picture becomes its size, a number that is none becomes null."""
     if isinstance(value, Pillow.Image):
         return {"width": value.width, "height": value.height}
     if isinstance(value, Estimate | Prediction):
-        return _plain(asdict(value))
+        return as_plain(asdict(value))
     if is_dataclass(value):
-        return {name: _plain(content) for name, content in vars(value).items()}
+        return {name: as_plain(content) for name, content in vars(value).items()}
     if isinstance(value, Mapping):
-        return {str(name): _plain(content) for name, content in value.items()}
+        return {str(name): as_plain(content) for name, content in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(content) for content in value]
+        return [as_plain(content) for content in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

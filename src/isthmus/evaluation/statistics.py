@@ -17,8 +17,8 @@ import numpy as np
 
 from isthmus.types import DataError
 
-Right: TypeAlias = bool | None
-"""True, False, or None: not scored."""
+Right: TypeAlias = float | None
+"""How right an item is, from 0 (False) to 1 (True); None: not scored."""
 
 DRAWS = 2000
 LEVEL = 0.95
@@ -197,7 +197,7 @@ def _scored(right: Sequence[Right], one_hot: np.ndarray) -> float:
     scored = np.asarray([x is not None for x in right])
     if not scored.any():
         return float("nan")
-    hits = np.asarray([bool(x) for x in right], dtype=float)
+    hits = np.asarray([x or 0.0 for x in right], dtype=float)
     with np.errstate(invalid="ignore"):
         return float(np.nanmean(hits[scored] @ one_hot[scored] / one_hot[scored].sum(0)))
 

@@ -37,6 +37,8 @@ class Item:
     choices: tuple[str, ...]
     cluster: str
     kind: str
+    references: tuple[str, ...] = ()
+    """All that was said by people, where a score compares with several."""
 
     @property
     def question(self) -> Question:
@@ -87,6 +89,10 @@ class Task(ABC):
     @abstractmethod
     def predict(self, scorer: Scorer, prompts: Sequence[Sample], advance: Advance | None) -> list[Prediction]:
         """One prediction per item, with the item's prompt replaced by that of `prompts`."""
+
+    def totals(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        """Figures over all items that a benchmark reports besides; none as a rule."""
+        return {}
 
     def joint_alone(self, scorer: Scorer, advance: Advance | None) -> list[Prediction]:
         """One prediction per item from the joint without the LLM, where the task has choices."""
@@ -167,8 +173,8 @@ class Free(Task):
     @abstractmethod
     def score(
         self, scorer: Scorer, item: Item, prompt: Sample, reply: str | None
-    ) -> tuple[bool | None, tuple[float, ...]]:
-        """Whether a reply is right (None: not scored), and what `Prediction.scores` holds of it."""
+    ) -> tuple[float | None, tuple[float, ...]]:
+        """How right a reply is (None: not scored), and what `Prediction.scores` holds of it."""
 
     def predict(self, scorer: Scorer, prompts: Sequence[Sample], advance: Advance | None) -> list[Prediction]:
         """As in `Task`.
@@ -261,7 +267,14 @@ def _fingerprint(
 ) -> str:
     """Twelve hex digits that change with anything that the predictions depend on."""
     asked = [
-        [prompt.id, plain(prompt), [str(controls.key(medium)) for medium in prompt.media], item.answer, item.choices]
+        [
+            prompt.id,
+            plain(prompt),
+            [str(controls.key(medium)) for medium in prompt.media],
+            item.answer,
+            item.choices,
+            item.references,
+        ]
         for prompt, item in zip(prompts, task.items)
     ]
     canonical = json.dumps([task.name, control, rule, asked, dict(settings)], sort_keys=True, default=str)
@@ -293,6 +306,12 @@ LIMIT = 500
 def naming(task: TaskConfig, seed: int) -> Choice:
     """Concepts that training never saw, one of ten names."""
     return replace(of_scenes(Choice, task, seed, "naming", "Naming unseen concepts", split="unseen"), cosine=True)
+
+
+def naming_options(task: TaskConfig, seed: int) -> Choice:
+    """The same pictures, with the ten names in the question."""
+    label = "Naming unseen concepts, names in the question"
+    return replace(of_scenes(Choice, task, seed, "options", label, split="unseen"), cosine=True)
 
 
 def naming_freely(task: TaskConfig, seed: int) -> Generate:
@@ -334,6 +353,7 @@ def caption(task: TaskConfig, seed: int) -> Likelihood:
 
 TASKS: dict[str, Builder] = {
     "naming": naming,
+    "naming-options": naming_options,
     "naming-free": naming_freely,
     "easy-vqa": easy_vqa,
     "presence": presence,

@@ -1,0 +1,171 @@
+"""What a comparison says in plain words, and what it does not say because the data do not decide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from isthmus.comparing.outcome import Cell, Cost, Line, Outcome
+from isthmus.evaluation.seeds import Level
+from isthmus.evaluation.statistics import short
+
+NAMED = 4
+"""Settings that differ and are named in the recommendation; the page has them all."""
+
+
+def advice(outcome: Outcome) -> tuple[str, ...]:
+    """The recommendation, a sentence or two each, the most important first."""
+    said = [_mean(outcome), *_cheapest(outcome), *_tasks(outcome), *_unseen(outcome), *_rates(outcome)]
+    return (*said, *_mismatch(outcome))
+
+
+def signed(value: float) -> str:
+    return ("" if value < 0 else "+") + short(value)
+
+
+def reach(level: Level) -> str:
+    """A level with its interval."""
+    return f"{short(level.value)} ({short(level.ends[0])} to {short(level.ends[1])})"
+
+
+def _mean(outcome: Outcome) -> str:
+    """Who is better than the baseline over all tasks."""
+    line, base = outcome.mean, outcome.baseline
+    if len(outcome.names) < 2:
+        return "There is one joint, so that there is nothing to compare it with."
+    if len(outcome.seeds) < 2:
+        best = _best(line, outcome.names)
+        return (
+            f"The data do not decide: every joint was trained once, and another seed makes another model. {best} has "
+            f"the highest {line.label}, {short(line.cells[best].level.value)}, which may be luck. Train with "
+            "--seeds 3 or more; the same command with more seeds goes on from here."
+        )
+    better = [name for name in outcome.names if line.cells[name].verdict == "better"]
+    worse = [name for name in outcome.names if line.cells[name].verdict == "worse"]
+    if not better and not worse:
+        return (
+            f"The data do not decide between {base} and the others ({line.label}): over {len(outcome.seeds)} seeds no "
+            f"difference is larger than chance explains. {_widest(line)}"
+        )
+    said = []
+    if better:
+        best = _best(line, better)
+        said.append(
+            f"Take {best}: its {line.label} is {reach(line.cells[best].level)}, {_by(line.cells[best])} than {base}."
+        )
+        if others := [name for name in better if name != best]:
+            said.append(
+                f"{_list(others)} {'is' if len(others) == 1 else 'are'} better than {base}, too; these were not "
+                "compared with each other."
+            )
+    else:
+        said.append(f"Keep {base}: no joint is better over all tasks.")
+    if worse:
+        said.append(f"{_list(worse)} {'is' if len(worse) == 1 else 'are'} worse than {base}.")
+    if open_ := [name for name in outcome.names if name not in (*better, *worse, base)]:
+        said.append(f"Between {base} and {_list(open_)} the data do not decide.")
+    return " ".join(said)
+
+
+def _best(line: Line, names: Sequence[str]) -> str:
+    sign = 1 if line.higher else -1
+    return max(names, key=lambda name: sign * line.cells[name].level.value)
+
+
+def _by(cell: Cell) -> str:
+    assert cell.gap is not None  # it has a verdict
+    low, high = cell.gap.ends
+    return f"{signed(cell.gap.value)} ({signed(low)} to {signed(high)}) {cell.verdict}"
+
+
+def _widest(line: Line) -> str:
+    """How small a difference could have been seen."""
+    ends = [cell.gap.ends for cell in line.cells.values() if cell.gap is not None]
+    widest = max((high - low) / 2 for low, high in ends)
+    return f"The intervals of the differences reach ± {short(widest)} at the widest; more seeds and items narrow them."
+
+
+def _cheapest(outcome: Outcome) -> list[str]:
+    """Among those that the data cannot tell from the best, what they can be told apart by: the price."""
+    line = outcome.mean
+    leader = next((name for name in outcome.names if line.cells[name].verdict == "better"), outcome.baseline)
+    if leader != outcome.baseline or len(outcome.seeds) < 2:
+        return []
+    level_with = [name for name in outcome.names if line.cells[name].verdict in (None, "not decided")]
+    if len(level_with) < 2:
+        return []
+    said = [
+        *_least(outcome, level_with, "computes least for a picture and its question", "GFLOP", _prefill),
+        *_least(outcome, level_with, "keeps least of a picture while it answers", "MiB", _kept),
+    ]
+    return [f"Where quality does not decide, cost may: of {_list(level_with)}, {', and '.join(said)}."] if said else []
+
+
+def _least(
+    outcome: Outcome, names: Sequence[str], what: str, unit: str, price: Callable[[Cost], float]
+) -> Iterator[str]:
+    """Who is cheapest, where they differ."""
+    prices = {name: price(outcome.costs[name]) for name in names}
+    least = min(prices.values())
+    cheap = [name for name in names if prices[name] == least]
+    if len(cheap) < len(names):
+        yield f"{_list(cheap)} {what} ({least:,.2f} {unit})"
+
+
+def _prefill(cost: Cost) -> float:
+    return cost.prefill / 1e9
+
+
+def _kept(cost: Cost) -> float:
+    return cost.kept / 2**20
+
+
+def _tasks(outcome: Outcome) -> list[str]:
+    """Verdicts on single tasks."""
+    found = []
+    for name in outcome.names:
+        for word in ("better", "worse"):
+            labels = [line.label for line in outcome.lines if line.cells[name].verdict == word]
+            if labels:
+                found.append(f"{name} is {word} than {outcome.baseline} in {_list(labels)}.")
+    return [" ".join(["Task by task:", *found])] if found else []
+
+
+def _unseen(outcome: Outcome) -> list[str]:
+    """Tasks in which no joint is clearly better with its picture than with a blank one."""
+    if len(outcome.seeds) < 2:
+        return []
+    blind = [line.label for line in outcome.lines if line.higher and not any(map(_sees, line.cells.values()))]
+    if not blind:
+        return []
+    return [
+        f"In {_list(blind)} no joint is clearly better with the picture than with a blank one: differences there say "
+        "nothing about seeing."
+    ]
+
+
+def _sees(cell: Cell) -> bool:
+    return cell.seen is None or (cell.seen.p <= 0.05 and cell.seen.value > 0)
+
+
+def _rates(outcome: Outcome) -> list[str]:
+    edge = [name for name, rates in outcome.rates.items() if rates.at_edge]
+    if not edge:
+        return []
+    return [
+        f"The best learning rates of {_list(edge)} lie at the edge of what was tried: beyond it may be better ones. "
+        "Widen --grid."
+    ]
+
+
+def _mismatch(outcome: Outcome) -> list[str]:
+    other = [setting.name for setting in outcome.settings if not setting.matches]
+    if not other:
+        return []
+    named = other if len(other) <= NAMED else [*other[:NAMED], f"{len(other) - NAMED} more"]
+    return [
+        f"Settings differ in {_list(named)}: the differences are those of whole recipes, not of their joints alone."
+    ]
+
+
+def _list(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

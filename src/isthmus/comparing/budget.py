@@ -1,0 +1,162 @@
+"""One budget for every recipe: minutes, operations, samples or steps, shared by its stages as they share their own."""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import torch
+from rich.console import Console
+
+from isthmus.config import Budget, Recipe, Stage
+from isthmus.data.collate import Look
+from isthmus.errors import ConfigError
+from isthmus.model import VLM
+from isthmus.training import optimizer
+from isthmus.training.meter import Meter
+from isthmus.training.run import Feed, Run, mix_of
+from isthmus.training.step import Step
+
+Unit: TypeAlias = Literal["minutes", "flops", "samples", "steps"]
+UNITS: dict[str, tuple[Unit, float]] = {
+    "m": ("minutes", 1),
+    "min": ("minutes", 1),
+    "minutes": ("minutes", 1),
+    "h": ("minutes", 60),
+    "flops": ("flops", 1),
+    "samples": ("samples", 1),
+    "steps": ("steps", 1),
+}
+PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+WRITTEN = re.compile(r"(\d+\.?\d*(?:e\d+)?)([kMGTP]?)-?([a-z]+)")
+COUNTED = 8
+"""Batches of a stage whose operations are counted to know what a step costs."""
+
+
+@dataclass(frozen=True)
+class Amount:
+    """So much of something, for the training of one run."""
+
+    value: float
+    unit: Unit
+
+    def __str__(self) -> str:
+        if self.unit == "flops":
+            return f"{self.value:.3g} FLOP"
+        return f"{self.value:,g} {self.unit}"
+
+    def times(self, share: float) -> Amount:
+        return Amount(self.value * share, self.unit)
+
+
+def parse(text: str) -> Amount:
+    """`10m`, `1.5h`, `2e15flops`, `50k-samples`, `300-steps`.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    found = WRITTEN.fullmatch(text.strip())
+    if found is None or found[3] not in UNITS or float(found[1]) == 0:
+        raise ConfigError(f"no budget is written {text!r}", "write 10m, 2h, 2e15flops, 50k-samples or 300-steps")
+    unit, size = UNITS[found[3]]
+    return Amount(float(found[1]) * PREFIXES[found[2]] * size, unit)
+
+
+def apply(recipe: Recipe, amount: Amount, per_step: Sequence[float] = ()) -> Recipe:
+    """The recipe with its stages' budgets replaced by their shares of an amount.
+
+    Args:
+        per_step: what a step of each stage costs, see `operations`; only for an amount of operations.
+
+    Raises:
+        ConfigError: see `shares`.
+    """
+    parts = shares(recipe)
+    if amount.unit == "minutes":
+        budgets = [Budget(minutes=round(amount.value * part, 6)) for part in parts]
+    elif amount.unit == "samples":
+        budgets = [Budget(samples=max(1, round(amount.value * part))) for part in parts]
+    elif amount.unit == "steps":
+        budgets = [Budget(steps=steps) for steps in dealt(round(amount.value), parts)]
+    else:
+        budgets = [Budget(steps=max(1, int(amount.value * part / cost))) for part, cost in zip(parts, per_step)]
+    return recipe.but(stages=tuple(stage.but(budget=each) for stage, each in zip(recipe.stages, budgets)))
+
+
+def shares(recipe: Recipe) -> list[float]:
+    """What part of a recipe's own budget each stage has: of its minutes, or of its samples.
+
+    Raises:
+        ConfigError: there is no stage, or minutes stand beside counts.
+    """
+    lengths = [_length(recipe, stage) for stage in recipe.stages]
+    if not lengths:
+        raise ConfigError(f"{recipe.name} has no stage to train", "give it one under `stages`")
+    if len({unit for _, unit in lengths}) > 1:
+        raise ConfigError(
+            f"{recipe.name}: some stages last minutes and others are counted, so that they have no shares",
+            "give all stages minutes, or all of them steps, samples or epochs",
+        )
+    total = sum(length for length, _ in lengths)
+    return [length / total for length, _ in lengths]
+
+
+def _length(recipe: Recipe, stage: Stage) -> tuple[float, Unit]:
+    budget = stage.budget
+    if budget.minutes is not None:
+        return budget.minutes, "minutes"
+    if budget.steps is not None:
+        return float(budget.steps * stage.batch_size), "samples"
+    if budget.samples is not None:
+        return float(budget.samples), "samples"
+    assert budget.epochs is not None  # a budget is one of four
+    return budget.epochs * mix_of(stage, recipe.seed).mix.epoch_length, "samples"
+
+
+def dealt(whole: int, parts: Sequence[float]) -> list[int]:
+    """A whole number in shares of at least 1 each, which sum to it where it is large enough."""
+    counts = [max(1, math.floor(whole * part)) for part in parts]
+    places = range(len(parts))
+    while sum(counts) < whole:
+        counts[max(places, key=lambda place: whole * parts[place] - counts[place])] += 1
+    while sum(counts) > max(whole, len(parts)):
+        counts[max(places, key=counts.__getitem__)] -= 1
+    return counts
+
+
+# ---------------------------------------------------------------------------------------------- operations
+
+
+def operations(recipe: Recipe) -> list[float]:
+    """Operations of an optimizer step of each stage, the mean over its first batches, as a run's own log counts them.
+
+    So features that a run would read from its cache cost nothing (see `training.meter`).
+    """
+    cpu = torch.device("cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(recipe.but(dtype="float32"), Path(folder), cpu, Console(quiet=True))
+        model = run.newborn()
+        look = run.look(model)
+    return [_per_step(recipe, stage, model, look) for stage in recipe.stages]
+
+
+def _per_step(recipe: Recipe, stage: Stage, model: VLM, look: Look) -> float:
+    """One stage's; one batch of each kind of medium is computed, since its products are counted while they run."""
+    step = Step(model, stage.objectives)
+    optimizer.choose(step, stage)
+    step.accompany()
+    collator = model.processor.collator(look, stage.template, max_length=stage.max_length, overlong=stage.overlong)
+    feed = Feed(stage, mix_of(stage, recipe.seed), collator, recipe.seed)
+    batches = [[feed(number, micro) for micro in range(feed.micros)] for number in range(COUNTED)]
+    meter = Meter(step, 1.0, torch.device("cpu"))  # after them: pictures that the cache lacked are not of a step
+    seen: set[str] = set()
+    for batch in (batch for micros in batches for batch in micros):
+        if not seen.issuperset(batch.media):
+            step(batch, step.scales([batch]))
+            seen.update(batch.media)
+    return sum(map(meter.flops, batches)) / len(batches)

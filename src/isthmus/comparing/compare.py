@@ -1,0 +1,319 @@
+"""Several recipes under one budget, several seeds each, to one table, `compare.json` and one page.
+
+Everything lies in one folder, `runs/compare/NAME`: the plan, a normal run folder for every recipe and seed, and the
+result. What is finished is never done again, so that the same call goes on after any interruption, and a call with more
+recipes or seeds extends what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from isthmus.comparing import budget, gather, page
+from isthmus.comparing import plan as plans
+from isthmus.comparing.advice import advice
+from isthmus.comparing.engine import Engine, Here, Processes, locked
+from isthmus.comparing.gather import Quality
+from isthmus.comparing.judge import judged
+from isthmus.comparing.outcome import Outcome, Rates
+from isthmus.comparing.plan import GRID, Common, Job, Plan
+from isthmus.comparing.settings import settings
+from isthmus.comparing.speed import speed_of
+from isthmus.config import Recipe, Source, TaskConfig
+from isthmus.errors import ConfigError
+from isthmus.evaluation import catalogue
+from isthmus.evaluation.measure import build
+from isthmus.experiment import credits_of
+from isthmus.training import log
+from isthmus.training.checkpoint import write_text
+from isthmus.training.machine import arithmetic
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a comparison lies and what it runs on."""
+
+    folder: Path
+    device: torch.device
+    console: Console
+
+
+def compare(
+    recipes: Sequence[Recipe] = (),
+    *,
+    out: Path | str,
+    add: Sequence[Recipe] = (),
+    budget: str = "10m",
+    seeds: Sequence[int] | int = 3,
+    baseline: str | None = None,
+    factors: Sequence[float] = GRID,
+    share: float = 0.2,
+    tasks: Sequence[TaskConfig] | None = None,
+    limit: int | None = None,
+    data: Sequence[Source] = (),
+    overrides: Sequence[str] = (),
+    at_once: int = 1,
+    processes: bool = True,
+    device: torch.device | str = "cpu",
+    console: Console | None = None,
+) -> Outcome:
+    """Train, measure and compare recipes on equal terms, or go on with it; writes `compare.json` and `compare.html`.
+
+    Args:
+        recipes: with different names; none goes on with those that are planned in `out`.
+        out: the comparison's folder.
+        add: recipes for a comparison that is planned there already, under its settings.
+        budget: of each run, such as `10m`, `2e15flops`, `50k-samples` or `300-steps`.
+        seeds: how many, or which.
+        baseline: the name of the recipe that all others are compared with; the first by default.
+        factors: what each recipe's learning rates are multiplied by in short trials; empty leaves them alone.
+        share: of the budget, for each trial.
+        tasks: what is measured; those of the baseline by default.
+        limit: items of each task; the tasks' own by default.
+        data: in place of that of all stages that train by the language-model loss.
+        overrides: dotted assignments to every recipe.
+        at_once: how many runs at a time.
+        processes: each run in a process of its own; otherwise all in this one, which is quicker for tiny models.
+
+    Raises:
+        ConfigError: recipes do not fit together, or `out` holds another comparison.
+        IsthmusError: a run failed; what was finished is kept.
+        KeyboardInterrupt: it was interrupted; the same call goes on.
+    """
+    place = Place(Path(out), torch.device(device), console or Console())
+    with locked(place.folder, lambda text: place.console.print(text, soft_wrap=True)) as lock:
+        plan = plans.read(place.folder)
+        if recipes:
+            numbers = range(seeds) if isinstance(seeds, int) else seeds
+            common = common_of(recipes, baseline, tasks, limit, data, overrides)
+            wanted = planned(recipes, common, budget, numbers, baseline, factors, share)
+            plan = wanted if plan is None else plans.extended(plan, wanted, place.folder)
+        if plan is None:
+            raise ConfigError(f"{place.folder} holds no comparison to go on with", "name the recipes to compare")
+        plan = plan.with_recipes(add, place.folder)
+        check_budgets(plan)
+        plan.save(place.folder)
+        engine: Engine = Here(place.console, place.device)
+        if processes:
+            engine = Processes(lock, place.console, str(place.device), at_once)
+        outcome = _carry_out(plan, place, engine)
+    write(outcome, place.folder)
+    return outcome
+
+
+def common_of(
+    recipes: Sequence[Recipe],
+    baseline: str | None,
+    tasks: Sequence[TaskConfig] | None,
+    limit: int | None,
+    data: Sequence[Source],
+    overrides: Sequence[str],
+) -> Common:
+    """What is made the same for all.
+
+    Raises:
+        ConfigError: nothing would be measured, a task is unknown, or the baseline is none of the recipes.
+    """
+    measured = tuple(tasks if tasks is not None else _named(recipes, baseline).eval)
+    if not measured:
+        raise ConfigError("the baseline names no task, so that nothing would be measured", "name some with --tasks")
+    for task in measured:
+        catalogue.named(task.name)
+    if limit is not None:
+        measured = tuple(task.but(limit=limit) for task in measured)
+    return Common(eval=measured, data=tuple(data), overrides=tuple(overrides))
+
+
+def planned(
+    recipes: Sequence[Recipe],
+    common: Common,
+    amount: str,
+    numbers: Sequence[int],
+    baseline: str | None,
+    factors: Sequence[float],
+    share: float,
+) -> Plan:
+    """The plan of a comparison from what was asked for.
+
+    Raises:
+        ConfigError: two recipes have one name, or the baseline is none of them.
+    """
+    named = {recipe.name: recipe for recipe in recipes}
+    if len(named) < len(recipes):
+        raise ConfigError("two recipes have one name, under which their runs are kept", "give one another `name`")
+    return Plan(
+        recipes=named,
+        common=common,
+        budget=amount,
+        seeds=tuple(numbers),
+        baseline=_named(recipes, baseline).name,
+        factors=tuple(factors),
+        share=share,
+    )
+
+
+def _named(recipes: Sequence[Recipe], name: str | None) -> Recipe:
+    """The recipe of that name; the first by default."""
+    found = [recipe for recipe in recipes if name in (recipe.name, None)]
+    if not found:
+        there = ", ".join(recipe.name for recipe in recipes)
+        raise ConfigError(f"no recipe is named {name!r}, which should be the baseline", f"there are {there}")
+    return found[0]
+
+
+def check_budgets(plan: Plan) -> None:
+    """Before anything runs.
+
+    Raises:
+        ConfigError: the budget cannot be read, or some recipe's stages cannot share it.
+    """
+    for name in plan.recipes:
+        recipe = plan.recipe(name)
+        budget.apply(recipe, plan.amount, [1.0] * len(recipe.stages))
+
+
+def _carry_out(plan: Plan, place: Place, engine: Engine) -> Outcome:
+    """All that is missing, and then what it says."""
+    costs = _operations(plan, place)
+    rates = _rates(plan, place, engine, costs)
+    group = {
+        name: [plan.run(place.folder, name, seed, rates[name].chosen, costs[name]) for seed in plan.seeds]
+        for name in plan.recipes
+    }
+    _run([job for jobs in zip(*group.values()) for job in jobs], place, engine, "runs")
+    for name, jobs in group.items():
+        if failed := [job for job in jobs if job.diverged]:
+            raise ConfigError(
+                f"{failed[0].label}: a loss or gradient was not finite",
+                f"lower the learning rates of {name}, or leave it out, in another folder",
+            )
+    return _outcome(plan, place, group, rates)
+
+
+def _run(jobs: Sequence[Job], place: Place, engine: Engine, title: str) -> None:
+    """Do the jobs that are not finished."""
+    missing = [job for job in jobs if not (job.finished or job.diverged)]
+    if not missing:
+        return
+    done = len(jobs) - len(missing)
+    with log.counting(place.console, f"{title} of {place.folder}") as progress:
+        progress(done, len(jobs))
+
+        def tell(job: Job, outcome: str) -> None:
+            nonlocal done
+            done += 1
+            progress(done, len(jobs))
+            place.console.print(f"{job.label}: {outcome} ({done} of {len(jobs)} {title})", highlight=False)
+
+        engine(missing, tell)
+
+
+# ---------------------------------------------------------------------------------------------- before the runs
+
+
+def _operations(plan: Plan, place: Place) -> dict[str, list[float]]:
+    """What a step of every recipe's stages costs, where the budget is one of operations; counted once."""
+    if plan.amount.unit != "flops":
+        return {name: [] for name in plan.recipes}
+    found = {}
+    for name in plan.recipes:
+        file = place.folder / name / "operations.json"
+        if not file.is_file():
+            place.console.print(f"counting the operations of {name}", highlight=False)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(budget.operations(plan.recipe(name))))
+        found[name] = json.loads(file.read_text())
+    return found
+
+
+def _rates(plan: Plan, place: Place, engine: Engine, costs: Mapping[str, list[float]]) -> dict[str, Rates]:
+    """Each recipe's learning rates, by the lowest validation loss of short trials that cost all the same."""
+    trials = {
+        name: {factor: plan.trial(place.folder, name, factor, costs[name]) for factor in plan.factors}
+        for name in plan.recipes
+    }
+    _run([job for jobs in trials.values() for job in jobs.values()], place, engine, "trials of learning rates")
+    return {
+        name: chosen({factor: gather.validation(job) for factor, job in jobs.items()}, name)
+        for name, jobs in trials.items()
+    }
+
+
+def chosen(losses: Mapping[float, float | None], name: str) -> Rates:
+    """The factor with the lowest loss, of equals the one nearest to 1; 1 where nothing was tried.
+
+    Raises:
+        ConfigError: all diverged.
+    """
+    finite = {factor: loss for factor, loss in losses.items() if loss is not None}
+    if losses and not finite:
+        raise ConfigError(
+            f"{name}: the losses of all trials were not finite", "lower its learning rates, or try smaller with --grid"
+        )
+    nearest_first = sorted(finite, key=lambda factor: abs(math.log(factor)))
+    return Rates(losses, min(nearest_first, key=finite.__getitem__) if finite else 1.0)
+
+
+# ---------------------------------------------------------------------------------------------- after the runs
+
+
+def _outcome(plan: Plan, place: Place, group: gather.Group, rates: Mapping[str, Rates]) -> Outcome:
+    """All that was found, judged."""
+    recipes = {name: jobs[0].recipe for name, jobs in group.items()}
+    base = recipes[plan.baseline]
+    dtype = arithmetic(base.dtype, place.device)
+    tasks = [task for task, _ in build(plan.common.eval, plan.seeds[0])]
+    asked = gather.questions(tasks)
+    quality = Quality(gather.answers_of(group, asked), asked, plan.baseline)
+    mean, lines = judged(quality.line(quality.primary), [quality.line([question]) for question in quality.asked])
+    costs = {}
+    with log.counting(place.console, "timing answers") as progress:
+        for number, (name, jobs) in enumerate(group.items()):
+            progress(number, len(group))
+            model = jobs[0].folder / recipes[name].stages[-1].name / "model"
+            speed = speed_of(model, dtype, place.device, place.folder / name / "speed.json")
+            costs[name] = gather.cost(recipes[name], jobs, speed)
+        progress(len(group), len(group))
+    threads = torch.get_num_threads()
+    found = Outcome(
+        title=" · ".join(recipes),
+        baseline=plan.baseline,
+        names=tuple(recipes),
+        about={name: recipe.about for name, recipe in recipes.items()},
+        seeds=plan.seeds,
+        budget=str(plan.amount),
+        mean=mean,
+        lines=lines,
+        costs=costs,
+        rates={name: tried for name, tried in rates.items() if tried.losses},
+        share=plan.share,
+        runs=tuple(gather.trained(name, job) for name, jobs in group.items() for job in jobs),
+        settings=settings(recipes),
+        contrasts=tuple(quality.contrast(name) for name in recipes if name != plan.baseline),
+        curves=gather.curves(group),
+        method={
+            "command": plan.command,
+            "rule": tasks[0].rule,
+            "machine": f"{platform.processor() or platform.machine()}, {threads} threads, {place.device}",
+            "arithmetic": f"{str(dtype).removeprefix('torch.')} base parts, float32 for what trains",
+            "software": ", ".join(f"{name} {version(name)}" for name in ("isthmus", "torch", "transformers")),
+        },
+        credits=tuple({credit.name: credit for recipe in recipes.values() for credit in credits_of(recipe)}.values()),
+    )
+    return replace(found, advice=advice(found))
+
+
+def write(outcome: Outcome, folder: Path) -> None:
+    """`compare.json` and `compare.html`."""
+    text = json.dumps(outcome.plain(), indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(folder / "compare.json", text)
+    write_text(folder / "compare.html", page.render(outcome))

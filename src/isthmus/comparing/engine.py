@@ -1,0 +1,175 @@
+"""How the runs of a comparison are done: in processes of this machine, several at once, or one by one in this process.
+
+Every engine calls the same verb on the same recipe file, so that results do not depend on it. Ctrl-C and SIGTERM let
+every run save its step. Where this process is killed outright, its children go on to their end; they hold the
+comparison's lock until then, and the same command waits for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, TypeAlias
+
+import torch
+from rich.console import Console
+
+from isthmus.comparing.plan import Job
+from isthmus.errors import IsthmusError, NotFinite
+from isthmus.experiment import experiment
+from isthmus.training.checkpoint import write_text
+from isthmus.training.loop import interrupts
+
+Outcome: TypeAlias = Literal["done", "diverged"]
+Tell: TypeAlias = Callable[[Job, Outcome], None]
+GLANCE = 0.1
+"""Seconds between two looks at the children."""
+
+
+class Engine(Protocol):
+    """Does all jobs, and tells of each one that ended.
+
+    Raises:
+        IsthmusError: a job failed; all but further ones of the same recipe have been done.
+        KeyboardInterrupt: it was interrupted; every job has saved.
+    """
+
+    def __call__(self, jobs: Sequence[Job], tell: Tell) -> None: ...
+
+
+@dataclass
+class Processes:
+    """Jobs in processes of their own, `at_once` at a time, which share this machine's cores evenly."""
+
+    lock: int
+    """The descriptor of the comparison's lock, which children inherit."""
+    console: Console
+    device: str = "auto"
+    at_once: int = 1
+
+    def __call__(self, jobs: Sequence[Job], tell: Tell) -> None:
+        waiting, running = list(jobs), dict[int, tuple[Job, subprocess.Popen[bytes]]]()
+        failed: list[IsthmusError] = []
+        asked = False
+        with interrupts(lambda text: self.console.print(text, soft_wrap=True)) as stopped:
+            while running or (waiting and not asked):
+                while waiting and len(running) < self.at_once and not asked:
+                    job = waiting.pop(0)
+                    child = self._start(job)
+                    running[child.pid] = job, child
+                if stopped() and not asked:
+                    asked = True
+                    for _, child in running.values():
+                        child.send_signal(signal.SIGINT)
+                for job, error in self._reap(running, tell, asked):
+                    failed.append(error)
+                    waiting = [other for other in waiting if other.folder.parent != job.folder.parent]
+                time.sleep(GLANCE)
+        if asked:
+            raise KeyboardInterrupt
+        if failed:
+            raise failed[0]
+
+    def _start(self, job: Job) -> subprocess.Popen[bytes]:
+        """A child in a process group of its own: the terminal's Ctrl-C reaches it once, through us."""
+        job.folder.parent.mkdir(parents=True, exist_ok=True)
+        file, log = (job.folder.with_name(job.folder.name + ending) for ending in (".json", ".log"))
+        job.recipe.save(file)
+        threads = str(max(1, torch.get_num_threads() // self.at_once))
+        words = ["train", str(file), "--out", str(job.folder), "--device", self.device]
+        with log.open("ab") as stream:
+            return subprocess.Popen(
+                [sys.executable, "-m", "isthmus", *words],
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": threads},
+                pass_fds=(self.lock,),
+                process_group=0,
+            )
+
+    def _reap(
+        self, running: dict[int, tuple[Job, subprocess.Popen[bytes]]], tell: Tell, asked: bool
+    ) -> Iterator[tuple[Job, IsthmusError]]:
+        """Take note of the children that ended, and yield those that failed."""
+        ended = [number for number, (_, child) in running.items() if child.poll() is not None]
+        for job, child in (running.pop(number) for number in ended):
+            if child.returncode == 0:
+                tell(job, "done")
+            elif child.returncode == NotFinite.code:
+                diverged(job)
+                tell(job, "diverged")
+            elif not asked:
+                log = job.folder.with_name(job.folder.name + ".log")
+                error = IsthmusError(
+                    f"{job.label} ended with exit code {child.returncode}: {_last_words(log)}",
+                    f"see {log}; the same command goes on with what is missing",
+                )
+                yield job, error
+
+
+@dataclass
+class Here:
+    """Jobs one by one in this process: no second import, and a debugger sees them; their peak memory is ours."""
+
+    console: Console
+    device: torch.device
+
+    def __call__(self, jobs: Sequence[Job], tell: Tell) -> None:
+        failed: dict[Path, IsthmusError] = {}
+        for job in jobs:
+            if job.folder.parent in failed:
+                continue
+            try:
+                if experiment(job.recipe, job.folder, self.device, self.console) is None:
+                    raise KeyboardInterrupt
+            except NotFinite:
+                diverged(job)
+                tell(job, "diverged")
+            except IsthmusError as error:
+                failed[job.folder.parent] = error
+            else:
+                tell(job, "done")
+        if failed:
+            raise next(iter(failed.values()))
+
+
+def diverged(job: Job) -> None:
+    """Write down that a job ends in numbers that are not finite, so that it is not tried again."""
+    write_text(job.folder / "diverged", "")
+
+
+@contextlib.contextmanager
+def locked(folder: Path, say: Callable[[str], None]) -> Iterator[int]:
+    """The comparison's lock; waits while another process, or a child that outlived its parent, holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        if not _take(file.fileno()):
+            say(f"{folder} is in use by another process, or by runs that outlived theirs; waiting for them to end")
+            while not _take(file.fileno()):
+                time.sleep(1)
+        yield file.fileno()
+
+
+def _take(descriptor: int) -> bool:
+    import fcntl  # here, so that systems without it can import the package
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _last_words(log: Path) -> str:
+    """The error that a child printed, else its last line."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["it said nothing"])[-1]

@@ -1,0 +1,292 @@
+"""From the folders of finished runs to a comparison's numbers: predictions, logs and reports are read, none made."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from isthmus.comparing.outcome import Cell, Contrast, Cost, Drawn, Line, Points, Shown, Trained
+from isthmus.comparing.plan import Job
+from isthmus.comparing.speed import Speed
+from isthmus.config import Recipe, Stage
+from isthmus.costs import costs
+from isthmus.data.media import open_image
+from isthmus.evaluation import answers, seeds
+from isthmus.evaluation.answers import Prediction
+from isthmus.evaluation.drawing import thin
+from isthmus.evaluation.results import COLUMNS, Column, Runs
+from isthmus.evaluation.seeds import Gap, Level, Outcomes
+from isthmus.evaluation.tasks import Cut, Task
+from isthmus.planning import plan
+from isthmus.training.log import read_rows
+from isthmus.types import Image
+
+SHOWN = 3
+"""Items that are shown of each side of a contrast."""
+Group = Mapping[str, Sequence[Job]]
+"""The jobs of every joint, seed by seed in one order."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One line of the table to come: a cut of a task."""
+
+    task: Task
+    cut: Cut
+    first: bool
+    """Whether it is its task's first, which the mean is over."""
+
+
+def questions(tasks: Sequence[Task]) -> list[Question]:
+    """The lines of the table, in order."""
+    found = []
+    for task in tasks:
+        cuts = [cut for cut in task.cuts if any(cut.takes(item.kind) for item in task.items)]
+        found += [Question(task, cut, cut is cuts[0]) for cut in cuts]
+    return found
+
+
+def predictions(folder: Path, task: Task) -> dict[Column, list[Prediction]]:
+    """A run's answers to a task under every condition that was measured."""
+    places: dict[Column, Path] = {
+        column: folder / "predictions" / "before" / f"{task.name}.jsonl"
+        if column == "before"
+        else folder / "predictions" / "after" / f"{task.name}{'' if column == 'after' else '.' + column}.jsonl"
+        for column in COLUMNS
+    }
+    return {column: answers.read(place)[1] for column, place in places.items() if place.is_file()}
+
+
+# ---------------------------------------------------------------------------------------------- quality
+
+
+Answers = Mapping[str, Mapping[str, Sequence[Runs]]]
+"""By joint and task, seed by seed: predictions under every condition."""
+
+
+def answers_of(group: Group, asked: Sequence[Question]) -> Answers:
+    """All predictions of finished jobs.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    tasks = {question.task.name: question.task for question in asked}.values()
+    return {
+        name: {task.name: [predictions(job.folder, task) for job in jobs] for task in tasks}
+        for name, jobs in group.items()
+    }
+
+
+class Quality:
+    """Makes the lines of the table from answers.
+
+    Args:
+        answered: of all joints to the same tasks under as many seeds.
+        asked: the lines; those that a run has no items of are left out.
+        baseline: the joint that all others are compared with.
+        seed: of the bootstrap.
+        draws: of the bootstrap.
+    """
+
+    def __init__(
+        self,
+        answered: Answers,
+        asked: Sequence[Question],
+        baseline: str,
+        seed: int = 0,
+        draws: int = seeds.DRAWS,
+    ):
+        self.answers, self.baseline = answered, baseline
+        self.asked = [question for question in asked if self._answered(question)]
+        self.seed, self.draws = seed, draws
+
+    @property
+    def primary(self) -> list[Question]:
+        """What the mean is over: each task's first line, of those that count right answers where there are any."""
+        first = [question for question in self.asked if question.first]
+        return [question for question in first if question.task.unit == "accuracy"] or first
+
+    def line(self, asked: Sequence[Question]) -> Line:
+        """One line: a question, or the mean over several."""
+        one = asked[0]
+        cells = {name: self._cell(name, asked) for name in self.answers}
+        sample = [run for question in asked for run in self._runs(self.baseline, question, "after")[:1]]
+        sizes = [self._chance(question) for question in asked]
+        return Line(
+            task=one.task.name if len(asked) == 1 else "mean",
+            label=one.cut.label if len(asked) == 1 else f"mean over {len(asked)} tasks",
+            unit=one.task.unit,
+            items=sum(len(run.ids) for run in sample),
+            clusters=sum(len(set(run.clusters)) for run in sample),
+            cells=cells,
+            chance=None if None in sizes else statistics.mean(size for size in sizes if size is not None),
+            paired=all(cell.gap is None or cell.gap.paired for cell in cells.values()),
+        )
+
+    def _cell(self, name: str, asked: Sequence[Question]) -> Cell:
+        one = asked[0]
+        columns = [column for column in COLUMNS if all(self._has(name, question, column) for question in asked)]
+        runs = {column: [self._runs(name, question, column) for question in asked] for column in columns}
+        levels = {column: self._level(runs[column], one.task.unit) for column in columns}
+        unscored = sum(run.unscored for task in runs["after"] for run in task)
+        theirs = [self._runs(self.baseline, question, "after") for question in asked]
+        return Cell(
+            level=levels.pop("after"),
+            others=levels,
+            seen=self._gap(runs["after"], runs["blind"], one.task.unit) if "blind" in runs else None,
+            gap=None if name == self.baseline else self._gap(runs["after"], theirs, one.task.unit),
+            unscored=unscored,
+        )
+
+    def _level(self, tasks: Sequence[seeds.Runs], unit: str) -> Level:
+        """With an interval over seeds that stays within what a share can be."""
+        found = seeds.level(tasks, seed=self.seed, draws=self.draws)
+        if unit != "accuracy" or found.low is None or found.high is None:
+            return found
+        return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
+
+    def _gap(self, ours: Sequence[seeds.Runs], theirs: Sequence[seeds.Runs], unit: str) -> Gap:
+        """With an interval over seeds that stays within what a difference of shares can be."""
+        found = seeds.gap(ours, theirs, seed=self.seed, draws=self.draws)
+        if unit != "accuracy" or found.low is None or found.high is None:
+            return found
+        return replace(found, low=max(-1.0, found.low), high=min(1.0, found.high))
+
+    def _answered(self, question: Question) -> bool:
+        """Whether every run has items of it: each draws a file's by its own seed, and may draw none of a kind."""
+        return all(
+            any(question.cut.takes(prediction.kind) for prediction in found)
+            for by_task in self.answers.values()
+            for runs in by_task[question.task.name]
+            for found in runs.values()
+        )
+
+    def _has(self, name: str, question: Question, column: Column) -> bool:
+        return all(column in runs for runs in self.answers[name][question.task.name])
+
+    def _runs(self, name: str, question: Question, column: Column) -> list[Outcomes]:
+        return [
+            Outcomes.of([p for p in runs[column] if question.cut.takes(p.kind)], question.task.unit)
+            for runs in self.answers[name][question.task.name]
+        ]
+
+    def _chance(self, question: Question) -> float | None:
+        sizes = [len(item.choices) for item in question.task.items if question.cut.takes(item.kind)]
+        return statistics.mean(1 / size for size in sizes) if all(sizes) else None
+
+    # ------------------------------------------------------------------------------------ item by item
+
+    def contrast(self, name: str) -> Contrast:
+        """What this joint had right and the baseline wrong under the first seed, and the other way round."""
+        won: list[tuple[Question, int]] = []
+        lost: list[tuple[Question, int]] = []
+        count = 0
+        for question in (question for question in self.primary if question.task.unit == "accuracy"):
+            ours, theirs = (self.answers[each][question.task.name][0]["after"] for each in (name, self.baseline))
+            for place, (a, b) in enumerate(zip(ours, theirs)):
+                if question.cut.takes(a.kind) and a.id == b.id == question.task.items[place].prompt.id:
+                    count += 1
+                    won += [(question, place)] * bool(a.right and b.right is False)
+                    lost += [(question, place)] * bool(b.right and a.right is False)
+        dice = random.Random(f"{self.seed} {name}")
+        drawn = [(name, place) for place in dice.sample(won, min(SHOWN, len(won)))]
+        drawn += [(self.baseline, place) for place in dice.sample(lost, min(SHOWN, len(lost)))]
+        shown = tuple(self._shown(name, question, place, right) for right, (question, place) in drawn)
+        return Contrast(name, len(won), len(lost), count, shown)
+
+    def _shown(self, name: str, question: Question, place: int, right: str) -> Shown:
+        item = question.task.items[place]
+        image = next(part for part in reversed(item.prompt.media) if isinstance(part, Image))
+        said = {
+            each: self.answers[each][question.task.name][0]["after"][place].prediction or "(nothing)"
+            for each in (name, self.baseline)
+        }
+        picture = open_image(image.source, item.prompt.id)
+        return Shown(question.cut.label, item.words, item.answer, picture, said, right)
+
+
+# ---------------------------------------------------------------------------------------------- costs
+
+
+def cost(recipe: Recipe, jobs: Sequence[Job], speed: Speed | None) -> Cost:
+    """A joint's costs: by structure, and the means over its runs' logs."""
+    planned, picture = plan(recipe), costs(recipe)
+    added = {part: number for stage in planned.stages for part, number in stage.by_part.items()}
+    whole = added | planned.parts
+    trained = {part: max(stage.by_part.get(part, 0) for stage in planned.stages) for part in whole}
+    logs = [[row for stage in job.recipe.stages for row in steps_of(job, stage)] for job in jobs]
+    return Cost(
+        parameters=sum(whole.values()),
+        trained=sum(trained.values()),
+        training=statistics.mean(sum(row["operations"] for row in log) for log in logs),
+        seconds=statistics.mean(sum(row["seconds"] for row in log) for log in logs),
+        samples=statistics.mean(sum(row["samples_per_second"] * row["seconds"] for row in log) for log in logs),
+        memory=max((1e9 * row["memory_gb"] for log in logs for row in log), default=0.0),
+        encoder=picture.encoder,
+        joint=picture.joint,
+        llm=picture.llm,
+        cache=picture.cache,
+        aside=picture.aside,
+        positions=picture.positions,
+        speed=speed,
+    )
+
+
+def steps_of(job: Job, stage: Stage) -> list[dict[str, Any]]:
+    """The log's row of every step of a stage, with the operations that its share of the ceiling stands for."""
+    folder = job.folder / stage.name
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
+    ceiling = json.loads((folder / "machine.json").read_text())["operations_per_second"] if rows else 0.0
+    return [{**row, "operations": row["mfu"] * row["seconds"] * ceiling} for row in rows]
+
+
+def trained(name: str, job: Job) -> Trained:
+    """A finished run's provenance, from its report."""
+    report = json.loads((job.folder / "report.json").read_text(encoding="utf-8"))
+    return Trained(
+        name,
+        job.recipe.seed,
+        str(job.folder),
+        report["fingerprint"],
+        report["data_hash"],
+        report["revision"],
+        {stage.name: len(steps_of(job, stage)) for stage in job.recipe.stages},
+        validation(job),
+    )
+
+
+def validation(job: Job) -> float | None:
+    """The lowest validation loss of a run's last stage; None where it diverged or has none."""
+    if job.diverged:
+        return None
+    rows = read_rows(job.folder / job.recipe.stages[-1].name / "metrics.jsonl")
+    return min((row["validation_loss"] for row in rows if "validation_loss" in row), default=None)
+
+
+# ---------------------------------------------------------------------------------------------- curves
+
+
+def curves(group: Group) -> tuple[Drawn, ...]:
+    """The losses of every stage by joint, the mean over its seeds as far as all of them came."""
+    names = dict.fromkeys(stage.name for jobs in group.values() for stage in jobs[0].recipe.stages)
+    return tuple(_drawn(stage, group) for stage in names)
+
+
+def _drawn(stage: str, group: Group) -> Drawn:
+    train, validated = dict[str, Points](), dict[str, Points]()
+    for name, jobs in group.items():
+        rows = [read_rows(job.folder / stage / "metrics.jsonl") for job in jobs]
+        for kept, key in ((train, "loss"), (validated, "validation_loss")):
+            lines = [[(row["step"], row[key]) for row in each if key in row] for each in rows]
+            points = [
+                (statistics.mean(step for step, _ in place), statistics.mean(loss for _, loss in place))
+                for place in zip(*lines)
+            ]
+            if points:
+                kept[name] = tuple(thin(points))
+    return Drawn(stage, train, validated)

@@ -1,0 +1,190 @@
+"""Which runs a comparison consists of: recipes, seeds and learning rates under one budget, and a folder for each run.
+
+`runs/compare/NAME/plan.json` keeps the plan; each run lies in `RECIPE/seedN`, each trial of a rate in `RECIPE/rates`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from isthmus.comparing import budget
+from isthmus.comparing.budget import Amount
+from isthmus.config import Frozen, Recipe, Source, TaskConfig, check
+from isthmus.errors import ConfigError, DataError
+from isthmus.training.checkpoint import write_text
+
+TRIAL_SEED = 1_000_003
+"""Rates are tried under a seed of their own, so that none of the seeds that count has chosen its rate."""
+GRID = (1 / 3, 1.0, 3.0)
+"""What the rates of a recipe's stages are multiplied by."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what to train, where, and what to call it."""
+
+    recipe: Recipe
+    folder: Path
+    label: str
+
+    @property
+    def finished(self) -> bool:
+        """Whether its folder holds the report of this very recipe."""
+        note = self.folder / "run.json"
+        if not (self.folder / "report.json").is_file() or not note.is_file():
+            return False
+        return bool(json.loads(note.read_text())["fingerprint"] == self.recipe.fingerprint())
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it is known to end in a number that is not finite."""
+        return (self.folder / "diverged").is_file()
+
+
+class Common(Frozen):
+    """What is made the same for all recipes."""
+
+    eval: tuple[TaskConfig, ...]
+    data: tuple[Source, ...] = ()
+    """In place of that of stages that train by the language-model loss; empty leaves all as it is."""
+    overrides: tuple[str, ...] = ()
+    """Dotted assignments to every recipe, such as `encoder=./mine`."""
+
+    def of(self, recipe: Recipe) -> Recipe:
+        """The recipe with these things in place of its own.
+
+        Raises:
+            ConfigError: an override does not fit it.
+        """
+        changed = recipe.override(list(self.overrides)).but(eval=self.eval)
+        if not self.data:
+            return changed
+        stages = tuple(
+            stage.but(data=self.data) if "lm" in {term.name for term in stage.objectives} else stage
+            for stage in changed.stages
+        )
+        return changed.but(stages=stages)
+
+
+class Plan(Frozen):
+    """A comparison before anything has run."""
+
+    recipes: dict[str, Recipe]
+    """As they were given; the first is the baseline unless it is named."""
+    common: Common
+    budget: str
+    seeds: tuple[int, ...]
+    baseline: str
+    factors: tuple[float, ...] = GRID
+    """Of the learning rates; none leaves each recipe its own."""
+    share: float = 0.2
+    """Of the budget, for each trial of a rate."""
+
+    @property
+    def amount(self) -> Amount:
+        return budget.parse(self.budget)
+
+    def recipe(self, name: str) -> Recipe:
+        """A recipe as it is compared, its budget still its own."""
+        return self.common.of(self.recipes[name]).but(name=name)
+
+    def run(self, folder: Path, name: str, seed: int, factor: float = 1.0, per_step: Sequence[float] = ()) -> Job:
+        """One run that counts."""
+        recipe = budget.apply(scaled(self.recipe(name), factor), self.amount, per_step).but(seed=seed)
+        return Job(recipe, folder / name / f"seed{seed}", f"{name}, seed {seed}")
+
+    def trial(self, folder: Path, name: str, factor: float, per_step: Sequence[float] = ()) -> Job:
+        """One short run that tries a rate; nothing but its validation loss is measured."""
+        short = budget.apply(scaled(self.recipe(name), factor), self.amount.times(self.share), per_step)
+        place = folder / name / "rates" / f"x{factor:.3g}"
+        return Job(short.but(seed=TRIAL_SEED, eval=()), place, f"{name}, rates × {factor:.3g}")
+
+    @property
+    def command(self) -> str:
+        """What makes this comparison, where its recipes are in the book."""
+        words = ["isthmus compare", *self.recipes, f"--budget {self.budget}"]
+        plain = self.seeds == tuple(range(len(self.seeds)))
+        words.append(f"--seeds {len(self.seeds)}" if plain else f"(seeds {', '.join(map(str, self.seeds))})")
+        words.append(f"--baseline {self.baseline}")
+        if self.factors:
+            words.append(f"--grid {','.join(f'{factor:.4g}' for factor in self.factors)} --share {self.share:g}")
+        else:
+            words.append("--no-search")
+        words.append(f"--tasks {','.join(dict.fromkeys(task.name for task in self.common.eval))}")
+        limits = {task.limit for task in self.common.eval}
+        words += [f"--limit {limit}" for limit in limits if len(limits) == 1 and limit is not None]
+        words += [f"--data {source.name}" for source in self.common.data]
+        words += [f"--set {override}" for override in self.common.overrides]
+        return " ".join(words)
+
+    def with_recipes(self, recipes: Sequence[Recipe], folder: Path) -> Plan:
+        """With these recipes beside its own.
+
+        Raises:
+            ConfigError: another recipe has such a name already.
+        """
+        added = {recipe.name: recipe for recipe in recipes}
+        if taken := [name for name, recipe in added.items() if self.recipes.get(name, recipe) != recipe]:
+            raise ConfigError(
+                f"{folder} compares another recipe named {taken[0]!r}", "give the new one a `name` of its own"
+            )
+        return self.but(recipes=self.recipes | added)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "plan.json", self.model_dump_json(indent=1))
+
+
+def scaled(recipe: Recipe, factor: float) -> Recipe:
+    """The recipe with every learning rate multiplied."""
+    stages = tuple(
+        stage.but(
+            lr=stage.lr * factor,
+            train={glob: how if how.lr is None else how.but(lr=how.lr * factor) for glob, how in stage.train.items()},
+        )
+        for stage in recipe.stages
+    )
+    return recipe.but(stages=stages)
+
+
+def read(folder: Path) -> Plan | None:
+    """The plan that a folder holds.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    file = folder / "plan.json"
+    if not file.is_file():
+        return None
+    try:
+        return check(Plan, json.loads(file.read_text(encoding="utf-8")), str(file))
+    except (ValueError, ConfigError) as error:
+        raise DataError(f"{file}: cannot be read ({error})", "name another folder with --out") from None
+
+
+def extended(known: Plan, wanted: Plan, folder: Path) -> Plan:
+    """What was planned before with the recipes and seeds that are new; all else has to be the same.
+
+    Raises:
+        ConfigError: a setting was another one, or see `Plan.with_recipes`.
+    """
+    fixed: dict[str, tuple[Any, Any]] = {
+        "budget": (known.budget, wanted.budget),
+        "baseline": (known.baseline, wanted.baseline),
+        "grid of learning rates": (known.factors, wanted.factors),
+        "share of the trials": (known.share, wanted.share),
+        "evaluation": (known.common.eval, wanted.common.eval),
+        "data": (known.common.data, wanted.common.data),
+        "override": (known.common.overrides, wanted.common.overrides),
+    }
+    if other := [name for name, (before, now) in fixed.items() if before != now]:
+        raise ConfigError(
+            f"{folder} holds a comparison with another {', '.join(other)}",
+            "name another folder with --out, or leave out what differs to go on with it as it was",
+        )
+    both = known.with_recipes(list(wanted.recipes.values()), folder)
+    return both.but(seeds=tuple(dict.fromkeys((*known.seeds, *wanted.seeds))))

@@ -1,0 +1,88 @@
+"""What is the same for all recipes of a comparison, and what is not: said beside every result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from isthmus.config import Recipe, Stage
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One thing that should be equal, and what each recipe has; equal ones have one value."""
+
+    name: str
+    values: Mapping[str, str]
+
+    @property
+    def matches(self) -> bool:
+        return len(set(self.values.values())) == 1
+
+
+def settings(recipes: Mapping[str, Recipe]) -> tuple[Setting, ...]:
+    """Everything that a fair comparison keeps equal; the joint, and what its stages train, is what differs.
+
+    What belongs to a stage is compared among the recipes that have a stage of that name.
+    """
+    whole = [Setting(name, {own: of(recipe) for own, recipe in recipes.items()}) for name, of in ASKED.items()]
+    return (*whole, *_of_stages(recipes))
+
+
+def _of_stages(recipes: Mapping[str, Recipe]) -> Iterator[Setting]:
+    names = dict.fromkeys(stage.name for recipe in recipes.values() for stage in recipe.stages)
+    for name in names:
+        owners = {own: stage for own, recipe in recipes.items() for stage in recipe.stages if stage.name == name}
+        if len(owners) > 1:
+            for asked, of in ASKED_OF_STAGES.items():
+                yield Setting(f"{asked} of stage {name}", {own: of(stage) for own, stage in owners.items()})
+
+
+def _encoder(recipe: Recipe) -> str:
+    return "; ".join(f"{kind}: {_told(config)}" for kind, config in recipe.encoders.items())
+
+
+def _told(value: Any) -> str:
+    """The fields of a part that differ from their defaults, without inlined architectures."""
+    fields = value.model_dump(mode="json", exclude_defaults=True, exclude={"architecture"})
+    source = fields.pop("source", value.source)
+    rest = ", ".join(
+        f"{name} {field if isinstance(field, str) else json.dumps(field)}" for name, field in fields.items()
+    )
+    return f"{source} ({rest})" if rest else str(source)
+
+
+def _data(stage: Stage) -> str:
+    return ", ".join(f"{_source(source)} × {source.weight:g}" for source in stage.data)
+
+
+def _source(source: Any) -> str:
+    more = source.model_dump(mode="json", exclude_defaults=True, exclude={"name", "weight"})
+    told = json.dumps(more, sort_keys=True).replace('"', "")[1:-1]
+    return f"{source.name} ({told})" if told else source.name
+
+
+def _length(stage: Stage) -> str:
+    return ", ".join(f"{value:g} {unit}" for unit, value in stage.budget.model_dump(exclude_none=True).items())
+
+
+ASKED: Mapping[str, Callable[[Recipe], str]] = {
+    "encoder and its features": _encoder,
+    "LLM": lambda recipe: _told(recipe.llm),
+    "system turn": lambda recipe: "the template's" if recipe.system is None else recipe.system or "none",
+    "arithmetic": lambda recipe: recipe.dtype,
+    "evaluation": lambda recipe: ", ".join(
+        f"{task.name}{'' if task.limit is None else f' ({task.limit} items)'}" for task in recipe.eval
+    ),
+    "stages": lambda recipe: ", ".join(stage.name for stage in recipe.stages),
+}
+ASKED_OF_STAGES: Mapping[str, Callable[[Stage], str]] = {
+    "data": _data,
+    "length": _length,
+    "samples per step": lambda stage: str(stage.batch_size),
+    "template and batching": lambda stage: f"{stage.template}, {stage.max_length} tokens, {stage.batching}",
+    "schedule": lambda stage: f"{stage.schedule}, warm-up {stage.warmup:g}, clip {stage.clip}",
+    "loss": lambda stage: " + ".join(term.name for term in stage.objectives),
+}

@@ -1,0 +1,77 @@
+"""How long one picture and a short prompt take until the first answered token, and every token after it: measured."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from isthmus.assembly import load
+from isthmus.costs import TEXT, prompt
+from isthmus.evaluation.measure import arithmetic_of
+from isthmus.model import VLM
+from isthmus.training.checkpoint import write_text
+
+WARM, REPEATS, TOKENS = 1, 5, 17
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians, in milliseconds, on the machine and in the arithmetic that are named beside them."""
+
+    prefill: float
+    """The encoder, the joint and the LLM over one picture and `TEXT` text tokens, up to the first token."""
+    decode: float
+    """Each further token."""
+    arithmetic: str
+    threads: int
+    device: str
+    method: str = (
+        f"median of {REPEATS} after {WARM} unmeasured; {TEXT} text tokens, {TOKENS - 1} further ones, one prompt"
+    )
+
+
+def speed_of(folder: Path, dtype: torch.dtype, device: torch.device, note: Path) -> Speed:
+    """A saved model's speed, from the note that is there, or measured and noted."""
+    if note.is_file():
+        return Speed(**json.loads(note.read_text()))
+    found = measure(load(folder, dtype, device))
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_text(note, json.dumps(asdict(found), indent=1))
+    return found
+
+
+def measure(model: VLM) -> Speed:
+    """Time a model that is alone on its device."""
+    batch = prompt(model, "image").to(model.device)
+
+    def say(tokens: int) -> None:
+        limits = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+        with arithmetic_of(model):
+            model.generate(batch, **limits, pad_token_id=model.processor.pad)
+
+    first, whole = timed(lambda: say(1), model.device), timed(lambda: say(TOKENS), model.device)
+    return Speed(
+        prefill=1000 * first,
+        decode=1000 * max(0.0, whole - first) / (TOKENS - 1),
+        arithmetic=str(model.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        device=str(model.device),
+    )
+
+
+def timed(work: Callable[[], None], device: torch.device) -> float:
+    """Median of seconds."""
+    times = []
+    for _ in range(WARM + REPEATS):
+        began = time.perf_counter()
+        work()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[WARM:])

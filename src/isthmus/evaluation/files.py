@@ -1,0 +1,353 @@
+"""Tasks on the user's own files: free replies to their questions, scored as the benchmark that they come from scores.
+
+One task name per way of scoring. `options.data` names the file as a training source does; what else a score needs
+stands in the samples' `meta`, where `isthmus.data` puts it for the layouts that it knows.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any, ClassVar
+
+from isthmus.config import Frozen, OneSource, TaskConfig, check
+from isthmus.data import sets
+from isthmus.evaluation import controls, grounding, tasks
+from isthmus.evaluation.answers import Prediction, match
+from isthmus.evaluation.metrics import captions, judgements, options, vqa
+from isthmus.evaluation.score import Scorer
+from isthmus.evaluation.tasks import Advance, Builder, Cut, Free, Item
+from isthmus.types import Box, DataError, Medium, Sample, Text, Turn
+
+
+class File(Frozen):
+    """Options of a task on a file."""
+
+    data: OneSource
+    """The file, where its pictures are, and how it is read, as in a stage's `data`."""
+    one_wording: bool = True
+    """Ask every question in the same words, unless the source's own options say otherwise."""
+
+
+class Choices(File):
+    """Options of multiple choice."""
+
+    circular: bool = False
+    """Ask each question once per option, the options moved by one place each time (MMBench)."""
+
+
+@dataclass(frozen=True)
+class Scored(Free):
+    """A free reply whose score is a function of itself and the item."""
+
+    longest: ClassVar[int] = 32
+
+    @abstractmethod
+    def share(self, reply: str, item: Item) -> float | bool | None:
+        """How right a reply is, from 0 to 1; None: not scored."""
+
+    def score(
+        self, scorer: Scorer, item: Item, prompt: Sample, reply: str | None
+    ) -> tuple[float | bool | None, tuple[float, ...]]:
+        share = None if reply is None else self.share(reply, item)
+        return share, () if share is None else (float(share),)
+
+
+class Exact(Scored):
+    """GQA's rule: the reply is the answer."""
+
+    rule = "free reply equals the answer, after case, accents, punctuation, articles and number words are evened out"
+
+    def share(self, reply: str, item: Item) -> bool | None:
+        return match(reply, item.answer)
+
+
+class People(Scored):
+    """VQAv2's and TextVQA's rule: how many of the people who were asked said the same."""
+
+    rule = "VQA accuracy: mean over people left out in turn of min(1, others who said the same / 3), text normalised"
+
+    def share(self, reply: str, item: Item) -> float:
+        return vqa.accuracy(reply, item.references)
+
+
+class YesNo(Scored):
+    """POPE's and MME's questions."""
+
+    rule = "yes or no as a whole word of the free reply; neither, or both, is wrong"
+
+    def share(self, reply: str, item: Item) -> bool:
+        return judgements.judgement(reply) is judgements.judgement(item.answer)
+
+    def totals(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        """POPE's rates; MME's score where each picture has two questions."""
+        said = [judgements.judgement(prediction.prediction or "") for prediction in predictions]
+        truths = [judgements.judgement(prediction.answer) is True for prediction in predictions]
+        found = {f"POPE {name}": value for name, value in asdict(judgements.pope(said, truths)).items()}
+        return found | _mme(predictions)
+
+
+class Options(Scored):
+    """ScienceQA's, SEED-Bench's, MMBench's and MMMU's questions: one of several options, by letter or in words."""
+
+    rule = "the option that the free reply names, by its letter or in its words; several or none is wrong"
+
+    def share(self, reply: str, item: Item) -> bool:
+        place = options.chosen(reply, item.choices)
+        return place is not None and ascii_uppercase[place] == item.answer
+
+    def totals(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        """MMBench's figure, where questions were asked with their options in every order."""
+        rounds: defaultdict[str, list[bool]] = defaultdict(list)
+        for prediction in predictions:
+            rounds[prediction.id.partition(ROUND)[0]].append(prediction.right is True)
+        return {"circular accuracy": options.circular(rounds.values())} if len(rounds) < len(predictions) else {}
+
+
+ROUND = "#round-"
+
+
+@dataclass(frozen=True)
+class Captions(Free):
+    """COCO's metrics. A picture's items are its references; each picture is asked once."""
+
+    longest: ClassVar[int] = 40
+    rule = "CIDEr-D of a free reply against all captions of its picture, / 10; words split without Java (see the docs)"
+
+    def score(self, scorer: Scorer, item: Item, prompt: Sample, reply: str | None) -> tuple[None, tuple[float, ...]]:
+        return None, ()  # a score depends on all captions together
+
+    def predict(self, scorer: Scorer, prompts: Sequence[Sample], advance: Advance | None) -> list[Prediction]:
+        """As in `Free`, scored once all replies are there."""
+        found = super().predict(scorer, prompts, advance)
+        scores = captions.cider([captions.tokens(one.prediction or "") for one in found], self.references)
+        return [replace(one, right=score / 10, scores=(score,)) for one, score in zip(found, scores)]
+
+    @property
+    def references(self) -> list[list[list[str]]]:
+        """The tokens of every item's captions."""
+        return [[captions.tokens(text) for text in item.references] for item in self.items]
+
+    def totals(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        """BLEU, ROUGE-L and CIDEr as papers print them."""
+        said = [captions.tokens(prediction.prediction or "") for prediction in predictions]
+        rouge = [captions.rouge_l(*pair) for pair in zip(said, self.references)]
+        return {
+            "BLEU-4": captions.bleu(said, self.references),
+            "ROUGE-L": sum(rouge) / len(rouge),
+            "CIDEr": 10 * sum(float(prediction.right or 0) for prediction in predictions) / len(predictions),
+        }
+
+
+# ---------------------------------------------------------------------------------------------- building
+
+
+def exact(task: TaskConfig, seed: int) -> Exact:
+    """`exact`: GQA, and whatever else has one answer."""
+    return _task(Exact, "exact match", task, check(File, task.options, "task exact"), seed)
+
+
+def people(task: TaskConfig, seed: int) -> People:
+    """`vqa`: VQAv2, TextVQA, VizWiz; several people's `answers`."""
+    built = _task(People, "VQA accuracy", task, check(File, task.options, "task vqa"), seed)
+    return _need(built, lambda item: item.references, "answers")
+
+
+def yes_no(task: TaskConfig, seed: int) -> YesNo:
+    """`yes-no`: POPE, MME, VSR; rows by the `category` of a question, where it has one."""
+    built = _task(YesNo, "yes or no", task, check(File, task.options, "task yes-no"), seed)
+    for item in built.items:
+        if judgements.judgement(item.answer) is None:
+            raise DataError(f"{item.prompt.id}: the answer is neither yes nor no: {item.answer[:40]!r}", "correct it")
+    return built
+
+
+def choices(task: TaskConfig, seed: int) -> Options:
+    """`options`: ScienceQA, MMBench, SEED-Bench, MMMU; `choices` by letter."""
+    how = check(Choices, task.options, "task options")
+    built = _need(_task(Options, "options", task, how, seed), lambda item: item.choices, "choices")
+    built = replace(built, items=tuple(map(_by_letter, built.items)))
+    if not how.circular:
+        return built
+    turned = tuple(again for item in built.items for again in _rounds(item))
+    return replace(built, items=turned, cuts=(Cut(f"{built.cuts[0].label}, options in every order"),))
+
+
+def captioning(task: TaskConfig, seed: int) -> Captions:
+    """`captions`: COCO, NoCaps, TextCaps, Flickr30k; samples with the same picture are its references."""
+    built = _task(Captions, "CIDEr-D / 10", task, check(File, task.options, "task captions"), seed, _gathered)
+    if len(built.items) < 2:
+        raise DataError(
+            "task captions has one picture, and CIDEr tells words by how rare they are among pictures", "ask about more"
+        )
+    return built
+
+
+def locate(task: TaskConfig, seed: int) -> grounding.Locate:
+    """`refer`: RefCOCO, RefCOCO+, RefCOCOg; one region per phrase."""
+    how = check(File, task.options, "task refer")
+    return _task(grounding.Locate, f"IoU >= {grounding.ENOUGH}", task, how, seed, _with_region)
+
+
+TASKS: dict[str, Builder] = {
+    "exact": exact,
+    "vqa": people,
+    "yes-no": yes_no,
+    "options": choices,
+    "captions": captioning,
+    "refer": locate,
+}
+
+
+def _task(
+    make: Callable[..., Any],
+    what: str,
+    config: TaskConfig,
+    how: File,
+    seed: int,
+    read: Callable[[Sequence[Sample]], Sequence[Sample]] = tuple,
+) -> Any:
+    """A task over the items of a file, drawn by the seed where there are more than the limit.
+
+    Raises:
+        DataError: the file is wrong, or holds no question.
+    """
+    source = how.data.but(split="test") if how.data.split == "train" else how.data  # nothing of it is held out
+    if how.one_wording and "instructions" not in source.options:
+        source = source.but(options={**source.options, "instructions": "one"})
+    samples = read(sets.open_set(source, seed))
+    if not samples:
+        raise DataError(
+            f"{source.name} has no item for task {config.name!r}", "`isthmus data stats` shows what it holds"
+        )
+    count = min(config.limit or len(samples), len(samples))
+    chosen = sorted(random.Random(seed).sample(range(len(samples)), count))
+    items = tuple(_item(samples[place]) for place in chosen)
+    label = f"{Path(source.name).stem}, {what}"
+    kinds = sorted({item.kind for item in items})
+    cuts = (Cut(label), *(Cut(f"{label}: {kind}", frozenset({kind})) for kind in kinds if len(kinds) > 1))
+    return make(f"{config.name}-{Path(source.name).stem}", items, cuts)
+
+
+def _item(sample: Sample) -> Item:
+    """As `tasks.item`, grouped by picture; the kind is the sample's own category.
+
+    Raises:
+        DataError: it does not end with an answer.
+    """
+    bare = tasks.item(sample.but(meta={}))
+    picture = " ".join(_name(medium) for medium in sample.media)
+    return replace(
+        bare,
+        prompt=bare.prompt.but(meta=sample.meta),
+        choices=_texts(sample, "choices"),
+        references=_texts(sample, "answers"),
+        cluster=picture or sample.id,
+        kind=str(sample.meta.get("category", "")),
+    )
+
+
+def _name(medium: Medium) -> str:
+    """What tells a picture from others: its path, else a hash of its content."""
+    source = medium.source
+    return str(source) if isinstance(source, str | Path) else str(controls.key(medium))
+
+
+def _texts(sample: Sample, name: str) -> tuple[str, ...]:
+    """A list in the sample's `meta`, of texts or of annotators' objects; empty where there is none."""
+    found = sample.meta.get(name) or ()
+    return tuple(str(one["answer"] if isinstance(one, Mapping) else one) for one in found)
+
+
+def _need(built: Any, what: Callable[[Item], Any], name: str) -> Any:
+    """The task, if every item has what its score needs.
+
+    Raises:
+        DataError: one does not.
+    """
+    for item in built.items:
+        if not what(item):
+            raise DataError(
+                f"{item.prompt.id}: its meta has no {name}", f'write {{"meta": {{"{name}": […]}}}}, or score otherwise'
+            )
+    return built
+
+
+def _gathered(samples: Sequence[Sample]) -> list[Sample]:
+    """One sample per picture, the answers of all of its samples as its references."""
+    by_picture: dict[str, list[Sample]] = {}
+    for sample in samples:
+        name = " ".join(map(_name, sample.media)) or sample.id
+        by_picture.setdefault(name, []).append(sample)
+    return [
+        same[0].but(meta={**same[0].meta, "answers": [one.turns[-1].text for one in same]})
+        for name, same in by_picture.items()
+    ]
+
+
+def _with_region(samples: Sequence[Sample]) -> list[Sample]:
+    """Those whose answer is a region, with its corners in `meta` where the score looks for them."""
+    found = []
+    for sample in samples:
+        regions = [part for part in sample.turns[-1].parts if isinstance(part, Box)]
+        if len(regions) == 1:
+            found.append(sample.but(meta={**sample.meta, "box": regions[0].xyxy}))
+    return found
+
+
+def _by_letter(item: Item) -> Item:
+    """The item with its answer as a letter.
+
+    Raises:
+        DataError: the answer is neither the letter of a choice nor one of the choices.
+    """
+    letters = ascii_uppercase[: len(item.choices)]
+    answer = item.answer.strip()
+    if answer in item.choices:
+        return replace(item, answer=letters[item.choices.index(answer)])
+    if len(answer) == 1 and answer.upper() in letters:
+        return replace(item, answer=answer.upper())
+    raise DataError(
+        f"{item.prompt.id}: the answer {answer[:40]!r} is none of the choices", "write its letter, or its words"
+    )
+
+
+def _rounds(item: Item) -> list[Item]:
+    """The item once per option; the right letter moves with the options.
+
+    Raises:
+        DataError: the options do not stand in the question as `A. ...`, one a line.
+    """
+    given = item.choices
+    answer, listing = given[ascii_uppercase.index(item.answer)], options.listed(given)
+    if listing not in item.prompt.turns[-1].text:
+        raise DataError(f"{item.prompt.id}: the question does not list its options", "leave circular away")
+    rounds = []
+    for number, turned in enumerate(options.rotations(given)):
+        turns = (*item.prompt.turns[:-1], _reworded(item.prompt.turns[-1], listing, options.listed(turned)))
+        prompt = item.prompt.but(turns=turns, id=f"{item.prompt.id}{ROUND}{number}")
+        letter = ascii_uppercase[turned.index(answer)]
+        rounds.append(replace(item, prompt=prompt, answer=letter, choices=turned, cluster=item.prompt.id))
+    return rounds
+
+
+def _reworded(turn: Turn, old: str, new: str) -> Turn:
+    parts = (Text(part.text.replace(old, new)) if isinstance(part, Text) else part for part in turn.parts)
+    return replace(turn, parts=tuple(parts))
+
+
+def _mme(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """MME's score per category, and in all; nothing where pictures have not two questions each."""
+    pictures: defaultdict[tuple[str, str], list[bool]] = defaultdict(list)
+    for prediction in predictions:
+        pictures[prediction.kind, prediction.cluster].append(prediction.right is True)
+    if not all(len(pair) == 2 for pair in pictures.values()):
+        return {}
+    kinds = sorted({kind for kind, _ in pictures})
+    scores = {kind: judgements.mme([pair for (own, _), pair in pictures.items() if own == kind]) for kind in kinds}
+    return {"MME score": sum(scores.values()), **{f"MME {kind}": value for kind, value in scores.items() if kind}}

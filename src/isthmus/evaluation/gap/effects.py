@@ -1,0 +1,120 @@
+"""What the answer loses when the picture is changed: blanked, exchanged, its patches shuffled, or one of them masked.
+
+Occlusion: Zeiler & Fergus 2014, arXiv 1311.2901, section 4.2, here with the answer's log-probability as the output.
+Pictures are changed before the encoder sees them, so this asks any joint the same question.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image as Pillow
+from torch import Tensor
+
+from isthmus.data.media import open_image
+from isthmus.evaluation import controls
+from isthmus.evaluation.gap.states import Pair
+from isthmus.evaluation.measure import arithmetic_of
+from isthmus.evaluation.score import Question, Scorer
+from isthmus.model import VLM
+from isthmus.types import DataError, Image, Sample, Turn
+
+TILES = 4
+"""Rows and columns that a picture is cut into to shuffle it."""
+GREY = (controls.GREY,) * 3
+
+
+@dataclass(frozen=True)
+class Effect:
+    """How much the negative log-likelihood per token of the right answer rises, in nats: mean and 95 % interval."""
+
+    rise: float
+    low: float
+    high: float
+
+
+def nll(model: VLM, prompts: Sequence[Sample], words: Sequence[str]) -> Tensor:
+    """Negative log-likelihood per token of each answer, its end included, in nats [N]."""
+    questions = [Question(prompt, (said,)) for prompt, said in zip(prompts, words, strict=True)]
+    with arithmetic_of(model):
+        scores = Scorer(model).likelihoods(questions)
+    return torch.tensor([-each.values[0] / each.tokens[0] for each in scores], dtype=torch.float64)
+
+
+def effects(model: VLM, pairs: Sequence[Pair], seed: int = 0) -> tuple[float, dict[str, Effect]]:
+    """The answers' mean NLL per token with their pictures, and what it rises by with each change of them."""
+    prompts, words = [pair.prompt for pair in pairs], [pair.words for pair in pairs]
+    changed = {
+        "blank picture": controls.blind(prompts),
+        "another’s picture": controls.shuffled(prompts, seed),
+        "patches shuffled": [with_picture(p, shuffle(p, TILES, seed)) for p in prompts],
+    }
+    own_N = nll(model, prompts, words)
+    found = {name: _effect(nll(model, others, words) - own_N) for name, others in changed.items()}
+    return own_N.mean().item(), found
+
+
+def occlusion_map(model: VLM, pair: Pair, cells: int = 6) -> Tensor:
+    """What hiding each cell of a grid over the picture costs the answer: the rise of its summed NLL, [cells, cells]."""
+    picture = open_image(pair.picture.source)
+    masked = [
+        with_picture(pair.prompt, mask(picture, row, column, cells)) for row in range(cells) for column in range(cells)
+    ]
+    found_N = nll(model, [pair.prompt, *masked], [pair.words] * (len(masked) + 1))
+    return (found_N[1:] - found_N[0]).view(cells, cells).float()
+
+
+def mask(picture: Pillow.Image, row: int, column: int, cells: int) -> Pillow.Image:
+    """The picture with one cell of a grid in grey."""
+    changed = picture.copy()
+    changed.paste(GREY, _cell(picture, row, column, cells))
+    return changed
+
+
+def shuffle(prompt: Sample, tiles: int, seed: int) -> Pillow.Image:
+    """The prompt's picture, cut into tiles that all change places.
+
+    Raises:
+        DataError: it is smaller than the tiles.
+    """
+    (shown,) = (part for part in prompt.media if isinstance(part, Image))
+    picture = open_image(shown.source)
+    if min(picture.size) < tiles:
+        raise DataError(f"a picture of {picture.size} pixels has no {tiles} x {tiles} tiles", "use larger pictures")
+    size = picture.width // tiles, picture.height // tiles
+    places = [(column * size[0], row * size[1]) for row in range(tiles) for column in range(tiles)]
+    order = random.Random(seed).sample(range(len(places)), len(places))
+    turned = {place: order[(number + 1) % len(order)] for number, place in enumerate(order)}  # one cycle: none stays
+    changed = picture.copy()
+    for place, origin in turned.items():
+        left, top = places[origin]
+        changed.paste(picture.crop((left, top, left + size[0], top + size[1])), places[place])
+    return changed
+
+
+def with_picture(prompt: Sample, picture: Pillow.Image) -> Sample:
+    """The prompt with another picture in the place of its own."""
+    turns = tuple(
+        Turn(turn.role, tuple(Image(picture) if isinstance(part, Image) else part for part in turn.parts))
+        for turn in prompt.turns
+    )
+    return prompt.but(turns=turns)
+
+
+def _cell(picture: Pillow.Image, row: int, column: int, cells: int) -> tuple[int, int, int, int]:
+    width, height = picture.size
+    return (
+        round(width * column / cells),
+        round(height * row / cells),
+        round(width * (column + 1) / cells),
+        round(height * (row + 1) / cells),
+    )
+
+
+def _effect(rise_N: Tensor) -> Effect:
+    mean, half = rise_N.mean().item(), 1.96 * rise_N.std().item() / math.sqrt(len(rise_N))
+    return Effect(mean, mean - half, mean + half)

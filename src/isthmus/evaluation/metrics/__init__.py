@@ -1,0 +1,1 @@
+"""Published metrics as functions of predictions and references; no model, no file."""

@@ -1,0 +1,277 @@
+"""Several trainings beside several others: intervals and verdicts whose unit is the seed.
+
+A joint trained again is another model, so that items of one run, however many, do not tell two joints apart. Two
+questions are asked of every difference, and a verdict needs both answers:
+
+- would other seeds say the same? Student's t over the paired differences of seeds. Two or three shares of few items
+  may agree by chance, so that the error is never taken to be smaller than what the choice of items alone makes it;
+- would other items? A bootstrap that draws seeds and, on its own, clusters of items (concepts, pictures) with
+  replacement, the same clusters for all that is compared (Owen 2007, "The pigeonhole bootstrap", for crossed factors).
+
+The p-value of a difference is the larger of the two (an intersection-union test). Over many differences Holm (1979, "A
+simple sequentially rejective multiple test procedure") keeps the chance of one or more false verdicts at 5 %.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from isthmus.evaluation.answers import Prediction
+from isthmus.evaluation.statistics import LEVEL
+from isthmus.types import DataError
+
+Verdict: TypeAlias = Literal["better", "worse", "not decided"]
+DRAWS = 4000
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """One run on one row of the table, item by item: 1 where right and 0 where wrong, or nats over tokens."""
+
+    ids: tuple[str, ...]
+    totals: tuple[float, ...]
+    weights: tuple[float, ...]
+    clusters: tuple[Hashable, ...]
+    unscored: int = 0
+
+    @classmethod
+    def of(cls, predictions: Sequence[Prediction], unit: str) -> Outcomes:
+        """From a run's predictions; what was not scored counts as wrong here, and is counted."""
+        if unit == "accuracy":
+            totals, weights = [float(p.right or 0) for p in predictions], [1.0] * len(predictions)
+            unscored = sum(p.right is None for p in predictions)
+        else:
+            totals, weights = [-p.scores[-1] for p in predictions], [float(p.tokens) for p in predictions]
+            unscored = 0
+        ids, clusters = tuple(p.id for p in predictions), tuple(p.cluster for p in predictions)
+        return cls(ids, tuple(totals), tuple(weights), clusters, unscored)
+
+    @property
+    def mean(self) -> float:
+        return sum(self.totals) / sum(self.weights)
+
+
+Runs: TypeAlias = Sequence[Outcomes]
+"""One row's outcomes, one per seed."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """How good something is: the mean over its seeds with two intervals."""
+
+    value: float
+    each: tuple[float, ...]
+    """By seed."""
+    low: float | None
+    high: float | None
+    """Student's t over the seeds: where the mean of many more trainings lies. None with one seed."""
+    items_low: float
+    items_high: float
+    """Bootstrap over seeds and clusters of items."""
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The interval that is shown: of either, what reaches further."""
+        return wider(self.low, self.high, self.items_low, self.items_high)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How much better something is than something else, seed by seed on the same items."""
+
+    value: float
+    each: tuple[float, ...]
+    low: float | None
+    high: float | None
+    items_low: float
+    items_high: float
+    p_seeds: float | None
+    """None with one seed."""
+    p_items: float
+    paired: bool
+    """Whether both answered the same items under every seed."""
+
+    @property
+    def p(self) -> float:
+        """Of the whole difference: the larger of the two; 1 with one seed."""
+        return 1.0 if self.p_seeds is None else max(self.p_seeds, self.p_items)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The interval that is shown: of either, what reaches further."""
+        return wider(self.low, self.high, self.items_low, self.items_high)
+
+
+def wider(low: float | None, high: float | None, items_low: float, items_high: float) -> tuple[float, float]:
+    """From the lower of the lower ends to the higher of the higher ends; over items alone with one seed."""
+    if low is None or high is None:
+        return items_low, items_high
+    return min(low, items_low), max(high, items_high)
+
+
+def level(tasks: Sequence[Runs], *, seed: int = 0, draws: int = DRAWS) -> Level:
+    """The mean over tasks (mostly one) of what was reached, over seeds.
+
+    Raises:
+        DataError: there is nothing, or tasks differ in their number of seeds.
+    """
+    _check(tasks)
+    each = np.mean([[run.mean for run in runs] for runs in tasks], axis=0)
+    drawn_DS = np.mean([_resample(runs, np.random.default_rng((seed, n)), draws) for n, runs in enumerate(tasks)], 0)
+    low, high = interval(each.tolist(), _by_items(drawn_DS))
+    items = _percentiles(_over_seeds(drawn_DS, seed))
+    return Level(float(each.mean()), tuple(each.tolist()), low, high, *items)
+
+
+def gap(ours: Sequence[Runs], theirs: Sequence[Runs], *, seed: int = 0, draws: int = DRAWS) -> Gap:
+    """Ours minus theirs, the mean over tasks (mostly one), the n-th seed of ours against the n-th of theirs.
+
+    Raises:
+        DataError: there is nothing, or the two differ in tasks or in their number of seeds.
+    """
+    _check([*ours, *theirs])
+    if len(ours) != len(theirs):
+        raise DataError(f"{len(ours)} tasks are compared with {len(theirs)}", "compare runs over the same tasks")
+    seeds = len(ours[0])
+    each = np.mean(
+        [[a.mean - b.mean for a, b in zip(mine, other, strict=True)] for mine, other in zip(ours, theirs)], axis=0
+    )
+    drawn = []
+    for number, (mine, other) in enumerate(zip(ours, theirs)):
+        ratios_DR = _resample([*mine, *other], np.random.default_rng((seed, number)), draws)
+        drawn.append(ratios_DR[:, :seeds] - ratios_DR[:, seeds:])
+    drawn_DS = np.mean(drawn, axis=0)
+    differences_D, least = _over_seeds(drawn_DS, seed), _by_items(drawn_DS)
+    low, high = interval(each.tolist(), least)
+    beyond = min((differences_D <= 0).sum(), (differences_D >= 0).sum())
+    return Gap(
+        float(each.mean()),
+        tuple(each.tolist()),
+        low,
+        high,
+        *_percentiles(differences_D),
+        p_seeds=p_value(each.tolist(), least),
+        p_items=min(1.0, 2 * (1 + int(beyond)) / (1 + draws)),
+        paired=all(a.ids == b.ids for mine, other in zip(ours, theirs) for a, b in zip(mine, other)),
+    )
+
+
+def adjust(families: Sequence[Sequence[float]]) -> list[list[float]]:
+    """p-values after Holm within each family; families share the level evenly, so that 5 % holds for all together."""
+    share = sum(bool(family) for family in families)
+    return [[min(1.0, share * p) for p in holm(family)] for family in families]
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Adjusted p-values in the order given: the n-th smallest times how many are not smaller, made monotone."""
+    adjusted, largest = [1.0] * len(ps), 0.0
+    for rank, place in enumerate(sorted(range(len(ps)), key=lambda place: ps[place])):
+        largest = max(largest, (len(ps) - rank) * ps[place])
+        adjusted[place] = min(1.0, largest)
+    return adjusted
+
+
+def verdict(difference: float, adjusted: float, higher: bool = True) -> Verdict:
+    """In words; `higher` says whether more is better."""
+    if adjusted > 1 - LEVEL or difference == 0:
+        return "not decided"
+    return "better" if (difference > 0) == higher else "worse"
+
+
+# ---------------------------------------------------------------------------------------------- Student
+
+
+def interval(values: Sequence[float], least: float = 0.0) -> tuple[float, float] | tuple[None, None]:
+    """The 95 % t-interval of the mean, whose error is taken to be at least `least`; Nones with one value."""
+    if len(values) < 2:
+        return None, None
+    mean, error = _mean_and_error(values, least)
+    reach = critical(len(values) - 1) * error
+    return mean - reach, mean + reach
+
+
+def p_value(values: Sequence[float], least: float = 0.0) -> float | None:
+    """Two-sided p of Student's test that the mean is 0, its error at least `least`; None with one value."""
+    if len(values) < 2:
+        return None
+    mean, error = _mean_and_error(values, least)
+    if error == 0:
+        return 1.0 if mean == 0 else 0.0
+    return max(0.0, 1 - student(abs(mean) / error, len(values) - 1))
+
+
+def student(t: float, freedom: int) -> float:
+    """P(|T| < t) for a whole number of degrees of freedom: Abramowitz and Stegun 26.7.3 and 26.7.4."""
+    angle = math.atan(t / math.sqrt(freedom))
+    cosine, odd = math.cos(angle), freedom % 2
+    term, total = (cosine, cosine) if odd else (1.0, 1.0)
+    for number in range(2 + odd, freedom - 1, 2):
+        term *= cosine**2 * (number - 1) / number
+        total += term
+    if not odd:
+        return math.sin(angle) * total
+    return 2 / math.pi * (angle + (math.sin(angle) * total if freedom > 1 else 0.0))
+
+
+def critical(freedom: int) -> float:
+    """The t that a share `LEVEL` stays below in size, by bisection."""
+    low, high = 0.0, 1e4
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if student(middle, freedom) < LEVEL else (low, middle)
+    return high
+
+
+def _mean_and_error(values: Sequence[float], least: float) -> tuple[float, float]:
+    array = np.asarray(values)
+    return float(array.mean()), max(least, float(array.std(ddof=1) / math.sqrt(len(array))))
+
+
+# ---------------------------------------------------------------------------------------------- bootstrap
+
+
+def _resample(runs: Runs, random: np.random.Generator, draws: int) -> np.ndarray:
+    """Means [draws, runs] over resampled clusters, the same clusters for all runs in a draw."""
+    number: dict[Hashable, int] = {}
+    for run in runs:
+        for cluster in run.clusters:
+            number.setdefault(cluster, len(number))
+    tops_CR, sizes_CR = np.zeros((len(number), len(runs))), np.zeros((len(number), len(runs)))
+    for column, run in enumerate(runs):
+        index = [number[cluster] for cluster in run.clusters]
+        np.add.at(tops_CR[:, column], index, run.totals)
+        np.add.at(sizes_CR[:, column], index, run.weights)
+    times_DC = random.multinomial(len(number), np.full(len(number), 1 / len(number)), size=draws).astype(float)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a draw may hold none of a run's clusters
+        return times_DC @ tops_CR / (times_DC @ sizes_CR)
+
+
+def _over_seeds(values_DS: np.ndarray, seed: int) -> np.ndarray:
+    """Each draw's mean over as many seeds as there are, drawn with replacement."""
+    seeds = values_DS.shape[1]
+    times_DS = np.random.default_rng((seed, 1 << 20)).multinomial(seeds, np.full(seeds, 1 / seeds), len(values_DS))
+    return (times_DS * np.nan_to_num(values_DS)).sum(1) / seeds
+
+
+def _by_items(values_DS: np.ndarray) -> float:
+    """The error of the mean over these very seeds that the choice of items alone makes."""
+    return float(np.nan_to_num(values_DS).mean(1).std())
+
+
+def _percentiles(values_D: np.ndarray) -> tuple[float, float]:
+    tail = 100 * (1 - LEVEL) / 2
+    low, high = np.percentile(values_D, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def _check(tasks: Sequence[Runs]) -> None:
+    counts = {len(runs) for runs in tasks}
+    if len(counts) != 1 or 0 in counts:
+        raise DataError(
+            f"runs of {sorted(counts) or 'no'} seeds are put together", "compare as many seeds on both sides, for all"
+        )

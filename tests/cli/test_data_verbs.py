@@ -1,0 +1,175 @@
+"""`isthmus data` on users' own files: check, stats, convert and preview, as a person calls them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image as Pillow
+from rich.console import Console
+
+import composed
+from chat_server import running
+from isthmus.cli import app, preview
+from isthmus.config import Budget, Source
+from isthmus.data import formats
+from isthmus.training.run import train
+from isthmus.training.toy import toy
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The exit code of `isthmus data WORDS`."""
+    monkeypatch.setattr(sys, "argv", ["isthmus", "data", *words])
+    try:
+        app.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two captions of red pictures, as COCO has them."""
+    monkeypatch.setenv("ISTHMUS_HOME", str(tmp_path / "home"))
+    (tmp_path / "pictures").mkdir()
+    for number in range(2):
+        Pillow.new("RGB", (32, 16), "red").save(tmp_path / "pictures" / f"{number}.png")
+    images = [{"id": n, "file_name": f"{n}.png", "width": 32, "height": 16} for n in range(2)]
+    captions = [{"id": n, "image_id": n, "caption": f"<b>red</b> {n}"} for n in range(2)]
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps({"images": images, "annotations": captions}, indent=1))
+    return path
+
+
+def test_check_tells_lines_as_text_and_as_json(monkeypatch, capsys, data: Path) -> None:
+    images = ["--images", str(data.parent / "pictures")]
+    assert run(monkeypatch, "check", str(data), *images) == 0
+    (data.parent / "pictures" / "1.png").write_bytes(b"\x89PNG cut")
+    capsys.readouterr()
+    assert run(monkeypatch, "check", str(data), *images, "--fast") == 0
+    assert run(monkeypatch, "check", str(data), *images) == 3
+    text = data.read_text().split("\n")
+    line = next(number for number, words in enumerate(text, 1) if '"image_id": 1' in words) - 2
+    printed = capsys.readouterr().out
+    assert f"{data}:{line}: 1: " in printed and "1.png" in printed
+    assert run(monkeypatch, "check", str(data), *images, "--json") == 3
+    (fault,) = json.loads(capsys.readouterr().out)
+    assert fault["line"] == line and fault["file"] == str(data) and fault["remedy"]
+
+
+def test_unknown_settings_are_told(monkeypatch, capsys, data: Path) -> None:
+    assert run(monkeypatch, "check", str(data), "-s", "fromat=vqav2") == 2
+    assert "did you mean 'format'" in capsys.readouterr().err
+
+
+def test_stats_of_a_file(monkeypatch, capsys, data: Path) -> None:
+    assert run(monkeypatch, "stats", str(data), "--images", str(data.parent / "pictures"), "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["samples"] == 2 and told["kinds"] == {"caption": 2} and told["width"]["greatest"] == 32
+    assert run(monkeypatch, "stats", str(data), "--images", str(data.parent / "pictures")) == 0
+    assert "words of an answer" in capsys.readouterr().out
+
+
+def test_convert_and_read_again(monkeypatch, capsys, data: Path) -> None:
+    out = data.parent / "new" / "out.json"
+    words = ["convert", str(data), str(out), "--images", str(data.parent / "pictures")]
+    assert run(monkeypatch, *words, "--to", "llava") == 0
+    assert [sample.turns[1].text for sample in formats.load(out)] == ["<b>red</b> 0", "<b>red</b> 1"]
+    assert run(monkeypatch, *words, "--to", "llava") == 2
+    assert run(monkeypatch, *words, "--to", "xml") == 2
+    assert "llava, messages, parquet" in capsys.readouterr().err
+
+
+def test_preview_shows_tokens_and_pictures(monkeypatch, capsys, data: Path, tmp_path: Path) -> None:
+    source = {"name": str(data), "images": str(data.parent / "pictures")}
+    stage = {"name": "sft", "data": [source], "budget": {"steps": 1}, "train": {"connectors.*": 1e-3}}
+    tree = composed.recipe().model_dump(mode="json") | {"stages": [stage]}
+    recipe = tmp_path / "mine.json"
+    recipe.write_text(json.dumps(tree))
+    assert run(monkeypatch, "preview", str(recipe), "-n", "2") == 0
+    printed = capsys.readouterr().out
+    assert "<b>red</b> 0" in printed and "[image × " in printed
+    page = tmp_path / "page.html"
+    assert run(monkeypatch, "preview", str(recipe), "-n", "2", "--html", str(page)) == 0
+    text = page.read_text()
+    assert text.count('<img src="data:image/') == 2 and "&lt;b&gt;" in text and "<b>red" not in text
+    assert "color: #" in text and "<script" not in text
+
+
+def test_filter_counts_what_each_rule_drops(monkeypatch, capsys, data: Path, tmp_path: Path) -> None:
+    words = ["filter", str(data), str(tmp_path / "kept.jsonl"), "--images", str(data.parent / "pictures")]
+    numbers = tmp_path / "numbers.jsonl"
+    rules = ["-k", "words=1..", "-k", "same-picture=..0", "--numbers", str(numbers), "--json"]
+    assert run(monkeypatch, *words, *rules) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"samples": 2, "kept": 1, "dropped": {"words": 0, "same-picture": 1}, "faulty": 0}
+    (left,) = formats.load(tmp_path / "kept.jsonl")
+    assert left.turns[1].text == "<b>red</b> 0"
+    rows = [json.loads(line) for line in numbers.read_text().splitlines()]
+    assert [row["same-picture"] for row in rows] == [0, 1] and rows[0]["words"] == 2
+    assert run(monkeypatch, *words, "-k", "score=0.2..") == 2
+    assert "--clip FOLDER" in capsys.readouterr().err
+    assert run(monkeypatch, "filter", str(data), str(tmp_path / "out.xml"), *words[3:], "-k", "words=1..") == 2
+
+
+def test_make_writes_what_a_speaker_says_and_tells_its_cost(monkeypatch, capsys, data: Path, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    table = json.loads(data.read_text())
+    for number, entry in enumerate(table["annotations"]):
+        entry["caption"] = f"A plain red picture, number {number}."
+    data.write_text(json.dumps(table))
+    out = tmp_path / "made.jsonl"
+    with running() as server:
+        server.reply = lambda body: "Question: Which colour?\nAnswer: Red."
+        words = ["make", str(data), str(out), "writer", "--images", str(data.parent / "pictures"), "--kinds"]
+        assert run(monkeypatch, *words, "conversation", "--endpoint", server.endpoint) == 0
+        assert run(monkeypatch, *words, "poem", "--endpoint", server.endpoint) == 2
+    printed = capsys.readouterr()
+    assert "2 requests" in printed.err and "2 samples about 2 pictures" in printed.out
+    assert [sample.turns[1].text for sample in formats.load(out)] == ["Red.", "Red."]
+
+
+def test_probe_ranks_pools_of_a_file(monkeypatch, capsys, tmp_path: Path) -> None:
+    monkeypatch.setenv("ISTHMUS_HOME", str(tmp_path / "home"))
+    recipe = toy(tmp_path, rows=30)
+    data = recipe.stages[-1].data[0].name
+    rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["conversations"][1]["value"] += " yes" * (number % 7)
+    Path(data).write_text("\n".join(map(json.dumps, rows)))
+    file = tmp_path / "recipe.json"
+    recipe.save(file)
+    words = ["probe", str(file), data, "--on", data, "--operators", "words", "--steps", "2", "--seeds", "1", "--json"]
+    assert run(monkeypatch, *words, "--device", "cpu") == 0
+    (report,) = json.loads(capsys.readouterr().out)
+    assert {one["part"] for one in report["pools"]} == {"words low", "words middle", "words high", "random"}
+    assert report["compared"] == 3 and all(one["size"] == 10 and one["mean"] > 0 for one in report["pools"])
+
+
+def test_a_picture_in_the_terminal_has_two_pixels_per_cell() -> None:
+    picture = Pillow.new("RGB", (64, 64), "red")
+    picture.paste((0, 0, 255), (0, 32, 64, 64))
+    text = preview.blocks(picture)
+    lines = text.plain.split("\n")
+    assert len(lines) == 17 and set(lines[0]) == {"▀"} and len(lines[0]) == preview.COLUMNS
+    styles = [str(span.style) for span in text.spans]
+    assert styles[0] == "#ff0000 on #ff0000" and styles[-1] == "#0000ff on #0000ff"
+
+
+def test_training_on_tars_is_training_on_the_file_they_were_made_of(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ISTHMUS_HOME", str(tmp_path / "home"))
+    recipe = toy(tmp_path, rows=24)
+    data = recipe.stages[0].data[0].name
+    assert run(monkeypatch, "convert", data, str(tmp_path / "shards"), "--to", "webdataset") == 0
+    weights = []
+    for place in (data, str(tmp_path / "shards")):
+        stage = recipe.stages[0].but(data=(Source(name=place),), budget=Budget(steps=3))
+        folder = tmp_path / f"run-{len(weights)}"
+        model = train(recipe.but(stages=(stage,)), folder, torch.device("cpu"), Console(quiet=True))
+        weights.append({name: value for name, value in model.state_dict().items() if name.startswith("connectors.")})
+    assert weights[0].keys() and all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())

@@ -1,0 +1,311 @@
+"""Whole small comparisons: what is done once stays done, what is added is added, and every number is a run's own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from comparing_runs import TASKS, recipes, small
+from isthmus.comparing import compare, page
+from isthmus.comparing.advice import advice
+from isthmus.comparing.judge import judged
+from isthmus.comparing.outcome import Cell, Line, Outcome
+from isthmus.comparing.plan import Common, scaled
+from isthmus.comparing.settings import settings
+from isthmus.comparing.table import markdown, tables
+from isthmus.config import Source
+from isthmus.evaluation import answers
+from isthmus.evaluation.seeds import Gap, Level
+from isthmus.recipes.llava import llava
+from isthmus.recipes.qwen_vl import qwen_vl
+from isthmus.types import ConfigError
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("comparing")
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path, embedded: None) -> Outcome:
+    """Two joints, two seeds, a grid of two factors."""
+    return small(place, *recipes(place), factors=(0.5, 2.0))
+
+
+def times(folder: Path) -> dict[str, int]:
+    """When each run's report and model were written."""
+    return {str(file): file.stat().st_mtime_ns for file in sorted(folder.rglob("*")) if file.name == "report.json"}
+
+
+def test_every_run_is_a_normal_run(finished: Outcome, place: Path) -> None:
+    folder = place / "comparison"
+    for name in ("one", "two"):
+        for seed in (0, 1):
+            assert json.loads((folder / name / f"seed{seed}" / "run.json").read_text())["recipe"]["seed"] == seed
+            assert (folder / name / f"seed{seed}" / "align" / "model" / "config.json").is_file()
+    assert len(finished.runs) == 4 and len({run.fingerprint for run in finished.runs}) == 4
+    assert {run.data_hash for run in finished.runs if run.seed == 0} == {finished.runs[0].data_hash}
+
+
+def test_the_table_holds_the_shares_of_right_answers(finished: Outcome, place: Path) -> None:
+    shares = {}
+    for name in ("one", "two"):
+        for task in TASKS:
+            files = [
+                place / "comparison" / name / f"seed{s}" / "predictions/after" / f"{task.name}.jsonl" for s in (0, 1)
+            ]
+            right = [[bool(p.right) for p in answers.read(file)[1]] for file in files]
+            shares[name, task.name] = sum(sum(each) / len(each) for each in right) / 2
+    for line in finished.lines:
+        for name, cell in line.cells.items():
+            assert cell.level.value == pytest.approx(shares[name, line.task])
+            assert set(cell.others) == {"before", "blind", "shuffled"} and cell.seen is not None
+    one = [shares["one", task.name] for task in TASKS]
+    assert finished.mean.cells["one"].level.value == pytest.approx(sum(one) / 2)
+    gap = finished.mean.cells["two"].gap
+    two = [shares["two", task.name] for task in TASKS]
+    assert gap is not None and gap.value == pytest.approx((sum(two) - sum(one)) / 2) and gap.paired
+    assert finished.mean.cells["one"].gap is None
+
+
+def test_rates_are_tried_at_the_same_cost_for_all(finished: Outcome, place: Path) -> None:
+    assert set(finished.rates) == {"one", "two"}
+    for name, rates in finished.rates.items():
+        assert set(rates.losses) == {0.5, 2.0} and rates.at_edge
+        assert rates.losses[rates.chosen] == min(loss for loss in rates.losses.values() if loss is not None)
+        used = json.loads((place / "comparison" / name / "seed0" / "run.json").read_text())["recipe"]["stages"][0]
+        assert used["train"]["connectors.*"]["lr"] == pytest.approx(1e-2 * rates.chosen)
+
+
+def test_calling_again_trains_nothing_and_says_the_same(finished: Outcome, place: Path) -> None:
+    before = times(place / "comparison")
+    text = (place / "comparison" / "compare.json").read_text()
+    small(place, *recipes(place), factors=(0.5, 2.0))
+    assert times(place / "comparison") == before
+    small(place)  # without naming them
+    assert times(place / "comparison") == before
+    assert (place / "comparison" / "compare.json").read_text() == text
+
+
+@pytest.fixture
+def copied(finished: Outcome, place: Path, tmp_path: Path) -> Path:
+    """The finished comparison, to go on with."""
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def test_a_joint_is_added_without_repeating(finished: Outcome, copied: Path) -> None:
+    before = times(copied / "comparison")
+    more = small(copied, add=[recipes(copied)[1].but(name="three")])
+    assert more.names == ("one", "two", "three") and more.seeds == (0, 1)
+    assert times(copied / "comparison").items() >= before.items()
+    assert more.lines[0].cells["one"].level == finished.lines[0].cells["one"].level
+    with pytest.raises(ConfigError, match="another recipe named 'three'"):
+        small(copied, add=[recipes(copied)[0].but(name="three")])
+
+
+@pytest.mark.slow
+def test_a_seed_is_added_without_repeating(copied: Path) -> None:
+    before = times(copied / "comparison")
+    wider = small(copied, *recipes(copied), factors=(0.5, 2.0), seeds=3)
+    assert wider.seeds == (0, 1, 2) and len(wider.runs) == 6
+    assert times(copied / "comparison").items() >= before.items()
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"budget": "3-steps"}, "another budget"),
+        ({"factors": ()}, "another grid"),
+        ({"limit": 3}, "another evaluation"),
+        ({"baseline": "two"}, "another baseline"),
+        ({"overrides": ["dtype=bfloat16"]}, "another override"),
+    ],
+)
+def test_other_settings_in_the_same_folder_are_refused(finished: Outcome, place: Path, changes, cause) -> None:
+    with pytest.raises(ConfigError, match=cause):
+        small(place, *recipes(place), **{"factors": (0.5, 2.0), **changes})
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    one, two = recipes(tmp_path)
+    for some, options, cause in (
+        ((one, two.but(name="one")), {}, "two recipes have one name"),
+        ((one, two), {"baseline": "three"}, "no recipe is named 'three'"),
+        ((one.but(eval=()), two), {}, "nothing would be measured"),
+        ((one, two), {"budget": "soon"}, "no budget is written"),
+        ((), {}, "holds no comparison"),
+    ):
+        with pytest.raises(ConfigError, match=cause):
+            small(tmp_path, *some, **options)
+    assert not (tmp_path / "comparison" / "plan.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------- equal terms
+
+
+def test_settings_that_differ_are_said() -> None:
+    found = {setting.name: setting for setting in settings({"a": llava(), "b": qwen_vl()})}
+    assert found["LLM"].matches and found["evaluation"].matches
+    other = {"a": llava(), "b": llava().but(llm="another", system="Be brief.")}
+    told = {setting.name: setting.matches for setting in settings(other)}
+    assert not told["LLM"] and not told["system turn"] and told["encoder and its features"]
+
+
+def test_stages_are_compared_where_both_have_them() -> None:
+    three, one = llava(), llava().but(stages=llava().stages[2:])
+    found = {setting.name: setting for setting in settings({"a": three, "b": one})}
+    assert not found["stages"].matches and found["data of stage sft"].matches
+    assert not [name for name in found if name.endswith("stage warm")]
+    other = llava().but(stages=[stage.but(batch_size=2) for stage in llava().stages])
+    told = {setting.name for setting in settings({"a": three, "b": other}) if not setting.matches}
+    assert told == {f"samples per step of stage {name}" for name in ("warm", "align", "sft")}
+
+
+def test_data_replace_those_of_language_stages_alone() -> None:
+    mine = Source(name="mine.json")
+    stages = Common(eval=(), data=(mine,)).of(llava()).stages
+    assert [stage.data == (mine,) for stage in stages] == [False, True, True]  # `warm` does not run the LLM
+
+
+def test_all_rates_of_a_recipe_are_scaled() -> None:
+    before, after = llava(), scaled(llava(), 3)
+    for old, new in zip(before.stages, after.stages):
+        assert new.lr == pytest.approx(3 * old.lr)
+        for glob, how in old.train.items():
+            assert new.train[glob].lr == (None if how.lr is None else pytest.approx(3 * how.lr))
+
+
+def test_of_equal_losses_the_rate_nearest_to_the_recipe_is_chosen() -> None:
+    assert compare.chosen({1 / 3: 2.0, 1.0: 2.0, 3.0: None}, "x").chosen == 1.0
+    assert compare.chosen({}, "x").chosen == 1.0
+    with pytest.raises(ConfigError, match="all trials were not finite"):
+        compare.chosen({1.0: None}, "x")
+
+
+# ---------------------------------------------------------------------------------------------- words
+
+
+def gap(value: float, p: float) -> Gap:
+    return Gap(value, (value, value), value - 0.01, value + 0.01, value - 0.02, value + 0.02, p, p, True)
+
+
+def line(task: str, gaps: dict[str, Gap | None], unscored: int = 0) -> Line:
+    cells = {
+        name: Cell(Level(0.5 + (found.value if found else 0), (0.5,), 0.4, 0.6, 0.4, 0.6), {}, gap(0.3, 0.001), found)
+        for name, found in gaps.items()
+    }
+    first, *_ = cells
+    return Line(task, task, "accuracy", 100, 50, {**cells, first: replace(cells[first], unscored=unscored)})
+
+
+def outcome_with(finished: Outcome, *lines: Line, seeds: tuple[int, ...] = (0, 1, 2)) -> Outcome:
+    """The finished comparison with other numbers in its table."""
+    mean, rest = judged(lines[0], lines[1:] or lines)
+    names = tuple(lines[0].cells)
+    costs = dict.fromkeys(names, finished.costs["one"])
+    found = replace(finished, names=names, baseline=names[0], seeds=seeds, mean=mean, lines=rest, costs=costs, rates={})
+    return replace(found, advice=advice(found))
+
+
+def test_words_come_after_holm_over_both_families(finished: Outcome) -> None:
+    mean = line("mean", {"a": None, "b": gap(0.1, 0.01), "c": gap(0.1, 0.03)})
+    task = line("t", {"a": None, "b": gap(0.1, 0.01), "c": gap(-0.1, 0.001)})
+    other = line("u", {"a": None, "b": gap(0.1, 0.2), "c": gap(0.1, 0.2)})
+    found = outcome_with(finished, mean, task, other)
+    assert [cell.adjusted for cell in found.mean.cells.values()] == [None, pytest.approx(0.04), pytest.approx(0.06)]
+    assert [cell.verdict for cell in found.mean.cells.values()] == [None, "better", "not decided"]
+    assert [cell.verdict for cell in found.lines[0].cells.values()] == [None, "not decided", "worse"]
+    assert "Take b" in found.advice[0] and "c the data do not decide" in found.advice[0]
+    assert any("c is worse than a in t" in sentence for sentence in found.advice)
+
+
+def test_items_that_were_not_scored_leave_it_open(finished: Outcome) -> None:
+    found = outcome_with(finished, line("mean", {"a": None, "b": gap(0.4, 1e-6)}, unscored=1))
+    assert found.mean.cells["b"].verdict == "not decided"
+
+
+def test_one_seed_is_said_to_decide_nothing(finished: Outcome) -> None:
+    found = outcome_with(finished, line("mean", {"a": None, "b": gap(0.4, 1.0)}), seeds=(0,))
+    assert found.advice[0].startswith("The data do not decide: every joint was trained once")
+
+
+def test_what_is_worse_is_not_recommended(finished: Outcome) -> None:
+    found = outcome_with(finished, line("mean", {"a": None, "b": gap(-0.4, 1e-6)}))
+    assert found.advice[0] == "Keep a: no joint is better over all tasks. b is worse than a."
+
+
+# ---------------------------------------------------------------------------------------------- the page
+
+
+class Page(HTMLParser):
+    """Tags with their attributes; refuses unbalanced elements."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, tag
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def test_the_page_is_one_sound_file_that_can_be_read_aloud(finished: Outcome, place: Path) -> None:
+    text = (place / "comparison" / "compare.html").read_text(encoding="utf-8")
+    parsed = Page(text)
+    assert parsed.open == [] and not {"script", "link", "iframe"} & {tag for tag, _ in parsed.tags}
+    assert all((image["src"] or "").startswith("data:image/") and image.get("alt") for image in parsed.all("img"))
+    assert all(svg.get("aria-label") or svg.get("aria-hidden") for svg in parsed.all("svg"))
+    assert len(parsed.all("caption")) == len(parsed.all("table")) >= 6
+    assert all(head.get("scope") in ("col", "row") for head in parsed.all("th"))
+    ids = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
+    assert len(ids) == len(set(ids)) and {"quality", "learning-rates", "do-the-settings-match"} <= set(ids)
+    assert {each.get("aria-labelledby") for each in parsed.all("section")} <= set(ids)
+    assert "url(" not in text and "@import" not in text and "http" not in text.split("Attribution")[0]
+    assert [tag for tag, _ in parsed.tags].count("h1") == 1
+    for run in finished.runs:
+        assert run.fingerprint in text and run.data_hash in text
+
+
+def test_names_are_shown_as_text(finished: Outcome) -> None:
+    evil = replace(finished, title="<script>alert(1)</script>", about=dict.fromkeys(finished.names, "<b>&"))
+    assert "script" not in {tag for tag, _ in Page(page.render(evil)).tags}
+
+
+def test_the_json_has_what_the_page_has(finished: Outcome, place: Path) -> None:
+    tree = json.loads((place / "comparison" / "compare.json").read_text())
+    assert tree["names"] == ["one", "two"] and tree["mean"]["cells"]["two"]["verdict"] == "not decided"
+    for name, cost in finished.costs.items():
+        assert tree["costs"][name]["trained"] == cost.trained > 0
+        assert tree["costs"][name]["speed"]["prefill"] > 0 and cost.training > 0 and cost.memory > 1e8
+    assert {run["fingerprint"] for run in tree["runs"]} == {run.fingerprint for run in finished.runs}
+
+
+def test_markdown_is_written_from_the_json(finished: Outcome, place: Path) -> None:
+    text = markdown(json.loads((place / "comparison" / "compare.json").read_text()))
+    assert text.startswith("# 2 joints compared") and finished.advice[0] in text
+    row = next(row for row in text.splitlines() if row.startswith("| `two` |"))
+    assert f"{finished.mean.cells['two'].level.value:.3f}".removeprefix("0") in row
+    assert text.count("| `one` | ") == 4  # quality, cost and two runs
+
+
+def test_the_terminal_shows_every_joint(finished: Outcome) -> None:
+    quality, costs = tables(finished)
+    assert quality.row_count == costs.row_count == 2 and len(quality.columns) == 2 + len(TASKS)

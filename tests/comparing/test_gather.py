@@ -1,0 +1,54 @@
+"""What is gathered of runs that differ: kinds that only some seeds drew, and recipes of which one cannot be run."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from comparing_runs import recipes
+from isthmus.comparing import gather
+from isthmus.comparing.engine import Here
+from isthmus.comparing.gather import Quality
+from isthmus.comparing.plan import Job
+from isthmus.errors import IsthmusError
+from isthmus.evaluation.answers import Prediction
+from isthmus.evaluation.tasks import Choice, Cut, Item
+from isthmus.types import Sample, Turn
+
+
+def predicted(kinds: str) -> list[Prediction]:
+    """An answer per letter, which is its kind; those of kind `a` are right."""
+    return [
+        Prediction(f"{n}", "t", None, "", (), (), None, "yes", kind == "a", f"{n}", kind)
+        for n, kind in enumerate(kinds)
+    ]
+
+
+def test_a_kind_that_one_seed_drew_none_of_is_no_line() -> None:
+    items = [
+        Item(Sample((Turn.say("user", "?"),), f"{n}"), "yes", ("yes", "no"), f"{n}", kind)
+        for n, kind in enumerate("aabc")
+    ]
+    cuts = (Cut("all"), *(Cut(kind, frozenset(kind)) for kind in "abc"))
+    task = Choice("t", tuple(items), cuts)
+    answers: gather.Answers = {
+        name: {"t": [{"after": predicted("aabc")}, {"after": predicted("abbb")}]} for name in ("one", "two")
+    }
+    quality = Quality(answers, gather.questions([task]), "one", draws=50)
+    lines = {line.label: line.cells["two"].level.value for line in (quality.line([each]) for each in quality.asked)}
+    assert lines == pytest.approx({"all": (2 / 4 + 1 / 4) / 2, "a": 1.0, "b": 0.0})
+
+
+def test_a_recipe_that_fails_here_keeps_no_other_from_being_done(tmp_path: Path, embedded: None) -> None:
+    good = recipes(tmp_path)[0].but(eval=())
+    bad = good.but(name="bad", llm=str(tmp_path / "nowhere"))
+    runs = ((bad, 0), (bad, 1), (good, 0))
+    jobs = [Job(each, tmp_path / each.name / f"seed{seed}", each.name) for each, seed in runs]
+    told = []
+    with pytest.raises(IsthmusError, match="nowhere"):
+        Here(Console(file=io.StringIO()), torch.device("cpu"))(jobs, lambda job, outcome: told.append((job, outcome)))
+    assert told == [(jobs[2], "done")] and not jobs[1].folder.exists()

@@ -1,0 +1,229 @@
+"""Tasks on files in their published layouts, scored as their benchmarks score."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image as Pillow
+
+import composed
+from isthmus.config import TaskConfig
+from isthmus.evaluation import results
+from isthmus.evaluation.catalogue import named
+from isthmus.evaluation.measure import build
+from isthmus.evaluation.metrics import captions
+from isthmus.evaluation.score import Scorer
+from isthmus.evaluation.tasks import Task, run
+from isthmus.model import VLM
+from isthmus.types import DataError, Sample
+
+
+@pytest.fixture(scope="module")
+def model() -> VLM:
+    return composed.stir(composed.model())
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ISTHMUS_HOME", str(tmp_path / "home"))
+
+
+def pictures(folder: Path, *names: str) -> None:
+    for place, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Pillow.new("RGB", (32, 32), (40 * place, 90, 200 - 40 * place)).save(folder / name)
+
+
+def write(folder: Path, tree: Any, name: str = "asked.json") -> Path:
+    path = folder / name
+    path.write_text(json.dumps(tree), encoding="utf-8")
+    return path
+
+
+def task(name: str, path: Path, limit: int | None = None, **options: Any) -> Task:
+    config = TaskConfig(name=name, limit=limit, options={"data": {"name": str(path)}, **options})
+    return named(name)(config, 0)
+
+
+def answered(asked: Task, model: VLM, say: Callable[[Sample], str | None]) -> tuple[list[Any], results.Row]:
+    """Predictions when every prompt gets the reply that `say` has for it, and the row of the whole file."""
+    given = run(asked, Scorer(model, reply=lambda prompts: [say(prompt) for prompt in prompts], batch_size=3))
+    return given, results.rows(asked, {"after": given})[0]
+
+
+def in_turn(*replies: str | None) -> Callable[[Sample], str | None]:
+    left = iter(replies)
+    return lambda prompt: next(left)
+
+
+def questions(folder: Path, answers: Sequence[Any], **more: Sequence[Any]) -> Path:
+    pictures(folder, "0.png", "1.png")
+    records = [
+        {"id": f"q{place}", "image": f"{place // 2 % 2}.png", "question": f"What {place}?", "answer": answer}
+        | {key: values[place] for key, values in more.items()}
+        for place, answer in enumerate(answers)
+    ]
+    return write(folder, records)
+
+
+def test_exact_match_evens_out_what_does_not_matter(tmp_path, model):
+    asked = task("exact", questions(tmp_path, ["a dog", "two", "red"]))
+    found, row = answered(asked, model, in_turn("Dog.", "2", "blue"))
+    assert [one.right for one in found] == [True, True, False]
+    assert row.cells["after"].value == pytest.approx(2 / 3) and row.clusters == 2
+
+
+def test_a_reply_that_failed_is_not_scored_and_gives_a_range(tmp_path, model):
+    found, row = answered(task("exact", questions(tmp_path, ["a", "b"])), model, in_turn(None, "b"))
+    assert found[0].right is None
+    assert (row.cells["after"].lowest, row.cells["after"].highest) == (0.5, 1.0)
+
+
+def test_vqa_accuracy_counts_people(tmp_path, model):
+    pictures(tmp_path, "COCO_val2014_000000000007.jpg")
+    asked = {"questions": [{"question_id": 70, "image_id": 7, "question": "How many?"}], "data_subtype": "val2014"}
+    people = [{"answer": word, "answer_id": place} for place, word in enumerate(["2"] * 2 + ["3"] * 8)]
+    noted = {
+        "question_id": 70,
+        "image_id": 7,
+        "multiple_choice_answer": "3",
+        "answers": people,
+        "answer_type": "number",
+    }
+    write(tmp_path, {"annotations": [noted], "data_subtype": "val2014"}, "annotations.json")
+    path = write(tmp_path, asked, "questions.json")
+    data = {"name": str(path), "options": {"format": "vqav2", "beside": str(tmp_path / "annotations.json")}}
+    built = named("vqa")(TaskConfig(name="vqa", options={"data": data}), 0)
+    found, row = answered(built, model, lambda prompt: "two")
+    # nine others hear "two": eight times two of them agree, twice one does
+    assert found[0].right == pytest.approx((8 * 2 / 3 + 2 * 1 / 3) / 10)
+    assert row.cells["after"].value == pytest.approx(0.6) and row.unit == "accuracy"
+
+
+def test_a_file_without_the_peoples_answers_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no answers"):
+        task("vqa", questions(tmp_path, ["a"]))
+
+
+def test_yes_no_reports_pope_and_mme(tmp_path, model):
+    kinds = ["existence"] * 4
+    asked = task("yes-no", questions(tmp_path, ["yes", "no", "yes", "no"], category=kinds))
+    found, row = answered(asked, model, in_turn("Yes", "Yes", "yes, it is", "No"))
+    assert [one.right for one in found] == [True, False, True, True]
+    assert row.besides["POPE recall"] == 1 and row.besides["POPE precision"] == pytest.approx(2 / 3)
+    assert row.besides["MME score"] == pytest.approx(75 + 50)
+    assert row.besides["MME existence"] == row.besides["MME score"]
+
+
+def test_popes_own_layout(tmp_path, model):
+    pictures(tmp_path, "0.png")
+    lines = [
+        {"question_id": place, "image": "0.png", "text": f"Is there a {word}?", "label": label}
+        for place, (word, label) in enumerate([("dog", "yes"), ("car", "no")])
+    ]
+    path = tmp_path / "coco_pope_random.json"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found, row = answered(task("yes-no", path), model, lambda prompt: "yes")
+    assert [one.right for one in found] == [True, False]
+    assert (row.besides["POPE yes"], row.besides["POPE f1"]) == (1.0, pytest.approx(2 / 3))
+
+
+def test_yes_no_refuses_other_answers(tmp_path):
+    with pytest.raises(DataError, match="neither yes nor no"):
+        task("yes-no", questions(tmp_path, ["maybe"]))
+
+
+def science(folder: Path) -> Path:
+    pictures(folder, "test/1/image.png")
+    problem = {
+        "question": "Which is a bird?",
+        "choices": ["cat", "owl", "dog"],
+        "answer": 1,
+        "hint": "",
+        "split": "test",
+    }
+    return write(folder, {"1": problem | {"image": "image.png"}, "2": problem | {"image": None}}, "problems.json")
+
+
+def test_options_by_letter_or_in_words(tmp_path, model):
+    found, row = answered(task("options", science(tmp_path)), model, in_turn("B.", "the owl"))
+    assert [one.right for one in found] == [True, True]
+    assert row.chance == pytest.approx(1 / 3) and not row.besides
+
+
+def test_circular_evaluation_turns_options_and_letter_together(tmp_path, model):
+    asked = task("options", science(tmp_path), circular=True)
+    assert [item.answer for item in asked.items] == ["B", "A", "C"] * 2
+    for item in asked.items:
+        assert f"{item.answer}. owl" in item.words
+
+    def one_place_wrong(prompt: Sample) -> str:
+        right = next(item.answer for item in asked.items if item.prompt.id == prompt.id)
+        return "A" if prompt.id == "2#round-2" else right
+
+    found, row = answered(asked, model, one_place_wrong)
+    assert sum(one.right for one in found) == 5
+    assert row.besides["circular accuracy"] == 0.5 and row.clusters == 2
+
+
+def test_captions_of_one_picture_are_its_references(tmp_path, model):
+    pictures(tmp_path, "a.jpg", "b.jpg")
+    said = {1: ["A red cat sits.", "The cat is red."], 2: ["Two dogs run.", "Dogs running in the grass."]}
+    tree = {
+        "images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}],
+        "annotations": [
+            {"id": 10 * picture + place, "image_id": picture, "caption": text}
+            for picture, texts in said.items()
+            for place, text in enumerate(texts)
+        ],
+    }
+    asked = task("captions", write(tmp_path, tree))
+    assert len(asked.items) == 2
+    found, row = answered(asked, model, in_turn("a red cat sits", "a boat"))
+    tokens = [[captions.tokens(text) for text in texts] for texts in said.values()]
+    scores = captions.cider([["a", "red", "cat", "sits"], ["a", "boat"]], tokens)
+    assert [one.right for one in found] == pytest.approx([score / 10 for score in scores])
+    assert row.besides["CIDEr"] == pytest.approx(sum(scores) / 2) and row.besides["CIDEr"] > 0
+
+
+def test_a_limit_draws_the_same_items_each_time(tmp_path):
+    path = questions(tmp_path, ["a", "b", "c", "d"])
+    drawn = [[item.prompt.id for item in task("exact", path, limit=2).items] for _ in range(2)]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 2
+
+
+def test_questions_are_asked_in_one_wording(tmp_path):
+    asked = task("exact", questions(tmp_path, ["a", "b", "c", "d"]))
+    endings = {item.words.partition("?")[2] for item in asked.items}
+    assert len(endings) == 1
+
+
+def test_two_files_are_two_tasks(tmp_path):
+    one, other = (
+        questions(tmp_path, ["a"]),
+        write(tmp_path, json.loads((tmp_path / "asked.json").read_text()), "b.json"),
+    )
+    configs = [TaskConfig(name="exact", options={"data": {"name": str(path)}}) for path in (one, other)]
+    assert [built.name for built, _ in build(configs, 0)] == ["exact-asked", "exact-b"]
+
+
+def test_all_questions_are_asked_and_none_is_held_out(tmp_path):
+    assert len(task("exact", questions(tmp_path, ["a"] * 4 + ["b"] * 300)).items) == 304
+
+
+def test_an_answer_in_words_is_the_letter_of_its_choice(tmp_path, model):
+    path = questions(tmp_path, ["owl", "b"], meta=[{"choices": ["cat", "owl"]}] * 2)
+    found, _ = answered(task("options", path), model, lambda prompt: "B")
+    assert [one.right for one in found] == [True, True]
+    with pytest.raises(DataError, match="none of the choices"):
+        task("options", questions(tmp_path, ["dog"], meta=[{"choices": ["cat", "owl"]}]))
+
+
+def test_captions_of_a_single_picture_are_refused(tmp_path):
+    pictures(tmp_path, "a.jpg")
+    with pytest.raises(DataError, match="rare"):
+        task("captions", write(tmp_path, [{"image": "a.jpg", "caption": "A cat."}]))

@@ -1,0 +1,215 @@
+"""What is seen inside a model, against transformers' own states and weights; effects; the page; the verb."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from PIL import Image as Pillow
+from typer.testing import CliRunner
+
+import composed
+from isthmus import sites
+from isthmus.cli.app import app
+from isthmus.evaluation.gap import effects, page, report, states
+from isthmus.evaluation.gap.states import Pair
+from isthmus.types import ConfigError, DataError, Image, Modality, Sample, Turn
+
+WORDS = ("a cat", "the dog", "red", "two", "on the left", "a big house", "trees", "nothing")
+PAIRS = [Pair(Sample((Turn.say("user", composed.picture(n), "what is it?"),), f"p{n}"), w) for n, w in enumerate(WORDS)]
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return composed.stir(composed.model())
+
+
+@pytest.fixture(scope="module")
+def flamingo():
+    return composed.model(aligner="flamingo")
+
+
+# ---------------------------------------------------------------------------------------------- states
+
+
+def test_states_are_those_of_transformers(llava):
+    seen = states.see(llava, PAIRS, keep=3)
+    batch = llava.processor.collator()([pair.unseen for pair in PAIRS[:1]])
+    own = llava.llm(input_ids=batch.input_ids_BT, output_hidden_states=True).hidden_states
+    spoken = states._spoken(llava, batch)[0]
+    ids = batch.input_ids_BT[0, spoken]
+    assert llava.processor.tokenizer.decode(ids) == WORDS[0]
+    for number in range(len(own) - 1):  # transformers' last one is behind the norm
+        torch.testing.assert_close(seen.words_ND[number][0], own[number][0, spoken].mean(0), atol=1e-5, rtol=1e-4)
+    last = sites.norm(llava.llm)(seen.words_ND[-1][:0])
+    assert last.shape == (0, 32) and len(seen.words_ND) == 4
+
+
+def test_the_first_layer_is_what_the_connector_gives(llava):
+    seen = states.see(llava, PAIRS, keep=3)
+    torch.testing.assert_close(seen.image_ND[0], seen.joint_ND, atol=1e-5, rtol=1e-4)
+    assert [len(x) for x in seen.image_ND] == [8] * 4 and seen.tokens_KQD[2].shape == (3, 16, 32)
+    torch.testing.assert_close(seen.tokens_KQD[2].mean(1), seen.image_ND[2][:3])
+
+
+def test_attention_is_that_of_transformers_and_the_kernel_comes_back(llava):
+    before = llava.llm.config._attn_implementation
+    batch = llava.processor.prompts([PAIRS[0].prompt])
+    told = llava.run(batch).hidden_BTD
+    seen = states.see(llava, PAIRS[:4], keep=0)
+    (found,) = states.attention_map(llava, PAIRS[0].prompt.turns)
+    assert llava.llm.config._attn_implementation == before == "isthmus"
+    torch.testing.assert_close(llava.run(batch).hidden_BTD, told, atol=0, rtol=0)
+    llava.llm.set_attn_implementation("eager")
+    embeds = llava.embed(batch, llava.connect(batch))
+    weights = llava.llm.model(inputs_embeds=embeds, output_attentions=True).attentions
+    llava.llm.set_attn_implementation(before)
+    image = batch.modality_BT[0] == Modality.IMAGE
+    by_hand = torch.stack([layer[0, :, -1, image].mean(0) for layer in weights]).mean(0).unflatten(0, (4, 4))
+    torch.testing.assert_close(found, by_hand, atol=1e-6, rtol=1e-4)
+    mass = torch.stack([layer[0].mean() for layer in seen.mass_NH]).mean()  # the same position, before the answer
+    torch.testing.assert_close(mass, found.sum(), atol=1e-6, rtol=1e-4)
+    assert seen.places == pytest.approx(16 / batch.input_ids_BT.shape[1], rel=0.01)
+
+
+def test_every_picture_has_a_map(llava):
+    turns = (Turn.say("user", composed.picture(1), "and", composed.picture(2), "do they differ?"),)
+    first, second = states.attention_map(llava, turns)
+    assert first.shape == second.shape == (4, 4) and not torch.equal(first, second)
+    assert 0 < float(first.sum() + second.sum()) < 1
+
+
+def test_places_are_claimed_only_where_tokens_have_them(llava):
+    pooled = composed.model(options={"pool": 2})
+    assert states.grid(llava) == (4, 4) and states.grid(pooled) == (2, 2)
+    queries = composed.model(aligner="blip2")
+    assert states.grid(queries) is None
+    with pytest.raises(ConfigError, match="one for one"):
+        states.attention_map(queries, PAIRS[0].prompt.turns)
+
+
+def test_what_does_not_apply_is_refused(flamingo):
+    with pytest.raises(ConfigError, match="beside the LLM's input"):
+        states.attention_map(flamingo, PAIRS[0].prompt.turns)
+    with pytest.raises(ConfigError, match="encoder-decoder"):
+        states.see(composed.model("t5"), PAIRS, 0)
+
+
+@pytest.mark.usefixtures("embedded")
+def test_pairs_are_different_words_about_one_picture():
+    found = states.pairs("naming", 12)
+    assert len({pair.words for pair in found}) == len(found) == 12
+    assert not found[0].unseen.media and found[0].unseen.turns[-1].text == found[0].words
+    assert states.pairs("easy-vqa", 10)[0].words.startswith("a ")
+    with pytest.raises(DataError, match="the gap needs 8"):
+        states.pairs("naming", 3)
+
+
+# ---------------------------------------------------------------------------------------------- the lens in a model
+
+
+def test_a_planted_word_is_found_in_the_model(llava):
+    for word in (40, 120, 260):
+        planted = sites.embedding(llava.llm).weight[word]
+        assert report._said(llava, planted[None], 0).argmax().item() == word
+        assert report._said(llava, planted[None], 2).argmax().item() == word  # its head is its embedding
+    tokens = sites.embedding(llava.llm).weight[report._ids(llava, "cat")].detach()[None]
+    assert report._ranks(llava, tokens, [Pair(PAIRS[0].prompt, "a cat")], 2).tolist() == [1]
+
+
+# ---------------------------------------------------------------------------------------------- effects
+
+
+def test_nll_is_the_loss_of_transformers_interface(llava):
+    for pair, found in zip(PAIRS[:3], effects.nll(llava, [p.prompt for p in PAIRS[:3]], WORDS[:3]).tolist()):
+        batch = llava.processor.collator()([pair.answered])
+        media = batch.media["image"]
+        at = torch.stack([media.row_N, media.at_N], 1)
+        loss = llava(batch.input_ids_BT, pixel_values=media.pixels, image_at=at, labels=batch.labels_BT).loss
+        assert found == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_a_picture_that_is_not_looked_at_has_no_effect(flamingo, llava):
+    _, asleep = effects.effects(flamingo, PAIRS)  # its gates are closed at birth
+    assert all(abs(effect.rise) < 1e-6 for effect in asleep.values())
+    assert effects.occlusion_map(flamingo, PAIRS[0], 2).abs().max() < 1e-5
+    _, awake = effects.effects(llava, PAIRS)
+    assert all(abs(effect.rise) > 1e-3 and effect.low < effect.rise < effect.high for effect in awake.values())
+    assert effects.occlusion_map(llava, PAIRS[0], 2).abs().min() > 1e-4
+
+
+def test_hiding_a_place_hides_that_place():
+    picture = Pillow.new("RGB", (30, 30), (255, 0, 0))
+    masked = effects.mask(picture, 1, 2, 3)
+    grey = [(x, y) for x in range(30) for y in range(30) if masked.getpixel((x, y)) == effects.GREY]
+    assert len(grey) == 100 and min(grey) == (20, 10) and max(grey) == (29, 19)
+
+
+def test_no_tile_stays_where_it_was():
+    picture = Pillow.new("RGB", (16, 16))
+    for tile in range(16):
+        picture.paste((tile, 0, 0), (4 * (tile % 4), 4 * (tile // 4), 4 * (tile % 4) + 4, 4 * (tile // 4) + 4))
+    prompt = Sample((Turn.say("user", Image(picture), "?"),))
+    moved = effects.shuffle(prompt, 4, seed=0)
+    tiles = [moved.getpixel((4 * (tile % 4) + 1, 4 * (tile // 4) + 1))[0] for tile in range(16)]
+    assert sorted(tiles) == list(range(16)) and all(found != tile for tile, found in enumerate(tiles))
+
+
+# ---------------------------------------------------------------------------------------------- the page
+
+
+class Page(HTMLParser):
+    """Whether every tag is closed, nothing is fetched, and every figure has words."""
+
+    VOID = ("meta", "img", "line", "circle", "rect", "polyline", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.found: dict[str, int] = {}
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        told = dict(attributes)
+        self.found[tag] = self.found.get(tag, 0) + 1
+        assert (told.get("src") or "data:").startswith("data:") and tag not in ("script", "link")
+        assert tag != "img" or told["alt"]
+        assert tag != "svg" or told.get("aria-label") or told.get("aria-hidden")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.found[tag] = self.found.get(tag, 0) + 1
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_joints_are_measured_as_far_as_they_can_be(llava, flamingo):
+    first = report.measure(llava, "one <b>", "own", PAIRS, pictures=1, cells=2)
+    aside = report.measure(flamingo, "two", "own", PAIRS, pictures=1, cells=2)
+    assert not first.skipped and len(first.layers) == 4 and first.layers[0].mass is None and first.layers[1].mass
+    assert set(aside.skipped) == {"centroids", "lens", "attention"} and aside.layers[2].gap is None
+    assert -1 <= aside.layers[2].cka <= 1 and aside.shown[0].lens == {} and aside.shown[0].attention is None
+    text = page.render([first, aside], "squash")
+    found = Page(text).found
+    assert found["img"] == (1 + len(first.shown[0].lens) + 2) + 2 and found["polyline"] == 8 + 2
+    assert "one &lt;b&gt;" in text and "<b>," not in text and "keeps pictures beside" in text
+    assert json.loads(json.dumps(first.plain()))["chance_of_neighbours"] == pytest.approx(5 / 7)
+
+
+@pytest.mark.usefixtures("embedded")
+def test_the_verb_writes_a_page_of_two_models(llava, tmp_path):
+    llava.save_pretrained(tmp_path / "runs/a/sft/model")
+    words = ["gap", *[str(tmp_path / "runs/a/sft/model")] * 2, "--count", "8", "--pictures", "1", "--cells", "2"]
+    ran = CliRunner().invoke(app, [*words, "--dtype", "float32", "--out", str(tmp_path / "out")])
+    assert ran.exit_code == 0, ran.output
+    assert "a-sft A" in ran.output and "a-sft B" in ran.output
+    told = json.loads((tmp_path / "out/gap.json").read_text())
+    a, b = told["models"]
+    assert a["layers"] == b["layers"] and a["fingerprint"] and a["pairs"] == 8
+    Page((tmp_path / "out/gap.html").read_text())
+    assert len(list((tmp_path / "out/pictures").glob("*.png"))) == 2 * (1 + len(a["shown"][0]["lens"]) + 2)

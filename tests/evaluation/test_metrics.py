@@ -1,0 +1,151 @@
+"""Published metrics against hand calculations, and against what the official code gave for a small corpus."""
+
+from __future__ import annotations
+
+import pytest
+
+from isthmus.evaluation.metrics import captions, judgements, options, vqa
+
+CORPUS = [
+    ("a red cat sits on the mat", ["a red cat sits on a mat", "the cat is on the mat"]),
+    ("two dogs run", ["two dogs are running in the grass", "dogs run", "a pair of dogs runs"]),
+    ("the sky is blue", ["a big tree under a blue sky", "a tree"]),
+    ("a small bird with a big beak", ["a small bird with a big beak"]),
+]
+
+
+def split():
+    return [said.split() for said, _ in CORPUS], [[text.split() for text in texts] for _, texts in CORPUS]
+
+
+@pytest.mark.parametrize("same, score", [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
+def test_vqa_accuracy_by_how_many_of_ten_people_agree(same, score):
+    assert vqa.accuracy("Yes.", ["yes"] * same + ["no"] * (10 - same)) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    "said, even",
+    [
+        ("The cat.", "cat"),
+        ("two  dogs", "2 dogs"),
+        ("none", "0"),
+        ("1,000", "1000"),
+        ("3.5", "3.5"),
+        ("red/blue", "red blue"),
+        ("red / blue", "red blue"),
+        ("dont", "don't"),
+        ("hello!", "hello"),
+        ("U.S.A.", "usa"),
+        ("line\none", "line 1"),
+    ],
+)
+def test_vqa_normalisation(said, even):
+    assert vqa.normalise(said) == even
+
+
+def test_pope_of_a_model_that_always_agrees():
+    rates = judgements.pope([True] * 4, [True, False, True, False])
+    assert (rates.accuracy, rates.precision, rates.recall, rates.yes) == (0.5, 0.5, 1.0, 1.0)
+    assert rates.f1 == pytest.approx(2 / 3)
+
+
+def test_a_reply_that_is_neither_yes_nor_no_is_wrong_and_not_yes():
+    rates = judgements.pope([None, None], [True, False])
+    assert (rates.accuracy, rates.yes, rates.f1) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "reply, said",
+    [
+        ("Yes, there is", True),
+        ("no", False),
+        ("There is not", False),
+        ("yes and no", None),
+        ("nobody", None),
+        ("", None),
+    ],
+)
+def test_judgements_are_whole_words(reply, said):
+    assert judgements.judgement(reply) is said
+
+
+def test_mme_adds_questions_and_pictures():
+    assert judgements.mme([(True, False)]) == 50
+    assert judgements.mme([(True, True)] * 3) == 200
+    assert judgements.mme([(True, True), (False, True)]) == pytest.approx(75 + 50)
+    with pytest.raises(ValueError, match="two questions"):
+        judgements.mme([(True,)])
+
+
+@pytest.mark.parametrize(
+    "reply, place",
+    [
+        ("A", 0),
+        ("a", 0),
+        ("A.", 0),
+        ("Answer: A", 0),
+        ("The answer is: A", 0),
+        ("The correct option is A", 0),
+        ("Option A", 0),
+        ("(B) dog", 1),
+        ("The answer is C", 2),
+        ("cat", 0),
+        ("It is a dog.", 1),
+        ("the red cat", 2),
+        ("I think it is B", 1),
+        ("A dog", 1),
+        ("cat or dog", None),
+        ("(A) or (B)", None),
+        ("Answer: E", None),
+        ("", None),
+    ],
+)
+def test_which_option_a_reply_names(reply, place):
+    assert options.chosen(reply, ["cat", "dog", "red cat"]) == place
+
+
+def test_rotations_put_every_option_everywhere():
+    turned = options.rotations(["cat", "dog", "owl"])
+    assert [each[0] for each in turned] == ["cat", "dog", "owl"]
+    assert all(sorted(each) == ["cat", "dog", "owl"] for each in turned)
+    assert options.listed(turned[1]) == "A. dog\nB. owl\nC. cat"
+
+
+def test_circular_wants_every_rotation():
+    assert options.circular([[True] * 4, [True, True, True, False]]) == 0.5
+
+
+# What pycocoevalcap 1.2 gives for CORPUS; `benchmarks/captions_vs_coco.py` compares on many more.
+OFFICIAL = {
+    "bleu": [0.904762, 0.863191, 0.801994, 0.765782],
+    "rouge": [0.857143, 0.829932, 0.173295, 1.0],
+    "cider": [4.996136, 1.980551, 0.593632, 10.0],
+}
+
+
+def test_captions_are_scored_as_the_official_code_does():
+    said, texts = split()
+    assert [captions.bleu(said, texts, n) for n in (1, 2, 3, 4)] == pytest.approx(OFFICIAL["bleu"], abs=1e-5)
+    assert [captions.rouge_l(*pair) for pair in zip(said, texts)] == pytest.approx(OFFICIAL["rouge"], abs=1e-5)
+    assert captions.cider(said, texts) == pytest.approx(OFFICIAL["cider"], abs=1e-5)
+
+
+def test_a_copied_reference_is_the_best_caption():
+    said, texts = split()
+    copies = [each[0] for each in texts]
+    assert captions.bleu(copies, texts) == pytest.approx(1)
+    assert sum(captions.cider(copies, texts)) > sum(captions.cider(said, texts))
+    others = copies[1:] + copies[:1]
+    assert sum(captions.cider(others, texts)) < sum(captions.cider(copies, texts))
+
+
+def test_cider_of_one_picture_is_refused():
+    said, texts = split()
+    with pytest.raises(ValueError, match="several"):
+        captions.cider(said[:1], texts[:1])
+
+
+def test_tokens_are_lower_case_words_without_punctuation():
+    assert captions.tokens("A man's dog isn't here, but 2,000 well-fed cats are!") == (
+        ["a", "man", "'s", "dog", "is", "n't", "here", "but", "2,000", "well-fed", "cats", "are"]
+    )
