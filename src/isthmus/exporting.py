@@ -21,7 +21,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from isthmus import lora, parts, quantised
+from isthmus import cards, lora, parts, quantised
 from isthmus.aligners.llava import LLaVA
 from isthmus.config import AlignerConfig, EncoderConfig, LLMConfig, nearest
 from isthmus.connectors.mlp import MLP
@@ -45,10 +45,10 @@ class Parity:
     def between(cls, ours: Tensor, theirs: Tensor) -> Parity:
         return cls((ours - theirs).abs().max().item())
 
-    def require(self, what: str) -> None:
+    def require(self, what: str, of: str = "logits") -> None:
         if self.difference > TOLERANCE:
             raise IsthmusError(
-                f"{what}: logits differ by {self.difference:.2e}, more than {TOLERANCE:.0e}", "nothing was written"
+                f"{what}: {of} differ by {self.difference:.2e}, more than {TOLERANCE:.0e}", "nothing was written"
             )
 
 
@@ -128,7 +128,10 @@ def export(source: str | Path, out: Path) -> Parity:
     parity.require(f"export of {source}")
     with hf.quiet():
         theirs.save_pretrained(out)
+    name = type(theirs).__name__
+    code = f'from transformers import AutoProcessor, {name}\n\nmodel = {name}.from_pretrained("path/to/this/directory")'
     processor.save_pretrained(out)
+    cards.write_export(parts.folder(str(source)), out, cards.Export(name, "transformers", code, parity.difference))
     return parity
 
 
@@ -171,9 +174,9 @@ def to_llava(ours: VLM) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     theirs.lm_head.load_state_dict(ours.llm.get_output_embeddings().state_dict())
     theirs.model.multi_modal_projector.linear_1.load_state_dict(joint.layers[0].state_dict())
     theirs.model.multi_modal_projector.linear_2.load_state_dict(joint.layers[2].state_dict())
+    theirs.generation_config = copy.deepcopy(ours.generation_config)
     if image_token >= text.vocab_size:
-        theirs.resize_token_embeddings(image_token + 1, mean_resizing=False)
-    theirs.generation_config = ours.generation_config
+        add_marker(theirs, image_token)
     processor = LlavaProcessor(
         encoder.processor,
         tokenizer,
@@ -184,6 +187,15 @@ def to_llava(ours: VLM) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
         chat_template=tokenizer.chat_template,
     )
     return theirs, processor
+
+
+@torch.no_grad()
+def add_marker(theirs: Any, token: int) -> None:
+    """Rows for a marker beyond the vocabulary: always the same ones, and the model never says it."""
+    theirs.resize_token_embeddings(token + 1, mean_resizing=False)
+    for table in (theirs.get_input_embeddings(), theirs.get_output_embeddings()):
+        table.weight[token] = 0
+    theirs.generation_config.suppress_tokens = [token]
 
 
 @dataclass(frozen=True)
@@ -267,12 +279,19 @@ def export_adapters(source: str | Path, out: Path) -> dict[Path, int]:
                 )
                 folder = out / part / name
                 lora.to_peft(model.get_submodule(root), name, folder, base["source"])
+                adapter = cards.Export(f"an adapter of peft for {part}", "peft", _PEFT)
+                cards.write_export(parts.folder(str(source)), folder, adapter)
                 written[folder] = len(inside)
         if left:
             raise ConfigError(f"LoRA {name!r} lies on {min(left)}", f"peft can be given {list(places)}")
     if not written:
         raise ConfigError(f"{source} has no LoRA", "`--to llava` writes a model without adapters")
     return written
+
+
+_PEFT = """from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, "path/to/this/directory")"""
 
 
 def adapters(model: VLM) -> list[str]:

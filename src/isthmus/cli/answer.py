@@ -17,6 +17,9 @@ class Target(StrEnum):
     """What a model can be exported to."""
 
     llava = "llava"
+    blip2 = "blip2"
+    instructblip = "instructblip"
+    onnx = "onnx"
     peft = "peft"
 
 
@@ -147,17 +150,25 @@ def import_(
 def export(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Where the exported directory goes.")],
-    to: Annotated[Target, typer.Option(help="A class of transformers, or peft's adapter folders.")] = Target.llava,
+    to: Annotated[
+        Target, typer.Option(help="A class of transformers, peft's adapter folders, or ONNX.")
+    ] = Target.llava,
 ) -> None:
     """Write a model as a native class of transformers, LoRA merged, its logits checked; or its LoRA alone for peft."""
-    from isthmus.exporting import export as write
+    from isthmus.exporting import export as to_llava
     from isthmus.exporting import export_adapters
+    from isthmus.exporting_blip2 import export as to_blip2
+    from isthmus.exporting_onnx import export as to_onnx
 
     if to is Target.peft:
         for folder, hosts in export_adapters(model, out).items():
             typer.echo(f"{folder}: LoRA on {hosts} Linears")
         return
-    report = write(model, out)
+    if to is Target.onnx:
+        report = to_onnx(model, out)
+        typer.echo(f"{out}: encoder and joint, largest difference of vectors {report.difference:.2e}")
+        return
+    report = to_llava(model, out) if to is Target.llava else to_blip2(model, out, to.value)
     typer.echo(f"{out}: largest difference of logits {report.difference:.2e}")
 
 

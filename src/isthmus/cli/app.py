@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from isthmus.cli import answer, data, house, measure, plan, runs, torture, train
+from isthmus.cli import answer, compare, data, gap, house, measure, parity, plan, runs, serve, torture, train
 from isthmus.errors import IsthmusError
 
 app = typer.Typer(
@@ -19,12 +19,16 @@ app = typer.Typer(
 
 app.command("demo")(train.demo)
 app.command("train")(train.train)
+app.command("compare")(compare.compare)
 app.command("plan")(plan.plan)
 app.command("eval")(measure.evaluate)
+app.command("gap")(gap.gap)
 app.command("runs")(runs.runs)
 app.command("chat")(answer.chat)
+app.command("serve")(serve.serve)
 app.command("import")(answer.import_)
 app.command("export")(answer.export)
+app.command("parity")(parity.parity)
 app.command("recipes")(house.recipes)
 app.command("papers")(house.papers)
 app.command("doctor")(house.doctor)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from isthmus.cli.options import AsJson, RecipeName
+from isthmus.cli import refine
+from isthmus.cli.options import AsJson, FileSettings, Images, RecipeName, form_of
 from isthmus.errors import DataError
 
 app = typer.Typer(no_args_is_help=True)
+app.command("filter")(refine.choose)
+app.command()(refine.make)
+app.command()(refine.probe)
+
+Path_ = Annotated[Path, typer.Argument(help="A file or folder: JSON, JSONL, CSV, Parquet, tars (see docs/data.md).")]
 
 
 @app.command()
@@ -41,19 +48,23 @@ def fetch(
 
 @app.command()
 def check(
-    path: Annotated[Path, typer.Argument(help="LLaVA JSON, or JSONL with `messages`.")],
-    images: Annotated[Path | None, typer.Option(help="Folder that relative picture paths start from.")] = None,
+    path: Path_,
+    images: Images = None,
+    options: FileSettings = None,
+    fast: Annotated[bool, typer.Option(help="Leave the pictures' pixels undecoded.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find every fault of a data file, with line number, id and repair; exit code 3 if there is one."""
-    from isthmus.data import formats
+    """Find every fault of a file or folder, with line number, id and repair; exit code 3 if there is one."""
+    from isthmus.data import formats, records
 
-    faults = formats.check(path, images)
+    form = form_of(path, images, options)
+    found = formats.each(form) if fast else records.found(form)
+    faults = [one for one in found if isinstance(one, formats.Fault)]
     if as_json:
         typer.echo(json.dumps([vars(fault) for fault in faults], indent=2))
     else:
         for fault in faults:
-            typer.echo(f"{path}:{fault.line}: {fault.id}: {fault.message}; {fault.remedy}")
+            typer.echo(f"{fault.file or path}:{fault.line}: {fault.id}: {fault.message}; {fault.remedy}")
     if faults:
         raise DataError(f"{path}: {len(faults)} faults", "each line above names one and its repair")
     if not as_json:
@@ -63,14 +74,16 @@ def check(
 @app.command()
 def preview(
     recipe: RecipeName = "demo",
-    stage: Annotated[str | None, typer.Option(help="Which stage's data.  [default: the last]")] = None,
+    stage: Annotated[str | None, typer.Option(help="Which stage's data.  \\[default: the last]")] = None,
     count: Annotated[int, typer.Option("--count", "-n", help="How many samples.")] = 3,
+    html: Annotated[Path | None, typer.Option(help="Write a page with the pictures instead.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Dotted overrides.")] = None,
 ) -> None:
-    """Show what a stage trains on: green tokens carry loss, media stand as blocks."""
+    """Show what a stage trains on: green tokens carry loss, media stand as blocks, pictures above in small."""
     from rich.console import Console
 
     from isthmus.assembly import compose
+    from isthmus.cli import preview as show
     from isthmus.cli.options import recipe_of
     from isthmus.training.run import mix_of
 
@@ -78,16 +91,77 @@ def preview(
     leg = chosen.stage(stage) if stage else chosen.stages[-1]
     renderer = compose(chosen).processor.renderer(leg.template)
     data = mix_of(leg, chosen.seed)
+    samples = [data.sample(data.mix[index]) for index in range(count)]
+    if html is not None:
+        html.write_text(show.page(samples, renderer, f"{chosen.name}, stage {leg.name}"), encoding="utf-8")
+        typer.echo(f"{html}: {count} samples")
+        return
     console = Console(highlight=False)
-    for index in range(count):
-        sample = data.sample(data.mix[index])
+    for sample in samples:
         console.print(f"[bold]{sample.id}[/bold]")
+        if console.is_terminal:
+            for picture in show.pictures(sample):
+                console.print(show.blocks(picture))
         console.print(renderer.preview(renderer.render(sample.turns)), end="\n\n")
 
 
 @app.command()
-def stats(as_json: AsJson = False) -> None:
-    """Embedded sets: sizes, licences and attribution."""
+def stats(
+    path: Annotated[Path | None, typer.Argument(help="A file or folder of yours.  \\[default: embedded sets]")] = None,
+    images: Images = None,
+    options: FileSettings = None,
+    tokenizer: Annotated[str | None, typer.Option(help="An LLM's folder or name, to count tokens.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a file holds: samples, turns, words, pictures and their sizes. Of embedded sets: sizes and licences."""
+    if path is None:
+        _cards(as_json)
+        return
+    from isthmus.data.survey import survey
+
+    told = survey(form_of(path, images, options), _counter(tokenizer)).told()
+    if as_json:
+        typer.echo(json.dumps(told, indent=2))
+        return
+    for name, value in told.items():
+        shown = (
+            ", ".join(f"{key} {count:,}" for key, count in value.items()) if isinstance(value, dict) else f"{value:,}"
+        )
+        if shown and shown != "0":
+            typer.echo(f"{name:>20}  {shown}")
+
+
+@app.command()
+def convert(
+    path: Path_,
+    out: Annotated[Path, typer.Argument(help="What is written: a file, or for webdataset a folder.")],
+    to: Annotated[str, typer.Option(help="llava, messages, parquet or webdataset.")],
+    images: Images = None,
+    options: FileSettings = None,
+) -> None:
+    """Write samples in another format; refuses faulty data unless -s faults=skip."""
+    from isthmus.data import writers
+    from isthmus.data.records import Records
+    from isthmus.errors import ConfigError
+
+    if to not in writers.WRITERS:
+        raise ConfigError(f"cannot write {to}", f"--to is one of {', '.join(writers.WRITERS)}")
+    found = Records(form_of(path, images, options))
+    written = writers.write(map(found.__getitem__, range(len(found))), out, to)  # type: ignore[arg-type]
+    typer.echo(f"{out}: {written:,} samples" + (f", {found.skipped} left out" if found.skipped else ""))
+
+
+def _counter(tokenizer: str | None) -> Callable[[str], int] | None:
+    if tokenizer is None:
+        return None
+    from isthmus import parts
+    from isthmus.config import LLMConfig
+
+    made = parts.tokenizer(LLMConfig(source=tokenizer))
+    return lambda text: len(made(text, add_special_tokens=False)["input_ids"])
+
+
+def _cards(as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     import torch
 
     from isthmus.config import Recipe
+    from isthmus.data.formats import Form
     from isthmus.speakers.remote import Remote
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
 DType = Annotated[str, typer.Option(help="Arithmetic of the base parts: auto, float32, bfloat16.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run.  [default: runs/NAME]")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run.  \\[default: runs/NAME]")]
 RecipeName = Annotated[str, typer.Argument(help="A recipe's name (see `isthmus recipes`), or a .yaml or .json file.")]
 Overrides = Annotated[
     list[str] | None,
@@ -31,6 +32,12 @@ KeyEnv = Annotated[str | None, typer.Option(help="The environment variable that 
 Settings = Annotated[
     list[str] | None,
     typer.Option("--remote", "-r", help="A setting of the remote model, such as budget=1; see docs/speakers.md."),
+]
+
+Images = Annotated[Path | None, typer.Option(help="Folder that relative picture paths start from.")]
+FileSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="How it is read, such as format=vqav2 beside=annotations.json boxes=pixels."),
 ]
 
 
@@ -90,3 +97,18 @@ def remote_of(model: str, endpoint: str, key_env: str | None, settings: list[str
     except ConfigError as error:
         raise ConfigError(error.cause, "docs/speakers.md lists the settings, written KEY=VALUE") from None
     return Remote(config, lambda told: typer.echo(told, err=True))
+
+
+def form_of(path: Path, images: Path | None, settings: list[str] | None) -> Form:
+    """How a file is read; settings are KEY=VALUE.
+
+    Raises:
+        ConfigError: a setting is unknown or wrong.
+    """
+    from isthmus.config import check as validated
+    from isthmus.config import parse_value
+    from isthmus.data.formats import FileOptions, Form
+
+    pairs = (setting.partition("=") for setting in settings or [])
+    tree = {key: parse_value(value) for key, _, value in pairs}
+    return Form(path, images, validated(FileOptions, tree, "--set"))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 State = Literal["new", "unfinished", "done"]
 Folders = Annotated[
-    list[Path] | None, typer.Argument(help="Folders of runs, or folders that hold some.  [default: runs]")
+    list[Path] | None, typer.Argument(help="Folders of runs, or folders that hold some.  \\[default: runs]")
 ]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the loss of all their stages into this PNG.")]
 

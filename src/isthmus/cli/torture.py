@@ -21,9 +21,10 @@ def _torture() -> None:
 @app.command()
 def train(
     times: Annotated[int, typer.Option(min=1, help="Kills.")] = 200,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes that train together and die together.")] = 1,
     seed: Annotated[int, typer.Option(help="When the kills come.")] = 0,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder of the runs.  [default: a temporary one]")
+        Path | None, typer.Option("--out", "-o", help="Folder of the runs.  \\[default: a temporary one]")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -44,7 +45,7 @@ def train(
     console = Console(stderr=as_json, highlight=False)
     folder = out or Path(tempfile.mkdtemp(prefix="isthmus-torture-"))
     with counting(console, "kills") as tell:
-        found = torture(times, folder, seed, tell)
+        found = torture(times, folder, seed, tell, ranks)
     if as_json:
         typer.echo(json.dumps(asdict(found)))
     else:

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
     from isthmus.config import Recipe
 
-Minutes = Annotated[float, typer.Option(min=0.1, help="Minutes of training; measured once, then a number of steps.")]
+Minutes = typer.Option(min=0.1, help="Minutes of training over all stages; measured once, then a number of steps.")
 FIXED = 7.0
 """Minutes of the demo that are not training, on two cores: encoding pictures, measuring twice, the report."""
 
 
 def demo(
-    minutes: Minutes = 3.0,
+    minutes: Annotated[float, Minutes] = 3.0,
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
     out: Out = None,
     device: Device = "auto",
@@ -36,12 +36,13 @@ def demo(
 
     from isthmus import assets
     from isthmus.recipes.demo import demo as recipe_for
+    from isthmus.recipes.within import within
 
     console = Console(stderr=as_json, highlight=False)
     if missing := assets.missing("demo"):
         console.print(f"fetching {', '.join(missing)} (about a minute, once)")
         assets.fetch("demo")
-    recipe = recipe_for(minutes).but(seed=seed).override(overrides or [])
+    recipe = within(recipe_for(), minutes).but(seed=seed).override(overrides or [])
     folder = out or Path("runs") / "demo"
     if not (folder / "report.json").is_file():
         console.print(
@@ -54,22 +55,31 @@ def demo(
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
+    minutes: Annotated[float | None, Minutes] = None,
     out: Out = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Train all stages of a recipe, measure where it names tasks, write the report; resumes by itself."""
+    """Train all stages of a recipe, measure where it names tasks, write the report; resumes by itself.
+
+    With --minutes the stages share that time as they share their own; overrides come after it.
+    """
     from rich.console import Console
 
     from isthmus.cli.options import recipe_of
+    from isthmus.recipes.within import within
 
-    chosen = recipe_of(recipe, overrides)
+    chosen = recipe_of(recipe, None)
+    if minutes is not None:
+        chosen = within(chosen, minutes)
+    chosen = chosen.override(overrides or [])
     _experiment(chosen, out or Path("runs") / chosen.name, device, Console(stderr=as_json, highlight=False), as_json)
 
 
 def _experiment(recipe: Recipe, folder: Path, device: str, console: Console, as_json: bool) -> None:
     """Run what is missing, then show the result and what to do next."""
     from isthmus.cli.options import on
+    from isthmus.evaluation.answers import verdict
     from isthmus.evaluation.report import table
     from isthmus.experiment import experiment
     from isthmus.training.parallel import World
@@ -89,7 +99,7 @@ def _experiment(recipe: Recipe, folder: Path, device: str, console: Console, as_
         return
     console.print(table(result))
     for example in result.examples:
-        state = {True: "right", False: "wrong", None: "not scored"}[example.after.right]
+        state = verdict(example.after.right)
         before = f", before: {example.before.prediction}" if example.before else ""
         console.print(f"{example.question}  [bold]{example.after.prediction}[/bold] ({state}{before})")
     for said in result.generations:

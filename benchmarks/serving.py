@@ -1,0 +1,246 @@
+"""Requests per second and time to the first token of `isthmus serve`, and of `transformers serve` on the same weights.
+
+    python benchmarks/serving.py [--peer] [--clients 1 4 16] [--steps N] [--tokens N] [--json FILE]
+
+A random CLIP, a random two-layer projector and SmolLM2-135M (with `--tiny` a random Llama) are saved as ours and
+exported as transformers' LLaVA. Each server runs in a process of its own and answers the same streamed requests,
+greedily, every client one after the other: first each request with a picture of its own, then all with one picture.
+The answers to a few requests, asked one by one, must be the same from both, or no speed is told; each server's are then
+compared with what it says among many, and the share that differs is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import torch
+from PIL import Image as Pillow
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+import harness
+import isthmus
+from isthmus import exporting
+from isthmus.recipes import parts
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% else %}<image>\n{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""ChatML that takes texts and parts, so that both servers make the same tokens of a request."""
+TOWER = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6}
+TINY_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+CHECKED = 6
+AGREEING = 0.8
+"""Of the answers that are checked: float32 sums differ between batch shapes, and a tie may fall either way."""
+FIGURES = ("requests_per_second", "tokens_per_second", "first_token")
+HEADER = ["server", "clients", "picture", "requests/s", "tokens/s", "first token, s"]
+
+
+@dataclass(frozen=True)
+class Heard:
+    """One answer, and when it came."""
+
+    text: str
+    tokens: int
+    first: float
+    whole: float
+
+
+def build(folder: Path, tiny: bool) -> tuple[Path, Path]:
+    """The same model as ours and as transformers' LLaVA."""
+    tower = CLIPVisionConfig(**(TINY_TOWER if tiny else TOWER), image_size=224, patch_size=32)
+    torch.manual_seed(0)
+    CLIPVisionModel(tower).save_pretrained(folder / "clip")
+    CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}).save_pretrained(
+        folder / "clip"
+    )
+    embedded = parts.embedded("bench", "", isthmus.config.AlignerConfig(name="llava"), ())
+    llm = embedded.llm
+    if tiny:
+        tokenizer = AutoTokenizer.from_pretrained(isthmus.parts.folder(llm.source, llm.revision))
+        shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        LlamaForCausalLM(
+            LlamaConfig(**shape, vocab_size=len(tokenizer), eos_token_id=2, initializer_range=0.3)
+        ).save_pretrained(folder / "llm")
+        tokenizer.save_pretrained(folder / "llm")
+        llm = isthmus.config.LLMConfig(source=str(folder / "llm"))
+    encoder = isthmus.config.EncoderConfig(source=str(folder / "clip"), aspect="crop", layer=-2)
+    model = isthmus.compose(isthmus.Recipe(encoder=encoder, llm=llm, aligner=embedded.aligner))
+    model.processor.tokenizer.chat_template = model.processor.chat_template = TEMPLATE
+    ours, theirs = folder / "ours", folder / "theirs"
+    model.save_pretrained(ours, whole=True)
+    exporting.export(ours, theirs)
+    (theirs / "chat_template.jinja").write_text(TEMPLATE)
+    return ours, theirs
+
+
+def picture(seed: int) -> str:
+    """Coarse noise as a data URL."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+    raw = BytesIO()
+    Pillow.fromarray(coarse).resize((320, 240)).save(raw, "png")
+    return "data:image/png;base64," + base64.b64encode(raw.getvalue()).decode()
+
+
+def request(number: int, seed: int, tokens: int) -> dict[str, Any]:
+    """Request `number` about the picture of `seed`."""
+    question = f"Question {number}: what do you see in this picture, and what could it be used for?"
+    content = [{"type": "image_url", "image_url": {"url": picture(seed)}}, {"type": "text", "text": question}]
+    return {
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+@contextmanager
+def served(kind: str, model: Path) -> Iterator[tuple[str, str]]:
+    """The address of a server in a process of its own, and the model's name there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = Path(sys.executable).with_name("isthmus" if kind == "isthmus" else "transformers")
+    more = ["--dtype", "float32", "--device", "cpu"]
+    process = subprocess.Popen(
+        [script, "serve", str(model), "--port", port, *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(1200):
+            try:
+                if httpx2.get(f"{address}/health", timeout=5).status_code == 200:
+                    break
+            except httpx2.HTTPError:
+                time.sleep(0.2)
+            if process.poll() is not None:
+                raise SystemExit(f"{kind} serve ended before it listened")
+        yield address, model.name if kind == "isthmus" else str(model)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def ask(client: httpx2.Client, address: str, body: dict[str, Any]) -> Heard:
+    """One streamed answer."""
+    begun, first, pieces, tokens = time.perf_counter(), 0.0, [], 0
+    with client.stream("POST", f"{address}/v1/chat/completions", json=body) as response:
+        if response.status_code != 200:
+            raise SystemExit(f"{address} answers {response.status_code}: {response.read().decode()[:300]}")
+        for line in response.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            data = json.loads(line.removeprefix("data: "))
+            tokens = (data.get("usage") or {}).get("completion_tokens", tokens)
+            for choice in data.get("choices") or ():
+                if piece := choice["delta"].get("content"):
+                    first = first or time.perf_counter() - begun
+                    pieces.append(piece)
+    return Heard("".join(pieces), tokens, first, time.perf_counter() - begun)
+
+
+def load(address: str, name: str, clients: int, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All requests by so many clients, each one after the other."""
+    with httpx2.Client(timeout=600) as http, ThreadPoolExecutor(clients) as threads:
+        begun = time.perf_counter()
+        heard = list(threads.map(lambda body: ask(http, address, {"model": name, **body}), bodies))
+        seconds = time.perf_counter() - begun
+    return {
+        "requests_per_second": len(heard) / seconds,
+        "tokens_per_second": sum(one.tokens for one in heard) / seconds,
+        "first_token": statistics.median(one.first for one in heard),
+        "whole": statistics.median(one.whole for one in heard),
+        "answers": [one.text for one in heard],
+    }
+
+
+def measure(kind: str, model: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Every case of one server; `answers` are those asked alone."""
+    with served(kind, model) as (address, name):
+        checked = [request(number, number, options.tokens) for number in range(CHECKED)]
+        result: dict[str, Any] = {"answers": load(address, name, 1, checked)["answers"], "cases": []}
+        fresh = 1000
+        for clients in options.clients:
+            amount = max(clients * options.steps, CHECKED)
+            for repeated in (False, True):
+                seeds = [0 if repeated else fresh + number for number in range(amount)]
+                fresh += amount
+                bodies = [request(fresh + number, seed, options.tokens) for number, seed in enumerate(seeds)]
+                case = load(address, name, clients, bodies) | {"clients": clients, "repeated": repeated}
+                case.pop("answers")
+                result["cases"].append(case)
+        among = load(address, name, max(options.clients), checked * 2)["answers"]
+        result["flipped"] = sum(a != b for a, b in zip(among, result["answers"] * 2)) / len(among)
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure in turns, print a table, write the numbers; 1 if the two servers do not say the same."""
+    options = parser().parse_args(arguments)
+    where = harness.machine()
+    with tempfile.TemporaryDirectory(prefix="isthmus-serving-") as folder:
+        ours, theirs = build(Path(folder), options.tiny)
+        kinds = {"isthmus": ours} | ({"transformers": theirs} if options.peer else {})
+        runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+        for _ in range(options.repeats):
+            for kind, model in kinds.items():
+                runs[kind].append(measure(kind, model, options))
+    agreeing = sum(len(set(answers)) == 1 for answers in zip(*(each[0]["answers"] for each in runs.values()))) / CHECKED
+    harness.save("serving", {"machine": where, "agreeing": agreeing, "runs": runs}, options)
+    print(harness.in_words(where), f"\n{agreeing:.0%} of {CHECKED} answers are the same from {' and '.join(kinds)}")
+    if agreeing < AGREEING:
+        print("refused: no speed is told where the answers differ")
+        return 1
+    print(harness.table(HEADER, [line for kind, each in runs.items() for line in lines(kind, each)]))
+    for kind, each in runs.items():
+        flipped = max(run["flipped"] for run in each)
+        print(f"{kind}: up to {flipped:.0%} of the answers among others differ from those alone")
+    return 0
+
+
+def lines(kind: str, runs: list[dict[str, Any]]) -> Iterator[list[str]]:
+    """One server's rows: medians over the repeats."""
+    for cases in zip(*(run["cases"] for run in runs)):
+        spreads = [harness.Spread.of([case[name] for case in cases]) for name in FIGURES]
+        whose = "one for all" if cases[0]["repeated"] else "each its own"
+        yield [kind, str(cases[0]["clients"]), whose, *map(str, spreads)]
+
+
+def parser() -> argparse.ArgumentParser:
+    made = harness.parser(__doc__, 4, "requests per client and case")
+    made.add_argument("--peer", action="store_true", help="measure `transformers serve` too")
+    made.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
+    made.add_argument("--tokens", type=int, default=32, help="longest answer")
+    return made
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

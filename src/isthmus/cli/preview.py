@@ -1,0 +1,55 @@
+"""Samples as they train, with their pictures: in the terminal, or as a page that is one file without script."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from html import escape
+from io import StringIO
+
+from PIL import Image as Pillow
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text as RichText
+
+from isthmus.data.chat import Renderer
+from isthmus.data.media import open_image
+from isthmus.evaluation import html
+from isthmus.types import Image, Sample
+
+COLUMNS = 32
+"""Of a picture in the terminal; two pixels stand above each other in each of its cells."""
+
+
+def pictures(sample: Sample) -> Iterator[Pillow.Image]:
+    """A sample's pictures, decoded."""
+    return (open_image(medium.source, sample.id) for medium in sample.media if isinstance(medium, Image))
+
+
+def blocks(picture: Pillow.Image) -> RichText:
+    """A picture as coloured half blocks."""
+    height = max(2, round(COLUMNS * picture.height / picture.width / 2) * 2)
+    small = picture.resize((COLUMNS, min(height, 2 * COLUMNS)), Pillow.Resampling.BOX)
+    text = RichText()
+    for y in range(0, small.height, 2):
+        for x in range(small.width):
+            upper, lower = ("#{:02x}{:02x}{:02x}".format(*small.getpixel((x, y + dy))) for dy in (0, 1))  # type: ignore[misc]
+            text.append("▀", Style(color=upper, bgcolor=lower))
+        text.append("\n")
+    return text
+
+
+def page(samples: Sequence[Sample], renderer: Renderer, title: str) -> str:
+    """A page of samples: pictures, and the tokens in the colours of the terminal."""
+    body = "".join(_sample(sample, renderer) for sample in samples)
+    lead = "Green tokens carry loss; a picture stands as [image × its tokens]."
+    head = f"<header><p class='kind'>What trains</p><h1>{escape(title)}</h1><p class='lead'>{lead}</p></header>"
+    return html.document(title, f"{head}\n{body}", "Made by Isthmus")
+
+
+def _sample(sample: Sample, renderer: Renderer) -> str:
+    shown = "".join(html.picture(picture, sample.id) for picture in pictures(sample))
+    console = Console(record=True, width=100, file=StringIO(), force_terminal=True, color_system="truecolor")
+    console.print(renderer.preview(renderer.render(sample.turns)), highlight=False, soft_wrap=True)
+    tokens = console.export_html(inline_styles=True, code_format="{code}")
+    heading = f"<h2>{escape(sample.id)}</h2>"
+    return f'<section>{heading}<p>{shown}</p><pre style="white-space: pre-wrap">{tokens}</pre></section>\n'

@@ -1,0 +1,183 @@
+"""`isthmus data filter | make | probe`: choose samples, have conversations written, learn which data are worth it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from isthmus.cli.options import (
+    AsJson,
+    Device,
+    Endpoint,
+    FileSettings,
+    Images,
+    KeyEnv,
+    Overrides,
+    RecipeName,
+    Settings,
+    form_of,
+)
+from isthmus.errors import ConfigError
+
+if TYPE_CHECKING:
+    from isthmus.data.records import Records
+    from isthmus.prepare.filters import Measure
+
+Data = Annotated[Path, typer.Argument(help="A file or folder of samples (see docs/data.md).")]
+Target = Annotated[
+    Path, typer.Argument(help="What is written; its ending says how: .json, .jsonl, .parquet, a folder.")
+]
+Clip = Annotated[str | None, typer.Option(help="A CLIP's or SigLIP's folder, for score.")]
+Joint = Annotated[str | None, typer.Option(help="A directory that `isthmus train` wrote, for dependence.")]
+
+
+def choose(
+    path: Data,
+    out: Target,
+    keep: Annotated[list[str], typer.Option("--keep", "-k", help="words=3..60, score=top70%, side=3sigma ...")],
+    images: Images = None,
+    options: FileSettings = None,
+    clip: Clip = None,
+    joint: Joint = None,
+    device: Device = "auto",
+    numbers: Annotated[Path | None, typer.Option(help="Write every sample's numbers here, one JSON per line.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Keep the samples that all rules let pass, and say how many each rule dropped."""
+    from isthmus.data import writers
+    from isthmus.data.records import Records
+    from isthmus.prepare import filters
+
+    rules = [filters.Rule.parse(rule) for rule in keep]
+    found = Records(form_of(path, images, options))
+    stats = filters.measured(
+        map(found.__getitem__, range(len(found))), _measures([rule.operator for rule in rules], clip, joint, device)
+    )
+    left = filters.kept(stats, rules)
+    if numbers is not None:
+        _write_numbers(numbers, found, stats)
+    written = writers.write(map(found.__getitem__, left.numbers.tolist()), out, _kind(out))
+    told = {"samples": len(found), "kept": written, "dropped": dict(left.dropped), "faulty": found.skipped}
+    if as_json:
+        typer.echo(json.dumps(told, indent=2))
+        return
+    for operator, count in left.dropped.items():
+        typer.echo(f"{operator:>14}  dropped {count:,}")
+    typer.echo(f"{out}: {written:,} of {len(found):,} samples")
+
+
+def make(
+    path: Data,
+    out: Target,
+    model: Annotated[str, typer.Argument(help="A directory that `isthmus train` wrote; a name at --endpoint.")],
+    kinds: Annotated[str, typer.Option(help="Of conversation, detail, reasoning.")] = "conversation,detail,reasoning",
+    limit: Annotated[int | None, typer.Option(help="At most so many pictures.")] = None,
+    images: Images = None,
+    options: FileSettings = None,
+    endpoint: Endpoint = None,
+    key_env: KeyEnv = None,
+    remote: Settings = None,
+    device: Device = "auto",
+) -> None:
+    """Have a language model write conversations from captions and regions; -r cache=FOLDER makes it resumable."""
+    from isthmus.cli.options import remote_of
+    from isthmus.data import writers
+    from isthmus.data.records import Records
+    from isthmus.prepare import instructions
+
+    wanted: Any = kinds.split(",")
+    if set(wanted) - set(instructions.REQUESTS):
+        raise ConfigError(f"cannot make {kinds}", f"kinds are {', '.join(instructions.REQUESTS)}")
+    found = Records(form_of(path, images, options))
+    seen = instructions.gathered(map(found.__getitem__, range(len(found))))[:limit]
+    made = instructions.Made()
+    if endpoint is not None:
+        with remote_of(model, endpoint, key_env, remote, max_tokens=1024) as far:
+            writers.write(instructions.make(seen, wanted, far, made), out, _kind(out))
+            typer.echo(str(far.usage), err=True)
+    else:
+        from isthmus.assembly import load
+        from isthmus.cli.options import on
+        from isthmus.speakers.local import Local
+
+        near = Local(load(model, "auto", on(device)), max_new_tokens=512)
+        writers.write(instructions.make(seen, wanted, near, made), out, _kind(out))
+    for rule, count in made.refused.most_common():
+        typer.echo(f"{count:,} left out: {rule}")
+    typer.echo(f"{out}: {made.samples:,} samples about {len(seen):,} pictures")
+
+
+def probe(
+    recipe: RecipeName,
+    path: Data,
+    fixed: Annotated[Path, typer.Option("--on", help="Samples that every training is measured on.")],
+    operators: Annotated[str, typer.Option(help="Whose numbers split the data.")] = "words,repetition,sharpness",
+    steps: Annotated[int, typer.Option(help="Of each training.")] = 100,
+    seeds: Annotated[int, typer.Option(help="Trainings per pool.")] = 3,
+    size: Annotated[int | None, typer.Option(help="Samples of a pool.  \\[default: a third]")] = None,
+    rounds: Annotated[int, typer.Option(min=1, max=2, help="2 tries intersections of the best pools too.")] = 1,
+    images: Images = None,
+    options: FileSettings = None,
+    clip: Clip = None,
+    joint: Joint = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+    overrides: Overrides = None,
+) -> None:
+    """Train the recipe's last stage on equal pools of the data, and rank what splits them by the loss elsewhere."""
+    from isthmus.cli.options import on, recipe_of
+    from isthmus.data.records import Records
+    from isthmus.prepare import filters
+    from isthmus.prepare import probe as probing
+    from isthmus.training.trial import Trial
+
+    found, held = (Records(form_of(file, images, options)) for file in (path, fixed))
+    names = operators.split(",")
+    stats = filters.measured(map(found.__getitem__, range(len(found))), _measures(names, clip, joint, device))
+    measured_on = [held[number] for number in range(len(held))]
+    trial = Trial(recipe_of(recipe, overrides), found.__getitem__, measured_on, steps, on(device))
+    pools, many = probing.pools(stats, size=size), range(seeds)
+    reports = [probing.rank(pools, trial, many, _tell)]
+    second = probing.combined(reports[0], stats) if rounds == 2 else []
+    if second:
+        chance = [pool for pool in pools if pool.part == probing.RANDOM]
+        reports.append(probing.rank(probing.equal([*second, *chance]), trial, many, _tell))
+    if as_json:
+        typer.echo(json.dumps([report.told() for report in reports], indent=2))
+        return
+    for report in reports:
+        for one in report.outcomes:
+            typer.echo(
+                f"{one.part:>32}  {one.mean:.4f} ± {one.deviation:.4f}  {one.change:+.1%}  of {one.size} samples"
+            )
+        typer.echo(f"{report.compared} pools were compared with the random one; among many, some look good by chance")
+
+
+def _tell(told: str) -> None:
+    typer.echo(told, err=True)
+
+
+def _measures(names: list[str], clip: str | None, joint: str | None, device: str) -> dict[str, Measure]:
+    """Operators by name; those that need a model load it once."""
+    from isthmus.cli.options import on
+    from isthmus.prepare import filters
+
+    return {name: filters.measure(name, clip, joint, on(device)) for name in dict.fromkeys(names)}
+
+
+def _kind(out: Path) -> Any:
+    from isthmus.data.writers import ENDINGS
+
+    if out.suffix not in ENDINGS:
+        raise ConfigError(f"{out} does not say how to write", f"end it in {', '.join(filter(None, ENDINGS))}, or none")
+    return ENDINGS[out.suffix]
+
+
+def _write_numbers(file: Path, found: Records, stats: dict[str, Any]) -> None:
+    with file.open("w", encoding="utf-8") as stream:
+        for number in range(len(found)):
+            row = {name: None if values[number] != values[number] else values[number] for name, values in stats.items()}
+            stream.write(json.dumps({"id": found[number].id, **row}) + "\n")

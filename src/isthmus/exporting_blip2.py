@@ -1,0 +1,227 @@
+"""Export to transformers' own BLIP-2 and InstructBLIP, with the logits compared before anything is written.
+
+`Blip2ForConditionalGeneration` and `InstructBlipForConditionalGeneration` hold EVA's vision transformer to its last
+depth, a Q-Former and an LLM; what they cannot express is refused by name.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoTokenizer,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from isthmus import cards, lora, parts, quantised
+from isthmus.connectors.blip2_weights import theirs as named
+from isthmus.connectors.qformer import EPSILON, QFormer, Shape
+from isthmus.encoders import hf
+from isthmus.encoders.hf import Transformer
+from isthmus.exporting import Parity, adapters, add_marker
+from isthmus.model import VLM
+from isthmus.processor import MARKER
+from isthmus.types import ConfigError
+
+TOWERS = ("blip_2_vision_model", "instructblip_vision_model")
+"""Vision transformers that both classes can hold; they are the same one."""
+
+
+@dataclass(frozen=True)
+class Native:
+    """A class of transformers that equals one of our joints."""
+
+    aligner: str
+    model: type[PreTrainedModel]
+    config: type[Blip2Config] | type[InstructBlipConfig]
+
+    @property
+    def instructed(self) -> bool:
+        return self.aligner == "instructblip"
+
+
+NATIVE = {
+    native.aligner: native
+    for native in (
+        Native("blip2", Blip2ForConditionalGeneration, Blip2Config),
+        Native("instructblip", InstructBlipForConditionalGeneration, InstructBlipConfig),
+    )
+}
+
+
+def export(source: str | Path, out: Path, to: str) -> Parity:
+    """Write a saved model as the class `to` of `NATIVE`: packed parts dense, LoRA merged, logits as before.
+
+    Raises:
+        ConfigError: the class cannot express this model; what and why is said.
+        IsthmusError: the logits differ.
+    """
+    native, ours = NATIVE[to], VLM.from_pretrained(source, dtype=torch.float32)
+    _require_fit(ours, native)
+    trial = Trial.of(ours)
+    before = trial.ours(ours)
+    quantised.dequantise(ours)
+    for name in adapters(ours):
+        lora.merge(ours, name)
+    theirs, processor = convert(ours, native)
+    parity = Parity.between(before, trial.theirs(theirs, native.instructed))
+    parity.require(f"export of {source}")
+    with hf.quiet():
+        theirs.save_pretrained(out)
+    processor.save_pretrained(out)
+    name = type(theirs).__name__
+    code = f'from transformers import {name}\n\nmodel = {name}.from_pretrained("path/to/this/directory")'
+    cards.write_export(parts.folder(str(source)), out, cards.Export(name, "transformers", code, parity.difference))
+    return parity
+
+
+def _require_fit(ours: VLM, native: Native) -> None:
+    """Whether the class can hold a model; what it cannot is said."""
+    if ours.aligner.name != native.aligner:
+        raise ConfigError(f"its joint is {ours.aligner.name}, not {native.aligner}", "choose the class of its joint")
+    encoder, chosen = ours.encoders["image"], ours.config.encoder("image")
+    tower = encoder.tower.config if isinstance(encoder, Transformer) else None
+    whole = tower is not None and chosen.layer in ("-1", str(tower.num_hidden_layers)) and not chosen.taps
+    reasons = [
+        (tower is None or tower.model_type not in TOWERS, "its encoder is not BLIP-2's vision transformer"),
+        (not whole, "its encoder is not read at the last depth alone"),
+        (chosen.class_token != "keep", "its encoder leaves the class token out"),
+        (chosen.image_size is not None, "its encoder's pictures are not of their own size"),
+        (ours.connectors["image"].heads is not None, "its Q-Former has the first stage's text half"),
+        (ours.config.is_encoder_decoder, "its LLM is an encoder-decoder"),
+        (set(ours.encoders) != {"image"}, "it has other encoders beside the image's"),
+    ]
+    for unfit, reason in reasons:
+        if unfit:
+            raise ConfigError(
+                f"transformers' {native.model.__name__} cannot hold this model: {reason}",
+                "keep it as it is; `load` reads it",
+            )
+
+
+def convert(ours: VLM, native: Native) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The same model as the native class, with its processor."""
+    former: Any = ours.connectors["image"]
+    tokenizer, text = copy.deepcopy((ours.processor.tokenizer, ours.llm.config))  # both get the marker below
+    tokenizer.add_special_tokens({"additional_special_tokens": [MARKER]})
+    image_token = tokenizer.convert_tokens_to_ids(MARKER)
+    shape = Shape(**{key: getattr(ours.aligner.options, key) for key in Shape.model_fields})
+    vision = ours.encoders["image"].tower.config.to_dict()
+    config = native.config(
+        vision_config={key: value for key, value in vision.items() if key != "model_type"},
+        qformer_config=_former(shape, former, ours.encoders["image"].width),
+        text_config=text.to_dict(),
+        num_query_tokens=shape.queries,
+        image_token_index=image_token,
+    )
+    theirs: Any = native.model(config).eval()
+    theirs.vision_model.load_state_dict(ours.encoders["image"].tower.state_dict())
+    theirs.language_model.load_state_dict(ours.llm.state_dict())
+    _fill(theirs, former, native.instructed)
+    theirs.generation_config = copy.deepcopy(ours.generation_config)
+    if image_token >= text.vocab_size:
+        add_marker(theirs, image_token)
+    return theirs, _processor(ours, native, tokenizer, shape.queries)
+
+
+def _former(shape: Shape, former: QFormer, width: int) -> dict[str, Any]:
+    """Our Q-Former's sizes under their names."""
+    return {
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.inner,
+        "encoder_hidden_size": width,
+        "cross_attention_frequency": shape.every,
+        "layer_norm_eps": EPSILON,
+        "hidden_dropout_prob": shape.dropout,
+        "attention_probs_dropout_prob": shape.dropout,
+        "max_position_embeddings": shape.positions,
+        "vocab_size": shape.vocabulary,
+        "use_qformer_text_input": False,
+    }
+
+
+@torch.no_grad()
+def _fill(theirs: PreTrainedModel, former: QFormer, instructed: bool) -> None:
+    """Give their Q-Former our weights; what we have not, no query hears of, and it is zero."""
+    places = dict(theirs.named_parameters())
+    prefix = "" if "query_tokens" in places else "model."
+    left = {name for name in places if name.startswith(f"{prefix}qformer.")}
+    for name, parameter in former.named_parameters():
+        place = f"{prefix}{named(name, instructed)}"
+        place = place if place in places else place.removeprefix(prefix)
+        places[place].copy_(parameter.reshape(places[place].shape))
+        left.discard(place)
+    for place in left:
+        nn.init.zeros_(places[place])
+
+
+def _processor(ours: VLM, native: Native, tokenizer: Any, queries: int) -> ProcessorMixin:
+    tokenizer.image_token = MARKER
+    pictures = ours.encoders["image"].processor
+    if not native.instructed:
+        return Blip2Processor(pictures, tokenizer, num_query_tokens=queries)
+    named_other = ours.aligner.options.tokenizer
+    reader = (
+        ours.processor.tokenizer if named_other is None else AutoTokenizer.from_pretrained(parts.folder(named_other))
+    )
+    return InstructBlipProcessor(pictures, tokenizer, copy.deepcopy(reader), num_query_tokens=queries)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Random pictures, words and instructions that two models are asked about."""
+
+    pixels: Tensor
+    words: Tensor
+    instruction: Tensor
+    queries: int
+    shared: int
+
+    @classmethod
+    def of(cls, ours: VLM, rows: int = 2, text: int = 8) -> Trial:
+        generator = torch.Generator().manual_seed(0)
+        size, shared = ours.encoders["image"].size, ours.config.text_config.vocab_size
+        read = min(ours.aligner.options.vocabulary, shared)
+        return cls(
+            torch.randn(rows, 3, size, size, generator=generator),
+            torch.randint(shared - 1, (rows, text), generator=generator),
+            torch.randint(read - 1, (rows, min(text, ours.aligner.options.positions)), generator=generator),
+            ours.queries("image"),
+            shared,
+        )
+
+    def ids(self, image_token: int) -> Tensor:
+        """The picture, then words."""
+        image = torch.full((len(self.words), self.queries), image_token)
+        return torch.cat([image, self.words.where(self.words != image_token, 0)], 1)
+
+    @torch.inference_mode()
+    def ours(self, model: VLM) -> Tensor:
+        """Logits [rows, T, V] at every position."""
+        ids = self.ids(model.placeholder("image"))
+        heard = {"instruction_ids": self.instruction} if model.aligner.reading() else {}
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=self.pixels, **heard).logits
+
+    @torch.inference_mode()
+    def theirs(self, model: Any, instructed: bool) -> Tensor:
+        """The same of the words that both know."""
+        ids, heard = self.ids(model.config.image_token_index), {}
+        if instructed:
+            mask = torch.ones_like(self.instruction)
+            heard = {"qformer_input_ids": self.instruction, "qformer_attention_mask": mask}
+        out = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=self.pixels, **heard)
+        return out.logits[..., : self.shared]

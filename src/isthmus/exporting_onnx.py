@@ -1,0 +1,127 @@
+"""Export of what sees, encoder and joint, to ONNX: pixels in, vectors in the LLM's input space out, compared first.
+
+The LLM stays outside: its runtimes take embeddings, and each has its own exporter.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isthmus import cards, lora, parts, quantised
+from isthmus.exporting import Parity, adapters
+from isthmus.model import VLM
+from isthmus.types import ConfigError, Context, IsthmusError, Media
+
+FILE = "encoder_joint.onnx"
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
+PROBE = (1, 3)
+"""Numbers of pictures that both are asked about."""
+
+
+class Sight(nn.Module):
+    """Encoder and joint of a model as one module.
+
+    Args:
+        model: whose image encoder and connector.
+    """
+
+    def __init__(self, model: VLM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels [N, 3, H, W] -> y [N, Q, D]."""
+        at_N = torch.zeros(pixels.shape[0], dtype=torch.long)  # `len` would fix the number of pictures
+        features = self.model.encode("image", Media(at_N, at_N, at_N, pixels=pixels))
+        return self.model.connectors["image"](features, Context())
+
+
+def export(source: str | Path, out: Path) -> Parity:
+    """Write encoder and joint of a saved model as `out/encoder_joint.onnx`, with its image processor and a card.
+
+    Raises:
+        ConfigError: the packages are missing, or its joint cannot stand alone; why is said.
+        IsthmusError: the exporter fails, or onnxruntime computes something else.
+    """
+    _require_packages()
+    ours = VLM.from_pretrained(source, dtype=torch.float32)
+    _require_fit(ours)
+    sight, size = Sight(ours).eval(), ours.encoders["image"].size
+    generator = torch.Generator().manual_seed(0)
+    shown = [torch.randn(number, 3, size, size, generator=generator) for number in PROBE]
+    with torch.no_grad():
+        expected = [sight(pixels) for pixels in shown]
+    quantised.dequantise(ours)
+    for name in adapters(ours):
+        lora.merge(ours, name)
+    with TemporaryDirectory() as scratch:
+        file = Path(scratch) / FILE
+        _write(sight, shown[-1], file)
+        parity = max((_compare(file, *pair) for pair in zip(shown, expected)), key=lambda each: each.difference)
+        parity.require(f"export of {source}", "vectors")
+        out.mkdir(parents=True, exist_ok=True)
+        for each in Path(scratch).iterdir():  # weights that are too large for one file lie beside it
+            (out / each.name).write_bytes(each.read_bytes())
+    ours.encoders["image"].processor.save_pretrained(out)
+    exported = cards.Export("encoder and joint in ONNX", "onnx", _CODE, parity.difference)
+    cards.write_export(parts.folder(str(source)), out, exported)
+    return parity
+
+
+_CODE = f"""import onnxruntime
+
+session = onnxruntime.InferenceSession("{FILE}")
+(vectors,) = session.run(None, {{"pixels": pixels}})  # [N, 3, H, W] -> [N, Q, D], for the LLM's input"""
+
+
+def _require_packages() -> None:
+    for package in NEEDED:
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            raise ConfigError(f"{package} is not installed", "pip install 'isthmus[onnx]'") from None
+
+
+def _require_fit(ours: VLM) -> None:
+    """Whether encoder and joint are a function of the picture alone; what they are not is said."""
+    reasons = [
+        (ours.connectors["image"].reads_context, "its connector reads the question beside the picture"),
+        (not ours.aligner.splices, "its joint works inside the LLM's layers, not in its input"),
+    ]
+    for unfit, reason in reasons:
+        if unfit:
+            raise ConfigError(f"encoder and joint alone are not this model's sight: {reason}", "export to another form")
+
+
+def _write(sight: Sight, pixels: Tensor, file: Path) -> None:
+    """One graph for any number of pictures."""
+    number = torch.export.Dim("pictures", min=1)
+    try:
+        torch.onnx.export(
+            sight,
+            (pixels,),
+            file,
+            dynamo=True,
+            input_names=["pixels"],
+            output_names=["vectors"],
+            dynamic_shapes={"pixels": {0: number}},
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        cause = str(error).strip().splitlines()[0]
+        raise IsthmusError(f"torch cannot write this encoder and joint as ONNX ({cause})", "keep it as it is") from None
+
+
+def _compare(file: Path, pixels: Tensor, expected: Tensor) -> Parity:
+    onnxruntime: Any = importlib.import_module("onnxruntime")
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    if not isinstance(session.get_inputs()[0].shape[0], str):
+        raise IsthmusError("this encoder and joint became a graph for one number of pictures alone", "keep it as it is")
+    (found,) = session.run(None, {"pixels": pixels.numpy()})
+    return Parity.between(expected, torch.from_numpy(found))

@@ -1,0 +1,256 @@
+"""Whether two forms of one model are the same: what each makes of a question, compared step by step.
+
+A form is a directory of ours, a directory of a class of transformers, or an endpoint, which tells greedy text alone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor, Blip2Processor, InstructBlipProcessor
+
+from isthmus import parts
+from isthmus.config import check
+from isthmus.data.media import open_image
+from isthmus.encoders import hf
+from isthmus.model import VLM, VLMConfig
+from isthmus.processor import MARKER
+from isthmus.speakers.remote import Remote
+from isthmus.speakers.settings import RemoteConfig
+from isthmus.types import ConfigError, Image, Sample, Turn
+
+TOLERANCE = 1e-4
+"""Largest difference of float32 logits that counts as equal."""
+EXACT = 1e-5
+"""Of prepared pictures."""
+LONGEST = 64
+"""Greedy tokens that are compared."""
+PICTURE = -1
+"""Stands for every place of a picture, whatever placeholder a form has for it."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What both are asked, as the first turn of a conversation."""
+
+    prompt: str
+    image: Image | None = None
+
+    @property
+    def turn(self) -> Turn:
+        return Turn.say("user", *(() if self.image is None else (self.image,)), self.prompt)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a form made of a question; an endpoint tells `text` alone.
+
+    Attributes:
+        pixels: the prepared picture.
+        ids: the prompt's tokens, `PICTURE` where the picture stands.
+        logits: at every position of the prompt, [T, V].
+        tokens: the greedy answer.
+        text: the same in words.
+    """
+
+    text: str
+    ids: tuple[int, ...] | None = None
+    logits: Tensor | None = None
+    tokens: tuple[int, ...] | None = None
+    pixels: Tensor | None = None
+
+
+class Form(Protocol):
+    """One form of a model."""
+
+    def see(self, question: Question) -> Seen: ...
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the result; `equal` is None where there is nothing to compare."""
+
+    what: str
+    equal: bool | None
+    note: str
+
+
+# ---------------------------------------------------------------------------------------------- forms
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A directory that `save_pretrained` or `isthmus train` wrote."""
+
+    model: VLM
+
+    @torch.inference_mode()
+    def see(self, question: Question) -> Seen:
+        processor = self.model.processor
+        batch = processor.prompts([Sample((question.turn,))])
+        output = self.model.run(batch)
+        assert output.hidden_BTD is not None  # every joint with an LLM has states
+        ids = batch.input_ids_BT.masked_fill(batch.modality_BT > 0, PICTURE)[0]
+        told = self.model.generate(batch, max_new_tokens=LONGEST, do_sample=False, pad_token_id=processor.pad)[0]
+        answer = told if self.model.config.is_encoder_decoder else told[len(ids) :]
+        return Seen(
+            processor.decode(answer, skip_special_tokens=True).strip(),
+            tuple(ids.tolist()),
+            output.head(output.hidden_BTD)[0].float(),
+            tuple(answer.tolist()),
+            batch.media["image"].pixels if "image" in batch.media else None,
+        )
+
+
+@dataclass(frozen=True)
+class Native:
+    """A directory of a class of transformers, asked as its users ask it: chat template, then processor.
+
+    BLIP-2's own processors put pictures before the whole text; here their markers stand in the turn, as ours do.
+    """
+
+    model: Any
+    processor: Any
+
+    @torch.inference_mode()
+    def see(self, question: Question) -> Seen:
+        tokenizer, inputs = self.processor.tokenizer, self._inputs(question)
+        ids = inputs["input_ids"][0]
+        logits = self.model(**inputs).logits[0].float()
+        told = self.model.generate(**inputs, max_new_tokens=LONGEST, do_sample=False)[0]
+        answer = told[len(ids) :]
+        return Seen(
+            tokenizer.decode(answer, skip_special_tokens=True).strip(),
+            tuple(ids.masked_fill(ids == self.model.config.image_token_id, PICTURE).tolist()),
+            logits,
+            tuple(answer.tolist()),
+            inputs.get("pixel_values"),
+        )
+
+    def _inputs(self, question: Question) -> dict[str, Any]:
+        image = None if question.image is None else open_image(question.image.source)
+        processor: Any = self.processor
+        if not isinstance(self.processor, Blip2Processor | InstructBlipProcessor):
+            text = self._text(question.prompt if image is None else f"{MARKER}\n{question.prompt}")
+            return processor(images=image, text=text, add_special_tokens=False, return_tensors="pt")
+        markers = "" if image is None else MARKER * processor.num_query_tokens
+        text = self._text(markers + question.prompt)
+        inputs = dict(processor.tokenizer(text, add_special_tokens=False, return_tensors="pt"))
+        if image is not None:
+            inputs |= processor.image_processor(image, return_tensors="pt")
+            if isinstance(self.processor, InstructBlipProcessor):
+                heard = processor.qformer_tokenizer(question.prompt, return_tensors="pt")
+                inputs |= {f"qformer_{name}": heard[name] for name in ("input_ids", "attention_mask")}
+        return inputs
+
+    def _text(self, content: str) -> str:
+        talk = [{"role": "user", "content": content}]
+        return self.processor.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model behind an OpenAI-compatible endpoint."""
+
+    remote: Remote
+
+    def see(self, question: Question) -> Seen:
+        with self.remote as remote:
+            return Seen(remote.say([question.turn]))
+
+
+def form(source: str, name: str | None = None, key_env: str | None = None) -> Form:
+    """A form by directory, hub name or address.
+
+    Args:
+        source: where it is.
+        name: what an endpoint calls the model.
+        key_env: the environment variable with an endpoint's key.
+
+    Raises:
+        ConfigError: an endpoint without a name, or a directory that neither we nor transformers know.
+    """
+    if source.startswith(("http://", "https://")):
+        if name is None:
+            raise ConfigError(
+                f"{source}: which model there?", "give its name with --name; `curl .../v1/models` lists them"
+            )
+        fields = {"endpoint": source, "model": name, "key_env": key_env, "max_tokens": LONGEST}
+        return Served(Remote(check(RemoteConfig, fields, "endpoint")))
+    folder = parts.folder(source)
+    config = folder / "config.json"
+    if not config.is_file() or json.loads(config.read_text()).get("model_type") == VLMConfig.model_type:
+        return Ours(VLM.from_pretrained(folder, dtype=torch.float32))
+    try:
+        with hf.quiet():
+            model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+            processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    except (OSError, ValueError) as error:
+        cause = str(error).splitlines()[0]
+        raise ConfigError(f"{source}: not a model that can be asked ({cause})", "name a model directory") from None
+    if not processor.tokenizer.chat_template:
+        raise ConfigError(f"{source}: its tokenizer has no chat template", "export the model again with one")
+    return Native(model.eval(), processor)
+
+
+# ---------------------------------------------------------------------------------------------- comparison
+
+
+def compare(one: Form, other: Form, question: Question) -> list[Check]:
+    """Every step from the picture to the answer, in the order in which they depend on each other."""
+    a, b = one.see(question), other.see(question)
+    return [
+        _numbers("prepared picture", a.pixels, b.pixels, EXACT),
+        _sequence("token ids of the prompt", a.ids, b.ids),
+        _logits(a, b),
+        _sequence(f"first {LONGEST} greedy tokens", a.tokens, b.tokens),
+        Check("greedy text", a.text == b.text, "" if a.text == b.text else f"{a.text!r} and {b.text!r}"),
+    ]
+
+
+def equal(checks: list[Check]) -> bool:
+    """Whether all that could be compared is equal."""
+    return all(each.equal is not False for each in checks)
+
+
+UNTOLD = "one of both does not tell"
+
+
+def _numbers(what: str, a: Tensor | None, b: Tensor | None, tolerance: float) -> Check:
+    if a is None or b is None:
+        return Check(what, None, UNTOLD)
+    if a.numel() != b.numel():
+        return Check(what, False, f"{list(a.shape)} and {list(b.shape)}")
+    difference = (a.flatten().float() - b.flatten().float()).abs().max().item()
+    return Check(what, difference <= tolerance, f"largest difference {difference:.1e}")
+
+
+def _sequence(what: str, a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> Check:
+    if a is None or b is None:
+        return Check(what, None, UNTOLD)
+    if a == b:
+        return Check(what, True, f"{len(a)}")
+    if len(a) != len(b):
+        note = f"{len(a)} and {len(b)} of them"
+        shorter = min(len(a), len(b))
+        a, b = a[:shorter], b[:shorter]
+    else:
+        note = f"{len(a)}"
+    apart = next((place for place, pair in enumerate(zip(a, b)) if pair[0] != pair[1]), None)
+    if apart is None:
+        return Check(what, False, f"{note}; the shorter is the beginning of the longer")
+    return Check(what, False, f"{note}; the first that differs is number {apart + 1}: {a[apart]} and {b[apart]}")
+
+
+def _logits(a: Seen, b: Seen) -> Check:
+    """At the prompt's positions, of the words that both know: a form may have rows more for its markers."""
+    if a.logits is None or b.logits is None:
+        return Check("logits", None, UNTOLD)
+    if a.ids != b.ids:
+        return Check("logits", None, "of different prompts, not compared")
+    shared = min(a.logits.shape[-1], b.logits.shape[-1])
+    return _numbers("logits", a.logits[..., :shared], b.logits[..., :shared], TOLERANCE)

@@ -1,0 +1,44 @@
+"""What one request may ask for, at most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes are in bytes, times in seconds.
+
+    Attributes:
+        body: of a whole request, known before anything of it is read as JSON.
+        encoded: of one data URL.
+        pictures: in all messages together.
+        pixels, longest, shortest, aspect: of one picture, told from its header before it is decoded.
+        all_pixels: of all pictures together.
+        tokens: of one answer; larger wishes are cut to it.
+        deadline: from a request's arrival to its last token.
+        reading: until a body has arrived.
+        decoding: until a request's pictures are decoded and its text is tokenised.
+    """
+
+    body: int = 20 << 20
+    encoded: int = 10 << 20
+    pictures: int = 8
+    pixels: int = 20_000_000
+    all_pixels: int = 40_000_000
+    longest: int = 10_000
+    shortest: int = 2
+    aspect: int = 200
+    messages: int = 256
+    parts: int = 64
+    text: int = 1 << 20
+    answers: int = 4
+    stops: int = 4
+    stop_length: int = 64
+    tools: int = 32
+    schema: int = 64 << 10
+    inputs: int = 64
+    tokens: int = 1024
+    deadline: float = 300.0
+    reading: float = 30.0
+    decoding: float = 20.0

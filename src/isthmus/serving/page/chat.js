@@ -1,0 +1,346 @@
+// The chat page: one conversation, kept in this tab, spoken over the server's own OpenAI-like endpoint.
+
+const $ = (id) => document.getElementById(id);
+const LARGEST = 7_000_000; // bytes of a picture: base64 makes it a third longer, and the server takes 10 MB
+
+const state = { turns: [], tray: [], running: null };
+
+// ------------------------------------------------------------------------------------------------ building the page
+
+function make(name, properties = {}, ...children) {
+  const element = document.createElement(name);
+  const { dataset = {}, ...rest } = properties;
+  Object.assign(element, rest);
+  Object.assign(element.dataset, dataset);
+  element.append(...children);
+  return element;
+}
+
+function say(text) {
+  $("status").textContent = text;
+}
+
+function picture(url, name) {
+  return make("figure", { className: "picture" }, make("img", { src: url, alt: name }));
+}
+
+function showTurn(turn) {
+  const said = make("p", { className: "said", textContent: turn.text });
+  const pictures = make("div", { className: "pictures" }, ...turn.pictures.map((each) => picture(each.url, each.name)));
+  const who = make("span", { className: "hidden", textContent: turn.role === "user" ? "You:" : "Model:" });
+  const item = make("li", { className: turn.role }, who, ...(turn.pictures.length ? [pictures] : []), said);
+  $("welcome").hidden = true;
+  $("log").append(item);
+  item.scrollIntoView({ block: "end" });
+  return { item, said };
+}
+
+function showTray() {
+  $("tray").replaceChildren(
+    ...state.tray.map((each, index) => {
+      const remove = make("button", { type: "button", textContent: "×", ariaLabel: `Remove ${each.name}` });
+      remove.addEventListener("click", () => {
+        state.tray.splice(index, 1);
+        showTray();
+        $("question").focus();
+      });
+      return make("li", {}, make("img", { src: each.url, alt: each.name }), remove);
+    }),
+  );
+}
+
+// ------------------------------------------------------------------------------------------------ pictures
+
+const ALLOWED = ["image/png", "image/jpeg", "image/webp", "image/gif"];
+
+function read(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve({ url: reader.result, name: file.name || "pasted picture" });
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(file);
+  });
+}
+
+async function add(files) {
+  for (const file of files) {
+    if (!ALLOWED.includes(file.type)) say(`${file.name || "That"} is not a PNG, JPEG, WebP or GIF picture.`);
+    else if (file.size > LARGEST) say(`${file.name} is larger than 7 MB; make it smaller first.`);
+    else {
+      state.tray.push(await read(file));
+      say("");
+    }
+  }
+  showTray();
+  $("question").focus();
+}
+
+const filesOf = (transfer) => [...(transfer?.files ?? [])];
+
+// ------------------------------------------------------------------------------------------------ asking
+
+const settings = () => Object.fromEntries(new FormData($("settings").querySelector("form")));
+
+function headers() {
+  const key = settings().key;
+  return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+}
+
+function messages() {
+  const { system } = settings();
+  const turns = state.turns.map((turn) => ({
+    role: turn.role,
+    content: turn.pictures.length
+      ? [...turn.pictures.map((each) => ({ type: "image_url", image_url: { url: each.url } })), { type: "text", text: turn.text }]
+      : turn.text,
+  }));
+  return system ? [{ role: "system", content: system }, ...turns] : turns;
+}
+
+function request() {
+  const { temperature, top_p, max_tokens, seed } = settings();
+  return {
+    model: state.model,
+    messages: messages(),
+    temperature: Number(temperature),
+    top_p: Number(top_p),
+    max_tokens: Number(max_tokens) || 128,
+    ...(seed === "" ? {} : { seed: Number(seed) }),
+    stream: true,
+    stream_options: { include_usage: true },
+  };
+}
+
+async function failure(response) {
+  const body = await response.json().catch(() => ({}));
+  if (response.status === 401) return "The server wants an API key: put it under Settings.";
+  return body.error?.message ?? `The server answered ${response.status}.`;
+}
+
+// Server-sent events of one response, parsed as they come.
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    rest += value;
+    const blocks = rest.split(/\r?\n\r?\n/);
+    rest = blocks.pop();
+    for (const block of blocks) {
+      const data = block.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trim()).join("\n");
+      if (data && data !== "[DONE]") yield JSON.parse(data);
+    }
+  }
+}
+
+function busy(controller) {
+  state.running = controller;
+  $("send").hidden = Boolean(controller);
+  $("stop").hidden = !controller;
+}
+
+async function answer() {
+  const turn = { role: "assistant", text: "", pictures: [] };
+  const { item, said } = showTurn(turn);
+  const controller = new AbortController();
+  busy(controller);
+  item.ariaBusy = "true"; // a screen reader reads the whole answer once, not every token
+  const begun = performance.now();
+  let usage = null;
+  let first = null;
+  let stopped = false;
+  let wrong = "";
+  try {
+    const response = await fetch("/v1/chat/completions", {
+      method: "POST", headers: headers(), body: JSON.stringify(request()), signal: controller.signal,
+    });
+    if (!response.ok) throw new Error(await failure(response));
+    for await (const event of events(response)) {
+      if (event.error) throw new Error(event.error.message);
+      usage = event.usage ?? usage;
+      const piece = event.choices?.[0]?.delta?.content;
+      if (piece) {
+        first ??= performance.now();
+        turn.text += piece;
+        said.textContent = turn.text;
+        item.scrollIntoView({ block: "end" });
+      }
+    }
+  } catch (error) {
+    stopped = error.name === "AbortError";
+    if (!stopped) wrong = error instanceof TypeError ? "The server cannot be reached." : error.message;
+  }
+  item.ariaBusy = "false";
+  busy(null);
+  if (!item.isConnected) return; // a new conversation was begun meanwhile
+  if (wrong || (stopped && !turn.text)) {
+    item.remove();
+    takeBack(wrong);
+  } else {
+    state.turns.push(turn);
+    item.append(make("div", { className: "tools" }, again(item), make("span", { textContent: facts(usage, begun, first, stopped) })));
+    if (settings().attention) attend(item);
+  }
+  $("question").focus();
+}
+
+// Nothing is lost when an answer fails: the question and its pictures go back to where they were written.
+function takeBack(why) {
+  const turn = state.turns.pop();
+  $("log").lastElementChild?.remove();
+  $("welcome").hidden = state.turns.length > 0;
+  $("question").value = [turn.text, $("question").value].filter(Boolean).join("\n");
+  state.tray = [...turn.pictures, ...state.tray];
+  showTray();
+  say(why);
+}
+
+function facts(usage, begun, first, stopped) {
+  const parts = [];
+  if (stopped) parts.push("stopped");
+  if (usage) parts.push(`${usage.prompt_tokens} tokens read, ${usage.completion_tokens} written`);
+  if (first) parts.push(`first after ${((first - begun) / 1000).toFixed(1)} s`);
+  return parts.join(" · ");
+}
+
+function again(item) {
+  const button = make("button", { type: "button", textContent: "Try again" });
+  button.addEventListener("click", () => {
+    if (state.running) return;
+    const turns = [...$("log").children];
+    const kept = turns.indexOf(item);
+    turns.slice(kept).forEach((each) => each.remove());
+    state.turns.length = kept;
+    answer();
+  });
+  return button;
+}
+
+// ------------------------------------------------------------------------------------------------ where it looked
+
+async function attend(item) {
+  const asked = messages().slice(0, -1); // without the answer: what counts is where it was begun
+  const response = await fetch("/page/attention", {
+    method: "POST", headers: headers(), body: JSON.stringify({ model: state.model, messages: asked }),
+  }).catch(() => null);
+  if (!response?.ok) {
+    say(response ? await failure(response) : "The server cannot be reached.");
+    return;
+  }
+  const { maps } = await response.json();
+  const figures = [...$("log").querySelectorAll(".user .picture")];
+  figures.forEach((figure, index) => maps[index] && overlay(figure, maps[index]));
+  const hide = make("button", { type: "button", textContent: "Hide where it looked" });
+  hide.addEventListener("click", () => {
+    figures.forEach((figure) => figure.querySelector("canvas")?.remove());
+    hide.remove();
+  });
+  item.querySelector(".tools").append(hide);
+}
+
+// Darkens what the answer looked at least; rows x columns of weights, the largest stays clear.
+function overlay(figure, rows) {
+  figure.querySelector("canvas")?.remove();
+  const canvas = make("canvas", { width: rows[0].length, height: rows.length });
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", "The brighter a place, the more the model looked at it as it began to answer");
+  const most = Math.max(...rows.flat()) || 1;
+  const pen = canvas.getContext("2d");
+  rows.forEach((row, y) => row.forEach((weight, x) => {
+    pen.fillStyle = `rgb(8 20 24 / ${(0.82 * (1 - weight / most)).toFixed(3)})`;
+    pen.fillRect(x, y, 1, 1);
+  }));
+  figure.append(canvas);
+}
+
+// ------------------------------------------------------------------------------------------------ wiring
+
+async function submit(event) {
+  event?.preventDefault();
+  const text = $("question").value.trim();
+  if (state.running || (!text && !state.tray.length)) return;
+  const turn = { role: "user", text, pictures: state.tray };
+  state.tray = [];
+  showTray();
+  $("question").value = "";
+  say("");
+  state.turns.push(turn);
+  showTurn(turn);
+  await answer();
+}
+
+function clear() {
+  state.running?.abort();
+  state.turns = [];
+  $("log").replaceChildren();
+  $("welcome").hidden = false;
+  say("");
+  $("question").focus();
+}
+
+async function introduce() {
+  const response = await fetch("/page/facts", { headers: headers() }).catch(() => null);
+  if (!response?.ok) {
+    $("model").textContent = "";
+    say(response ? await failure(response) : "The server cannot be reached.");
+    return;
+  }
+  const { model, facts: known, attention, max_tokens } = await response.json();
+  state.model = model;
+  $("model").textContent = model;
+  document.title = `${model} · Isthmus`;
+  $("facts").replaceChildren(
+    ...Object.entries(known).flatMap(([name, value]) => [make("dt", { textContent: name }), make("dd", { textContent: value })]),
+  );
+  const form = $("settings").querySelector("form");
+  const longest = form.elements.max_tokens;
+  longest.max = max_tokens;
+  if (Number(longest.value) > max_tokens) longest.value = max_tokens; // else the settings would not close
+  form.elements.attention.closest("label").hidden = !attention;
+}
+
+function showValues() {
+  for (const label of $("settings").querySelectorAll("label:has(.value)")) {
+    label.querySelector(".value").textContent = label.querySelector("input").value;
+  }
+}
+
+$("composer").addEventListener("submit", submit);
+$("stop").addEventListener("click", () => state.running?.abort());
+$("clear").addEventListener("click", clear);
+$("files").addEventListener("change", async (event) => {
+  await add([...event.target.files]);
+  event.target.value = "";
+});
+$("question").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && !$("settings").open) state.running?.abort();
+});
+document.addEventListener("paste", (event) => {
+  const files = filesOf(event.clipboardData);
+  if (files.length) {
+    event.preventDefault();
+    add(files);
+  }
+});
+document.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  $("drop").hidden = false;
+});
+document.addEventListener("dragleave", (event) => {
+  if (!event.relatedTarget) $("drop").hidden = true;
+});
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  $("drop").hidden = true;
+  add(filesOf(event.dataTransfer));
+});
+$("settings-open").addEventListener("click", () => $("settings").showModal());
+$("settings").addEventListener("input", showValues);
+$("settings").addEventListener("close", () => state.model || introduce());
+showValues();
+introduce();
+$("question").focus();

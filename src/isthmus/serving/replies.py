@@ -1,0 +1,150 @@
+"""Answers in the form of OpenAI's protocol, whole or as a stream of chunks."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from isthmus.serving import tools as toolbox
+from isthmus.serving.answers import Done, Piece
+from isthmus.serving.refusals import Refusal
+from isthmus.serving.sampling import Chosen
+
+
+@dataclass
+class Growing:
+    """One answer so far."""
+
+    text: str = ""
+    chosen: list[Chosen] = field(default_factory=list)
+    done: Done | None = None
+
+
+class Reply:
+    """The answers to one request.
+
+    Args:
+        model: the name that the client used.
+        prompt_tokens: with those that stand for pictures.
+        n: how many answers.
+        tools: names of tools whose calls are looked for; where there are some, an answer is told when it is whole.
+        tokenizer: spells tokens in log-probabilities.
+        logprobs: whether they are told.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        prompt_tokens: int,
+        n: int,
+        tools: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        logprobs: bool,
+    ):
+        self.id, self.created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
+        self.model, self.prompt_tokens, self.tools = model, prompt_tokens, list(tools)
+        self.tokenizer, self.logprobs = tokenizer, logprobs
+        self.answers = [Growing() for _ in range(n)]
+
+    @property
+    def whole(self) -> bool:
+        return all(answer.done is not None for answer in self.answers)
+
+    def hear(self, event: Piece | Done) -> Iterator[dict[str, Any]]:
+        """Take in what the engine tells; the chunks that follow from it."""
+        answer = self.answers[event.index]
+        if isinstance(event, Piece):
+            answer.text += event.text
+            answer.chosen += event.chosen
+            if not self.tools:
+                yield self._chunk(event.index, {"content": event.text}, None, event.chosen)
+            return
+        answer.done = event
+        message, reason = self._message(answer)
+        if self.tools:
+            calls = message.get("tool_calls")
+            numbered = [{"index": place, **call} for place, call in enumerate(calls or ())]
+            delta = {"tool_calls": numbered} if calls else {"content": message["content"]}
+            yield self._chunk(event.index, delta, None, answer.chosen)
+        yield self._chunk(event.index, {}, reason)
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        """The first chunk of each answer."""
+        for index in range(len(self.answers)):
+            yield self._chunk(index, {"role": "assistant", "content": ""}, None)
+
+    def closing(self) -> dict[str, Any]:
+        """The chunk that tells the usage."""
+        return self._frame("chat.completion.chunk") | {"choices": [], "usage": self.usage}
+
+    def body(self) -> dict[str, Any]:
+        """The whole reply."""
+        choices = []
+        for index, answer in enumerate(self.answers):
+            message, reason = self._message(answer)
+            logprobs = self._logprobs(answer.chosen)
+            choices.append({"index": index, "message": message, "finish_reason": reason, "logprobs": logprobs})
+        return self._frame("chat.completion") | {"choices": choices, "usage": self.usage}
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        told = sum(answer.done.tokens for answer in self.answers if answer.done is not None)
+        reused = next((answer.done.reused for answer in self.answers if answer.done is not None), 0)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": told,
+            "total_tokens": self.prompt_tokens + told,
+            "prompt_tokens_details": {"cached_tokens": reused},
+        }
+
+    def _message(self, answer: Growing) -> tuple[dict[str, Any], str]:
+        """The message and why it ended."""
+        assert answer.done is not None
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        if self.tools and (calls := toolbox.calls(answer.text, self.tools)):
+            return message | {"content": None, "tool_calls": calls}, "tool_calls"
+        return message, answer.done.reason
+
+    def _frame(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], reason: str | None, chosen: Sequence[Chosen] = ()
+    ) -> dict[str, Any]:
+        logprobs = self._logprobs(chosen) if chosen else None
+        choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
+        return self._frame("chat.completion.chunk") | {"choices": [choice]}
+
+    def _logprobs(self, chosen: Sequence[Chosen]) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        content = [
+            self._spelled(one.token, one.logprob) | {"top_logprobs": [self._spelled(*other) for other in one.top]}
+            for one in chosen
+        ]
+        return {"content": content, "refusal": None}
+
+    def _spelled(self, token: int, logprob: float | None) -> dict[str, Any]:
+        text = str(self.tokenizer.decode([token]))
+        whole = "\ufffd" not in text  # part of a character has no spelling of its own
+        value = None if logprob is None else max(logprob, -9999.0)
+        return {"token": text, "logprob": value, "bytes": list(text.encode()) if whole else None}
+
+
+def event(data: dict[str, Any]) -> bytes:
+    """One event of a stream."""
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+
+
+def failed(refusal: Refusal) -> bytes:
+    """What ends a stream that failed on its way."""
+    return event(refusal.body)
+
+
+END = b"data: [DONE]\n\n"

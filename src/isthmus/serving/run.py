@@ -1,0 +1,80 @@
+"""The process around a server: listening, signals, and an end in which what runs is finished."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Thread
+
+import uvicorn
+
+from isthmus.serving.http import Server
+from isthmus.types import ConfigError
+
+IDLE = 30
+"""Seconds after which a connection without a request is closed."""
+
+
+def serve_forever(server: Server, listening: socket.socket, grace: int = 30) -> None:
+    """Serve until SIGTERM or Ctrl-C; then take in nothing more, and finish what runs within `grace` seconds."""
+    for each in (signal.SIGINT, signal.SIGTERM):  # uvicorn hands signals on to these once it has ended in order
+        signal.signal(each, lambda *_: None)
+    with server.engine:
+        try:
+            _uvicorn(server, grace).run(sockets=[listening])
+        finally:
+            server.close()
+
+
+@contextmanager
+def serving(server: Server, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+    """The same in a thread, for as long as the block lasts; gives the address."""
+    listening = listen(host, port)
+    http = _uvicorn(server, grace=1)
+    thread = Thread(target=lambda: asyncio.run(http.serve(sockets=[listening])), daemon=True)
+    with server.engine:
+        thread.start()
+        try:
+            yield f"http://{host}:{listening.getsockname()[1]}"
+        finally:
+            http.should_exit = True
+            thread.join()
+            server.close()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0 is any free one.
+
+    Raises:
+        ConfigError: the address is not this machine's, or taken.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {error.strerror or 'no such address'}", "choose another --port"
+        ) from None
+    listening.listen(1024)
+    return listening
+
+
+def _uvicorn(server: Server, grace: int) -> uvicorn.Server:
+    config = uvicorn.Config(
+        server.app(),
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=IDLE,
+        timeout_graceful_shutdown=grace,
+    )
+    return uvicorn.Server(config)

@@ -1,0 +1,134 @@
+"""Parity between a saved model, its export and a server: what is equal is found equal, and what is not is found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from http_server import KEY, NAME, running
+from safetensors.torch import load_file, save_file
+from transformers import LlavaForConditionalGeneration
+from typer.testing import CliRunner
+
+import composed
+import tiny
+from composed import picture, stir
+from isthmus import exporting, parity, storage
+from isthmus.cli.app import app
+from isthmus.types import ConfigError
+
+ASKED = parity.Question("what is it?", picture(1))
+STEPS = ["prepared picture", "token ids of the prompt", "logits", "first 64 greedy tokens", "greedy text"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model of ours, and its export."""
+    folder = tmp_path_factory.mktemp("forms")
+    stir(composed.model("llama", aspect="crop")).save_pretrained(folder / "ours")
+    exporting.export(folder / "ours", folder / "theirs")
+    return folder / "ours", folder / "theirs"
+
+
+def compared(one: Path | str, other: Path | str, question: parity.Question = ASKED, **more: str) -> dict:
+    checks = parity.compare(parity.form(str(one)), parity.form(str(other), **more), question)
+    assert [each.what for each in checks] == STEPS
+    return {each.what: each.equal for each in checks}
+
+
+@pytest.mark.parametrize("asked", [ASKED, parity.Question("hi there")], ids=["picture", "text"])
+def test_a_saved_model_equals_its_export(folders: tuple[Path, Path], asked: parity.Question) -> None:
+    found = compared(*folders, asked)
+    assert found["prepared picture"] is (True if asked.image else None)
+    assert [found[step] for step in STEPS[1:]] == [True] * 4
+
+
+def test_an_export_never_says_its_own_marker(folders: tuple[Path, Path]) -> None:
+    theirs = LlavaForConditionalGeneration.from_pretrained(folders[1])
+    with torch.no_grad():  # a head that likes no word at all
+        theirs.lm_head.weight[: theirs.config.image_token_id] = -theirs.lm_head.weight[:1].abs()
+    ids = torch.tensor([[5, 6, 7]])
+    told = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    assert theirs.config.image_token_id not in told[0].tolist()
+
+
+def test_one_wrong_weight_is_found_behind_equal_inputs(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    ours, theirs = folders
+    model = LlavaForConditionalGeneration.from_pretrained(theirs)
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_2.weight[0] += 1
+    model.save_pretrained(tmp_path)
+    for file in theirs.glob("*.json*"):
+        if file.name not in ("config.json", "generation_config.json"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    for file in theirs.glob("*.jinja"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    found = compared(ours, tmp_path)
+    assert [found[step] for step in STEPS[:3]] == [True, True, False]
+
+
+def test_another_way_of_preparing_pictures_is_found_with_its_size(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    ours, _ = folders
+    stir(composed.model("llama", aspect="squash")).save_pretrained(tmp_path)
+    wide = parity.Question(
+        "what is it?", composed.Image(composed.Pillow.new("RGB", (64, 40), "orange").resize((64, 40)))
+    )
+    wide.image.source.putpixel((0, 0), (0, 0, 255))
+    found = parity.compare(parity.form(str(ours)), parity.form(str(tmp_path)), wide)
+    assert found[0].equal is False and "largest difference" in found[0].note and found[1].equal
+
+
+def test_other_words_are_found_and_logits_of_other_prompts_not_compared(folders: tuple[Path, Path]) -> None:
+    class Shouting:
+        def __init__(self, form: parity.Form) -> None:
+            self.form = form
+
+        def see(self, question: parity.Question) -> parity.Seen:
+            return self.form.see(parity.Question(question.prompt.upper(), question.image))
+
+    form = parity.form(str(folders[0]))
+    checks = {each.what: each for each in parity.compare(form, Shouting(form), ASKED)}
+    assert checks["prepared picture"].equal is True and checks["token ids of the prompt"].equal is False
+    assert "the first that differs is number" in checks["token ids of the prompt"].note
+    assert checks["logits"].equal is None and checks["logits"].note.startswith("of different prompts")
+
+
+def test_a_server_equals_the_directory_it_serves(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    form = parity.form(str(folders[0]))
+    assert isinstance(form, parity.Ours)
+    monkeypatch.setenv("PARITY_KEY", KEY)
+    with running(form.model) as (_, address):
+        found = compared(folders[0], f"{address}/v1", name=NAME, key_env="PARITY_KEY")
+        other = parity.Ours(stir(composed.model("llama", aspect="crop", options={"projector": "linear"})))
+        served = parity.form(f"{address}/v1", NAME, "PARITY_KEY")
+        apart = parity.compare(other, served, ASKED)[-1]
+    assert [found[step] for step in STEPS] == [None] * 4 + [True]
+    assert apart.equal is False and " and " in apart.note
+
+
+def test_the_verb_tells_and_its_exit_code_says_whether_they_are_equal(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    picture(1).source.save(tmp_path / "one.png")
+    words = ["parity", *map(str, folders), "--image", str(tmp_path / "one.png")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0 and result.output.count("equal") == 5
+    ours = tmp_path / "ours"
+    stir(composed.model("llama", aspect="crop")).save_pretrained(ours)
+    file = ours / "model.safetensors"
+    weights = load_file(file)
+    weights["connectors.image.layers.0.weight"][0] += 1
+    save_file(weights, file)
+    (ours / storage.MANIFEST).write_text(json.dumps({file.name: storage.sha256(file)}))
+    result = CliRunner().invoke(app, ["parity", str(folders[0]), str(ours), *words[3:], "--json"])
+    told = {each["what"]: each["equal"] for each in json.loads(result.output)}
+    assert result.exit_code == 1 and told["logits"] is False and told["token ids of the prompt"] is True
+
+
+def test_what_cannot_be_asked_is_refused() -> None:
+    with pytest.raises(ConfigError, match="which model there"):
+        parity.form("http://127.0.0.1:9/v1")
+    with pytest.raises(ConfigError, match="not a model that can be asked"):
+        parity.form(str(tiny.vision_folder(composed.HOME / "parity-vision")))
