@@ -11,6 +11,7 @@ demo: .venv/ready
 
 test: .venv/ready
 	@$(BIN)/isthmus data fetch demo
+	@$(BIN)/isthmus data fetch tags
 	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist worksteal
 
 slow: .venv/ready

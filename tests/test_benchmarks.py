@@ -141,6 +141,7 @@ def test_startup_measures_in_fresh_processes(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------- resume
 
 
+@pytest.mark.slow
 def test_resume_goes_on_and_refuses_to_be_slow(tmp_path, monkeypatch):
     resume = importlib.import_module("resume")
     assert resume.main(["--tiny", "--json", str(tmp_path / "r.json")]) == 0
@@ -155,7 +156,7 @@ def test_resume_goes_on_and_refuses_to_be_slow(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("embedded")
-@pytest.mark.parametrize("stage", ["align", "sft"])
+@pytest.mark.parametrize("stage", ["align", pytest.param("sft", marks=pytest.mark.slow)])
 def test_training_agrees_with_its_peers_and_is_timed(tmp_path, stage):
     pytest.importorskip("trl", reason="the bench extra is not installed")
     train = importlib.import_module("train_vs_peers")
@@ -173,6 +174,7 @@ def test_training_agrees_with_its_peers_and_is_timed(tmp_path, stage):
         assert len(row["seconds_per_step"][0]) == len(row["losses"]) - 2 and 0 < row["ceiling_share"]["median"] < 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("embedded")
 def test_training_quotes_no_speed_when_losses_differ(tmp_path, capsys):
     pytest.importorskip("trl", reason="the bench extra is not installed")
@@ -298,3 +300,104 @@ def test_demo_quality_refuses_what_cannot_be_averaged(tmp_path):
         collected(tmp_path, [report(0, 0.9, 0.5), report(1, 0.9, 0.5, "other")])
     with pytest.raises(SystemExit, match="same seed"):
         collected(tmp_path, [report(0, 0.9, 0.5), report(0, 0.9, 0.5)])
+
+
+# ---------------------------------------------------------------------------------------------- every recipe
+
+
+def outcome(folder: Path, **found) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "outcome.json").write_text(json.dumps({"recipe": folder.name, **found}))
+    return folder
+
+
+def test_every_recipe_is_on_embedded_parts_and_asks_little():
+    every = importlib.import_module("every_recipe")
+    names = every.names()
+    assert {"demo", "flamingo", "shikra"} <= set(names) and "llava-1.5-7b" not in names
+    from isthmus.recipes import named
+
+    (task,) = named("flamingo").override(every.overrides("flamingo")).eval
+    assert (task.limit, task.controls) == (every.ITEMS, ())
+
+
+def test_every_recipe_reads_curves_and_tells_failures(tmp_path):
+    every, worker = importlib.import_module("every_recipe"), importlib.import_module("every_worker")
+    losses = [4.0, 3.0, *[2.0] * 17, 1.0]
+    rows = [{"step": number, "loss": loss, "seconds": 0.5} for number, loss in enumerate(losses, start=1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = worker.curve(tmp_path)
+    assert found == {"steps": 20, "seconds_per_step": 0.5, "first": 3.5, "last": 1.5}  # two of twenty at either end
+    stage = {"stage": "sft", "trained": 500_000, "whole": 100_000_000, **found}
+    good = outcome(tmp_path / "good", exit=0, minutes=2.0, stages=[stage], answer={"reply": "red"})
+    bad = outcome(tmp_path / "bad", exit=2, minutes=0.1, said="...\nerror: no such thing\nremedy: none\n")
+    arguments = ["--collect", "--out", str(tmp_path), "--json", str(tmp_path / "e.json"), "--recipes"]
+    assert every.main([*arguments, "good"]) == 0
+    assert every.main([*arguments, "good", "bad"]) == 1 and every.main([*arguments, "good", "absent"]) == 1
+    lines = [line for each in every.collect([good, bad]) for line in every.lines(each)]
+    assert lines[0] == ["`good`", "sft", "0.50 M (0.50%)", "20", "0.50", "3.50 → 1.50", "yes", "2.0"]
+    assert lines[1][0] == "`bad`" and "error: no such thing" in lines[1][5]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("embedded")
+def test_every_recipe_trains_loads_and_answers(tmp_path):
+    every = importlib.import_module("every_recipe")
+    arguments = ["--out", str(tmp_path), "--json", str(tmp_path / "e.json"), "--minutes", "0.1", "--recipes", "llava"]
+    assert every.main(arguments) == 0
+    (found,) = json.loads((tmp_path / "e.json").read_text())["recipes"]
+    assert [stage["stage"] for stage in found["stages"]] == ["warm", "align", "sft"] and found["answer"]["reply"]
+    left = (tmp_path / "llava" / "outcome.json").stat().st_mtime_ns
+    assert every.main(arguments) == 0 and (tmp_path / "llava" / "outcome.json").stat().st_mtime_ns == left
+
+
+# ---------------------------------------------------------------------------------------------- plans
+
+
+def test_fused_attention_has_a_formula(tmp_path):
+    plans = importlib.import_module("plan_error")
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def count(backend):
+        heads = torch.randn(2, 3, 16, 8, requires_grad=True)
+        with sdpa_kernel(backend), FlopCounterMode(display=False, custom_mapping=plans.formulas()) as counter:
+            torch.nn.functional.scaled_dot_product_attention(heads, heads, heads).sum().backward()
+        return counter.get_total_flops()
+
+    product = 2 * 2 * 3 * 16 * 16 * 8
+    assert count(SDPBackend.MATH) == 6 * product  # two forward, four backward
+    assert count(SDPBackend.FLASH_ATTENTION) == 7 * product  # the scores once more
+
+
+def test_the_largest_resident_set_is_that_since_it_was_forgotten():
+    plans = importlib.import_module("plan_error")
+    block = torch.ones(50_000_000)
+    assert plans.peak() >= block.nbytes
+    del block
+    plans.reset_peak()
+    before = plans.peak()
+    again = torch.ones(25_000_000)
+    assert plans.peak() - before > 0.8 * again.nbytes
+
+
+def test_plans_that_miss_are_told(tmp_path, monkeypatch, capsys):
+    plans = importlib.import_module("plan_error")
+    plan = {"trained": 100.0, "flops": 1.01e9, "peak": 2**30, "seconds": 0.5}
+    was = {"trained": 100.0, "flops": 1e9, "peak": 2**30, "seconds": 1.0}
+    monkeypatch.setattr(plans.harness, "child", lambda script, job: dict(plan if job["what"] == "plan" else was))
+    assert plans.main(["--cases", "llava:sft", "--json", str(tmp_path / "p.json")]) == 1
+    (case,) = read(tmp_path / "p.json")["cases"]
+    assert case["met"] == {"trained": True, "flops": True, "peak": True, "seconds": False}
+    assert case["errors"]["seconds"] == pytest.approx(-0.5) and "(-50.0% missed)" in capsys.readouterr().out
+    plan["seconds"] = 1.2
+    assert plans.main(["--cases", "llava:sft", "--json", str(tmp_path / "p.json")]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("embedded")
+def test_a_plan_is_held_against_a_run(tmp_path):
+    plans = importlib.import_module("plan_error")
+    plans.main(["--tiny", "--json", str(tmp_path / "p.json")])
+    (case,) = read(tmp_path / "p.json")["cases"]
+    assert case["met"]["trained"] and case["met"]["flops"] and case["was"]["seconds"] > 0

@@ -233,7 +233,7 @@ def causes() -> set[str]:
     return found
 
 
-CAUSED = {"ConfigError", "DataError", "IsthmusError", "NotFinite", "_Wrong"}
+CAUSED = {"ConfigError", "DataError", "IsthmusError", "NotFinite", "Wrong"}
 
 
 def template(node: ast.expr) -> str:

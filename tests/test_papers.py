@@ -40,7 +40,8 @@ def test_every_joint_stands_under_its_family_with_its_tests():
         heading = PAGE.index(f"## {papers.FAMILIES[each.families[0]]}\n")
         assert f"**{name}**" in PAGE[heading : PAGE.index("\n## ", heading)]
     second = {name: aligner.named(name).also for name in inside if aligner.named(name).also}
-    assert second == dict.fromkeys(("llava", "instructblip", "shikra", "kosmos2"), "data")
+    data = dict.fromkeys(("llava", "instructblip", "shikra", "kosmos2", "victor"), "data")
+    assert second == {**data, "lion": "tool"}
     assert {name: each.families[1] for name, each in listed.items() if each.families[1:]} == second
 
 

@@ -68,7 +68,7 @@ ABSENT = (
         "Chinchilla",
         ("2203.15556", "2204.14198"),
         "no public weights, nor those of Flamingo, which is built on it: the published Flamingo recipes are "
-        "OpenFlamingo's, on MPT and RedPajama",
+        "OpenFlamingo's, on LLaMA and RedPajama",
     ),
     Absent(
         "GPT-4V",

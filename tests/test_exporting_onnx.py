@@ -1,0 +1,86 @@
+"""Encoder and joint in ONNX: onnxruntime computes what the model does, for any number of pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import composed
+from composed import picture, stir
+from isthmus import exporting, exporting_onnx
+from isthmus.cli.app import app
+from isthmus.config import LoRA
+from isthmus.model import VLM
+from isthmus.types import ConfigError, IsthmusError
+
+onnxruntime: Any = pytest.importorskip("onnxruntime")
+SMALL = {"queries": 3, "layers": 2, "width": 16, "heads": 2, "inner": 24, "contrast": 8}
+
+
+def run(folder: Path, pixels: torch.Tensor) -> np.ndarray:
+    session = onnxruntime.InferenceSession(folder / exporting_onnx.FILE, providers=["CPUExecutionProvider"])
+    (vectors,) = session.run(None, {"pixels": pixels.numpy()})
+    return vectors
+
+
+def connected(model: VLM, pixels: torch.Tensor) -> np.ndarray:
+    """What the whole model puts in place of pictures, by its own way through a batch."""
+    ids = torch.full((len(pixels), model.queries("image")), model.placeholder("image"))
+    with torch.no_grad():
+        return model.connect(model.as_batch(ids, None, pixels))["image"].numpy()
+
+
+@pytest.mark.parametrize(
+    "built",
+    [("llama", "llava"), ("llama", "blip2", SMALL)],
+    ids=["llava", "blip2"],
+)
+def test_onnxruntime_computes_the_models_vectors(tmp_path: Path, built: tuple[Any, ...]) -> None:
+    model = composed.model(*built)
+    model.add_lora(["encoders.*layers.*.fc1"], LoRA(r=2), "sight")
+    stir(model).save_pretrained(tmp_path / "ours")
+    result = CliRunner().invoke(
+        app, ["export", str(tmp_path / "ours"), str(tmp_path / "out"), "--to", "onnx"], catch_exceptions=False
+    )
+    assert "encoder and joint, largest difference" in result.output
+    for number in (1, 2, 5):
+        pixels = torch.randn(number, 3, 32, 32, generator=torch.Generator().manual_seed(number))
+        np.testing.assert_allclose(run(tmp_path / "out", pixels), connected(model, pixels), atol=1e-4, rtol=1e-4)
+    pixels, _ = model.processor.look("image", [picture(1), picture(2)])
+    one, other = run(tmp_path / "out", pixels)
+    assert np.abs(one - other).max() > 1e-2
+    assert "library_name: onnx" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("built", "reason"),
+    [(("llama", "instructblip", SMALL), "reads the question"), (("llama", "flamingo"), "inside the LLM's layers")],
+    ids=["instructblip", "flamingo"],
+)
+def test_what_does_not_stand_alone_is_refused(tmp_path: Path, built: tuple[Any, ...], reason: str) -> None:
+    options = {key: value for key, value in (built[2] if len(built) > 2 else {}).items() if key != "contrast"}
+    composed.model(built[0], built[1], options).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ConfigError, match=reason):
+        exporting_onnx.export(tmp_path / "ours", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_graph_for_one_number_of_pictures_is_refused(tmp_path: Path) -> None:
+    stir(composed.model("llama", "qwen_vl")).save_pretrained(tmp_path / "ours")
+    with pytest.raises(IsthmusError, match="one number of pictures alone"):
+        exporting_onnx.export(tmp_path / "ours", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_written_when_vectors_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stir(composed.model("llama")).save_pretrained(tmp_path / "ours")
+    monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
+    with pytest.raises(IsthmusError, match="vectors differ by"):
+        exporting_onnx.export(tmp_path / "ours", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
