@@ -156,7 +156,8 @@ def test_resume_goes_on_and_refuses_to_be_slow(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("embedded")
-@pytest.mark.parametrize("stage", ["align", pytest.param("sft", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["align", "sft"])
 def test_training_agrees_with_its_peers_and_is_timed(tmp_path, stage):
     pytest.importorskip("trl", reason="the bench extra is not installed")
     train = importlib.import_module("train_vs_peers")

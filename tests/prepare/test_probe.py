@@ -49,6 +49,7 @@ def test_ranking_and_the_next_round_against_a_known_truth() -> None:
     assert probe.rank(everything, trial, (0,), lambda told: None).outcomes[0].part == "clean high & rich high"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_wrong_captions_make_the_worst_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ISTHMUS_HOME", str(tmp_path / "home"))

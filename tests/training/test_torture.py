@@ -29,6 +29,7 @@ def test_ten_kills(tmp_path: Path) -> None:
     assert found["in_saves"] >= 1
 
 
+@pytest.mark.slow
 def test_kills_of_two_ranks(tmp_path: Path) -> None:
     found = run(tmp_path, "--times", "2", "--ranks", "2", "--seed", "3")
     assert (found["kills"], found["survived"], found["faults"]) == (2, 2, [])

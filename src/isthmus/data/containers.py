@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from isthmus.data import jsons, tables
 from isthmus.data.faults import Wrong
-from isthmus.data.jsons import Cell, Place
+from isthmus.data.jsons import Cell, Place, Shards
 from isthmus.data.layouts import Name
 from isthmus.data.media import PICTURES
 from isthmus.types import ConfigError, DataError
@@ -101,16 +101,8 @@ def _rows(paths: Sequence[Path]) -> Container:
     return Rows(paths)
 
 
-class Lines:
+class Lines(Shards):
     """JSON: one record per line, or an array of them; of one file or several shards."""
-
-    copied = False
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
-
-    def files(self) -> Sequence[Path]:
-        return self.paths
 
     def scan(self) -> Iterator[tuple[Place, Any]]:
         for shard, path in enumerate(self.paths):
@@ -121,9 +113,6 @@ class Lines:
         with self.paths[place.shard].open("rb") as stream:  # workers must not share a position in the file
             stream.seek(place.start)
             return jsons.parse(stream.read(place.end - place.start))
-
-    def name(self, place: Place) -> str:
-        return str(self.paths[place.shard])
 
     def held(self, raw: Any) -> Mapping[str, bytes]:
         return {}

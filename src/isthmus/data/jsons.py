@@ -7,7 +7,7 @@ held in memory while they are read through.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
@@ -27,6 +27,21 @@ class Place:
     line: int
     start: int = 0
     end: int = 0
+
+
+class Shards:
+    """What lies in one file or several, and is read from its place in them."""
+
+    copied = False
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def files(self) -> Sequence[Path]:
+        return self.paths
+
+    def name(self, place: Place) -> str:
+        return str(self.paths[place.shard])
 
 
 @dataclass(frozen=True)

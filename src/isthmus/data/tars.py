@@ -10,12 +10,12 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from isthmus.data import jsons
 from isthmus.data.faults import Wrong
-from isthmus.data.jsons import Place, opened
+from isthmus.data.jsons import Place, Shards, opened
 from isthmus.data.media import PICTURES
 
 BLOCK = tarfile.BLOCKSIZE
@@ -59,16 +59,8 @@ class _Member:
         return PurePosixPath(self.name).name.partition(".")[2].lower()
 
 
-class Tars:
+class Tars(Shards):
     """Samples in one tar or several."""
-
-    copied = False
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
-
-    def files(self) -> Sequence[Path]:
-        return self.paths
 
     def scan(self) -> Iterator[tuple[Place, Any]]:
         for shard, path in enumerate(self.paths):
@@ -82,9 +74,6 @@ class Tars:
             stream.seek(place.start)
             part = BytesIO(stream.read(min(place.end - place.start, MOST_BYTES + MOST_FILES * MOST_HEADER)))
         return _record(part, list(_members(part)))
-
-    def name(self, place: Place) -> str:
-        return str(self.paths[place.shard])
 
     def held(self, raw: Any) -> Mapping[str, bytes]:
         return raw[MEMBERS]
