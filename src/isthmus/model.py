@@ -210,7 +210,8 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
 
     def _connect(self, kind: str, media: Media, batch: Batch) -> Tensor:
         route_N = None if batch.route_BT is None else _first(batch.route_BT, batch.segment_BT, media)
-        return self.connectors[kind](self.encode(kind, media), Context(batch.extra_text, route_N))
+        context = Context(batch.extra_text, route_N, sites.embedding(self.llm).weight)
+        return self.connectors[kind](self.encode(kind, media), context)
 
     def embed(self, batch: Batch, connected: dict[str, Tensor]) -> Tensor:
         """Token embeddings, with connected media in place of their placeholders where the joint splices.

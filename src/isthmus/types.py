@@ -288,11 +288,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Context:
-    """What a connector may read besides features. A connector that does so says `reads_context = True`,
+    """What a connector may read besides features. A connector that reads text or route says `reads_context = True`,
     and its output is then never reused across questions."""
 
     extra_text: Mapping[str, Tensor] = field(default_factory=dict)
     route_N: Tensor | None = None
+    words_VD: Tensor | None = None
+    """The LLM's input embedding table, the same for every question; None outside of a model."""
 
 
 @dataclass(frozen=True)

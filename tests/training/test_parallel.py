@@ -24,7 +24,7 @@ TRAIN = {
     "llm.model.layers.0.*": {"lr": 1e-3, "weight_decay": 0.1},
     "llm.model.layers.1.*": {"mode": {"r": 2}, "lr": 1e-4},
 }
-"""A joint with a scalar in it, a layer in full, and LoRA in another."""
+"""A joint with a scalar in it that reads the LLM's embedding table, a layer in full, and LoRA in another."""
 ENGINES = {
     "ddp": Engine(),
     "fsdp": Engine(parallel="fsdp"),
@@ -35,7 +35,7 @@ ENGINES = {
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     parts = small.parts(tmp_path_factory.mktemp("parts"))
-    return parts.override(["aligner.options.normalise=true"])
+    return parts.override(["aligner.options.normalise=true", "aligner.options.words=0.1"])
 
 
 def stage(**changes: Any) -> Stage:

@@ -3,8 +3,9 @@
 Liu et al. 2023, arXiv 2304.08485 (linear) and arXiv 2310.03744 (two-layer MLP).
 Official code: github.com/haotian-liu/LLaVA.
 
-Differs: `pool` and `normalise` are ours, off by default; the embedded recipe uses both, since a 135 M LLM on a
-laptop pays for every image token.
+Differs: `pool`, `normalise` and `words` are ours, off by default; the embedded recipe uses the first two, since a
+135 M LLM on a laptop pays for every image token, and the demo the third, since so small an LLM hardly learns to read
+vectors that are not nearly words (docs/log.md).
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ class LLaVA(Aligner):
         """Average the encoder's grid to pool x pool tokens first."""
         normalise: bool = False
         """LayerNorm before, and output where the LLM's embeddings are."""
+        words: float | None = Field(None, gt=0)
+        """Temperature at which output leans towards the words that it is like, after AlignVLM; needs `normalise`."""
 
     def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
         depth = 1 if self.options.projector == "linear" else 2
-        return projector(encoder, width, depth, self.options.pool, self.options.normalise)
+        return projector(encoder, width, depth, self.options.pool, self.options.normalise, self.options.words)
 
     def birth(self, model: VLM) -> None:
         settle(model.connectors, sites.embedding(model.llm).weight)

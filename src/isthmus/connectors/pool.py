@@ -1,4 +1,7 @@
-"""Fewer, calmer tokens around another connector: pooling to a grid, normalised input, output at the LLM's scale."""
+"""Fewer, calmer tokens around another connector: pooled to a grid, normalised, leaning towards the LLM's words.
+
+The last is after AlignVLM (Masry et al. 2025, arXiv 2502.01341), whose connector has a matrix of its own for it.
+"""
 
 from __future__ import annotations
 
@@ -54,16 +57,19 @@ class Normalised(Connector):
     sees noise. At birth `centre` is the mean of the LLM's embedding table and `scale` the root mean square of what
     is around it (see `LLaVA.birth`), so that vectors start where words are.
 
+    With `words` every output also leans towards the words that it resembles: see `towards_words`.
+
     Args:
         inner: the connector between the two.
         width: E, the width of its input.
         out: D, the width of its output.
+        words: the temperature of that leaning; None leaves it out.
     """
 
-    def __init__(self, inner: Connector, width: int, out: int):
+    def __init__(self, inner: Connector, width: int, out: int, words: float | None = None):
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.inner = inner
+        self.inner, self.words = inner, words
         self.scale = nn.Parameter(torch.ones(()))
         self.centre = nn.Parameter(torch.zeros(out))
 
@@ -73,14 +79,43 @@ class Normalised(Connector):
     def forward(self, features: Features, context: Context) -> Tensor:
         """x [N, S, E] -> y [N, Q, D] with root mean square `scale` around `centre`."""
         y_NQD = self.inner(replace(features, x_NSE=self.norm(features.x_NSE)), context)
+        if self.words is not None:
+            assert context.words_VD is not None  # a model gives it
+            y_NQD = towards_words(y_NQD, context.words_VD.detach(), self.centre.detach(), self.words)
         return F.rms_norm(y_NQD, y_NQD.shape[-1:]) * self.scale + self.centre
 
 
-def projector(encoder: Encoder, out: int, depth: int, pool: int | None, normalise: bool) -> Connector:
-    """LLaVA's projector of `depth` Linears, with this file's additions where they are wanted."""
+def towards_words(y_NQD: Tensor, words_VD: Tensor, centre_D: Tensor, temperature: float) -> Tensor:
+    """The direction of each vector plus that of the words that it is like, seen from `centre_D`; no parameters.
+
+    The second is the mean of all words' directions, weighted by softmax(cosine / temperature): AlignVLM's connector
+    (arXiv 2502.01341), whose weights come from a matrix of its own in place of cosines, and which keeps the mean
+    alone. Kept beside it, the vector still tells apart what has no word. Nothing of size V x D is made.
+    """
+    # One cast of the table to the dtype that products have under autocast, not one for each of them.
+    words_VD, centre_D = words_VD.to(y_NQD.dtype), centre_D.to(y_NQD.dtype)
+    squares_V = torch.linalg.vector_norm(words_VD, dim=1).square() - 2 * (words_VD @ centre_D) + centre_D @ centre_D
+    length_V = squares_V.clamp(min=1e-12).sqrt()
+    y_NQD = F.normalize(y_NQD, dim=-1)
+    cosine_NQV = (y_NQD @ words_VD.T - (y_NQD @ centre_D)[..., None]) / length_V
+    share_NQV = (cosine_NQV / temperature).softmax(-1) / length_V
+    mean_NQD = share_NQV @ words_VD - share_NQV.sum(-1, keepdim=True) * centre_D
+    return y_NQD + F.normalize(mean_NQD, dim=-1)
+
+
+def projector(
+    encoder: Encoder, out: int, depth: int, pool: int | None, normalise: bool, words: float | None = None
+) -> Connector:
+    """LLaVA's projector of `depth` Linears, with this file's additions where they are wanted.
+
+    Raises:
+        ConfigError: `words` without `normalise`, to which it belongs, or a grid smaller than `pool`.
+    """
+    if words is not None and not normalise:
+        raise ConfigError("words: only normalised output can lean towards words", "set normalise: true as well")
     joint: Connector = MLP(encoder.width, out, depth)
     if normalise:
-        joint = Normalised(joint, encoder.width, out)
+        joint = Normalised(joint, encoder.width, out, words)
     return Pool(joint, encoder.grid, pool) if pool else joint
 
 

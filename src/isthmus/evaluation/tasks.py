@@ -300,7 +300,7 @@ Builder: TypeAlias = Callable[[TaskConfig, int], Task]
 Some = TypeVar("Some", bound=Task)
 
 LIMIT = 500
-"""Items of a task whose config names no limit. They are drawn from the whole set by the seed."""
+"""Items of a task whose config names no limit, drawn from the whole set; every seed measures the same."""
 
 
 def naming(task: TaskConfig, seed: int) -> Choice:
@@ -373,12 +373,12 @@ def of_scenes(make: type[Some], task: TaskConfig, seed: int, kind: str, label: s
 
 
 def _items(task: TaskConfig, seed: int, source: config.Source) -> tuple[Item, ...]:
-    """Up to the limit of items of a set, drawn by the seed and kept in the set's order."""
+    """Up to the limit of items of a set, the same for every seed and in the set's order."""
     samples = sets.open_set(source, seed)
     count = min(task.limit or LIMIT, len(samples))
     if count == 0:
         raise DataError(f"{source.name}/{source.split} has no item for task {task.name!r}", "see `isthmus data stats`")
-    return tuple(item(samples[index]) for index in sorted(random.Random(seed).sample(range(len(samples)), count)))
+    return tuple(item(samples[index]) for index in sorted(random.Random(0).sample(range(len(samples)), count)))
 
 
 def item(sample: Sample) -> Item:

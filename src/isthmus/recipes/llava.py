@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from isthmus.config import AlignerConfig, Budget, EncoderConfig, LLMConfig, LoRA, Recipe, Stage, Train
+from isthmus.config import AlignerConfig, Budget, EncoderConfig, LLMConfig, Recipe, Stage, Train
 from isthmus.recipes import parts
 
 
@@ -55,20 +55,19 @@ def published(projector: str) -> Recipe:
     )
 
 
-def embedded(projector: str = "mlp2x_gelu", minutes: float = 5.0, name: str | None = None) -> Recipe:
+def embedded(projector: str = "mlp2x_gelu", minutes: float = 5.0) -> Recipe:
     """SmolLM2-135M and EfficientNet-Lite0 on scenes and easy-VQA: warm, align, sft within `minutes` of training.
 
     Chosen by measurement on two cores (docs/log.md): all questions about a picture share its tokens, and few pictures
     per step leave time for many steps.
     """
-    adapters = Train(lr=1e-3, mode=LoRA(r=16, alpha=32))
     return parts.embedded(
-        name or ("llava" if projector == "mlp2x_gelu" else "llava-linear"),
+        "llava" if projector == "mlp2x_gelu" else "llava-linear",
         f"LLaVA on embedded parts: {projector} projector, SmolLM2-135M, EfficientNet-Lite0",
         AlignerConfig(name="llava", options={"projector": projector, "pool": 3, "normalise": True}),
         (
             parts.warm(0.12 * minutes),
             parts.align(0.06 * minutes),
-            parts.sft(0.82 * minutes, {"connectors.*": Train(lr=1e-4), "llm.*layers.*": adapters}),
+            parts.sft(0.82 * minutes, {"connectors.*": Train(lr=1e-4), **parts.EVERY_LORA}),
         ),
     )

@@ -49,14 +49,14 @@ ENCODER = EncoderConfig(layer="block5+block11+head", aspect="squash")
 SINGLE, SCENES = 2500, 4000
 """Pictures of one thing, and of several, that embedded recipes draw from: each is encoded once, before the training."""
 MIX: tuple[Source, ...] = (
-    Source(name="easy-vqa", weight=0.8, limit=1500, options={"together": True}),
+    Source(name="easy-vqa", weight=0.6, limit=1500, options={"together": True}),
     *(
         Source(
             name="scenes",
             weight=weight,
             options={"kinds": ["checklist", "presence"], "together": True, "count": SCENES, "shown": shown},
         )
-        for shown, weight in (("picture", 2.5), ("words", 0.8))
+        for shown, weight in (("picture", 2.5), ("words", 0.6))
     ),
     Source(
         name="scenes",
@@ -67,9 +67,9 @@ MIX: tuple[Source, ...] = (
         Source(
             name="naming",
             weight=weight,
-            options={"kinds": ["naming", "options"], "together": True, "count": SINGLE, "shown": shown},
+            options={"kinds": ["naming"], "count": SINGLE, "shown": shown},
         )
-        for shown, weight in (("picture", 0.6), ("words", 0.2))
+        for shown, weight in (("picture", 1.5), ("words", 0.5))
     ),
 )
 """Pictures, and words in place of pictures: what the LLM learns of the second it can do with the first, once connected
@@ -80,6 +80,8 @@ TASKS: tuple[TaskConfig, ...] = (
 )
 ATTENTION_LORA: Mapping[str, Train] = {"llm.*self_attn.*": Train(mode=LoRA(r=16, alpha=32))}
 """On attention alone: fewer products per step than on all Linears."""
+EVERY_LORA: Mapping[str, Train] = {"llm.*layers.*": Train(lr=1e-3, mode=LoRA(r=16, alpha=32))}
+"""On every Linear of every layer."""
 
 
 def warm(minutes: float) -> Stage:

@@ -334,6 +334,8 @@ class _Runner:
         assert self.stage.budget.minutes is not None  # the other budgets count
         budget, began = self.stage.budget.minutes * 60, time.perf_counter()
         self.step.ready()
+        for number in range(WARM + TIMED):
+            self._batches(number)  # makes their samples, which most steps find made
         times: list[float] = []
         while len(times) < WARM + TIMED and (len(times) <= WARM or sum(times) < GLANCE * budget):
             times.append(self._seconds(lambda: self._backward(self._batches(len(times)))))
