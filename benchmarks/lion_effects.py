@@ -1,32 +1,30 @@
 """What LION's parts do: the mixture of adapters, the aggregator, and tags that may be wrong, at equal steps.
 
-    python benchmarks/lion_effects.py [--experiments conflict depth tags] [--cells NAME ...] [--steps 400]
-        [--pictures 2000] [--items 200] [--seeds 0 1 2] [--collect] [--write]
+    python benchmarks/lion_effects.py [--quick] [--experiments conflict depth tags] [--cells NAME ...] [--steps 400]
+        [--warm 200] [--pictures 2000] [--items 200] [--seeds 0 1 2] [--minutes M] [--jobs 2] [--collect] [--write]
 
 Three experiments over the embedded parts: image-level and region-level tasks learnt together with one adapter, with one
 per kind, with a router, and stage by stage; places learnt from several depths or from the last one; and tags left out,
-in a sentence or behind a learned word, of which a share is wrong in training as in testing. Every cell is trained once
-per seed into `runs/lion/`. An interrupted run goes on, and a finished one is not done again. `--collect` only reads
-what is finished, `--write` turns it into `docs/results/lion.md`. Means over seeds have a t-interval at 95 %, and so
-have the differences from each experiment's first cell, which are formed seed by seed.
+in a sentence or behind a learned word, of which a share is wrong in training as in testing. Both branches first learn
+to speak in words for some steps without the LLM, once per seed and encoder depths, and every cell starts there. Cells
+are trained once per seed into `runs/lion/`. An interrupted run goes on, a finished one is not done again. `--collect`
+only reads what is finished, `--write` turns it into `docs/results/lion.md`. `--quick` is for twenty minutes on two
+cores: few steps, pictures and cells. How cells are compared is said in `effects`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import effects
 import harness
-from demo_quality import Mean
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/results/lion.md"
-LOWER = ("Captions, NLL",)
-"""Rows in which less is better."""
 SHARES = {"image": 0.3, "region": 0.3, "all": 0.4}
 """Of the steps, where stages follow each other."""
 
@@ -91,8 +89,40 @@ EXPERIMENTS = {
     ),
 }
 """The cells in the order in which they are trained."""
-NUMBERS = ("steps", "pictures", "items", "seeds")
+NUMBERS = ("steps", "warm", "pictures", "items")
 """Options that a figure depends on."""
+QUICK: dict[str, Any] = {
+    "steps": 40,
+    "warm": 150,
+    "pictures": 400,
+    "experiments": ["tags", "conflict"],
+    "seeds": [0, 1, 2, 3],
+    "cells": [
+        "one adapter",
+        "routed",
+        "routed, stage by stage",
+        "none",
+        "hard, 0 % wrong",
+        "hard, 50 % wrong",
+        "soft, 50 % wrong",
+    ],
+    "jobs": 2,
+    "out": Path("runs/lion-quick"),
+}
+"""What `--quick` changes."""
+
+
+def warm_of(cell: Cell, seed: int, steps: int, pictures: int) -> Any:
+    """The recipe of the stage that all cells of a seed share which read the encoder at the same depths."""
+    from isthmus.config import Budget
+    from isthmus.recipes import parts
+    from isthmus.recipes.lion import lion
+
+    recipe = lion(tags="none", mixture="none", aggregator=cell.options.get("aggregator", True))
+    stage = parts.warm(1.0)
+    scenes = [source.but(options={**source.options, "count": pictures}) for source in stage.data[:2]]
+    stage = stage.but(data=scenes, budget=Budget(steps=steps), evaluate_every=None, save_every=None)
+    return recipe.but(seed=seed, stages=(stage,), eval=())
 
 
 def recipe_of(cell: Cell, seed: int, total: int, pictures: int) -> Any:
@@ -125,7 +155,11 @@ def tasks_of(experiment: Experiment, cell: Cell, items: int) -> list[Any]:
 
 def where(experiment: str, cell: str, seed: int, options: argparse.Namespace) -> Path:
     name = cell.replace(" %", "").replace(",", "").replace(" ", "-")
-    return options.out / experiment / name / f"seed-{seed}"
+    return options.out / experiment / name / f"seed-{seed}" / "figures.json"
+
+
+def asked(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in NUMBERS}
 
 
 def run(experiment: str, name: str, seed: int, options: argparse.Namespace) -> None:
@@ -134,95 +168,61 @@ def run(experiment: str, name: str, seed: int, options: argparse.Namespace) -> N
     from rich.console import Console
 
     from isthmus.evaluation.measure import build, measure
-    from isthmus.evaluation.results import rows
     from isthmus.experiment import pictures
     from isthmus.training.run import Run
 
     trial = EXPERIMENTS[experiment]
-    cell, folder = trial.cells[name], where(experiment, name, seed, options)
+    cell, folder = trial.cells[name], where(experiment, name, seed, options).parent
     recipe = recipe_of(cell, seed, options.steps, options.pictures)
     this = Run(recipe, folder, torch.device("cpu"), Console())
     newborn = this.newborn()
     look = this.look(newborn)
+    newborn.connectors.load_state_dict(warmed(cell, seed, options, look).connectors.state_dict())
     model = this.train(newborn, look)
     if model is None:
         raise SystemExit(130)
     built = build(tasks_of(trial, cell, options.items), seed=0)
     this.fill(look, pictures(task for task, _ in built))
     measured = measure(model, built, 0, folder / "predictions", look=look, settings={"weights": recipe.fingerprint()})
-    values = {row.label: row.cells["after"].value for task, runs in measured.values() for row in rows(task, runs, 0)}
-    figures = {"fingerprint": recipe.fingerprint(), "dtype": str(this.dtype), "tasks": values}
-    figures |= {name: getattr(options, name) for name in ("steps", "pictures", "items")}
-    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    more = {"fingerprint": recipe.fingerprint(), "dtype": str(this.dtype)}
+    effects.keep(folder / "figures.json", effects.outcomes(measured), asked(options), **more)
+
+
+def warmed(cell: Cell, seed: int, options: argparse.Namespace, look: Any) -> Any:
+    """The model that all cells of a seed take their connectors from, trained by the first that asks."""
+    import torch
+    from rich.console import Console
+
+    from isthmus.training.run import Run
+
+    depths = "aggregator" if cell.options.get("aggregator", True) else "last-layer"
+    folder = options.out / "warm" / depths / f"seed-{seed}"
+    this = Run(warm_of(cell, seed, options.warm, options.pictures), folder, torch.device("cpu"), Console())
+    model = this.train(this.newborn(), look)
+    if model is None:
+        raise SystemExit(130)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------- collecting
 
 
 def collect(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Per experiment, the cells that all seeds have finished: means, and differences from the first cell.
+    """Per experiment, the cells that all seeds have finished: levels, and gaps to the first cell.
 
     Raises:
-        SystemExit: a cell was trained for another number of steps.
+        SystemExit: a cell was made with other numbers.
     """
     return {name: _collect(name, options) for name in options.experiments}
 
 
 def _collect(experiment: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    found: dict[str, list[Mapping[str, float]]] = {}
+    found = {}
     for cell in EXPERIMENTS[experiment].cells:
-        files = [where(experiment, cell, seed, options) / "figures.json" for seed in options.seeds]
+        files = [where(experiment, cell, seed, options) for seed in options.seeds]
         if all(file.is_file() for file in files):
-            read = [json.loads(file.read_text()) for file in files]
-            if any(one[name] != getattr(options, name) for one in read for name in ("steps", "pictures", "items")):
-                raise SystemExit(f"{files[0].parent.parent} has other steps, pictures or items; give those, or --out")
-            found[cell] = [one["tasks"] for one in read]
-    base = found.get(next(iter(EXPERIMENTS[experiment].cells)))
-    return [
-        {
-            "cell": cell,
-            "means": {row: Mean.of([one[row] for one in seeds]) for row in seeds[0]},
-            "differences": {
-                row: Mean.of([ours[row] - theirs[row] for ours, theirs in zip(seeds, base)]) for row in seeds[0]
-            }
-            if base is not None and seeds is not base
-            else {},
-        }
-        for cell, seeds in found.items()
-    ]
-
-
-def is_clear(difference: Mean) -> bool:
-    """Whether zero lies outside of the interval."""
-    return difference.half_width is not None and abs(difference.value) > difference.half_width
-
-
-def tables(cases: Sequence[Mapping[str, Any]]) -> str:
-    """Means, and below them the differences from the first cell; in bold those whose interval leaves zero out."""
-    if not cases:
-        return "Not finished."
-    header = ["setting", *cases[0]["means"]]
-    told = [harness.table(header, [[case["cell"], *map(str, case["means"].values())] for case in cases])]
-    apart = [
-        [case["cell"], *(f"**{each}**" if is_clear(each) else str(each) for each in case["differences"].values())]
-        for case in cases
-        if case["differences"]
-    ]
-    return "\n\n".join([*told, harness.table([f"minus {cases[0]['cell']}", *header[1:]], apart)] if apart else told)
-
-
-def verdict(cases: Sequence[Mapping[str, Any]]) -> str:
-    """In words, what can be told apart from the first cell, and what was not trained at all."""
-    lines = []
-    for case in (one for one in cases if one["differences"]):
-        clear = {row: each for row, each in case["differences"].items() if is_clear(each)}
-        better = [row for row, each in clear.items() if (each.value > 0) != (row in LOWER)]
-        worse = [row for row in clear if row not in better]
-        said = "; ".join(
-            f"{word} on {', '.join(rows)}" for word, rows in (("better", better), ("worse", worse)) if rows
-        )
-        lines.append(f"- {case['cell']}: {said or 'cannot be told apart from the first row'}.")
-    return "\n".join(lines)
+            found[cell] = [effects.read(file, asked(options)) for file in files]
+    return effects.compare(found, next(iter(EXPERIMENTS[experiment].cells)))
 
 
 def page(result: Mapping[str, Any], found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -232,7 +232,8 @@ def page(result: Mapping[str, Any], found: Mapping[str, Sequence[Mapping[str, An
         trial, done = EXPERIMENTS[name], [case["cell"] for case in cases]
         lacking = [cell for cell in trial.cells if cell not in done]
         left = f"Not trained for all seeds yet: {', '.join(lacking)}." if lacking else ""
-        parts = [f"## {name.capitalize()}", trial.asks, tables(cases) if cases else "", verdict(cases), left]
+        told = effects.tables(cases) if cases else ""
+        parts = [f"## {name.capitalize()}", trial.asks, told, effects.verdict(cases), left]
         sections.append("\n\n".join(part for part in parts if part))
     told = "\n\n".join(sections)
     return f"""# What LION's parts do
@@ -240,11 +241,14 @@ def page(result: Mapping[str, Any], found: Mapping[str, Sequence[Mapping[str, An
 Written by `python benchmarks/lion_effects.py --write`; do not edit it by hand. The numbers are in
 [`lion_effects.json`](../../benchmarks/results/lion_effects.json), what LION is in [its page](../systems/lion.md).
 
-SmolLM2-135M, frozen, and EfficientNet-Lite0; {result["steps"]} steps of 6 samples in every cell, over
-{result["pictures"]} pictures of every source; seeds {", ".join(map(str, result["seeds"]))}; {result["items"]} items per
-task; ± is half of a t-interval at 95 % over seeds.
-Captions are in nats per token, less is better; the others are accuracies. Differences are formed seed by seed, and are
-in bold where their interval leaves zero out; of many differences, one in twenty would be bold if nothing differed.
+SmolLM2-135M, frozen, and EfficientNet-Lite0; {result["warm"]} steps of 128 pictures for the connectors alone, once per
+seed, then {result["steps"]} steps of 6 samples in every cell, over {result["pictures"]} pictures of every source; seeds
+{", ".join(map(str, result["seeds"]))}; {result["items"]} items per task, the same for all cells.
+
+In brackets is the wider of two intervals at 95 %: of Student's t over seeds, and of a bootstrap over seeds and items.
+Rows in nats are minus the log of the right answer's probability (for captions per token, for choices among them): less
+is better, and they tell small differences earlier than accuracies, which are the others. Differences are formed seed by
+seed, and are in bold where their interval leaves zero out; of many, one in twenty would be bold if nothing differed.
 
 {told}
 
@@ -260,44 +264,49 @@ def main(arguments: list[str] | None = None) -> int:
     made.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="all of them")
     made.add_argument("--cells", nargs="+", help="only these, by name")
     made.add_argument("--steps", type=int, default=400, help="of every cell (400)")
+    made.add_argument("--warm", type=int, default=200, help="steps of the connectors alone, before (200)")
     made.add_argument("--pictures", type=int, default=2000, help="of every source (2000)")
     made.add_argument("--items", type=int, default=200, help="per task (200)")
-    made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="0 1 2")
-    made.add_argument("--out", type=Path, default=Path("runs/lion"), help="parent folder of the runs")
-    made.add_argument("--collect", action="store_true", help="only read what is finished")
-    made.add_argument("--write", action="store_true", help="write docs/results/lion.md")
-    made.add_argument("--json", type=Path, help="where the numbers go instead of results/lion_effects.json")
-    made.set_defaults(tiny=False)
-    options = made.parse_args(arguments)
-    result = {"machine": harness.machine(), **{name: getattr(options, name) for name in NUMBERS}}
-    for experiment, name, seed in () if options.collect else _wanted(options):
-        if not (where(experiment, name, seed, options) / "figures.json").is_file():
-            run(experiment, name, seed, options)
-            _report(result, options)
-    return _report(result, options)
+    effects.arguments(made, "runs/lion")
+    options = effects.parse(made, arguments, QUICK)
+    result = {"machine": harness.machine(), "seeds": options.seeds, **asked(options)}
+    if options.jobs > 1 and not options.collect:
+        effects.shared_out(__file__, sys.argv[1:] if arguments is None else arguments, options)
+    elif not options.collect:
+        effects.work(_cells(options), options.minutes, lambda: options.part or _report(result, options))
+    return 0 if options.part else _report(result, options)
 
 
-def _wanted(options: argparse.Namespace) -> list[tuple[str, str, int]]:
+def _cells(options: argparse.Namespace) -> Iterator[effects.Work]:
     """Cell by cell, all seeds of one before the next, so that whatever is finished can be compared."""
-    return [
-        (experiment, name, seed)
-        for experiment in options.experiments
-        for name in EXPERIMENTS[experiment].cells
-        if options.cells is None or name in options.cells
-        for seed in options.seeds
-    ]
+    for trial in options.experiments:
+        for cell in _chosen(trial, options):
+            for seed in options.seeds:
+                made = lambda trial=trial, cell=cell, seed=seed: run(trial, cell, seed, options)  # noqa: E731
+                yield where(trial, cell, seed, options), made
 
 
 def _report(result: Mapping[str, Any], options: argparse.Namespace) -> int:
     """Save and print what is finished; 1 where something is left to do."""
     found = collect(options)
     for name, cases in found.items():
-        print(f"\n{name}: {EXPERIMENTS[name].asks}\n\n{tables(cases)}")
+        print(f"\n{name}: {EXPERIMENTS[name].asks}\n\n{effects.tables(cases)}")
     print(harness.save("lion_effects", {**result, "experiments": found}, options))
     if options.write:
         PAGE.parent.mkdir(parents=True, exist_ok=True)
         PAGE.write_text(page(result, found), encoding="utf-8")
-    return int(any(len(cases) < len(EXPERIMENTS[name].cells) for name, cases in found.items()))
+        print(PAGE)
+    return int(any(_left(name, cases, options) for name, cases in found.items()))
+
+
+def _left(experiment: str, cases: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> list[str]:
+    """Cells that were asked for and are not finished under all seeds."""
+    done = [case["cell"] for case in cases]
+    return [cell for cell in _chosen(experiment, options) if cell not in done]
+
+
+def _chosen(experiment: str, options: argparse.Namespace) -> list[str]:
+    return [cell for cell in EXPERIMENTS[experiment].cells if options.cells is None or cell in options.cells]
 
 
 if __name__ == "__main__":

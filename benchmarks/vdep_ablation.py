@@ -1,24 +1,24 @@
 """LLaVA against VDEP in its settings: equal steps, several seeds, each paired with its own seed's LLaVA.
 
-    python benchmarks/vdep_ablation.py [--steps 300] [--seeds 0 1 2] [--settings LLaVA VDEP ...] [--pool 7] [--write]
+    python benchmarks/vdep_ablation.py [--quick] [--steps 300] [--seeds 0 1 2] [--settings LLaVA VDEP ...] [--write]
+        [--minutes M] [--jobs 2]
 
 Stages before the last one are the same in all settings; each seed trains them once, into `runs/vdep/`. An interrupted
 run goes on, and a finished one is not done again. Whatever is finished is collected; `--collect` does nothing else,
-and `--write` turns the figures into `docs/results/vdep.md`. Means over seeds have a t-interval at 95 %, and so have the
-differences from LLaVA, which are formed seed by seed: both sides have the same first stages and the same samples.
+and `--write` turns the figures into `docs/results/vdep.md`. `--quick` is for twenty minutes on two cores: fewer tokens,
+steps, pictures and settings, and a smaller mix of questions. How settings are compared is said in `effects`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import effects
 import harness
-from demo_quality import Mean
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "LLaVA": {"alpha": 0},
@@ -39,15 +39,29 @@ TASKS = ("easy-vqa", "presence", "relation", "caption")
 PAGE = Path(__file__).resolve().parent.parent / "docs/results/vdep.md"
 LOOK = 64
 """Held-out pictures that the image term is measured on."""
-HIGHER = ("easy-VQA, official test", "easy-VQA without yes/no", "Presence", "Relations")
 WORDS = {
     "next": "next vector",
-    "next, copied": "next vector, copied",
+    "copied": "next vector, copied",
     "own": "own vector",
     "spread": "spread of vectors",
     "rank": "their effective rank",
 }
 """How figures of the image term are called in the tables."""
+NUMBERS = ("steps", "warm", "align", "pool", "pictures", "batch", "items")
+"""Options that a figure depends on."""
+QUICK: dict[str, Any] = {
+    "steps": 60,
+    "warm": 150,
+    "align": 10,
+    "pool": 5,
+    "pictures": 600,
+    "batch": 4,
+    "seeds": [0, 1, 2, 3],
+    "settings": ["LLaVA", "VDEP", "alpha 1", "shift 0"],
+    "jobs": 2,
+    "out": Path("runs/vdep-quick"),
+}
+"""What `--quick` changes."""
 
 
 def stages(seed: int, setting: str, options: argparse.Namespace) -> tuple[Any, Any]:
@@ -55,14 +69,27 @@ def stages(seed: int, setting: str, options: argparse.Namespace) -> tuple[Any, A
     from isthmus.config import Budget
     from isthmus.recipes.vdep import vdep
 
-    recipe = vdep(**SETTINGS[setting]).but(seed=seed).override([f"aligner.options.pool={options.pool}"])
+    pooled = [f"aligner.options.pool={options.pool}"]
+    shared, recipe = (vdep(**told).but(seed=seed).override(pooled) for told in (SETTINGS["LLaVA"], SETTINGS[setting]))
     steps = {"warm": options.warm, "align": options.align, "sft": options.steps}
     told = [
-        stage.but(budget=Budget(steps=steps[stage.name]), evaluate_every=None, save_every=None)
+        stage.but(
+            data=[smaller(source, options.pictures) for source in stage.data],
+            batch_size=stage.batch_size if stage.name == "warm" else options.batch,
+            budget=Budget(steps=steps[stage.name]),
+            evaluate_every=None,
+            save_every=None,
+        )
         for stage in recipe.stages
     ]
-    shared = vdep(alpha=0).but(seed=seed).override([f"aligner.options.pool={options.pool}"])
     return shared.but(stages=tuple(told[:-1])), recipe.but(stages=(told[-1],))
+
+
+def smaller(source: Any, pictures: int) -> Any:
+    """The source with at most so many pictures."""
+    if source.limit is not None:
+        return source.but(limit=min(source.limit, pictures))
+    return source.but(options={**source.options, "count": min(source.options["count"], pictures)})
 
 
 def run(seed: int, setting: str, options: argparse.Namespace) -> None:
@@ -73,7 +100,6 @@ def run(seed: int, setting: str, options: argparse.Namespace) -> None:
     from isthmus.assembly import load
     from isthmus.config import TaskConfig
     from isthmus.evaluation.measure import build, measure
-    from isthmus.evaluation.results import rows
     from isthmus.experiment import pictures
     from isthmus.training.run import Run
 
@@ -82,7 +108,7 @@ def run(seed: int, setting: str, options: argparse.Namespace) -> None:
     newborn = first.newborn()
     look = first.look(newborn)
     begun = first.train(newborn, look)
-    folder = where(seed, setting, options)
+    folder = where(seed, setting, options).parent
     last = Run(own, folder, torch.device("cpu"), Console())
     trained = last.train(begun, look) if begun is not None else None
     if trained is None:
@@ -91,13 +117,11 @@ def run(seed: int, setting: str, options: argparse.Namespace) -> None:
     last.fill(look, pictures(task for task, _ in built))
     model = load(last.model_of(own.stages[0]), last.dtype)
     measured = measure(model, built, 0, folder / "predictions", look=look, settings={"weights": own.fingerprint()})
-    values = {row.label: row.cells["after"].value for task, runs in measured.values() for row in rows(task, runs)}
-    figures = {"fingerprint": own.fingerprint(), "dtype": str(last.dtype), "tasks": values}
-    figures["image"] = image_term(model, look, last.dtype)
-    (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    rows = effects.outcomes(measured) | image_term(model, look, last.dtype)
+    effects.keep(folder / "figures.json", rows, asked(options), fingerprint=own.fingerprint(), dtype=str(last.dtype))
 
 
-def image_term(model: Any, look: Any, dtype: Any) -> dict[str, float]:
+def image_term(model: Any, look: Any, dtype: Any) -> effects.Rows:
     """What states tell of held-out pictures: of the next vector and of their own; and how the vectors are."""
     import torch
 
@@ -114,107 +138,66 @@ def image_term(model: Any, look: Any, dtype: Any) -> dict[str, float]:
         with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             step.eval()(batch, step.scales([batch]))
         told = step.figures()
-        found |= {name: told["vdep_distance"], "next, copied": told["vdep_copy"]}
+        found |= {name: told["vdep_distance"], "copied": told["vdep_copy"]}
         found |= {"spread": told["vdep_spread"], "rank": told["vdep_rank"]}
-    return found
+    return {WORDS[name]: effects.alone(value) for name, value in found.items()}
 
 
 def where(seed: int, setting: str, options: argparse.Namespace) -> Path:
-    return options.out / f"seed-{seed}" / setting.replace(" ", "-").lower()
+    return options.out / f"seed-{seed}" / setting.replace(" ", "-").lower() / "figures.json"
+
+
+def asked(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in NUMBERS}
 
 
 # ---------------------------------------------------------------------------------------------- collecting
 
 
 def collect(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Per setting that all its seeds have finished: means, and differences from LLaVA seed by seed."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
+    """Per setting that all its seeds have finished: levels, and gaps to LLaVA of the same seed."""
+    found = {}
     for setting in options.settings:
-        files = [where(seed, setting, options) / "figures.json" for seed in options.seeds]
+        files = [where(seed, setting, options) for seed in options.seeds]
         if all(file.is_file() for file in files):
-            read = [json.loads(file.read_text()) for file in files]
-            found[setting] = [{**one["tasks"], **one["image"]} for one in read]
-    base = found.get("LLaVA")
-    return [
-        {
-            "setting": setting,
-            "differs": SETTINGS[setting],
-            "means": {name: Mean.of([one[name] for one in seeds]) for name in seeds[0]},
-            "differences": {
-                name: Mean.of([ours[name] - theirs[name] for ours, theirs in zip(seeds, base)]) for name in seeds[0]
-            }
-            if base and setting != "LLaVA"
-            else {},
-        }
-        for setting, seeds in found.items()
-    ]
+            found[setting] = [effects.read(file, asked(options)) for file in files]
+    return effects.compare(found, "LLaVA")
 
 
-def clear(difference: Mean) -> bool:
-    """Whether zero lies outside of the interval."""
-    return difference.half_width is not None and abs(difference.value) > difference.half_width
-
-
-def tables(cases: Sequence[Mapping[str, Any]]) -> str:
-    """Means, and below them the differences from LLaVA; those whose interval leaves zero out are in bold."""
-    if not cases:
-        return "nothing is finished yet"
-    names = list(cases[0]["means"])
-    header = ["setting", *(WORDS.get(name, name) for name in names)]
-    means = [[case["setting"], *(str(case["means"][name]) for name in names)] for case in cases]
-    apart = [
-        [case["setting"], *(f"**{each}**" if clear(each) else str(each) for each in case["differences"].values())]
-        for case in cases
-        if case["differences"]
-    ]
-    both = [harness.table(header, means)]
-    return "\n\n".join([*both, harness.table(header, apart)] if apart else both)
-
-
-def verdict(cases: Sequence[Mapping[str, Any]]) -> str:
-    """In words, what can be told apart from LLaVA."""
-    lines = []
-    for case in cases:
-        told = [name for name, each in case["differences"].items() if clear(each) and name not in WORDS]
-        better = [name for name in told if (case["differences"][name].value > 0) == (name in HIGHER)]
-        worse = [name for name in told if name not in better]
-        if case["differences"]:
-            said = "; ".join(
-                f"{word} on {', '.join(names)}" for word, names in (("better", better), ("worse", worse)) if names
-            )
-            lines.append(f"- {case['setting']}: {said or 'no task can be told apart from LLaVA'}.")
-    return "\n".join(lines)
-
-
-def page(result: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> str:
+def page(result: Mapping[str, Any], cases: Sequence[Mapping[str, Any]], left: Sequence[str]) -> str:
     """The page of the results."""
-    tasks = [name for name in cases[0]["means"] if name not in WORDS] if cases else []
-    tried = len(tasks) * sum(bool(case["differences"]) for case in cases)
+    tasks = [name for name in cases[0]["levels"] if name not in WORDS.values()]
+    tried = len(tasks) * sum(bool(case["gaps"]) for case in cases)
+    lacking = f"\nNot trained under all seeds: {', '.join(left)}.\n" if left else ""
     return f"""# VDEP against LLaVA
 
 Written by `python benchmarks/vdep_ablation.py --write`; do not edit it by hand. The numbers are in
 [`vdep_ablation.json`](../../benchmarks/results/vdep_ablation.json), what VDEP is in [its page](../systems/vdep.md).
 
-SmolLM2-135M and EfficientNet-Lite0, {result["pool"] ** 2} tokens per picture. All settings of a seed share the stages
-`warm` ({result["warm"]} steps) and `align` ({result["align"]}); then come {result["steps"]} steps of `sft`, with the
-term or without it. Seeds {", ".join(map(str, result["seeds"]))}; {result["items"]} items per task; ± is half of a
-t-interval at 95 % over seeds. Captions are in nats per token, less is better; the other tasks are accuracies.
+SmolLM2-135M and EfficientNet-Lite0, {result["pool"] ** 2} tokens per picture, at most {result["pictures"]} pictures of
+every source. All settings of a seed share the stages `warm` ({result["warm"]} steps of 128) and `align`
+({result["align"]} of {result["batch"]}); then come {result["steps"]} steps of {result["batch"]} samples of `sft`, with
+the term or without it. Seeds {", ".join(map(str, result["seeds"]))}; {result["items"]} items per task, the same ones.
+
+In brackets is the wider of two intervals at 95 %: of Student's t over seeds, and of a bootstrap over seeds and items.
+Rows in nats are minus the log of the right answer's probability (for captions per token, for choices among them): less
+is better, and they tell small differences earlier than accuracies, which are the others.
 
 The last columns are of {LOOK} held-out pictures, in the term's own unit (mean square of vectors of root mean square 1):
 how far states are from the next vector, how far the next vector is from the one before it (what copying would reach),
 how far states are from their own vector, and whether vectors collapse.
 
-## Means, then differences from LLaVA of the same seed
+## Levels, then differences from LLaVA of the same seed
 
 In bold where the interval of a difference leaves zero out. {tried} differences of tasks are looked at; of so many, one
 in twenty would be bold if nothing differed at all.
 
-{tables(cases)}
+{effects.tables(cases)}
 
 ## What can be told
 
-{verdict(cases)}
-
+{effects.verdict(cases, WORDS.values())}
+{lacking}
 {harness.in_words(result["machine"])}
 """
 
@@ -227,35 +210,39 @@ def main(arguments: list[str] | None = None) -> int:
     made.add_argument("--steps", type=int, default=300, help="of the last stage (300)")
     made.add_argument("--warm", type=int, default=200, help="steps of the first stage (200)")
     made.add_argument("--align", type=int, default=20, help="steps of the second stage (20)")
+    made.add_argument("--batch", type=int, default=7, help="samples per step of the second stage and the last (7)")
     made.add_argument("--pool", type=int, default=7, help="tokens of a picture's side (7)")
+    made.add_argument("--pictures", type=int, default=6000, help="of every source, at most (6000)")
     made.add_argument("--items", type=int, default=200, help="per task (200)")
-    made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="0 1 2")
     made.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="all of them")
-    made.add_argument("--out", type=Path, default=Path("runs/vdep"), help="parent folder of the runs")
-    made.add_argument("--collect", action="store_true", help="only read what is finished")
-    made.add_argument("--write", action="store_true", help="write docs/results/vdep.md")
-    made.add_argument("--json", type=Path, help="where the numbers go instead of results/vdep_ablation.json")
-    made.set_defaults(tiny=False)
-    options = made.parse_args(arguments)
-    result = {"machine": harness.machine(), "seeds": options.seeds}
-    result |= {name: getattr(options, name) for name in ("steps", "warm", "align", "pool", "items")}
-    for setting in () if options.collect else options.settings:
+    effects.arguments(made, "runs/vdep")
+    options = effects.parse(made, arguments, QUICK)
+    result = {"machine": harness.machine(), "seeds": options.seeds, **asked(options)}
+    if options.jobs > 1 and not options.collect:
+        effects.shared_out(__file__, sys.argv[1:] if arguments is None else arguments, options)
+    elif not options.collect:
+        effects.work(cells(options), options.minutes, lambda: options.part or report(result, options))
+    return 0 if options.part else report(result, options)
+
+
+def cells(options: argparse.Namespace) -> Iterator[effects.Work]:
+    """Setting by setting, all seeds of one before the next, so that whatever is finished can be compared."""
+    for setting in options.settings:
         for seed in options.seeds:
-            if not (where(seed, setting, options) / "figures.json").is_file():
-                run(seed, setting, options)
-        report(result, options)
-    return report(result, options)
+            yield where(seed, setting, options), lambda seed=seed, setting=setting: run(seed, setting, options)
 
 
 def report(result: Mapping[str, Any], options: argparse.Namespace) -> int:
-    """Save and print what is finished."""
+    """Save and print what is finished; 1 where something is left to do."""
     cases = collect(options)
-    print(tables(cases))
+    left = [setting for setting in options.settings if setting not in [case["cell"] for case in cases]]
+    print(effects.tables(cases))
     print(harness.save("vdep_ablation", {**result, "cases": cases}, options))
     if options.write and cases:
         PAGE.parent.mkdir(parents=True, exist_ok=True)
-        PAGE.write_text(page(result, cases), encoding="utf-8")
-    return int(len(cases) < len(options.settings))
+        PAGE.write_text(page(result, cases, left), encoding="utf-8")
+        print(PAGE)
+    return int(bool(left))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ rule of who sees whom, shared positions.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -166,6 +167,7 @@ JOINTS = {
     "naavit": Joint("ee_mllm", {"visual": "ffn"}, SOME),
     "keys": Joint("ee_mllm", {"visual": "keys"}, ("llama", "glm")),
     "victor": Joint("victor", {"size": None}, ("llama", "opt", "t5")),
+    "asvr": Joint("asvr", {"tokenizer": None}, ("llama",)),
     "saisa": Joint("saisa", {"inner": 16}, ("llama", "qwen2", "qwen3", "glm")),
     "saisa-pooled": Joint("saisa", {"pool": 2, "normalise": True}, ("llama",)),
     "shikra": Joint("shikra", {}, ("llama", "opt", "t5")),
@@ -217,6 +219,7 @@ def grown(joint: str, family: str) -> VLM:
     return stir(newborn(joint, family))
 
 
+@functools.cache
 def bare_llm(family: str) -> PreTrainedModel:
     return parts.load_llm(LLMConfig(source=str(composed.llm_folder(family))), torch.float32)
 

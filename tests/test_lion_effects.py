@@ -30,6 +30,8 @@ def figures(effects, folder: Path, values: dict[str, list[float]], steps: int = 
         "10",
         "--pictures",
         "5",
+        "--warm",
+        "3",
         "--out",
         str(folder),
     ]
@@ -38,8 +40,8 @@ def figures(effects, folder: Path, values: dict[str, list[float]], steps: int = 
             name = cell.replace(" %", "").replace(",", "").replace(" ", "-")
             file = folder / "tags" / name / f"seed-{seed}" / "figures.json"
             file.parent.mkdir(parents=True)
-            told = {"Presence": value, "Captions, NLL": 3 - value}
-            file.write_text(json.dumps({"steps": 40, "pictures": 5, "items": 10, "tasks": told}))
+            rows = {"Presence": effects.effects.alone(value), "Captions, nats": effects.effects.alone(3 - value)}
+            effects.effects.keep(file, rows, {"steps": 40, "warm": 3, "pictures": 5, "items": 10})
     return [*arguments, "--collect", "--json", str(folder / "found.json")]
 
 
@@ -51,6 +53,17 @@ def test_every_cell_has_as_many_steps_and_the_stages_that_it_names(effects):
             assert sum(stage.budget.steps for stage in recipe.stages) == 101
             assert {source.options["count"] for stage in recipe.stages for source in stage.data} == {30}
             assert recipe.seed == 2
+
+
+def test_all_cells_begin_with_connectors_of_their_own_shape(effects):
+    for name, cell in effects.EXPERIMENTS["depth"].cells.items():
+        warm, recipe = effects.warm_of(cell, 1, 7, 30), effects.recipe_of(cell, 1, 9, 30)
+        assert warm.encoder == recipe.encoder and warm.stages[0].budget.steps == 7, name
+        parts = ("queries", "layers", "width", "aggregator", "normalise", "visual_input")
+        assert [warm.aligner.options.get(part) for part in parts] == [
+            recipe.aligner.options.get(part) for part in parts
+        ]
+    assert set(effects.QUICK["cells"]) <= {cell for trial in effects.EXPERIMENTS.values() for cell in trial.cells}
 
 
 def test_cells_differ_in_what_they_are_named_for(effects):
@@ -75,10 +88,10 @@ def test_differences_are_paired_by_seed_and_bold_only_where_their_interval_leave
     values = {"none": [0.5, 0.6, 0.7], "hard, 50 % wrong": [0.6, 0.7, 0.81], "soft, 50 % wrong": [0.7, 0.6, 0.5]}
     assert effects.main(figures(effects, tmp_path, values)) == 1  # other cells are left to do
     shown = capsys.readouterr().out
-    assert "**0.103 ± 0.014**" in shown
-    assert "0.000 ± 0.497" in shown and "**0.000" not in shown
+    assert "**0.103 [0.089, 0.118]**" in shown
+    assert "0.000 [-0.497, 0.497]" in shown and "**0.000" not in shown
     (hard, soft) = json.loads((tmp_path / "found.json").read_text())["experiments"]["tags"][1:]
-    assert hard["differences"]["Presence"]["value"] == pytest.approx(0.31 / 3)
+    assert hard["gaps"]["Presence"]["value"] == pytest.approx(0.31 / 3)
     assert soft["cell"] == "soft, 50 % wrong"
 
 
@@ -89,7 +102,7 @@ def test_a_cell_counts_only_when_all_its_seeds_are_there(effects, tmp_path):
 
 
 def test_figures_of_other_steps_are_refused(effects, tmp_path):
-    with pytest.raises(SystemExit, match="other steps"):
+    with pytest.raises(SystemExit, match="was made with"):
         effects.main(figures(effects, tmp_path, {"none": [0.5, 0.6, 0.7]}, steps=50))
 
 
@@ -98,6 +111,6 @@ def test_the_page_says_what_is_told_apart_and_what_was_not_trained(effects, tmp_
     values = {"none": [0.5, 0.6, 0.7], "hard, 50 % wrong": [0.6, 0.7, 0.81], "soft, 50 % wrong": [0.7, 0.6, 0.5]}
     effects.main([*figures(effects, tmp_path, values), "--write"])
     page = effects.PAGE.read_text()
-    assert "- hard, 50 % wrong: better on Presence, Captions, NLL." in page
+    assert "- hard, 50 % wrong: better on Presence" in page and "Captions, nats" in page
     assert "- soft, 50 % wrong: cannot be told apart from the first row." in page
     assert "Not trained for all seeds yet: hard, 0 % wrong," in page and "40 steps of 6 samples" in page

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from isthmus.evaluation.answers import Prediction
+
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
-IMAGE = {"next": 1.0, "next, copied": 0.5, "own": 0.9, "spread": 0.1, "rank": 4.0}
+NUMBERS = {"steps": 60, "warm": 5, "align": 5, "pool": 5, "pictures": 9, "batch": 4, "items": 1}
 
 
 @pytest.fixture
@@ -19,37 +23,94 @@ def ablation(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("vdep_ablation")
 
 
-def leave(folder: Path, setting: str, captions: list[float], presence: list[float]) -> None:
+def leave(effects: Any, folder: Path, setting: str, captions: list[float], presence: list[float]) -> None:
     for seed, (nll, right) in enumerate(zip(captions, presence)):
         at = folder / f"seed-{seed}" / setting
         at.mkdir(parents=True)
-        figures = {"tasks": {"Captions, NLL": nll, "Presence": right}, "image": IMAGE}
-        (at / "figures.json").write_text(json.dumps(figures))
+        rows = {"Captions, nats": nll, "Presence": right, "next vector": 1.0}
+        effects.keep(at / "figures.json", {name: effects.alone(value) for name, value in rows.items()}, NUMBERS)
 
 
 def test_differences_are_paired_and_judged_by_their_interval(ablation: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    leave(tmp_path, "llava", [1.0, 2.0, 3.0], [0.5, 0.6, 0.7])
-    leave(tmp_path, "vdep", [0.9, 1.9, 2.9], [0.6, 0.5, 0.7])  # the seeds differ by ten times the effect
-    leave(tmp_path, "shift-0", [1.0, 2.0], [0.5, 0.5])  # not all seeds are finished
+    leave(ablation.effects, tmp_path, "llava", [1.0, 2.0, 3.0], [0.5, 0.6, 0.7])
+    leave(ablation.effects, tmp_path, "vdep", [0.9, 1.9, 2.9], [0.6, 0.5, 0.7])  # seeds differ by ten times the effect
+    leave(ablation.effects, tmp_path, "shift-0", [1.0, 2.0], [0.5, 0.5])  # not all seeds are finished
     monkeypatch.setattr(ablation, "PAGE", tmp_path / "page.md")
-    told = ["--collect", "--write", "--out", str(tmp_path), "--json", str(tmp_path / "a.json"), "--settings"]
-    assert ablation.main([*told, "LLaVA", "VDEP", "shift 0"]) == 1
+    told = ["--collect", "--write", "--out", str(tmp_path), "--json", str(tmp_path / "a.json")]
+    told += [part for name, value in NUMBERS.items() for part in (f"--{name}", str(value))]
+    told += ["--settings", "LLaVA", "VDEP", "shift 0"]
+    assert ablation.main(told) == 1
     result = json.loads((tmp_path / "a.json").read_text())
-    assert [case["setting"] for case in result["cases"]] == ["LLaVA", "VDEP"]
-    difference = result["cases"][1]["differences"]
-    assert difference["Captions, NLL"]["value"] == pytest.approx(-0.1)
-    assert difference["Captions, NLL"]["half_width"] == pytest.approx(0, abs=1e-9)
-    assert difference["Presence"]["half_width"] == pytest.approx(4.303 * 0.1 / 3**0.5)
+    assert [case["cell"] for case in result["cases"]] == ["LLaVA", "VDEP"]
+    gaps = result["cases"][1]["gaps"]
+    captions, presence = gaps["Captions, nats"], gaps["Presence"]
+    assert [captions["value"], captions["low"], captions["high"]] == pytest.approx([-0.1] * 3)
+    assert presence["high"] == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-3) == -presence["low"]
     page = (tmp_path / "page.md").read_text()
-    assert "- VDEP: better on Captions, NLL." in page
-    assert "**-0.100 ± 0.000**" in page and "0.000 ± 0.248" in page and "**0.000" not in page
-    assert result["cases"][0]["means"]["Captions, NLL"]["seeds"] == [1.0, 2.0, 3.0]
+    assert "- VDEP: better on Captions, nats" in page and "Not trained under all seeds: shift 0." in page
+    assert "**-0.100 [-0.100, -0.100]**" in page and "0.000 [-0.248, 0.248]" in page and "**0.000" not in page
+    assert result["cases"][0]["levels"]["Captions, nats"]["each"] == [1.0, 2.0, 3.0]
+    with pytest.raises(SystemExit, match="was made with"):
+        ablation.main([*told, "--items", "2"])
 
 
 def test_settings_differ_from_the_recipe_in_what_they_say(ablation: Any) -> None:
-    options = ablation.argparse.Namespace(pool=7, warm=1, align=1, steps=5)
+    options = ablation.argparse.Namespace(pool=7, warm=1, align=1, steps=5, pictures=50, batch=3)
     shared = {setting: ablation.stages(0, setting, options) for setting in ablation.SETTINGS}
     assert len({first.fingerprint() for first, _ in shared.values()}) == 1
     assert len({last.fingerprint() for _, last in shared.values()}) == len(ablation.SETTINGS)
     assert [term.name for term in shared["LLaVA"][1].stages[0].objectives] == ["lm"]
-    assert all(last.stages[0].budget.steps == 5 for _, last in shared.values())
+    assert all(last.stages[0].budget.steps == 5 and last.stages[0].batch_size == 3 for _, last in shared.values())
+    sources = [source for legs in shared["VDEP"] for stage in legs.stages for source in stage.data]
+    assert {source.limit or source.options["count"] for source in sources} == {50}
+
+
+def test_quick_changes_what_was_not_given_and_shares_seeds_out(ablation: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    started: list[tuple[list[str], str]] = []
+
+    class Job:
+        def __init__(self, command: list[str], env: dict[str, str]):
+            started.append((command, env["OMP_NUM_THREADS"]))
+
+        def wait(self) -> int:
+            return 0
+
+        def terminate(self) -> None: ...
+
+    monkeypatch.setattr(ablation.effects, "subprocess", SimpleNamespace(Popen=Job))
+    monkeypatch.setattr(ablation.effects.os, "cpu_count", lambda: 2)
+    told = ["--quick", "--steps", "7", "--out", str(tmp_path), "--json", str(tmp_path / "a.json")]
+    assert ablation.main(told) == 1  # nothing was trained
+    assert [(command[-2:], threads) for command, threads in started] == [(["0", "2"], "1"), (["1", "3"], "1")]
+    assert all(command[2:9] == told for command, _ in started)
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert result["steps"] == 7 and result["pool"] == ablation.QUICK["pool"] and result["cases"] == []
+
+
+def test_rows_in_nats_are_the_right_choices_share_among_the_choices(ablation: Any) -> None:
+    made = ablation.effects._nats([prediction("a", (0.0, math.log(3)), "yes"), prediction("b", (0.0, 0.0), "no")])
+    assert made.totals == pytest.approx((math.log(4), math.log(2))) and made.clusters == ("a", "b")
+
+
+def prediction(name: str, scores: tuple[float, float], answer: str) -> Prediction:
+    return Prediction(name, "presence", None, "?", ("yes", "no"), scores, "yes", answer, 1.0, name)
+
+
+def test_work_goes_on_where_it_stopped_and_ends_in_time(ablation: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    now = [0.0]
+    monkeypatch.setattr(ablation.effects.time, "monotonic", lambda: now[0])
+    done: list[int] = []
+
+    def make(number: int) -> None:
+        now[0] += 60
+        done.append(number)
+        (tmp_path / str(number)).touch()
+
+    def run(minutes: float) -> None:
+        cells = [(tmp_path / str(number), lambda number=number: make(number)) for number in range(5)]
+        ablation.effects.work(cells, minutes, lambda: None)
+
+    run(2.5)  # a third one would end after three minutes
+    assert done == [0, 1]
+    run(60)
+    assert done == [0, 1, 2, 3, 4]

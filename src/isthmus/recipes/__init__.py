@@ -11,6 +11,7 @@ from collections.abc import Callable
 from isthmus.config import Recipe, nearest
 from isthmus.errors import ConfigError
 from isthmus.recipes.albef import albef
+from isthmus.recipes.asvr import asvr
 from isthmus.recipes.blip2 import blip2, instructblip, minigpt4
 from isthmus.recipes.cogvlm import cogvlm
 from isthmus.recipes.demo import demo
@@ -84,6 +85,10 @@ BOOK: dict[str, Callable[[], Recipe]] = {
     "vdep-7b": lambda: vdep("published"),
     "victor": victor,
     "victor-7b": lambda: victor("published"),
+    "asvr": asvr,
+    "asvr-looks": lambda: asvr(of="looks"),
+    "asvr-without": lambda: asvr(weight=0),
+    "asvr-7b": lambda: asvr("published"),
     "kosmos2": kosmos2,
     "kosmos2-1.7b": lambda: kosmos2("published"),
     "lion": lion,

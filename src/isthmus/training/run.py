@@ -9,7 +9,9 @@ from __future__ import annotations
 import fnmatch
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,11 +20,12 @@ from rich.console import Console
 from isthmus import assets, cards
 from isthmus.assembly import compose, load, rejoin
 from isthmus.config import Recipe, Source, Stage
-from isthmus.data import lottery, sets
+from isthmus.data import lottery, recent, sets
 from isthmus.data.collate import Collator, Look
 from isthmus.data.mix import Batches, Mix, Ref, by_size
+from isthmus.data.recent import Recent
 from isthmus.model import VLM
-from isthmus.prepare import tags
+from isthmus.prepare import codes, tags
 from isthmus.prepare.features import FeatureCache
 from isthmus.training import checkpoint, combination, log, loop
 from isthmus.training.machine import arithmetic
@@ -35,6 +38,8 @@ HELD_OUT = 64
 """Validation samples of a stage, as many from each of its sources."""
 REMEMBERED = 1 << 14
 """Samples and lengths that a stage keeps at hand: making and rendering them costs more than a small joint's step."""
+ROOM = 256 << 20
+"""Bytes of pictures that these samples may bring along, in each process that prepares batches."""
 
 
 class Data:
@@ -42,14 +47,29 @@ class Data:
 
     def __init__(self, opened: list[sets.Set], mix: Mix):
         self.sets, self.mix = opened, mix
-        self.sample = functools.lru_cache(REMEMBERED)(self._sample)
+        self.sample = Recent(self._sample, REMEMBERED, recent.held, ROOM)
 
     def _sample(self, ref: Ref) -> Sample:
         return self.sets[ref[0]][ref[1]]
 
-    def media(self) -> list[Medium]:
+    def media(self) -> Media:
         """Every medium of every sample."""
-        return [medium for some in self.sets for sample in some for medium in sample.media]
+        return Media(self.sets)
+
+    def some_media(self, count: int) -> list[Medium]:
+        """At most so many media, of the samples that are drawn first."""
+        draws = range(self.mix.epoch_length)
+        return list(islice((medium for draw in draws for medium in self.sample(self.mix[draw]).media), count))
+
+
+@dataclass(frozen=True)
+class Media(Iterable[Medium]):
+    """What sets show, one medium after another; it can be walked again and again."""
+
+    sets: Sequence[sets.Set]
+
+    def __iter__(self) -> Iterator[Medium]:
+        return (medium for some in self.sets for sample in some for medium in sample.media)
 
 
 def mix_of(stage: Stage, seed: int) -> Data:
@@ -161,8 +181,11 @@ class Run:
             return model.processor.look
         return FeatureCache(model.encoders["image"], assets.home() / "features")
 
-    def fill(self, look: Look, media: Sequence[Medium]) -> None:
-        """Cache what is missing of these media's features, each process its share, with a progress bar."""
+    def fill(self, look: Look, media: Iterable[Medium]) -> None:
+        """Cache what is missing of these media's features, each process its share, with a progress bar.
+
+        They are walked twice where processes are several.
+        """
         if not isinstance(look, FeatureCache):
             return
         with self.world.together(), log.counting(self.console, "encoding pictures once") as progress:
@@ -190,6 +213,7 @@ class Run:
         if self.world.main:
             cards.note_data(self.folder / stage.name, stage, [each.card for each in data.sets], self.recipe.seed)
         self._fill_once(look, stage, data)
+        self._fit_codes(look, model, data)
         limits = {"max_length": stage.max_length, "overlong": stage.overlong, "bare": unlabelled(stage.objectives)}
         collator = model.processor.collator(look, stage.template, **limits)
         share = dealt(stage.objectives, self.world)
@@ -227,6 +251,14 @@ class Run:
         if self.world.main:
             with checkpoint.writing(note):
                 checkpoint.write_text(note, str(len(look)))
+
+    def _fit_codes(self, look: Look, model: VLM, data: Data) -> None:
+        """Fill the codebooks that a joint may have, from the first stage's pictures; one process fits them for all."""
+        if isinstance(look, FeatureCache) and codes.empty(model):
+            media = data.some_media(codes.PICTURES)
+            self.console.print("fitting codebooks to the encoder's features, once")
+            self.world.lead(lambda: codes.settle(model, look, media, self.recipe.seed))
+            codes.settle(model, look, media, self.recipe.seed)
 
     def _validation(self, stage: Stage, collator: Collator) -> Callable[[Step], float]:
         """The stage's loss on samples held out of its own sources."""
