@@ -19,6 +19,7 @@ from isthmus.model import VLM
 from isthmus.types import ConfigError, IsthmusError
 
 onnxruntime: Any = pytest.importorskip("onnxruntime")
+OWL = {"queries": 3, "depth": 1, "heads": 4, "inner": 8}
 SMALL = {"queries": 3, "layers": 2, "width": 16, "heads": 2, "inner": 24, "contrast": 8}
 
 
@@ -37,8 +38,13 @@ def connected(model: VLM, pixels: torch.Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "built",
-    [("llama", "llava"), ("llama", "blip2", SMALL)],
-    ids=["llava", "blip2"],
+    [
+        ("llama", "llava"),
+        ("llama", "blip2", SMALL),
+        pytest.param(("llama", "mplug_owl", OWL), marks=pytest.mark.slow),
+        pytest.param(("llama", "qwen_vl", {"side": 2, "heads": 4}), marks=pytest.mark.slow),
+    ],
+    ids=["llava", "blip2", "mplug_owl", "qwen_vl"],
 )
 def test_onnxruntime_computes_the_models_vectors(tmp_path: Path, built: tuple[Any, ...]) -> None:
     model = composed.model(*built)
@@ -71,8 +77,14 @@ def test_what_does_not_stand_alone_is_refused(tmp_path: Path, built: tuple[Any, 
 
 
 @pytest.mark.slow
-def test_a_graph_for_one_number_of_pictures_is_refused(tmp_path: Path) -> None:
-    stir(composed.model("llama", "qwen_vl")).save_pretrained(tmp_path / "ours")
+def test_a_graph_for_one_number_of_pictures_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stir(composed.model("llama")).save_pretrained(tmp_path / "ours")
+    sight = exporting_onnx.Sight.forward
+    monkeypatch.setattr(
+        exporting_onnx.Sight,
+        "forward",
+        lambda self, pixels: sight(self, pixels) * torch.ones(len(pixels), 1, 1),  # `len` fixes the number
+    )
     with pytest.raises(IsthmusError, match="one number of pictures alone"):
         exporting_onnx.export(tmp_path / "ours", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -46,6 +46,11 @@ class Parity:
         return cls((ours - theirs).abs().max().item())
 
     def require(self, what: str, of: str = "logits") -> None:
+        """Nothing but a check.
+
+        Raises:
+            IsthmusError: the difference is larger than `TOLERANCE`.
+        """
         if self.difference > TOLERANCE:
             raise IsthmusError(
                 f"{what}: {of} differ by {self.difference:.2e}, more than {TOLERANCE:.0e}", "nothing was written"
@@ -110,7 +115,7 @@ def from_llava(theirs: LlavaForConditionalGeneration, processor: LlavaProcessor,
 
 
 def export(source: str | Path, out: Path) -> Parity:
-    """Write a saved model as `LlavaForConditionalGeneration`: packed parts dense, LoRA merged, logits as before.
+    """Write a saved model as `LlavaForConditionalGeneration`: parts in few bits dense, LoRA merged, logits as before.
 
     Raises:
         ConfigError: the class cannot express this model; what and why is said.

@@ -62,7 +62,7 @@ NATIVE = {
 
 
 def export(source: str | Path, out: Path, to: str) -> Parity:
-    """Write a saved model as the class `to` of `NATIVE`: packed parts dense, LoRA merged, logits as before.
+    """Write a saved model as the class `to` of `NATIVE`: parts in few bits dense, LoRA merged, logits as before.
 
     Raises:
         ConfigError: the class cannot express this model; what and why is said.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isthmus import cards, lora, parts, quantised
+from isthmus import cards, lora, parts, quantised, sites
 from isthmus.exporting import Parity, adapters
 from isthmus.model import VLM
 from isthmus.types import ConfigError, Context, IsthmusError, Media
@@ -39,7 +39,7 @@ class Sight(nn.Module):
         """pixels [N, 3, H, W] -> y [N, Q, D]."""
         at_N = torch.zeros(pixels.shape[0], dtype=torch.long)  # `len` would fix the number of pictures
         features = self.model.encode("image", Media(at_N, at_N, at_N, pixels=pixels))
-        return self.model.connectors["image"](features, Context())
+        return self.model.connectors["image"](features, Context(words_VD=sites.embedding(self.model.llm).weight))
 
 
 def export(source: str | Path, out: Path) -> Parity:

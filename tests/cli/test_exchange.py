@@ -88,7 +88,7 @@ def test_what_cannot_be_exchanged_is_refused_with_the_reason(tmp_path):
         exporting.import_adapter(tmp_path / "adapter", tmp_path / "bare", tmp_path / "out", part="encoders.image")
     with pytest.raises(ConfigError, match="--onto MODEL"):
         CliRunner().invoke(app, ["import", str(tmp_path / "adapter"), str(tmp_path / "out")], catch_exceptions=False)
-    result = CliRunner().invoke(app, ["export", str(tmp_path / "bare"), str(tmp_path / "out"), "--to", "gguf"])
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "bare"), str(tmp_path / "out"), "--to", "tflite"])
     assert result.exit_code == 2
     assert not (tmp_path / "out").exists()
 

@@ -86,9 +86,9 @@ class Abstractor(Connector):
     def forward(self, features: Features, context: Context) -> Tensor:
         """x [N, S, E] -> y [N, queries + 1, D]; the last vector is the same for every picture."""
         x_NSI = self.narrow(features.x_NSE)
-        y_NQI = self.queries.expand(len(x_NSI), -1, -1)
+        y_NQI = self.queries.expand(x_NSI.shape[0], -1, -1)
         is_real = features.real_NS
         padding = None if is_real is None else F.pad(~is_real, (len(self.queries), 0), value=False)
         for layer in self.layers:
             y_NQI = layer(y_NQI, x_NSI, padding)
-        return torch.cat([self.project(y_NQI), self.end.expand(len(x_NSI), -1, -1)], 1)
+        return torch.cat([self.project(y_NQI), self.end.expand(x_NSI.shape[0], -1, -1)], 1)

@@ -57,7 +57,7 @@ class Latents(Connector):
         x_NSD = self.project(features.x_NSE)
         if self.place_SD is not None:
             x_NSD = x_NSD + self.place_SD
-        asking_NQD = self.queries.expand(len(x_NSD), -1, -1)
+        asking_NQD = self.queries.expand(x_NSD.shape[0], -1, -1)
         read = torch.cat([x_NSD, asking_NQD], 1)
         is_real = features.real_NS
         padding = None if is_real is None else F.pad(~is_real, (0, len(self.queries)), value=False)

@@ -99,7 +99,7 @@ class Perceiver(Connector):
     def forward(self, features: Features, context: Context) -> Tensor:
         """x [N, S, E] -> y [N, Q, I]."""
         x_NSI = self.narrow(features.x_NSE)
-        latents_NQI = self.latents.expand(len(x_NSI), -1, -1)
+        latents_NQI = self.latents.expand(x_NSI.shape[0], -1, -1)
         is_real = features.real_NS
         allowed = None if is_real is None else F.pad(is_real, (0, len(self.latents)), value=True)[:, None, None]
         for layer in self.layers:

@@ -207,7 +207,7 @@ class Eva(Encoder):
     def forward(self, pixels: Tensor) -> Features:
         """pixels [N, 3, H, W] -> x [N, S, E], rows first; a kept class token comes before them."""
         patches_NSE = self.patch_embed["proj"](pixels).flatten(2).transpose(1, 2)
-        x_NSE = torch.cat([self.cls_token.expand(len(pixels), -1, -1), patches_NSE], 1) + self._positions()
+        x_NSE = torch.cat([self.cls_token.expand(pixels.shape[0], -1, -1), patches_NSE], 1) + self._positions()
         turns = self._turns(x_NSE.device) if self.shape.use_rot_pos_emb else None
         states = [x_NSE]
         for block in self.blocks:
