@@ -13,6 +13,7 @@ from PIL import Image as Pillow
 from rich.console import Console
 
 import composed
+import page_checks
 from chat_server import running
 from isthmus.cli import app, preview
 from isthmus.config import Budget, Source
@@ -98,6 +99,7 @@ def test_preview_shows_tokens_and_pictures(monkeypatch, capsys, data: Path, tmp_
     text = page.read_text()
     assert text.count('<img src="data:image/') == 2 and "&lt;b&gt;" in text and "<b>red" not in text
     assert "color: #" in text and "<script" not in text
+    assert page_checks.faults(text) == []
 
 
 def test_filter_counts_what_each_rule_drops(monkeypatch, capsys, data: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from PIL import Image as Pillow
 from isthmus.config import Source
 from isthmus.data import formats
 from isthmus.data.formats import Form
+from isthmus.data.indexes import Chosen, Index
 from isthmus.data.records import Records
 from isthmus.data.sets import open_set, stamp
 from isthmus.types import DataError
@@ -96,17 +97,18 @@ def test_faults_are_said_every_time_and_never_kept(tmp_path: Path, home: Path) -
     for _ in range(2):
         with pytest.raises(DataError, match=r"line 301 \(bad\): there is no assistant turn"):
             Records(Form(file), "all")
-    assert not list(home.rglob("*.npy"))
+    assert not list(home.rglob("*.index"))
 
 
 @pytest.mark.parametrize("harm", ["cut", "emptied", "pickled"])
 def test_a_damaged_index_is_made_anew(tmp_path: Path, home: Path, harm: str) -> None:
     file = write(tmp_path, "lines")
     expected = Records(Form(file), "all")[5]
-    (index,) = home.rglob("*.npy")
+    (index,) = home.rglob("*.index")
     content = index.read_bytes()
     if harm == "pickled":
-        np.save(index, np.array([{}], dtype=object), allow_pickle=True)
+        with index.open("wb") as stream:
+            np.save(stream, np.array([{}], dtype=object), allow_pickle=True)
     else:
         index.write_bytes(content[: len(content) // 2] if harm == "cut" else b"")
     assert Records(Form(file), "all")[5] == expected
@@ -128,3 +130,38 @@ def test_an_index_that_cannot_be_kept_is_done_without(tmp_path: Path, home: Path
     home.mkdir()
     (home / "indexes").write_text("in the way")
     assert Records(Form(write(tmp_path, "lines")))[299].turns[0].text == "plain 299?"
+
+
+@pytest.mark.parametrize("held", [[], [0], [3], [0, 1, 2], [1, 4, 8], [9], list(range(10))])
+def test_the_numbers_of_a_part_are_those_of_a_list(held: list[int]) -> None:
+    index = Index(np.zeros((10, 5), np.int64), np.array(held, np.int64), 0)
+    parts = {"all": range(10), "kept": [n for n in range(10) if n not in held], "held out": held}
+    for part, expected in parts.items():
+        chosen = Chosen(index, part)  # type: ignore[arg-type]
+        whole = list(range(10)) if len(held) in (0, 10) else list(expected)
+        assert list(map(chosen.__getitem__, range(len(chosen)))) == whole and chosen[-1] == whole[-1]
+        with pytest.raises(IndexError):
+            chosen[len(chosen)]
+
+
+def test_what_the_system_says_of_files_is_said_in_two_lines(tmp_path: Path, home: Path) -> None:
+    file = write(tmp_path, "lines")
+    with pytest.raises(DataError, match="cannot be opened or kept"):
+        Records(Form(Path("x" * 5000 + ".jsonl")))
+    with pytest.raises(DataError, match="absent.json: cannot be opened or kept"):
+        questions = tmp_path / "questions.json"
+        questions.write_text('{"questions": [{"question_id": 1}]}')
+        Records(Form(questions, options=formats.FileOptions(format="vqav2", beside=tmp_path / "absent.json")))
+    found = Records(Form(file))
+    file.unlink()
+    with pytest.raises(DataError, match="data.jsonl: cannot be opened or kept"):
+        found[3]
+
+
+def test_a_copy_that_cannot_be_kept_is_said(tmp_path: Path, home: Path) -> None:
+    home.mkdir()
+    (home / "indexes").write_text("in the way")
+    file = tmp_path / "data.csv"
+    file.write_text("image,caption\n")
+    with pytest.raises(DataError, match="indexes: cannot be opened or kept"):
+        Records(Form(file))

@@ -181,3 +181,19 @@ def test_the_training_loss_through_the_cache_is_the_same(tmp_path, family):
         assert (batch.media["image"].pixels is None) == (look is found)
         losses.append(step(batch, step.scales([batch]))[0])
     torch.testing.assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-6)
+
+
+def test_a_batch_hashes_each_picture_once(tmp_path, monkeypatch):
+    found = cache(tmp_path)
+    found.fill(PICTURES)
+    hashed, real = [], prepare.pictures.content_key
+    monkeypatch.setattr(prepare.pictures, "content_key", lambda source: hashed.append(source) or real(source))
+    assert right(found, PICTURES[:3]) and len(hashed) == 3
+
+
+def test_a_cache_is_filled_from_more_than_memory_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "WINDOW", 2)
+    told: list[tuple[int, int]] = []
+    found = cache(tmp_path)
+    assert found.fill(iter([*PICTURES, *PICTURES]), lambda *done: told.append(done)) == 7
+    assert told[-1] == (7, 7) and right(found, PICTURES) and len(found) == 7

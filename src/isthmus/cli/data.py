@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -149,6 +150,29 @@ def convert(
     found = Records(form_of(path, images, options))
     written = writers.write(map(found.__getitem__, range(len(found))), out, to)  # type: ignore[arg-type]
     typer.echo(f"{out}: {written:,} samples" + (f", {found.skipped} left out" if found.skipped else ""))
+
+
+@app.command()
+def clean(
+    days: Annotated[float | None, typer.Option(min=0, help="Remove what was of no use for so many days.")] = None,
+    keep: Annotated[float | None, typer.Option(min=0, help="Remove the oldest until so many GB are left.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what data left in the cache, oldest first; with --days or --keep, remove. It is made again when wanted."""
+    from isthmus.data import caches
+
+    found = caches.caches()
+    going = caches.idle(found, days, None if keep is None else round(keep * 1e9))
+    for cache in going:
+        cache.remove()
+    if as_json:
+        rows = [{"name": one.name, "bytes": one.size, "used": one.used, "removed": one in going} for one in found]
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    for cache in found:
+        when = datetime.fromtimestamp(cache.used).strftime("%Y-%m-%d")
+        typer.echo(f"{cache.size / 1e6:>12,.1f} MB  {when}  {cache.name}{'  removed' * (cache in going)}")
+    typer.echo(f"{sum(cache.size for cache in found if cache not in going) / 1e6:>12,.1f} MB  are kept")
 
 
 def _counter(tokenizer: str | None) -> Callable[[str], int] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from html import escape
 from io import StringIO
 
 from PIL import Image as Pillow
@@ -14,6 +13,7 @@ from rich.text import Text as RichText
 from isthmus.data.chat import Renderer
 from isthmus.data.media import open_image
 from isthmus.evaluation import html
+from isthmus.evaluation.escaping import escape
 from isthmus.types import Image, Sample
 
 COLUMNS = 32

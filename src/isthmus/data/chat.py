@@ -263,8 +263,9 @@ class Renderer:
     def _write_medium(self, stream: _Stream, medium: Medium) -> None:
         kind = KIND[type(medium)]
         if kind not in self.layouts:
+            shown = "; frames of a video are pictures (options: {frames: 8})" if kind == "video" else ""
             raise ConfigError(
-                f"this model has no encoder for {kind}", f"it reads {sorted(self.layouts) or 'text'} only"
+                f"this model has no encoder for {kind}", f"it reads {sorted(self.layouts) or 'text'} only{shown}"
             )
         layout = self.layouts[kind]
         if not isinstance(layout, Layout):

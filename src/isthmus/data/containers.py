@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from isthmus.data import jsons, tables
+from isthmus.data import jsons, tables, tsv
+from isthmus.data.copied import Copied
 from isthmus.data.faults import Wrong
 from isthmus.data.jsons import Cell, Place, Shards
 from isthmus.data.layouts import Name
@@ -62,7 +63,7 @@ def opened(path: Path, format: Name | None = None, beside: Path | None = None) -
     if path.suffix in (".parquet", ".arrow"):
         return _rows([path])
     if path.suffix in TABULAR:
-        return Delimited(path)
+        return tsv.Questions(path) if tsv.fits(path) else Delimited(path)
     if format in tables.TABLES or (format is None and path.is_file() and _is_tables(path)):
         return Joined(path, format, beside)
     if beside is not None:
@@ -118,28 +119,7 @@ class Lines(Shards):
         return {}
 
 
-class _Copied:
-    """What containers have in common whose records are copied."""
-
-    copied = True
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def files(self) -> Sequence[Path]:
-        return [self.path]
-
-    def read(self, place: Place) -> Any:
-        raise NotImplementedError("its records are read from their copy")
-
-    def name(self, place: Place) -> str:
-        return str(self.path)
-
-    def held(self, raw: Any) -> Mapping[str, bytes]:
-        return {}
-
-
-class Joined(_Copied):
+class Joined(Copied):
     """Tables in one JSON file or two (see `tables`)."""
 
     def __init__(self, path: Path, format: Name | None, beside: Path | None) -> None:
@@ -183,7 +163,7 @@ class Joined(_Copied):
                 yield cell.line, cell.value
 
 
-class Delimited(_Copied):
+class Delimited(Copied):
     """CSV and TSV with a line of names, and Flickr's `picture#number<tab>caption` without."""
 
     def scan(self) -> Iterator[tuple[Place, Any]]:
@@ -226,7 +206,7 @@ class Delimited(_Copied):
         return {"id": f"{self.path.stem}:{line}", **record}
 
 
-class Pictures(_Copied):
+class Pictures(Copied):
     """A folder of pictures: each with a text of the same name, or in a folder that is named as what it shows."""
 
     def files(self) -> Sequence[Path]:

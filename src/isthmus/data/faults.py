@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,21 @@ class Wrong(Exception):
     def __init__(self, message: str, remedy: str) -> None:
         super().__init__(message)
         self.message, self.remedy = message, remedy
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Says in our words what the system says of files.
+
+    Raises:
+        DataError: something of this file or folder, or beside it, cannot be read or kept.
+    """
+    try:
+        yield
+    except OSError as error:
+        cause = error.strerror or "not a valid path"
+        remedy = "check that it is there, its permissions, and the space on the disk"
+        raise DataError(f"{error.filename or path}: cannot be opened or kept ({cause})", remedy) from None
 
 
 def refuse(path: Path, faults: Sequence[Fault], samples: int) -> None:

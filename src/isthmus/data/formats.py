@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field, model_validator
+
 from isthmus.config import Frozen
-from isthmus.data import containers, layouts
+from isthmus.data import containers, layouts, video
 from isthmus.data.attached import Attached, InMemory, Shelf, Unit
 from isthmus.data.faults import Fault as Fault
-from isthmus.data.faults import Wrong, refuse
+from isthmus.data.faults import Wrong, readable, refuse
 from isthmus.data.instructions import Wording, put
 from isthmus.data.jsons import Place
 from isthmus.types import DataError, Grounding, Image, Part, Role, Sample, Text, Turn, Video
@@ -41,8 +44,18 @@ class FileOptions(Frozen):
     """The file that the layout needs besides: VQAv2's annotations, the instances of RefCOCO."""
     instructions: Wording = "many"
     """Which wordings ask for what a layout has no question for, or put its question."""
+    frames: int | None = Field(None, ge=1, le=video.MOST_FRAMES)
+    """Videos are shown as so many pictures, evenly spread; None leaves them to a model that reads videos."""
+    fps: float | None = Field(None, gt=0)
+    """Pictures per second of a video instead, and then at most `frames` of them."""
     faults: Literal["refuse", "skip"] = "refuse"
     """`skip` leaves out what `isthmus data check` finds, damaged pictures among it, and counts it."""
+
+    @model_validator(mode="after")
+    def _limited(self) -> FileOptions:
+        if self.fps is not None and self.frames is None:
+            raise ValueError("fps needs frames: how many of them at most")
+        return self
 
 
 @dataclass(frozen=True)
@@ -66,7 +79,8 @@ class Form:
 
     def opened(self) -> containers.Container:
         """What holds its records; see `containers.opened`."""
-        return containers.opened(self.path, self.options.format, self.options.beside)
+        with readable(self.path):
+            return containers.opened(self.path, self.options.format, self.options.beside)
 
 
 @dataclass(frozen=True)
@@ -127,8 +141,9 @@ def each(form: Form) -> Iterator[Record | Fault]:
 def scan(form: Form) -> Iterator[tuple[containers.Container, Place, Any]]:
     """Every record of a file as it stands there, or what is `Wrong` with it."""
     container = form.opened()
-    for place, raw in container.scan():
-        yield container, place, raw
+    with readable(form.path):
+        for place, raw in container.scan():
+            yield container, place, raw
 
 
 def sample(raw: Any, place: Place, part: int, container: containers.Container, form: Form) -> Sample:
@@ -211,7 +226,21 @@ def _sample(record: dict[str, Any], name: str, line: int, file: str, shelf: Shel
     meta = record.get("meta", {})
     if not isinstance(meta, dict):
         raise Wrong("meta is not an object", 'write {"meta": {…}}')
-    return Sample(said, name, {"file": file, "line": line, **meta})
+    return Sample(tuple(_pictured(turn, form.options) for turn in said), name, {"file": file, "line": line, **meta})
+
+
+def _pictured(turn: Turn, options: FileOptions) -> Turn:
+    """The turn with frames of its videos in their places, if they are to be shown as pictures."""
+    if options.frames is None or not any(isinstance(part, Video) for part in turn.parts):
+        return turn
+    parts = (
+        video.frames(part.source, options.frames, options.fps) if isinstance(part, Video) else (part,)
+        for part in turn.parts
+    )
+    try:
+        return Turn(turn.role, tuple(chain.from_iterable(parts)))
+    except DataError as error:
+        raise Wrong(error.cause, error.remedy) from None
 
 
 def _said(item: Any, attached: Attached) -> Turn:

@@ -3,9 +3,10 @@
 MultiInstruct, Xu et al. 2022, arXiv 2212.10773 (several expert-written instructions per task); InstructBLIP, Dai et al.
 2023, arXiv 2305.06500 (short-answer wordings, ten or more per task); M3IT, Li et al. 2023, arXiv 2306.04387.
 
-A task's record is `{task, image | video, fields, answer}`. Which wording asks for its answer is a hash of the seed and
-the record's id, so it is the same in every process and every run. The last wordings of a task are held out of training:
-they tell how well a model understands requests that it was not trained on.
+A task's record is `{task, image | images | video, fields, answer}`; several pictures go where the fields say `<image>`.
+Which wording asks for its answer is a hash of the seed and the record's id, so it is the same in every process and run.
+The last wordings of a task are held out of training: they tell how well a model understands requests that it was not
+trained on.
 
 Differs: the wordings are our own, in English alone.
 """
@@ -152,6 +153,7 @@ def put(record: Mapping[str, Any], wording: Wording, seed: int) -> dict[str, Any
             {"role": "user", "content": [*shown, *asked]},
             {"role": "assistant", "content": record.get("answer")},
         ],
+        "images": record.get("images"),
         "meta": {"kind": task, **record.get("meta", {})},
     }
 

@@ -6,15 +6,14 @@ picture; what is wrong with one of them is yielded in its place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
+from isthmus.data import choices
 from isthmus.data.attached import Unit, corners
 from isthmus.data.faults import Wrong
+from isthmus.data.layout import Found, Layout, Raw, has, task, text
 
-Raw: TypeAlias = Mapping[str, Any]
-Found: TypeAlias = Iterator[dict[str, Any] | Wrong]
 Name: TypeAlias = Literal[
     "llava",
     "sharegpt",
@@ -27,6 +26,10 @@ Name: TypeAlias = Literal[
     "vsr",
     "visual-genome",
     "webvid",
+    "mmbench",
+    "mmmu",
+    "seed-rows",
+    "choices",
     "caption",
     "question",
     "pope",
@@ -39,25 +42,11 @@ Name: TypeAlias = Literal[
     "textcaps",
     "refcoco",
     "scienceqa",
+    "seed-bench",
     "ocr-vqa",
     "msr-vtt",
 ]
 """What `options: {format: …}` may name; the later ones are `tables`."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How records of one kind are recognised and read.
-
-    Args:
-        fits: whether a record looks like it.
-        read: its samples; the second argument is the id of a record that has none.
-        unit: what its regions count.
-    """
-
-    fits: Callable[[Raw], bool]
-    read: Callable[[Raw, str], Found]
-    unit: Unit = "shares"
 
 
 def of(record: Any, name: Name | None) -> Layout:
@@ -81,30 +70,6 @@ def of(record: Any, name: Name | None) -> Layout:
         f"the record has neither conversations nor messages, nor another known layout's keys (it has {keys})",
         "see the two forms in the documentation, and the layouts beside them",
     )
-
-
-def has(*keys: str) -> Callable[[Raw], bool]:
-    """Recognises records by keys that must be there."""
-    return lambda record: all(key in record for key in keys)
-
-
-def task(kind: str, name: str, answer: Any, **more: Any) -> dict[str, Any]:
-    """A task's record: its fields by their names, `image`, `video` and `meta` beside them."""
-    beside: dict[str, Any] = {key: more.pop(key) for key in ("image", "video", "meta") if key in more}
-    return {"id": name, "task": kind, "answer": answer, "fields": more, **beside}
-
-
-def text(record: Raw, *keys: str) -> str:
-    """The first of these that is there, which must be a text or a number.
-
-    Raises:
-        Wrong: none is.
-    """
-    for key in keys:
-        value = record.get(key)
-        if isinstance(value, str | int | float) and not isinstance(value, bool):
-            return str(value)
-    raise Wrong(f"{' or '.join(keys)} is missing, or not a text", "write it, or remove the record")
 
 
 def commonest(answers: Sequence[Any]) -> str:
@@ -321,6 +286,7 @@ LAYOUTS: dict[str, Layout] = {
     "sharegpt": _CONVERSATIONS,
     "messages": _MESSAGES,
     "ms-swift": _MESSAGES,
+    **choices.LAYOUTS,
     "task": Layout(has("task", "answer"), _as_it_is),
     "texts": Layout(_texts_are(dict), _texts),
     "mmc4": Layout(has("text_list", "image_info"), _mmc4),

@@ -10,25 +10,23 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from array import array
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TextIO
-
-import numpy as np
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO, Literal, cast
 
 from isthmus.assets import home
-from isthmus.data import containers, formats, jsons
-from isthmus.data.faults import SHOWN, Fault, refuse
+from isthmus.data import containers, formats, indexes, jsons, video
+from isthmus.data.faults import SHOWN, Fault, readable, refuse
+from isthmus.data.indexes import Chosen, Index, Part
 from isthmus.data.jsons import Place
 from isthmus.data.media import open_image
-from isthmus.types import DataError, Image, Sample
+from isthmus.types import DataError, Image, Sample, Video
 
-SHARD, LINE, START, END, PART, HELD_OUT = range(6)
-"""Columns of an index."""
+SEEN = 8
+"""Frames by which a video is judged whose reader chooses their number."""
 
 
 class Records:
@@ -39,26 +37,25 @@ class Records:
             of samples leaves nothing to hold out: both parts are then the whole file.
 
     Raises:
-        DataError: a record is faulty, unless such are to be skipped; the first faults and their number are named.
+        DataError: a record is faulty, unless such are to be skipped; the first faults and their number are named. Or
+            something cannot be read, or what is known of it cannot be kept.
     """
 
-    def __init__(self, form: formats.Form, part: Literal["all", "kept", "held out"] = "all"):
+    def __init__(self, form: formats.Form, part: Part = "all"):
         self.form = form
         self.container = form.opened()
-        kept = _kept(form, self.container)
-        self.copy, index, self.skipped = kept.copy, kept.index, kept.skipped
-        if part != "all":
-            chosen = index[index[:, HELD_OUT] == (part == "held out")]
-            index = chosen if len(chosen) else index
-        self._index = index
+        with readable(form.path):
+            self._index, self.copy = _kept(form, self.container)
+        self.skipped = self._index.skipped
+        self._chosen = Chosen(self._index, part)
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._chosen)
 
     def __getitem__(self, number: int) -> Sample:
-        shard, line, start, end, part, _ = self._index[number].tolist()
-        place = Place(shard, line, start, end)
-        return formats.sample(self._raw(place), place, part, self.container, self.form)
+        place, part = self._index.place(self._chosen[number])
+        with readable(self.form.path):
+            return formats.sample(self._raw(place), place, part, self.container, self.form)
 
     def _raw(self, place: Place) -> Any:
         if self.copy is None:
@@ -76,98 +73,89 @@ def found(form: formats.Form) -> Iterator[formats.Record | Fault]:
 
 
 def damaged(record: formats.Record) -> Fault | None:
-    """What is wrong with the pictures of a sample, if anything."""
+    """What is wrong with the pictures and videos of a sample, if anything."""
     for medium in record.sample.media:
-        if isinstance(medium, Image):
-            try:
+        try:
+            if isinstance(medium, Image):
                 open_image(medium.source)
-            except DataError as error:
-                file = str(record.sample.meta["file"])
-                return Fault(record.line, record.sample.id, error.cause, error.remedy, file)
+            elif isinstance(medium, Video):
+                video.decoded(medium.source, medium.frames or SEEN)
+        except DataError as error:
+            file = str(record.sample.meta["file"])
+            return Fault(record.line, record.sample.id, error.cause, error.remedy, file)
     return None
 
 
 def stamp(form: formats.Form, container: containers.Container) -> str:
     """Sixteen hex digits that change whenever the files do, or how they are read."""
-    states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in container.files()]
+    with readable(form.path):
+        states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in container.files()]
     told = (states, str(form.images and form.images.resolve()), form.options.model_dump_json(), version("isthmus"))
     return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """What is known of data from reading it through: [samples, 6] numbers, a copy if need be, how many were skipped."""
-
-    index: np.ndarray
-    copy: Path | None
-    skipped: int
-
-
-def _kept(form: formats.Form, container: containers.Container) -> _Kept:
-    """From the cache, or from reading everything."""
+def _kept(form: formats.Form, container: containers.Container) -> tuple[Index, Path | None]:
+    """What reading everything through tells, from the cache if it was read before; and the copy, if one is needed."""
     if not form.path.exists():
-        return _read(form, None)  # which says what is wrong
-    cached = home() / "indexes" / f"{stamp(form, container)}.npy"
+        refuse(form.path, [found for found in formats.each(form) if isinstance(found, Fault)], 0)
+    cached = home() / "indexes" / f"{stamp(form, container)}.index"
     copy = cached.with_suffix(".jsonl") if container.copied else None
     if copy is None or copy.is_file():
-        with contextlib.suppress(OSError, ValueError, EOFError):  # none yet, or a damaged one
-            index = np.load(cached, mmap_mode="r", allow_pickle=False)
-            return _Kept(index[1:], copy, int(index[0, 0]))
-    if copy is None:
-        kept = _read(form, None)
-    else:
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        kept = _replaced(copy, lambda part: _copied(form, part))
-    index = np.concatenate([[[kept.skipped] * (HELD_OUT + 1)], kept.index])
-    with contextlib.suppress(OSError):  # a cache, not a promise
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        _replaced(cached, lambda part: _save(part, index))
-    return _Kept(kept.index, copy, kept.skipped)
+        with contextlib.suppress(OSError, ValueError):  # none yet, or a damaged one
+            index = indexes.load(cached)
+            _used(cached, copy)
+            return index, copy
+    with contextlib.ExitStack() as open_files:
+        told = None if copy is None else open_files.enter_context(_replaced(copy, "wb"))
+        try:
+            stream = open_files.enter_context(_replaced(cached, "w+b"))
+        except OSError:  # a cache, not a promise
+            stream = cast(BinaryIO, open_files.enter_context(TemporaryFile()))
+        _read(form, indexes.Writer(stream), told)
+        return indexes.load(stream), copy
 
 
-def _copied(form: formats.Form, file: Path) -> _Kept:
-    with file.open("w", encoding="utf-8", newline="") as stream:
-        return _read(form, stream)
-
-
-def _save(file: Path, index: np.ndarray) -> None:
-    with file.open("wb") as stream:  # numpy would add an ending of its own
-        np.save(stream, index)
-
-
-def _read(form: formats.Form, copy: TextIO | None) -> _Kept:
-    """Read everything once; the rows of the index, and the records if they are to be copied."""
-    rows, faults, skipped, at = array("q"), list[Fault](), 0, 0
+def _read(form: formats.Form, rows: indexes.Writer, copy: BinaryIO | None) -> None:
+    """Read everything once; write the rows of the index, and the records if they are to be copied."""
+    faults, at = list[Fault](), 0
     skip = form.options.faults == "skip"
     for container, place, raw in formats.scan(form):
-        start, end = place.start, place.end
+        stands = place
         if copy is not None and not isinstance(raw, Exception):
-            start, at = at, at + len(written := containers.copied(raw).encode())
-            end = at - 1
-            copy.write(written.decode())
+            written = containers.copied(raw).encode()
+            stands, at = Place(place.shard, place.line, at, at + len(written) - 1), at + len(written)
+            copy.write(written)
         for one in formats.parsed(raw, place, container, form):
             fault = damaged(one) if skip and isinstance(one, formats.Record) else None
             fault = one if isinstance(one, Fault) else fault
             if fault is not None:
-                skipped += 1
+                rows.skipped += 1
                 faults += [fault] * (not skip or len(faults) < SHOWN)
             elif isinstance(one, formats.Record):
-                rows.extend((place.shard, place.line, start, end, one.part, _held_out(one.sample.id)))
-    index = np.array(rows, np.int64).reshape(-1, HELD_OUT + 1)
-    refuse(form.path, [] if skip and len(index) else faults, len(index))
-    return _Kept(index, None, skipped)
+                rows.add(stands, one.part, _held_out(one.sample.id))
+    refuse(form.path, [] if skip and rows.samples else faults, rows.samples)
+    rows.finish()
+
+
+def _used(*files: Path | None) -> None:
+    """Note that files were of use now: `isthmus data clean` goes by that."""
+    with contextlib.suppress(OSError):  # somebody else's
+        for file in filter(None, files):
+            os.utime(file)
 
 
 def _held_out(name: str) -> bool:
     return blake2b(name.encode("utf-8", "replace")).digest()[0] < 256 // 50
 
 
-def _replaced(file: Path, write: Callable[[Path], Any]) -> Any:
-    """Write a file beside its place, then put it there; what `write` returned."""
+@contextlib.contextmanager
+def _replaced(file: Path, mode: Literal["wb", "w+b"]) -> Iterator[BinaryIO]:
+    """A file that is written beside its place, and put there once it is whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{os.getpid()}-{file.name}")
     try:
-        made = write(part)
+        with part.open(mode) as stream:
+            yield cast(BinaryIO, stream)
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
-    return made

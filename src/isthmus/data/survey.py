@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from isthmus.data import formats
+from isthmus.data import formats, video
 from isthmus.data.media import upright_size
-from isthmus.types import Box, DataError, Image, Sample
+from isthmus.types import Audio, Box, ConfigError, DataError, Image, Sample, Video
 
 
 def _numbers() -> array[int]:
@@ -31,10 +31,12 @@ class Survey:
     media: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
     unreadable: int = 0
-    """Pictures whose header cannot be read."""
+    """Pictures and videos whose header cannot be read."""
     question_words: array[int] = field(default_factory=_numbers)
     answer_words: array[int] = field(default_factory=_numbers)
     tokens: array[int] = field(default_factory=_numbers)
+    seconds: array[int] = field(default_factory=_numbers)
+    """Of videos."""
     widths: array[int] = field(default_factory=_numbers)
     heights: array[int] = field(default_factory=_numbers)
 
@@ -52,14 +54,21 @@ class Survey:
             self.tokens.append(sum(tokens(turn.text) for turn in sample.turns))
         for medium in sample.media:
             self.media[type(medium).__name__.lower()] += 1
-            if isinstance(medium, Image):
+            if not isinstance(medium, Audio):
                 self._measure(medium)
 
-    def _measure(self, medium: Image) -> None:
+    def _measure(self, medium: Image | Video) -> None:
         try:
-            width, height = upright_size(medium.source)
+            if isinstance(medium, Image):
+                width, height = upright_size(medium.source)
+            else:
+                facts = video.facts(medium.source)
+                width, height = facts.width, facts.height
+                self.seconds.append(round(facts.seconds))
         except DataError:
             self.unreadable += 1
+            return
+        except ConfigError:  # without PyAV videos are counted and no more
             return
         self.widths.append(width)
         self.heights.append(height)
@@ -72,7 +81,7 @@ class Survey:
             "turns": self.turns,
             "without media": self.without_media,
             "boxes": self.boxes,
-            "unreadable pictures": self.unreadable,
+            "unreadable media": self.unreadable,
             "media": dict(self.media),
             "kinds": {kind: count for kind, count in self.kinds.most_common() if kind},
         }
@@ -80,6 +89,7 @@ class Survey:
             "words of a question": self.question_words,
             "words of an answer": self.answer_words,
             "tokens of a sample": self.tokens,
+            "seconds": self.seconds,
             "width": self.widths,
             "height": self.heights,
         }

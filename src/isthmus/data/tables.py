@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, TypeAlias
 
+from isthmus.data import choices
 from isthmus.data.attached import shares
 from isthmus.data.faults import Wrong
 from isthmus.data.jsons import Cell
-from isthmus.data.layouts import Name, commonest, task, text
+from isthmus.data.layout import task, text
+from isthmus.data.layouts import Name, commonest
 
 Tables: TypeAlias = dict[str, Cell]
 """A file's members by key; the items of an array by their number."""
@@ -23,7 +25,6 @@ Row: TypeAlias = tuple[int, dict[str, Any] | Wrong]
 
 SPLITS = {1: "train", 2: "val", 3: "test"}
 """OCR-VQA's."""
-LETTERS = "ABCDEFGHIJ"
 
 
 @dataclass(frozen=True)
@@ -228,17 +229,18 @@ def _scienceqa(tables: Tables, beside: Tables) -> Iterator[Row]:
     """Questions with choices; pictures lie at `<split>/<id>/image.png`. Some questions have none."""
 
     def make(entry: Any, cell: Cell) -> dict[str, Any]:
-        choices, answer = entry["choices"], entry["answer"]
-        if not isinstance(answer, int) or not 0 <= answer < len(choices):
-            raise Wrong(f"answer {answer} is not the number of one of {len(choices)} choices", "count from 0")
-        listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
-        context = f"{entry['hint']}\n" if entry.get("hint") else ""
-        shown = {"image": f"{entry['split']}/{cell.key}/{entry['image']}"} if entry.get("image") else {}
-        meta = {"choices": choices, "answer": answer, "split": entry.get("split"), "subject": entry.get("subject")}
-        fields = {"question": text(entry, "question"), "choices": listed, "context": context}
-        return task("choice", cell.key, LETTERS[answer], **fields, **shown, meta=meta)
+        image = f"{entry['split']}/{cell.key}/{entry['image']}" if entry.get("image") else None
+        return choices.science({**entry, "image": image}, cell.key)
 
     return _each(list(tables.values()), make)
+
+
+def _seed_bench(tables: Tables, beside: Tables) -> Iterator[Row]:
+    """Questions about pictures, their kinds named in a table of their own; those about videos are left out."""
+    kinds = tables["question_type"].value if "question_type" in tables else {}
+    names = {number: name for name, number in kinds.items()}
+    still = [cell for cell in _items(tables, "questions") if cell.value.get("data_type", "image") == "image"]
+    return _each(still, lambda entry, cell: choices.seed(entry, names))
 
 
 def _ocr_vqa(tables: Tables, beside: Tables) -> Iterator[Row]:
@@ -289,6 +291,7 @@ TABLES: dict[str, Table] = {
     "coco-instances": Table(_entries("bbox", "image_id", of="annotations"), _coco_instances),
     "refcoco": Table(_entries("ref_id", "sentences"), _refcoco, "the instances.json of the same folder"),
     "flickr": Table(_entries("sentences", "filename", of="images"), _flickr),
+    "seed-bench": Table(_entries("choice_a", of="questions"), _seed_bench),
     "vqav2": Table(_members("questions"), _vqav2, "the annotations with the answers"),
     "textcaps": Table(_entries("caption_str", of="data"), _textcaps),
     "textvqa": Table(_entries("question", "image_id", of="data"), _textvqa),

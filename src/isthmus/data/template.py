@@ -203,7 +203,9 @@ class Codec:
         """Ids of a text that `follows` a control token or starts the sequence; none of them is a control token."""
         if not text:
             return []
-        encoded = self._backend.encode(self._anchor + text if follows else text, add_special_tokens=False).ids
+        whole = self._anchor + text if follows else text
+        # A batch of one: `encode` itself lets no other thread run, and a server has others while a text is long.
+        encoded = self._backend.encode_batch([whole], add_special_tokens=False)[0].ids
         ids = encoded[1:] if follows else encoded
         typed = self.control.search(text)
         if typed and len(typed.group()) > 1 and not self._forbidden.isdisjoint(ids):

@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -24,13 +24,16 @@ from torch import Tensor
 
 from isthmus.data import media as pictures
 from isthmus.data import views
+from isthmus.data.recent import weight
 from isthmus.encoders import Encoder
 from isthmus.types import Features, IsthmusError, Medium
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
+"""Called with (done, total known so far)."""
+WINDOW, WINDOW_BYTES = 1 << 15, 256 << 20
+"""So many media, or bytes of them, are at hand at once while a cache is filled."""
 
 
 class FeatureCache:
@@ -62,8 +65,8 @@ class FeatureCache:
 
     def __call__(self, kind: str, media: Sequence[Medium]) -> tuple[None, Features]:
         """Features of these media, from the cache; those that it lacks are computed and kept."""
-        self.fill(media)
         keys = [pictures.content_key(medium.source) for medium in media]
+        self._fill(dict(zip(keys, media)))
         raw = torch.from_numpy(self._rows[[self._place[key] for key in keys]]).view(self._dtype)
         parts = {
             name: part.unflatten(1, shape)
@@ -74,18 +77,34 @@ class FeatureCache:
     def fill(self, media: Iterable[Medium], progress: Progress | None = None, rank: int = 0, size: int = 1) -> int:
         """Compute what is missing; returns how many pictures that was.
 
-        Of `size` processes that call this with the same media at once, number `rank` computes its share.
+        Media are taken as they come, some at a time, so they may be more than memory holds. Of `size` processes that
+        call this with the same media at once, number `rank` computes its share.
 
         Raises:
             DataError: a picture cannot be read; it is named.
             IsthmusError: the disk is full.
         """
-        wanted = {pictures.content_key(medium.source): medium for medium in media}
+        done = 0
+
+        def tell(of_these: int, total: int) -> None:
+            if progress is not None:
+                progress(done + of_these, done + total)
+
+        for some in _windows(media):
+            done += self._fill({pictures.content_key(medium.source): medium for medium in some}, tell, rank, size)
+        return done
+
+    def _fill(
+        self, wanted: Mapping[str, Medium], progress: Progress | None = None, rank: int = 0, size: int = 1
+    ) -> int:
+        """Compute what is missing of media by their keys."""
         if wanted.keys() <= self._place.keys():
             return 0
         with _Lock(self.folder / f"lock-{rank}-of-{size}"):
             self._open()  # another run may have computed some meanwhile
-            missing = [key for key in list(wanted)[rank::size] if key not in self._place]
+            # Neighbours stay together: all frames of a video are decoded at once, and held until they are drawn.
+            share = slice(len(wanted) * rank // size, len(wanted) * (rank + 1) // size)
+            missing = [key for key in list(wanted)[share] if key not in self._place]
             chunks = [missing[start : start + self.batch_size] for start in range(0, len(missing), self.batch_size)]
             done = 0
             try:
@@ -170,6 +189,19 @@ class FeatureCache:
             ) from None
         self._index_bytes += len(lines)
         self._place |= {key: start + row for row, key in enumerate(keys)}
+
+
+def _windows(media: Iterable[Medium]) -> Iterator[list[Medium]]:
+    """Media in stretches that memory holds."""
+    window, held = list[Medium](), 0
+    for medium in media:
+        window.append(medium)
+        held += weight(medium)
+        if len(window) == WINDOW or held > WINDOW_BYTES:
+            yield window
+            window, held = [], 0
+    if window:
+        yield window
 
 
 class _Lock:

@@ -4,7 +4,7 @@ Data-Juicer, Chen et al. 2023, arXiv 2309.02033; official code: github.com/model
 DataComp, Gadre et al. 2023, arXiv 2304.14108 (the best share by CLIP score rather than a fixed threshold).
 
 Numbers do not depend on how samples are dealt out, except those of copies, which are counted in the order of the data.
-Differs: no operator needs a download; languages are therefore not told apart.
+Differs: no operator needs a download; languages are told apart by a package that brings its model along.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from PIL import Image as Pillow
 
 from isthmus.assembly import load
 from isthmus.data.media import open_image, upright_size
+from isthmus.prepare import languages
 from isthmus.prepare.copies import SamePicture, SameText
 from isthmus.prepare.curation import curated, repeated
 from isthmus.prepare.loss import mean_loss
@@ -69,6 +70,21 @@ def alphanumeric(sample: Sample) -> float:
     """Share of letters and digits among the answers' characters that are no spaces."""
     said = "".join(answer(sample).split())
     return sum(map(str.isalnum, said)) / len(said) if said else NOTHING
+
+
+def spoken(code: str) -> Measure:
+    """How likely the answers are in a language.
+
+    Raises:
+        ConfigError: the code is unknown, or the identifier is not installed.
+    """
+    likely = languages.likelihood(code)
+
+    def one(sample: Sample) -> float:
+        found = likely(answer(sample))
+        return NOTHING if found is None else found
+
+    return one_by_one(one)
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -199,6 +215,8 @@ PLAIN: dict[str, Callable[[], Measure]] = {
 """Operators that need no model, by name."""
 MODELS = ("score", "dependence")
 """Those that need one: a CLIP, or a model of ours."""
+NAMES = (*PLAIN, *MODELS, f"{languages.PREFIX}en (or another code)")
+"""All of them, as they are told."""
 
 
 def measure(name: str, clip: str | None, joint: str | None, device: torch.device) -> Measure:
@@ -209,10 +227,12 @@ def measure(name: str, clip: str | None, joint: str | None, device: torch.device
     """
     if name in PLAIN:
         return PLAIN[name]()
+    if name.startswith(languages.PREFIX):
+        return spoken(name.removeprefix(languages.PREFIX))
     folder = {"score": clip, "dependence": joint}.get(name)
     if folder is None:
         needs = {"score": "--clip FOLDER", "dependence": "--joint DIRECTORY"}
-        known = f"operators are {', '.join((*PLAIN, *MODELS))}"
+        known = f"operators are {', '.join(NAMES)}"
         raise ConfigError(f"cannot measure {name!r}", f"name its model: {needs[name]}" if name in needs else known)
     return ClipScore.load(folder, device) if name == "score" else Dependence(load(folder, device=device))
 
@@ -239,11 +259,10 @@ class Rule:
             ConfigError: it is none of these, the operator is unknown, or the share is more than all.
         """
         found = RULE.fullmatch(text)
-        known = (*PLAIN, *MODELS)
-        if found is None or found[1] not in known:
+        if found is None or not (found[1] in (*PLAIN, *MODELS) or found[1].startswith(languages.PREFIX)):
             raise ConfigError(
                 f"no rule is written {text!r}",
-                f"write OPERATOR=LOW..HIGH, =top70% or =3sigma; operators are {', '.join(known)}",
+                f"write OPERATOR=LOW..HIGH, =top70% or =3sigma; operators are {', '.join(NAMES)}",
             )
         rule = cls(found[1], *(None if number is None else float(number) for number in found.groups()[1:]))
         if rule.top is not None and rule.top > 100:
