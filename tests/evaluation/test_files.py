@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Sequence
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image as Pillow
+from rich.console import Console
 
 import composed
 from isthmus.config import TaskConfig
 from isthmus.evaluation import results
 from isthmus.evaluation.catalogue import named
 from isthmus.evaluation.measure import build
-from isthmus.evaluation.metrics import captions
+from isthmus.evaluation.metrics import captions, judgements
+from isthmus.evaluation.report import table_of
 from isthmus.evaluation.score import Scorer
 from isthmus.evaluation.tasks import Task, run
 from isthmus.model import VLM
-from isthmus.types import DataError, Sample
+from isthmus.types import ConfigError, DataError, Sample
 
 
 @pytest.fixture(scope="module")
@@ -227,3 +231,104 @@ def test_captions_of_a_single_picture_are_refused(tmp_path):
     pictures(tmp_path, "a.jpg")
     with pytest.raises(DataError, match="rare"):
         task("captions", write(tmp_path, [{"image": "a.jpg", "caption": "A cat."}]))
+
+
+def mmbench(folder: Path) -> Path:
+    """Two questions in every order, as the published TSV holds them: three options, and two."""
+    raw = BytesIO()
+    Pillow.new("RGB", (64, 64), (9, 9, 9)).save(raw, "png")
+    options = {3: ("cat", "owl", "dog"), 8: ("left", "right")}
+    groups = {3: "perception", 8: "reasoning"}
+    lines = ["index\tquestion\tA\tB\tC\tanswer\tcategory\tl2-category\timage"]
+    for index, words in options.items():
+        for turn in range(len(words)):
+            moved = [*words[turn:], *words[:turn]]
+            answer = "ABC"[moved.index(words[1])]
+            picture = base64.b64encode(raw.getvalue()).decode() if turn == 0 else str(index)
+            cells = [index + turn * 1_000_000, "Which?", *moved, *[""] * (3 - len(moved)), answer, f"kind {index}"]
+            lines.append("\t".join(map(str, [*cells, groups[index], picture])))
+    path = folder / "MMBench_DEV_EN.tsv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_mmbench_wants_every_round_right_and_tells_categories(tmp_path, model):
+    asked = task("options", mmbench(tmp_path))
+    assert [item.answer for item in asked.items] == ["B", "A", "C", "B", "A"]
+    truths = {item.prompt.id: item.answer for item in asked.items}
+
+    def one_round_wrong(prompt: Sample) -> str:
+        return "C" if prompt.id == "3#round-1" else truths[prompt.id]
+
+    _, row = answered(asked, model, one_round_wrong)
+    assert row.cells["after"].value == pytest.approx(4 / 5)
+    assert row.besides == {
+        "circular accuracy": 0.5,
+        "circular accuracy: perception": 0.0,
+        "circular accuracy: reasoning": 1.0,
+        "circular accuracy: kind 3": 0.0,
+        "circular accuracy: kind 8": 1.0,
+    }
+    assert [cut.label.partition(":")[2] for cut in asked.cuts[1:]] == [
+        " kind 3, options in every order",
+        " kind 8, options in every order",
+    ]
+
+
+def test_a_limit_counts_questions_and_keeps_their_rounds(tmp_path):
+    drawn = task("options", mmbench(tmp_path), limit=1).items
+    assert len({item.prompt.id.partition("#")[0] for item in drawn}) == 1 and len(drawn) in (2, 3)
+
+
+def test_a_file_with_rounds_is_not_turned_again(tmp_path):
+    with pytest.raises(ConfigError, match="moved about"):
+        task("options", mmbench(tmp_path), circular=True)
+
+
+def test_no_bare_figure_while_a_reply_is_missing(tmp_path, model):
+    """The states of the row, and every further figure of every benchmark, in JSON and in the table."""
+    _, row = answered(task("options", mmbench(tmp_path)), model, in_turn("B", None, "C", "B", "A"))
+    assert (row.cells["after"].lowest, row.cells["after"].highest) == (0.8, 1.0)
+    assert row.besides and set(row.besides.values()) == {None}
+    kinds = ["random", "popular"] * 2
+    path = questions(tmp_path, ["yes", "no", "yes", "no"], category=kinds)
+    _, judged = answered(task("yes-no", path), model, in_turn("yes", None, "no", "no"))
+    assert judged.besides and set(judged.besides.values()) == {None}
+    (tmp_path / "said").mkdir()
+    pictures(tmp_path / "said", "a.jpg", "b.jpg")
+    told = write(tmp_path / "said", [{"image": f"{name}.jpg", "caption": f"A cat on {name}."} for name in "ab"])
+    found, captioned = answered(task("captions", told), model, in_turn("a cat on a", None))
+    assert found[0].right and found[1].right is None and captioned.besides["CIDEr"] is None
+    console = Console(width=160, record=True, file=StringIO())
+    console.print(table_of([row, judged, captioned]))
+    for line in console.export_text().splitlines():
+        if any(name in line for name in ("circular accuracy", "POPE f1", "CIDEr  ", "BLEU-4")):
+            assert line.split()[-1] == "scored", line
+
+
+def test_pope_by_setting(tmp_path, model):
+    kinds = ["random", "random", "popular", "popular"]
+    path = questions(tmp_path, ["yes", "no", "yes", "no"], category=kinds)
+    _, row = answered(task("yes-no", path), model, in_turn("yes", "no", "yes", "yes"))
+    assert row.besides["POPE f1, random"] == 1 and row.besides["POPE f1, popular"] == pytest.approx(2 / 3)
+    assert row.besides["POPE f1, mean of settings"] == pytest.approx(5 / 6)
+
+
+def test_mme_sums_its_groups(tmp_path, model):
+    kinds = [kind for kind in sorted(judgements.MME["cognition"]) for _ in range(2)]
+    records = [
+        {"image": f"{place // 2}.png", "question": f"{place}?", "answer": ("Yes", "No")[place % 2], "category": kind}
+        for place, kind in enumerate(kinds)
+    ]
+    pictures(tmp_path, *(f"{place}.png" for place in range(4)))
+    asked = task("yes-no", write(tmp_path, records))
+    _, row = answered(asked, model, in_turn("Yes", "Yes", *["Yes", "No"] * 3))
+    assert row.besides["MME cognition"] == row.besides["MME score"] == 50 + 3 * 200
+    assert "MME perception" not in row.besides
+
+
+def test_open_questions_of_mmmu_take_numbers_and_phrases(tmp_path, model):
+    meta = [{"open": True, "answers": ["12", "twelve"]}, {"choices": ["cat", "A"]}]
+    path = questions(tmp_path, ["12", "A"], meta=meta)
+    found, _ = answered(task("options", path), model, in_turn("So x is 12.00", "B"))
+    assert [one.right for one in found] == [True, True]  # an answer in words goes before one by letter

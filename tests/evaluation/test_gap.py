@@ -11,6 +11,7 @@ from PIL import Image as Pillow
 from typer.testing import CliRunner
 
 import composed
+import page_checks
 from isthmus import sites
 from isthmus.cli.app import app
 from isthmus.evaluation.gap import effects, page, report, states
@@ -196,6 +197,7 @@ def test_joints_are_measured_as_far_as_they_can_be(llava, flamingo):
     assert -1 <= aside.layers[2].cka <= 1 and aside.shown[0].lens == {} and aside.shown[0].attention is None
     text = page.render([first, aside], "squash")
     found = Page(text).found
+    assert page_checks.faults(text) == []
     assert found["img"] == (1 + len(first.shown[0].lens) + 2) + 2 and found["polyline"] == 8 + 2
     assert "one &lt;b&gt;" in text and "<b>," not in text and "keeps pictures beside" in text
     assert json.loads(json.dumps(first.plain()))["chance_of_neighbours"] == pytest.approx(5 / 7)

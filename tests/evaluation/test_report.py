@@ -14,7 +14,8 @@ from PIL import Image as Pillow
 from PIL import ImageDraw
 from rich.console import Console
 
-from isthmus.evaluation import drawing, page, report, results
+import page_checks
+from isthmus.evaluation import drawing, escaping, page, report, results
 from isthmus.evaluation.answers import Prediction
 from isthmus.evaluation.report import Credit, Curve, Example, Generation, Part, Report
 from isthmus.evaluation.tasks import Choice, Cut, Item, Likelihood, Task
@@ -230,6 +231,16 @@ def test_page_is_one_sound_file_without_script_or_outside_parts(made_up: Report,
     assert all(attributes.get("alt") for tag, attributes in parsed.tags if tag == "img")
     assert all(a.get("aria-label") or a.get("aria-hidden") for tag, a in parsed.tags if tag == "svg")
     assert "<script>alert(1)</script>" in "".join(parsed.words)  # shown as text
+    assert page_checks.faults(text) == []
+
+
+def test_what_no_page_may_hold_is_replaced() -> None:
+    html5lib = pytest.importorskip("html5lib")
+    evil = "".join(map(chr, (*range(0x20), *range(0x7F, 0xA0), 0xFDD0, 0xFFFF, 0x1FFFE, 0xD800))) + "<b>é😀"
+    parser = html5lib.HTMLParser()
+    found = parser.parse(f"<!doctype html><title>t</title><p>{escaping.escape(evil)}")
+    assert parser.errors == [] and "".join(found.itertext()).endswith("<b>é😀")
+    assert escaping.escape('a\tb\n"c"') == "a\tb\n&quot;c&quot;"
 
 
 def test_json_holds_all_numbers(made_up: Report, tmp_path: Path) -> None:

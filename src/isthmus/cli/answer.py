@@ -19,6 +19,7 @@ class Target(StrEnum):
     llava = "llava"
     blip2 = "blip2"
     instructblip = "instructblip"
+    gguf = "gguf"
     onnx = "onnx"
     peft = "peft"
 
@@ -151,13 +152,14 @@ def export(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Where the exported directory goes.")],
     to: Annotated[
-        Target, typer.Option(help="A class of transformers, peft's adapter folders, or ONNX.")
+        Target, typer.Option(help="A class of transformers, GGUF for llama.cpp, ONNX, or peft's folders.")
     ] = Target.llava,
 ) -> None:
-    """Write a model as a native class of transformers, LoRA merged, its logits checked; or its LoRA alone for peft."""
+    """Write a model as a class of transformers, GGUF or ONNX, LoRA merged, its numbers checked; or LoRA for peft."""
     from isthmus.exporting import export as to_llava
     from isthmus.exporting import export_adapters
     from isthmus.exporting_blip2 import export as to_blip2
+    from isthmus.exporting_gguf import export as to_gguf
     from isthmus.exporting_onnx import export as to_onnx
 
     if to is Target.peft:
@@ -167,6 +169,12 @@ def export(
     if to is Target.onnx:
         report = to_onnx(model, out)
         typer.echo(f"{out}: encoder and joint, largest difference of vectors {report.difference:.2e}")
+        return
+    if to is Target.gguf:
+        written = to_gguf(model, out)
+        typer.echo(f"{out}: largest difference of logits {written.parity.difference:.2e}")
+        if written.caveat:
+            typer.echo(f"note: {written.caveat}")
         return
     report = to_llava(model, out) if to is Target.llava else to_blip2(model, out, to.value)
     typer.echo(f"{out}: largest difference of logits {report.difference:.2e}")

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isthmus.cli.options import AsJson, Device, DType, Endpoint, KeyEnv, Settings
+from isthmus.cli.options import AsJson, Device, DType, Endpoint, KeyEnv, Settings, pairs
+
+if TYPE_CHECKING:
+    from isthmus.config import TaskConfig
+    from isthmus.evaluation.measure import Measured
+    from isthmus.evaluation.tasks import Task
 
 Folder = Annotated[
     Path | None, typer.Option("--out", "-o", help="Folder of predictions.  \\[default: runs/eval/RUN-STAGE]")
@@ -18,14 +24,26 @@ TASKS = "naming,easy-vqa,presence,counting,relation"
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="A directory that `isthmus train` wrote, or a hub name.")],
-    tasks: Annotated[str, typer.Option(help="Comma-separated task names.")] = TASKS,
-    limit: Annotated[int | None, typer.Option(help="Items per task.  \\[default: 500]")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help=f"Comma-separated task names.  \\[default: {TASKS}; none with --text]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items per task.  \\[default: 500; all of --data]")] = None,
     controls: Annotated[str, typer.Option(help="Baselines beside each task, or none.")] = "blind,shuffled",
     data: Annotated[
         Path | None, typer.Option(help="Your own file; --tasks then says how it is scored: exact, vqa, yes-no, …")
     ] = None,
     images: Annotated[Path | None, typer.Option(help="Where the file's picture paths start from.")] = None,
     layout: Annotated[str | None, typer.Option("--format", help="Its layout.  \\[default: told from it]")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", help="How it is read or asked, such as beside=annotations.json circular=true."),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What alignment cost the LLM: on a text, multiple choice in JSONL, or python-docs (Python's)."
+        ),
+    ] = None,
     shots: Annotated[int | None, typer.Option(min=0, help="Demonstrations before each question.")] = None,
     seed: Annotated[int, typer.Option(help="Draws items, demonstrations and the exchange of pictures.")] = 0,
     out: Folder = None,
@@ -45,9 +63,10 @@ def evaluate(
     from isthmus.assembly import load
     from isthmus.cli.options import on, remote_of
     from isthmus.config import TaskConfig, check
+    from isthmus.errors import ConfigError
     from isthmus.evaluation import baseline
-    from isthmus.evaluation.measure import build, measure
-    from isthmus.evaluation.report import table_of
+    from isthmus.evaluation.measure import build, measure, measure_alone, merge
+    from isthmus.evaluation.report import cost_table, table_of
     from isthmus.evaluation.results import rows
     from isthmus.training import log
     from isthmus.training.machine import arithmetic
@@ -55,10 +74,14 @@ def evaluate(
     console = Console(stderr=as_json, highlight=False)
     where = on(device)
     chosen = [] if controls == "none" else controls.split(",")
-    asked = _options(data, images, layout) | ({} if shots is None else {"shots": shots})
+    asked = _options(data, images, layout, settings) | ({} if shots is None else {"shots": shots})
     common = {"limit": limit, "controls": chosen, "options": asked}
-    wanted = [check(TaskConfig, {"name": name, **common}, "eval") for name in tasks.split(",")]
+    named = tasks.split(",") if tasks else [] if text else TASKS.split(",")
+    wanted = [check(TaskConfig, {"name": name, **common}, "eval") for name in named]
     built = build(wanted, seed)
+    told = build(_on_text(text or [], limit), seed)
+    if told and endpoint is not None:
+        raise ConfigError("--text reads log-probabilities of raw text; an endpoint gives replies", "leave --text away")
     folder = out or Path("runs") / "eval" / _short(model)
     with log.counting(console, "measuring") as progress:
 
@@ -71,22 +94,48 @@ def evaluate(
                 console.print(str(speaker.usage))
         else:
             loaded = load(model, arithmetic(dtype, where), where)
-            settings = {"model": model, "weights": storage.fingerprint(model)}
-            measured = measure(loaded, built, seed, folder, settings=settings, progress=advance)
+            state = {"model": model, "weights": storage.fingerprint(model)}
+            measured = measure(loaded, [*built, *told], seed, folder, settings=state, progress=advance)
+            if told:
+                measured |= merge(measure_alone(loaded, told, seed, folder, progress=advance), _of(measured, told))
     found = [row for task, runs in measured.values() for row in rows(task, runs, seed)]
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in found], indent=2))
         return
-    console.print(table_of(found))
+    texts = {task.name for task, _ in told}
+    if built:
+        console.print(table_of([row for row in found if row.task not in texts]))
+    if told:
+        console.print(cost_table([row for row in found if row.task in texts]))
     console.print(f"predictions per item: {folder}")
 
 
-def _options(data: Path | None, images: Path | None, layout: str | None) -> dict[str, Any]:
-    """Task options that name the user's file."""
+def _options(data: Path | None, images: Path | None, layout: str | None, settings: list[str] | None) -> dict[str, Any]:
+    """Task options that name the user's file; a setting is one of how it is read, or else one of the task's own."""
+    from isthmus.data.formats import FileOptions
+
+    given = pairs(settings)
+    form = {key: value for key, value in given.items() if key in FileOptions.model_fields}
+    form |= {} if layout is None else {"format": layout}
+    own = {key: value for key, value in given.items() if key not in form}
     if data is None:
-        return {}
-    form = {} if layout is None else {"format": layout}
-    return {"data": {"name": str(data), "images": images and str(images), "options": form}}
+        return form | own
+    return {"data": {"name": str(data), "images": images and str(images), "options": form}, **own}
+
+
+def _on_text(texts: list[str], limit: int | None) -> list[TaskConfig]:
+    from isthmus.config import TaskConfig
+    from isthmus.evaluation.text import named_for
+
+    return [
+        TaskConfig(name=name, limit=limit, controls=(), options={"text": text})
+        for text in texts
+        for name in named_for(text)
+    ]
+
+
+def _of(measured: Measured, built: Sequence[tuple[Task, TaskConfig]]) -> Measured:
+    return {task.name: measured[task.name] for task, _ in built}
 
 
 def _short(model: str) -> str:

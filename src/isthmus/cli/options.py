@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -78,20 +78,25 @@ def recipe_of(name: str, overrides: list[str] | None) -> Recipe:
     return recipe.override(overrides or [])
 
 
+def pairs(settings: list[str] | None) -> dict[str, Any]:
+    """Settings written KEY=VALUE, values as in YAML."""
+    from isthmus.config import parse_value
+
+    return {key: parse_value(value) for key, _, value in (setting.partition("=") for setting in settings or [])}
+
+
 def remote_of(model: str, endpoint: str, key_env: str | None, settings: list[str] | None, **defaults: object) -> Remote:
     """A remote speaker; settings are KEY=VALUE and go before defaults.
 
     Raises:
         ConfigError: a setting is unknown or wrong.
     """
-    from isthmus.config import check, parse_value
+    from isthmus.config import check
     from isthmus.errors import ConfigError
     from isthmus.speakers.remote import Remote
     from isthmus.speakers.settings import RemoteConfig
 
-    pairs = (setting.partition("=") for setting in settings or [])
-    chosen = {key: parse_value(value) for key, _, value in pairs}
-    tree = {**defaults, "endpoint": endpoint, "model": model, "key_env": key_env, **chosen}
+    tree = {**defaults, "endpoint": endpoint, "model": model, "key_env": key_env, **pairs(settings)}
     try:
         config = check(RemoteConfig, tree, "remote")
     except ConfigError as error:
@@ -106,9 +111,6 @@ def form_of(path: Path, images: Path | None, settings: list[str] | None) -> Form
         ConfigError: a setting is unknown or wrong.
     """
     from isthmus.config import check as validated
-    from isthmus.config import parse_value
     from isthmus.data.formats import FileOptions, Form
 
-    pairs = (setting.partition("=") for setting in settings or [])
-    tree = {key: parse_value(value) for key, _, value in pairs}
-    return Form(path, images, validated(FileOptions, tree, "--set"))
+    return Form(path, images, validated(FileOptions, pairs(settings), "--set"))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from isthmus.config import nearest
-from isthmus.evaluation import files, grounding, tasks
+from isthmus.evaluation import files, grounding, multiple, tasks, text
 from isthmus.evaluation.tasks import Builder
 from isthmus.types import ConfigError
 
-TASKS: dict[str, Builder] = {**tasks.TASKS, **grounding.TASKS, **files.TASKS}
+TASKS: dict[str, Builder] = {**tasks.TASKS, **grounding.TASKS, **files.TASKS, **multiple.TASKS, **text.TASKS}
 
 
 def named(name: str) -> Builder:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Sequence
-from html import escape
 from io import BytesIO
 
 from PIL import Image as Pillow
 
+from isthmus.evaluation.escaping import escape
 from isthmus.evaluation.results import COLUMNS, Column, Curve, Part, Row
 
 Point = tuple[float, float]

@@ -12,17 +12,17 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from string import ascii_uppercase
 from typing import Any, ClassVar
 
 from isthmus.config import Frozen, OneSource, TaskConfig, check
 from isthmus.data import sets
+from isthmus.data.choices import ROUND
 from isthmus.evaluation import controls, grounding, tasks
 from isthmus.evaluation.answers import Prediction, match
-from isthmus.evaluation.metrics import captions, judgements, options, vqa
+from isthmus.evaluation.metrics import captions, judgements, vqa
 from isthmus.evaluation.score import Scorer
 from isthmus.evaluation.tasks import Advance, Builder, Cut, Free, Item
-from isthmus.types import Box, DataError, Medium, Sample, Text, Turn
+from isthmus.types import Box, DataError, Medium, Sample
 
 
 class File(Frozen):
@@ -32,13 +32,6 @@ class File(Frozen):
     """The file, where its pictures are, and how it is read, as in a stage's `data`."""
     one_wording: bool = True
     """Ask every question in the same words, unless the source's own options say otherwise."""
-
-
-class Choices(File):
-    """Options of multiple choice."""
-
-    circular: bool = False
-    """Ask each question once per option, the options moved by one place each time (MMBench)."""
 
 
 @dataclass(frozen=True)
@@ -86,30 +79,8 @@ class YesNo(Scored):
 
     def totals(self, predictions: Sequence[Prediction]) -> dict[str, float]:
         """POPE's rates; MME's score where each picture has two questions."""
-        said = [judgements.judgement(prediction.prediction or "") for prediction in predictions]
-        truths = [judgements.judgement(prediction.answer) is True for prediction in predictions]
-        found = {f"POPE {name}": value for name, value in asdict(judgements.pope(said, truths)).items()}
-        return found | _mme(predictions)
-
-
-class Options(Scored):
-    """ScienceQA's, SEED-Bench's, MMBench's and MMMU's questions: one of several options, by letter or in words."""
-
-    rule = "the option that the free reply names, by its letter or in its words; several or none is wrong"
-
-    def share(self, reply: str, item: Item) -> bool:
-        place = options.chosen(reply, item.choices)
-        return place is not None and ascii_uppercase[place] == item.answer
-
-    def totals(self, predictions: Sequence[Prediction]) -> dict[str, float]:
-        """MMBench's figure, where questions were asked with their options in every order."""
-        rounds: defaultdict[str, list[bool]] = defaultdict(list)
-        for prediction in predictions:
-            rounds[prediction.id.partition(ROUND)[0]].append(prediction.right is True)
-        return {"circular accuracy": options.circular(rounds.values())} if len(rounds) < len(predictions) else {}
-
-
-ROUND = "#round-"
+        found = {f"POPE {name}": value for name, value in asdict(_pope(predictions)).items()}
+        return found | _pope_settings(predictions) | _mme(predictions)
 
 
 @dataclass(frozen=True)
@@ -126,7 +97,10 @@ class Captions(Free):
         """As in `Free`, scored once all replies are there."""
         found = super().predict(scorer, prompts, advance)
         scores = captions.cider([captions.tokens(one.prediction or "") for one in found], self.references)
-        return [replace(one, right=score / 10, scores=(score,)) for one, score in zip(found, scores)]
+        return [
+            one if one.prediction is None else replace(one, right=score / 10, scores=(score,))
+            for one, score in zip(found, scores)
+        ]
 
     @property
     def references(self) -> list[list[list[str]]]:
@@ -149,38 +123,27 @@ class Captions(Free):
 
 def exact(task: TaskConfig, seed: int) -> Exact:
     """`exact`: GQA, and whatever else has one answer."""
-    return _task(Exact, "exact match", task, check(File, task.options, "task exact"), seed)
+    return task_of(Exact, "exact match", task, check(File, task.options, "task exact"), seed)
 
 
 def people(task: TaskConfig, seed: int) -> People:
     """`vqa`: VQAv2, TextVQA, VizWiz; several people's `answers`."""
-    built = _task(People, "VQA accuracy", task, check(File, task.options, "task vqa"), seed)
-    return _need(built, lambda item: item.references, "answers")
+    built = task_of(People, "VQA accuracy", task, check(File, task.options, "task vqa"), seed)
+    return need(built, lambda item: item.references, "answers")
 
 
 def yes_no(task: TaskConfig, seed: int) -> YesNo:
     """`yes-no`: POPE, MME, VSR; rows by the `category` of a question, where it has one."""
-    built = _task(YesNo, "yes or no", task, check(File, task.options, "task yes-no"), seed)
+    built = task_of(YesNo, "yes or no", task, check(File, task.options, "task yes-no"), seed)
     for item in built.items:
         if judgements.judgement(item.answer) is None:
             raise DataError(f"{item.prompt.id}: the answer is neither yes nor no: {item.answer[:40]!r}", "correct it")
     return built
 
 
-def choices(task: TaskConfig, seed: int) -> Options:
-    """`options`: ScienceQA, MMBench, SEED-Bench, MMMU; `choices` by letter."""
-    how = check(Choices, task.options, "task options")
-    built = _need(_task(Options, "options", task, how, seed), lambda item: item.choices, "choices")
-    built = replace(built, items=tuple(map(_by_letter, built.items)))
-    if not how.circular:
-        return built
-    turned = tuple(again for item in built.items for again in _rounds(item))
-    return replace(built, items=turned, cuts=(Cut(f"{built.cuts[0].label}, options in every order"),))
-
-
 def captioning(task: TaskConfig, seed: int) -> Captions:
     """`captions`: COCO, NoCaps, TextCaps, Flickr30k; samples with the same picture are its references."""
-    built = _task(Captions, "CIDEr-D / 10", task, check(File, task.options, "task captions"), seed, _gathered)
+    built = task_of(Captions, "CIDEr-D / 10", task, check(File, task.options, "task captions"), seed, _gathered)
     if len(built.items) < 2:
         raise DataError(
             "task captions has one picture, and CIDEr tells words by how rare they are among pictures", "ask about more"
@@ -191,20 +154,19 @@ def captioning(task: TaskConfig, seed: int) -> Captions:
 def locate(task: TaskConfig, seed: int) -> grounding.Locate:
     """`refer`: RefCOCO, RefCOCO+, RefCOCOg; one region per phrase."""
     how = check(File, task.options, "task refer")
-    return _task(grounding.Locate, f"IoU >= {grounding.ENOUGH}", task, how, seed, _with_region)
+    return task_of(grounding.Locate, f"IoU >= {grounding.ENOUGH}", task, how, seed, _with_region)
 
 
 TASKS: dict[str, Builder] = {
     "exact": exact,
     "vqa": people,
     "yes-no": yes_no,
-    "options": choices,
     "captions": captioning,
     "refer": locate,
 }
 
 
-def _task(
+def task_of(
     make: Callable[..., Any],
     what: str,
     config: TaskConfig,
@@ -225,13 +187,23 @@ def _task(
         raise DataError(
             f"{source.name} has no item for task {config.name!r}", "`isthmus data stats` shows what it holds"
         )
-    count = min(config.limit or len(samples), len(samples))
-    chosen = sorted(random.Random(seed).sample(range(len(samples)), count))
-    items = tuple(_item(samples[place]) for place in chosen)
+    items = tuple(_item(samples[place]) for place in _drawn([sample.id for sample in samples], config.limit, seed))
     label = f"{Path(source.name).stem}, {what}"
     kinds = sorted({item.kind for item in items})
     cuts = (Cut(label), *(Cut(f"{label}: {kind}", frozenset({kind})) for kind in kinds if len(kinds) > 1))
     return make(f"{config.name}-{Path(source.name).stem}", items, cuts)
+
+
+def _drawn(ids: Sequence[str], limit: int | None, seed: int) -> list[int]:
+    """The places of `limit` questions, in order; one whose options are moved about comes with all of its rounds."""
+    moved = {name.partition(ROUND)[0] for name in ids if ROUND in name}
+    questions: dict[str | int, list[int]] = {}
+    for place, name in enumerate(ids):
+        own = name.partition(ROUND)[0]
+        questions.setdefault(own if own in moved else place, []).append(place)
+    groups = list(questions.values())
+    chosen = random.Random(seed).sample(range(len(groups)), min(limit or len(groups), len(groups)))
+    return sorted(place for number in chosen for place in groups[number])
 
 
 def _item(sample: Sample) -> Item:
@@ -264,7 +236,7 @@ def _texts(sample: Sample, name: str) -> tuple[str, ...]:
     return tuple(str(one["answer"] if isinstance(one, Mapping) else one) for one in found)
 
 
-def _need(built: Any, what: Callable[[Item], Any], name: str) -> Any:
+def need(built: Any, what: Callable[[Item], Any], name: str) -> Any:
     """The task, if every item has what its score needs.
 
     Raises:
@@ -300,49 +272,22 @@ def _with_region(samples: Sequence[Sample]) -> list[Sample]:
     return found
 
 
-def _by_letter(item: Item) -> Item:
-    """The item with its answer as a letter.
-
-    Raises:
-        DataError: the answer is neither the letter of a choice nor one of the choices.
-    """
-    letters = ascii_uppercase[: len(item.choices)]
-    answer = item.answer.strip()
-    if answer in item.choices:
-        return replace(item, answer=letters[item.choices.index(answer)])
-    if len(answer) == 1 and answer.upper() in letters:
-        return replace(item, answer=answer.upper())
-    raise DataError(
-        f"{item.prompt.id}: the answer {answer[:40]!r} is none of the choices", "write its letter, or its words"
-    )
+def _pope(predictions: Sequence[Prediction]) -> judgements.Rates:
+    said = [judgements.judgement(prediction.prediction or "") for prediction in predictions]
+    return judgements.pope(said, [judgements.judgement(prediction.answer) is True for prediction in predictions])
 
 
-def _rounds(item: Item) -> list[Item]:
-    """The item once per option; the right letter moves with the options.
-
-    Raises:
-        DataError: the options do not stand in the question as `A. ...`, one a line.
-    """
-    given = item.choices
-    answer, listing = given[ascii_uppercase.index(item.answer)], options.listed(given)
-    if listing not in item.prompt.turns[-1].text:
-        raise DataError(f"{item.prompt.id}: the question does not list its options", "leave circular away")
-    rounds = []
-    for number, turned in enumerate(options.rotations(given)):
-        turns = (*item.prompt.turns[:-1], _reworded(item.prompt.turns[-1], listing, options.listed(turned)))
-        prompt = item.prompt.but(turns=turns, id=f"{item.prompt.id}{ROUND}{number}")
-        letter = ascii_uppercase[turned.index(answer)]
-        rounds.append(replace(item, prompt=prompt, answer=letter, choices=turned, cluster=item.prompt.id))
-    return rounds
-
-
-def _reworded(turn: Turn, old: str, new: str) -> Turn:
-    parts = (Text(part.text.replace(old, new)) if isinstance(part, Text) else part for part in turn.parts)
-    return replace(turn, parts=tuple(parts))
+def _pope_settings(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """POPE's F1 of each setting and their mean, where the categories are its settings and several of them."""
+    kinds = {prediction.kind for prediction in predictions}
+    if len(kinds) < 2 or not kinds <= {"random", "popular", "adversarial"}:
+        return {}
+    found = {f"POPE f1, {kind}": _pope([p for p in predictions if p.kind == kind]).f1 for kind in sorted(kinds)}
+    return found | {"POPE f1, mean of settings": sum(found.values()) / len(found)}
 
 
 def _mme(predictions: Sequence[Prediction]) -> dict[str, float]:
-    """MME's score per category, and in all; nothing where pictures have not two questions each."""
+    """MME's score per category, in its two groups and in all; nothing where pictures have not two questions each."""
     pictures: defaultdict[tuple[str, str], list[bool]] = defaultdict(list)
     for prediction in predictions:
         pictures[prediction.kind, prediction.cluster].append(prediction.right is True)
@@ -350,4 +295,9 @@ def _mme(predictions: Sequence[Prediction]) -> dict[str, float]:
         return {}
     kinds = sorted({kind for kind, _ in pictures})
     scores = {kind: judgements.mme([pair for (own, _), pair in pictures.items() if own == kind]) for kind in kinds}
-    return {"MME score": sum(scores.values()), **{f"MME {kind}": value for kind, value in scores.items() if kind}}
+    groups = {
+        f"MME {group}": sum(scores[kind] for kind in members)
+        for group, members in judgements.MME.items()
+        if members <= scores.keys()
+    }
+    return {"MME score": sum(scores.values()), **groups, **{f"MME {k}": value for k, value in scores.items() if k}}

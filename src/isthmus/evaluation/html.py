@@ -6,12 +6,12 @@ Everything that comes from data or a model is escaped.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from importlib import resources
 
 from PIL import Image as Pillow
 
 from isthmus.evaluation import drawing
+from isthmus.evaluation.escaping import escape
 from isthmus.evaluation.results import Credit
 
 
@@ -64,7 +64,8 @@ def credits_table(credits: Sequence[Credit]) -> str:
         + f"</th><td>{escape(credit.used_as)}</td><td>{escape(credit.licence)}</td></tr>\n"
         for credit in credits
     )
-    return f"""<div class="wide"><table class="credits"><caption class="hidden">Works used and their licences</caption>
+    return f"""<div class="wide" tabindex="0"><table class="credits">
+<caption class="hidden">Works used and their licences</caption>
 <thead><tr><th scope="col">work</th><th scope="col">used as</th><th scope="col">licence</th></tr></thead>
 <tbody>{lines}</tbody></table></div>
 """

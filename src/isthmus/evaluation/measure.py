@@ -12,7 +12,7 @@ import torch
 
 from isthmus.config import TaskConfig
 from isthmus.data.collate import Look
-from isthmus.evaluation import fewshot, tasks
+from isthmus.evaluation import fewshot, prose, tasks
 from isthmus.evaluation.answers import Prediction
 from isthmus.evaluation.results import Column
 from isthmus.evaluation.score import Scorer
@@ -76,7 +76,7 @@ def measure(
     for task, config in built:
         scorer.reply = _reply(model, look, task.longest)
         conditions: dict[Column, tasks.Control | None] = {column: None}
-        if column == "after":
+        if column == "after" and any(item.prompt.media for item in task.items):
             conditions |= {control: control for control in config.controls}
             beside_words = task.cosine and model.aligner.splices  # elsewhere vectors are not in the words' space
             conditions |= {"cosine": "cosine"} if beside_words else {}
@@ -94,6 +94,31 @@ def measure(
                     advance=advance,
                 )
         found[task.name] = task, runs
+    return found
+
+
+def measure_alone(
+    model: VLM,
+    built: Sequence[tuple[Task, TaskConfig]],
+    seed: int,
+    folder: Path,
+    *,
+    progress: Progress | None = None,
+) -> Measured:
+    """Predictions of tasks on text by the model's LLM without a joint and before any training, as `before`.
+
+    Raises:
+        ConfigError: the LLM cannot be found.
+        IsthmusError: its weights are not those that the model was trained on.
+    """
+    scorer = prose.alone(model, model.dtype)
+    settings = {"dtype": str(model.dtype), "alone": model.config.llm}
+    found: Measured = {}
+    for task, _ in built:
+        advance = advancing(f"{task.name} alone", len(task.items), progress)
+        with arithmetic_of(model):
+            told = tasks.run(task, scorer, folder=folder / "before", settings=settings, seed=seed, advance=advance)
+        found[task.name] = task, {"before": told}
     return found
 
 

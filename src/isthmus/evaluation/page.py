@@ -6,11 +6,11 @@ Everything that comes from data or a model is escaped; figures come from `drawin
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from html import escape
 
 from isthmus.evaluation import drawing, html
 from isthmus.evaluation.answers import Prediction, verdict
 from isthmus.evaluation.drawing import count
+from isthmus.evaluation.escaping import escape
 from isthmus.evaluation.html import clock, credits_table, pairs, picture, section
 from isthmus.evaluation.results import COLUMNS, Column, Example, Generation, Report, Row, headline, interval
 from isthmus.evaluation.statistics import Estimate, short
@@ -67,7 +67,7 @@ def _results(report: Report) -> str:
     axis = '<span class="axis"><span>0</span><span>1</span></span>' if accuracies else ""
     body = "".join(_row(row, shown) for row in report.rows)
     return f"""{drawing.legend(shown)}
-<div class="wide"><table class="results">
+<div class="wide" tabindex="0"><table class="results">
 <caption class="hidden">Results by task and condition</caption>
 <thead><tr><th scope="col">task</th><th scope="col">{axis}</th>{heads}<th scope="col" class="chance">chance</th></tr>
 </thead>
@@ -154,7 +154,7 @@ def _parts(report: Report) -> str:
         f'<td class="count">{_share(report.trained, report.parameters)}</td></tr>'
     )
     return f"""<figure>{drawing.isthmus(report.parts)}</figure>
-<div class="wide"><table class="parts"><caption class="hidden">Parts and their parameters</caption>
+<div class="wide" tabindex="0"><table class="parts"><caption class="hidden">Parts and their parameters</caption>
 <thead><tr><th scope="col">part</th><th scope="col">role</th><th scope="col" class="count">parameters</th>
 <th scope="col" class="count">trained</th><th scope="col" class="count">share of all</th></tr></thead>
 <tbody>{lines}</tbody><tfoot>{total}</tfoot></table></div>
@@ -206,7 +206,8 @@ def _verdict(when: str, prediction: Prediction) -> str:
     word = verdict(prediction.right)
     state, sign = {"right": ("right", "✓"), "wrong": ("wrong", "✗")}.get(word, ("unscored", "?"))
     said = "–" if prediction.prediction is None else escape(prediction.prediction)
-    return f'<dt>{when}</dt><dd class="{state}"><span title="{word}" aria-label="{word}">{sign}</span> {said}</dd>'
+    shown = f'<span role="img" title="{word}" aria-label="{word}">{sign}</span>'
+    return f'<dt>{when}</dt><dd class="{state}">{shown} {said}</dd>'
 
 
 def _generations(generations: Iterable[Generation]) -> str:

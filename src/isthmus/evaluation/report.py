@@ -77,10 +77,26 @@ def table_of(rows: Sequence[Row]) -> Table:
         task = RichText(row.label).append(f"\n{row.n:,} items", style="dim")
         result.add_row(task, *cells, "" if row.chance is None else short(row.chance))
         for name, value in row.besides.items():
-            result.add_row(
-                RichText(f"  {name}", style="dim"), *("" if c != "after" else short(value) for c in shown), ""
-            )
+            told = RichText("not scored", style="yellow") if value is None else RichText(short(value))
+            result.add_row(RichText(f"  {name}", style="dim"), *("" if c != "after" else told for c in shown), "")
     return result
+
+
+def cost_table(rows: Sequence[Row]) -> Table:
+    """What alignment changed in the LLM: rows whose `before` is the LLM alone, and the paired difference."""
+    result = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    result.add_column("text")
+    for name in ("LLM alone", "aligned", "difference"):
+        result.add_column(name, justify="right", min_width=10)
+    for row in rows:
+        what = RichText(row.label).append(f"\n{row.n:,} items; {_better(row)} is better", style="dim")
+        values = row.cells["before"], row.cells["after"], row.gains["before"]
+        result.add_row(what, *(_terminal_cell(value) for value in values))
+    return result
+
+
+def _better(row: Row) -> str:
+    return "higher" if row.unit == "accuracy" else "lower"
 
 
 def _terminal_cell(value: Estimate | None) -> RichText:

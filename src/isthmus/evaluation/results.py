@@ -17,8 +17,8 @@ from isthmus.data.media import open_image
 from isthmus.evaluation import statistics
 from isthmus.evaluation.answers import Prediction
 from isthmus.evaluation.statistics import Estimate, short
-from isthmus.evaluation.tasks import Cut, Task
-from isthmus.types import Image
+from isthmus.evaluation.tasks import Cut, Item, Task
+from isthmus.types import DataError, Image
 
 Column: TypeAlias = Literal["before", "after", "blind", "shuffled", "cosine"]
 COLUMNS: tuple[Column, ...] = ("before", "after", "blind", "shuffled", "cosine")
@@ -52,8 +52,8 @@ class Row:
     """After training, within each kind of question, where there are several; `macro` is their mean."""
     macro: Estimate | None = None
     chance: float | None = None
-    besides: Mapping[str, float] = field(default_factory=dict)
-    """Further figures of a benchmark, after training."""
+    besides: Mapping[str, float | None] = field(default_factory=dict)
+    """Further figures of a benchmark, after training; None while an item is not scored."""
 
 
 @dataclass(frozen=True)
@@ -154,9 +154,14 @@ def _row(task: Task, cut: Cut, runs: Runs, seed: int) -> Row:
     cells = {column: estimate(predictions, task.unit, seed) for column, predictions in chosen.items()}
     sample = next(iter(chosen.values()))
     row = Row(task.name, cut.label, task.unit, len(sample), len({p.cluster for p in sample}), cells)
-    if task.unit != "accuracy" or "after" not in chosen:
+    if "after" not in chosen:
         return row
     after = chosen["after"]
+    if task.unit != "accuracy":
+        gains: dict[Column, Estimate] = {}
+        if "before" in chosen:
+            gains["before"] = _change(chosen["before"], after, seed)
+        return replace(row, gains=gains, besides=_besides(task, after, cells["after"]) if cut.kinds is None else {})
     right, clusters, kinds = [p.right for p in after], [p.cluster for p in after], [p.kind for p in after]
     several = len(set(kinds)) > 1
     sizes = [len(item.choices) for item in task.items if cut.takes(item.kind)]
@@ -170,8 +175,26 @@ def _row(task: Task, cut: Cut, runs: Runs, seed: int) -> Row:
         kinds=statistics.by_kind(right, kinds, clusters, seed=seed) if several else {},
         macro=statistics.macro(right, kinds, clusters, seed=seed) if several else None,
         chance=sum(1 / size for size in sizes) / len(sizes) if all(sizes) else None,
-        besides=task.totals(after) if cut.kinds is None else {},
+        besides=_besides(task, after, cells["after"]) if cut.kinds is None else {},
     )
+
+
+def _change(before: Sequence[Prediction], after: Sequence[Prediction], seed: int) -> Estimate:
+    """By how much NLL per token has changed, paired by item.
+
+    Raises:
+        DataError: an item has other tokens than before.
+    """
+    tokens = [prediction.tokens for prediction in after]
+    if tokens != [prediction.tokens for prediction in before]:
+        raise DataError("the items have not the same tokens as before", "compare models with one tokenizer")
+    differences = [one.scores[-1] - other.scores[-1] for one, other in zip(before, after, strict=True)]
+    return statistics.mean(differences, [prediction.cluster for prediction in after], tokens, seed=seed)
+
+
+def _besides(task: Task, after: Sequence[Prediction], level: Estimate) -> dict[str, float | None]:
+    """The task's further figures; without their values while an item is not scored: they would be bare numbers."""
+    return {name: None if level.unscored else value for name, value in task.totals(after).items()}
 
 
 def estimate(predictions: Sequence[Prediction], unit: str = "accuracy", seed: int = 0) -> Estimate:
@@ -194,21 +217,29 @@ def examples(runs: Mapping[str, tuple[Task, Runs]], count: int = 10, seed: int =
         task, columns = runs[label]
         item = task.items[place]
         prompt = item.prompt
-        image = next(part for part in reversed(prompt.media) if isinstance(part, Image))  # demonstrations come first
+        image = _pictures(item)[-1]  # demonstrations come first
         before = columns["before"][place] if "before" in columns else None
         found.append(Example(label, item.words, open_image(image.source, prompt.id), columns["after"][place], before))
     return tuple(found)
 
 
 def draw_examples(runs: Mapping[str, tuple[Task, Runs]], count: int = 10, seed: int = 0) -> list[tuple[str, int]]:
-    """(label of the runs, item's place), `count` in all, drawn by the seed alike from every task with choices."""
+    """(label of the runs, item's place), `count` in all, drawn by the seed alike from every task.
+
+    What has no choices or no picture is left out: it cannot be shown as an example.
+    """
     dice = random.Random(seed)
-    with_choices = [label for label, (task, _) in runs.items() if task.items[0].choices]
-    places = {label: dice.sample(range(len(runs[label][0].items)), len(runs[label][0].items)) for label in with_choices}
-    turns = [
-        (label, places[label][turn]) for turn in range(count) for label in with_choices if turn < len(places[label])
-    ]
-    return sorted(turns[:count], key=lambda found: with_choices.index(found[0]))
+    fit = {
+        label: [place for place, item in enumerate(task.items) if item.choices and _pictures(item)]
+        for label, (task, _) in runs.items()
+    }
+    places = {label: dice.sample(found, len(found)) for label, found in fit.items() if found}
+    turns = [(label, places[label][turn]) for turn in range(count) for label in places if turn < len(places[label])]
+    return sorted(turns[:count], key=lambda found: list(places).index(found[0]))
+
+
+def _pictures(item: Item) -> list[Image]:
+    return [part for part in item.prompt.media if isinstance(part, Image)]
 
 
 # ---------------------------------------------------------------------------------------------- words

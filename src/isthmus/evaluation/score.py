@@ -139,7 +139,7 @@ class Scorer:
         output = self.model.run(batch)
         scored_BT = supervised(batch)
         assert output.hidden_BTD is not None and batch.labels_BT is not None
-        values_M = _log_probabilities(
+        values_M = log_probabilities(
             output.head, output.hidden_BTD[:, :-1][scored_BT], batch.labels_BT[:, 1:][scored_BT]
         )
         row_M, column_M = scored_BT.nonzero(as_tuple=True)
@@ -188,7 +188,7 @@ class Scorer:
         hidden_AUD = self.model.tell(shown_AU, read_BTD[row_A], batch.segment_BT[row_A], route_AT, None)
         scored_AU = ids_AU[:, 1:] != IGNORE
         head = sites.head(self.model.llm)
-        values_M = _log_probabilities(head, hidden_AUD[:, :-1][scored_AU], ids_AU[:, 1:][scored_AU])
+        values_M = log_probabilities(head, hidden_AUD[:, :-1][scored_AU], ids_AU[:, 1:][scored_AU])
         at_M = scored_AU.nonzero()[:, 0]
         sums_A = torch.zeros(len(ids), dtype=torch.float64, device=row_A.device).index_add_(0, at_M, values_M.double())
         return sums_A, scored_AU.sum(1)
@@ -261,7 +261,7 @@ def _rank(cell_M: Tensor) -> Tensor:
     return rank
 
 
-def _log_probabilities(head: Callable[[Tensor], Tensor], states_MD: Tensor, ids_M: Tensor, chunk: int = 256) -> Tensor:
+def log_probabilities(head: Callable[[Tensor], Tensor], states_MD: Tensor, ids_M: Tensor, chunk: int = 256) -> Tensor:
     """Log-probability of each token given the state before it, in float32, a chunk of logits at a time."""
     parts = []
     for start in range(0, len(ids_M), chunk):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 
 from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from isthmus.data.media import Aspect, square
 from isthmus.evaluation.drawing import nice_ticks, number_short
+from isthmus.evaluation.escaping import escape
 
 SIDE = 432
 INK, PAPER = (20, 24, 27), (255, 255, 255)

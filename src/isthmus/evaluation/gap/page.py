@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Sequence
-from html import escape
 from importlib import resources
 from io import BytesIO
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from typing import NamedTuple
 from PIL import Image as Pillow
 
 from isthmus.data.media import Aspect
+from isthmus.evaluation.escaping import escape
 from isthmus.evaluation.gap import drawing
 from isthmus.evaluation.gap.report import NEIGHBOURS, TOP, Gap, Layer, Shown
 
@@ -185,7 +185,7 @@ def _numbers(gaps: Sequence[Gap]) -> str:
             for layer in gap.layers
         )
         tables.append(
-            f'<div class="wide"><table><caption>{escape(gap.model)}</caption>'
+            f'<div class="wide" tabindex="0"><table><caption>{escape(gap.model)}</caption>'
             f'<thead><tr><th scope="col">layer</th>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
         )
     return f"<details><summary>The same as numbers</summary>{''.join(tables)}</details>"
@@ -209,8 +209,8 @@ def _effects(gaps: Sequence[Gap]) -> str:
         f'<p class="note">Negative log-likelihood of the right answer over {gaps[0].pairs} pictures, and by how much '
         "it rises when the picture is changed; in brackets the 95 % interval of the mean. What does not rise was not "
         "looked at.</p>"
-        f'<div class="wide"><table><caption class="hidden">Effects of changing the picture</caption><thead><tr>'
-        f'<th scope="col">picture</th>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
+        '<div class="wide" tabindex="0"><table><caption class="hidden">Effects of changing the picture</caption>'
+        f'<thead><tr><th scope="col">picture</th>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
     )
 
 

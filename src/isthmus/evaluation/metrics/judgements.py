@@ -10,6 +10,15 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+MME = {
+    "perception": {
+        *("existence", "count", "position", "color", "posters"),
+        *("celebrity", "scene", "landmark", "artwork", "OCR"),
+    },
+    "cognition": {"commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"},
+}
+"""MME's sub-tasks by group: at most 2000 and 800."""
+
 
 def judgement(reply: str) -> bool | None:
     """Yes (True), no (False), or None where a reply holds neither word, or both."""
