@@ -142,6 +142,8 @@ def served(kind: str, model: Path) -> Iterator[tuple[str, str]]:
                 time.sleep(0.2)
             if process.poll() is not None:
                 raise SystemExit(f"{kind} serve ended before it listened")
+        else:
+            raise SystemExit(f"{kind} serve did not listen in time")
         yield address, model.name if kind == "isthmus" else str(model)
     finally:
         process.terminate()

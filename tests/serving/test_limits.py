@@ -7,6 +7,7 @@ import json
 import socket
 import struct
 import sys
+import threading
 import time
 import zlib
 from io import BytesIO
@@ -56,7 +57,7 @@ def served():
 
 @pytest.fixture(scope="module")
 def post(served):
-    with httpx2.Client(base_url=served[1], headers=HEADERS, timeout=20) as client:
+    with httpx2.Client(base_url=served[1], headers=HEADERS, timeout=60) as client:
 
         def send(messages=None, path="/v1/chat/completions", raw=None, **more):
             body = {"model": NAME, "max_tokens": 2, "temperature": 0} | more
@@ -152,6 +153,38 @@ def test_numbers_of_things(post):
     for wrong in (["a"] * 4, [], [""], [[1, 2]], [shown(1)] * 3, 7):
         refused(post(path=path, input=wrong), 400)
     refused(post(path=path, input="a", dimensions=3), 400)
+
+
+def test_text_counts_wherever_it_stands(post):
+    long = {"type": "object", "description": "d" * 500}
+    refused(post(user(said("a")), tools=[tool("a", long)]), 400, "string_above_max_length")
+    assert post(user(said("a")), tools=[tool("a", long)], tool_choice="none").status_code == 200
+    path = "/v1/embeddings"
+    refused(post(path=path, input=[said("a" * 501)]), 400, "string_above_max_length")
+    assert post(path=path, input=[said("0" * 200)]).status_code == 200  # a digit is a token, the context holds 200
+    refused(post(path=path, input=[said("0" * 201)]), 400, "context_length_exceeded")
+    call = {"id": "a", "type": "function", "function": {"name": "a", "arguments": ""}}
+    talk = [*user(said("a")), {"role": "assistant", "tool_calls": [call] * 9}, *user(said("a"))]
+    assert "tool calls" in refused(post(talk), 400)
+
+
+def test_a_long_text_leaves_the_others_their_turn(served):
+    turns, over = [0], threading.Event()
+
+    def count():
+        while not over.is_set():
+            turns[0] += 1
+            time.sleep(0.001)
+
+    beside = threading.Thread(target=count)
+    beside.start()
+    time.sleep(0.05)
+    before = turns[0]
+    served[0].engine.renderer.plain("a" * (1 << 19))  # half a second
+    during = turns[0] - before
+    over.set()
+    beside.join()
+    assert during > 10
 
 
 def test_the_context(post, served):

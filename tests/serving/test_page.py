@@ -13,6 +13,7 @@ import torch
 from http_server import KEY, NAME, running, said, shown, user
 
 import composed
+import page_checks
 from composed import picture
 from isthmus.evaluation.gap.states import attention_map
 from isthmus.serving import browser
@@ -49,6 +50,7 @@ class Tags(HTMLParser):
 
 def test_the_page_comes_from_this_server_alone(address):
     reply = httpx2.get(address + "/")
+    assert page_checks.faults(reply.text) == []
     policy = reply.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
     tags = Tags(reply.text).found

@@ -193,6 +193,24 @@ def test_a_key_goes_to_this_machine_or_travels_encrypted(address: str) -> None:
     assert RemoteConfig(endpoint=address, model="m", key_env="TEST_KEY").endpoint == address
 
 
+def test_no_proxy_comes_between_a_key_and_a_server_of_this_machine(
+    server: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes elsewhere takes the proxy that the environment names, a second server here; it sees no key of ours."""
+    monkeypatch.setenv("TEST_KEY", KEY)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with running() as proxy:
+        for kind in ("http_proxy", "https_proxy", "all_proxy"):
+            monkeypatch.setenv(kind, proxy.endpoint.removesuffix("/v1"))
+        for endpoint in (server.endpoint, server.endpoint.replace("127.0.0.1", "localhost")):
+            assert remote(server, endpoint=endpoint, key_env="TEST_KEY").say(ASKED) == "an apple"
+        with pytest.raises(IsthmusError):
+            remote(server, endpoint="http://[::1]:9/v1", key_env="TEST_KEY", retries=0).say(ASKED)  # nobody is there
+        assert len(server.bodies) == 2 and proxy.bodies == []
+        assert remote(server, endpoint="http://elsewhere.invalid/v1").say(ASKED) == "an apple"
+        assert len(server.bodies) == 2 and len(proxy.bodies) == 1
+
+
 def test_the_whole_address_may_be_given() -> None:
     for address in ("http://h:1/v1", "http://h:1/v1/", "http://h:1/v1/chat/completions"):
         assert RemoteConfig(endpoint=address, model="m").endpoint == "http://h:1/v1"

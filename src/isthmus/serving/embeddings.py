@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from isthmus import sites
-from isthmus.serving.engine import Engine
+from isthmus.serving.engine import Engine, TooLong
 from isthmus.serving.pictures import Seen
 from isthmus.types import Batch, Image
 
@@ -32,8 +32,16 @@ def prepare(engine: Engine, inputs: list[str | Image]) -> list[list[int] | Seen]
 
     Raises:
         DataError: a picture cannot be read.
+        TooLong: a text has more tokens than the context, all of which would lie in memory as vectors.
     """
-    return [engine.renderer.plain(item) if isinstance(item, str) else engine.pictures.see(item) for item in inputs]
+    return [_ids(engine, item) if isinstance(item, str) else engine.pictures.see(item) for item in inputs]
+
+
+def _ids(engine: Engine, text: str) -> list[int]:
+    ids = engine.renderer.plain(text)
+    if len(ids) > engine.context:
+        raise TooLong(f"an input has {len(ids)} tokens; the context holds {engine.context}", "split it")
+    return ids
 
 
 @torch.inference_mode()

@@ -24,7 +24,7 @@ from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from isthmus.serving import browser, embeddings, protocol, replies
+from isthmus.serving import browser, description, embeddings, protocol, replies
 from isthmus.serving.answers import Event, Failed, Job
 from isthmus.serving.door import Door
 from isthmus.serving.engine import Engine
@@ -85,6 +85,7 @@ class Server:
         guarded.add_api_route("/v1/models", self.models, methods=["GET"])
         guarded.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])
         guarded.add_api_route("/metrics", self.scrape, methods=["GET"])
+        guarded.add_api_route("/openapi.json", description.document, methods=["GET"])
         guarded.add_api_route("/page/facts", self.facts, methods=["GET"])
         guarded.add_api_route("/page/attention", self.attention, methods=["POST"])
         app.include_router(guarded)

@@ -13,6 +13,9 @@ class Limits:
         body: of a whole request, known before anything of it is read as JSON.
         encoded: of one data URL.
         pictures: in all messages together.
+        parts: of one message, and tool calls in it.
+        text: characters of all that is read, tools and schemas among it.
+        inputs: of one request for embeddings.
         pixels, longest, shortest, aspect: of one picture, told from its header before it is decoded.
         all_pixels: of all pictures together.
         tokens: of one answer; larger wishes are cut to it.

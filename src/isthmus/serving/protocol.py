@@ -213,10 +213,13 @@ def _check_amount(request: ChatRequest, limits: Limits) -> None:
     pictures = sum(part.type == "image_url" for content in listed for part in content)
     if pictures > limits.pictures:
         raise invalid(f"{pictures} pictures; at most {limits.pictures} are read", "messages", "too_many_images")
-    if sum(len(text) for message in request.messages for text in _texts(message)) > limits.text:
-        raise invalid(f"more than {limits.text} characters of text", "messages", "string_above_max_length")
+    if any(len(message.tool_calls or ()) > limits.parts for message in request.messages):
+        raise invalid(f"a message has more than {limits.parts} tool calls", "messages")
     if len(request.tools or ()) > limits.tools:
         raise invalid(f"more than {limits.tools} tools", "tools")
+    told = len(toolbox.introduced(request.offered)) if request.offered else 0
+    if told + sum(len(text) for message in request.messages for text in _texts(message)) > limits.text:
+        raise invalid(f"more than {limits.text} characters of text", "messages", "string_above_max_length")
 
 
 def _texts(message: Message) -> Iterator[str]:
@@ -312,7 +315,7 @@ def embedded(request: EmbeddingRequest, limits: Limits, see: See) -> Sequence[st
         raise invalid(f"1 to {limits.inputs} inputs", "input")
     if sum(not isinstance(item, str) and item.type == "image_url" for item in inputs) > limits.pictures:
         raise invalid(f"at most {limits.pictures} pictures", "input", "too_many_images")
-    if sum(len(item) for item in inputs if isinstance(item, str)) > limits.text:
+    if sum(len(item if isinstance(item, str) else item.text or "") for item in inputs) > limits.text:
         raise invalid(f"more than {limits.text} characters of text", "input", "string_above_max_length")
     found: list[str | Image] = []
     for item in inputs:

@@ -12,6 +12,7 @@ from threading import Thread
 import uvicorn
 
 from isthmus.serving.http import Server
+from isthmus.serving.link import Link
 from isthmus.types import ConfigError
 
 IDLE = 30
@@ -67,7 +68,7 @@ def listen(host: str, port: int) -> socket.socket:
 def _uvicorn(server: Server, grace: int) -> uvicorn.Server:
     config = uvicorn.Config(
         server.app(),
-        http="h11",
+        http=Link,
         ws="none",
         lifespan="off",
         log_config=None,

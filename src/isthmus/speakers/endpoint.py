@@ -17,7 +17,7 @@ import httpx2
 from isthmus.speakers import replies
 from isthmus.speakers.cache import Answer
 from isthmus.speakers.replies import Growing, Malformed, Piece, Reply
-from isthmus.speakers.settings import RemoteConfig
+from isthmus.speakers.settings import HERE, RemoteConfig
 from isthmus.speakers.usage import Meter
 from isthmus.types import ConfigError, IsthmusError
 
@@ -27,6 +27,10 @@ FILTERS = frozenset({"content_filter", "content_policy_violation"})
 SPENT = frozenset({"insufficient_quota"})
 """Comes with 429 like a rate limit, but no waiting helps."""
 LONGEST_COMPLAINT = 200
+_DIRECT: dict[str, httpx2.BaseTransport | None] = {
+    f"all://{f'[{host}]' if ':' in host else host}": None for host in sorted(HERE)
+}
+"""Hosts that no proxy of the environment comes between: a key goes to them unencrypted, and must not leave."""
 
 
 class Refused(IsthmusError):
@@ -56,6 +60,7 @@ class Endpoint:
         self.client = httpx2.Client(
             timeout=httpx2.Timeout(config.timeout, pool=None),
             limits=httpx2.Limits(max_connections=config.concurrency),
+            mounts=_DIRECT,
         )
 
     def ask(self, body: dict[str, Any]) -> Answer:
