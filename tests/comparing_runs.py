@@ -25,6 +25,6 @@ def recipes(folder: Path) -> list[Recipe]:
 
 def small(folder: Path, *some: Recipe, **options: Any) -> Outcome:
     """A comparison in this process."""
-    settings: dict[str, Any] = {"budget": "2-steps", "seeds": 2, "factors": (), "processes": False}
+    settings: dict[str, Any] = {"budget": "2-steps", "seeds": 2, "factors": (), "engine": "here"}
     quiet = Console(file=io.StringIO())
     return compare(some, out=folder / "comparison", console=quiet, **{**settings, **options})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import composed
 from isthmus import compose, planning, recipes
 from isthmus.cli.app import app
 from isthmus.config import Recipe, Stage
-from isthmus.forecast import _mean, calibrate, forecast, resident, was
+from isthmus.forecast import _mean, calibrate, forecast, kept, resident, was
 from isthmus.forecast.trace import Ledger, Trace, in_dtype, trace
 from isthmus.training import optimizer
 from isthmus.training.run import Feed, mix_of, train
@@ -199,13 +200,41 @@ def test_planned_and_was(data, tmp_path):
     assert (tmp_path / "plan.json").stat().st_mtime_ns == before and was.compare(tmp_path / "none") == []
 
 
+def test_a_forecast_is_made_once_for_all_seeds_and_rates(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("ISTHMUS_HOME", str(tmp_path / "home"))
+    made: list[Recipe] = []
+    monkeypatch.setattr(kept, "forecast", lambda recipe, device: made.append(recipe) or forecast(recipe, device, 0))
+    recipe = staged(data, {"connectors.*": 1e-3})
+    first = kept.planned(recipe, CPU)
+    (kept_one,), (alone,) = first["stages"], forecast(recipe, CPU, 0).plain()["stages"]
+    assert [kept_one[name] for name in ("flops", "sample", "steps")] == [
+        alone[name] for name in ("flops", "sample", "steps")
+    ]
+    other = staged(data, {"connectors.*": 5e-3}, lr=2e-3).but(seed=3, name="other")
+    again = kept.planned(other, CPU)
+    assert again["stages"] == first["stages"] and len(made) == 1
+    assert (again["recipe"], again["fingerprint"]) == ("other", other.fingerprint())
+    for changed in (
+        staged(data, LORA),
+        staged(data, {"connectors.*": 1e-3}, batch_size=2),
+        recipe.but(dtype="bfloat16"),
+    ):
+        assert kept.key(changed, CPU) != kept.key(recipe, CPU)
+    before = kept.key(recipe, CPU)
+    Path(data["name"]).write_text(json.dumps(PAIRS[:20]))
+    after = kept.key(recipe, CPU)
+    Path(data["name"]).write_text(json.dumps(PAIRS))
+    assert before != after
+
+
 def test_a_run_that_cannot_be_planned_goes_on(data, tmp_path, monkeypatch):
     console = Console(record=True, file=io.StringIO())
 
     def fails(*unused: Any) -> None:
         raise NotImplementedError("aten::_local_scalar_dense on meta\nmore")
 
-    monkeypatch.setattr(was, "forecast", fails)
+    monkeypatch.setenv("ISTHMUS_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(kept, "forecast", fails)
     was.plan(staged(data, LORA), tmp_path, CPU, console)
     assert not (tmp_path / "plan.json").exists() and "no forecast of this run" in console.export_text()
 

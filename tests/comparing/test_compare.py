@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
+import page_checks
 from comparing_runs import TASKS, recipes, small
-from isthmus.comparing import compare, page
+from isthmus.cli.compare import factors_of
+from isthmus.comparing import compare, page, speed
 from isthmus.comparing.advice import advice
 from isthmus.comparing.judge import judged
 from isthmus.comparing.outcome import Cell, Line, Outcome
-from isthmus.comparing.plan import Common, scaled
+from isthmus.comparing.plan import Common, Plan, scaled
 from isthmus.comparing.settings import settings
+from isthmus.comparing.speed import Speed
 from isthmus.comparing.table import markdown, tables
-from isthmus.config import Source
+from isthmus.config import Source, TaskConfig
 from isthmus.evaluation import answers
 from isthmus.evaluation.seeds import Gap, Level
 from isthmus.recipes.llava import llava
@@ -99,6 +104,7 @@ def copied(finished: Outcome, place: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_joint_is_added_without_repeating(finished: Outcome, copied: Path) -> None:
     before = times(copied / "comparison")
     more = small(copied, add=[recipes(copied)[1].but(name="three")])
@@ -188,6 +194,37 @@ def test_of_equal_losses_the_rate_nearest_to_the_recipe_is_chosen() -> None:
         compare.chosen({1.0: None}, "x")
 
 
+def test_the_command_can_be_given_to_a_shell_as_it_stands() -> None:
+    tasks = (TaskConfig(name="presence", limit=6), TaskConfig(name="counting", limit=6))
+    common = Common(eval=tasks, data=(Source(name="my data.json"),), overrides=("system=It's $HOME; `x`",))
+    one = llava().but(name="it's mine")
+    plan = Plan(recipes={one.name: one}, common=common, budget="300-steps", seeds=(0, 1), baseline=one.name)
+    said = subprocess.run(["sh", "-c", f"printf '%s\\n' {plan.command}"], capture_output=True, text=True).stdout
+    words = said.splitlines()
+    assert words[:3] == ["isthmus", "compare", "it's mine"] and words[words.index("--limit") + 1] == "6"
+    assert words[words.index("--data") + 1] == "my data.json"
+    assert words[words.index("--set") + 1] == "system=It's $HOME; `x`"
+    assert factors_of(words[words.index("--grid") + 1]) == plan.factors == (1 / 3, 1.0, 3.0)
+    assert plan.but(seeds=(3, 5)).command.endswith("# seeds 3, 5")
+
+
+def test_a_speed_is_measured_anew_in_other_arithmetic(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cpu, threads, note, measured = torch.device("cpu"), torch.get_num_threads(), tmp_path / "speed.json", []
+
+    def measure(dtype: torch.dtype) -> Speed:
+        measured.append(dtype)
+        return Speed(1.0, 2.0, str(dtype).removeprefix("torch."), threads, "cpu")
+
+    monkeypatch.setattr(speed, "load", lambda folder, dtype, device: dtype)
+    monkeypatch.setattr(speed, "measure", measure)
+    for dtype in (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16):
+        assert speed.speed_of(tmp_path, dtype, cpu, note).arithmetic == str(dtype).removeprefix("torch.")
+    assert measured == [torch.float32, torch.bfloat16]
+    note.write_text(note.read_text().replace('"cpu"', '"cuda:0"'))
+    speed.speed_of(tmp_path, torch.bfloat16, cpu, note)
+    assert len(measured) == 3
+
+
 # ---------------------------------------------------------------------------------------------- words
 
 
@@ -270,6 +307,7 @@ class Page(HTMLParser):
 def test_the_page_is_one_sound_file_that_can_be_read_aloud(finished: Outcome, place: Path) -> None:
     text = (place / "comparison" / "compare.html").read_text(encoding="utf-8")
     parsed = Page(text)
+    assert page_checks.faults(text) == []
     assert parsed.open == [] and not {"script", "link", "iframe"} & {tag for tag, _ in parsed.tags}
     assert all((image["src"] or "").startswith("data:image/") and image.get("alt") for image in parsed.all("img"))
     assert all(svg.get("aria-label") or svg.get("aria-hidden") for svg in parsed.all("svg"))

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from isthmus.cli.options import AsJson, Device
+
+
+class EngineName(StrEnum):
+    """Who does the runs."""
+
+    local = "local"
+    ray = "ray"
+
 
 Names = Annotated[
     list[str] | None,
@@ -18,6 +27,9 @@ Names = Annotated[
 ]
 Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder of the comparison.")]
 Added = Annotated[list[str] | None, typer.Option("--add", help="One more recipe for the comparison in --out.")]
+Where = Annotated[
+    EngineName, typer.Option("--engine", help="Runs in processes of this machine, or of a cluster of Ray.")
+]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="A dotted override for all recipes: encoder=./mine.")]
 
 
@@ -44,7 +56,8 @@ def compare(
     ] = None,
     overrides: Sets = None,
     add: Added = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, in processes that share the cores.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, in processes that share a machine's cores.")] = 1,
+    engine: Where = EngineName.local,
     publish: Annotated[Path | None, typer.Option(help="Write the result as Markdown, too.")] = None,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -78,6 +91,7 @@ def compare(
             data=[Source(name=str(file)) for file in data or []],
             overrides=overrides or [],
             at_once=jobs,
+            engine=engine.value,
             device=on(device),
             console=console,
         )

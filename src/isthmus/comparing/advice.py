@@ -81,7 +81,8 @@ def _widest(line: Line) -> str:
     """How small a difference could have been seen."""
     ends = [cell.gap.ends for cell in line.cells.values() if cell.gap is not None]
     widest = max((high - low) / 2 for low, high in ends)
-    return f"The intervals of the differences reach ± {short(widest)} at the widest; more seeds and items narrow them."
+    reach = f"±\N{NO-BREAK SPACE}{short(widest)}"
+    return f"The intervals of the differences reach {reach} at the widest; more seeds and items narrow them."
 
 
 def _cheapest(outcome: Outcome) -> list[str]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -21,6 +22,7 @@ from rich.console import Console
 from isthmus.comparing import budget, gather, page
 from isthmus.comparing import plan as plans
 from isthmus.comparing.advice import advice
+from isthmus.comparing.cluster import OnRay
 from isthmus.comparing.engine import Engine, Here, Processes, locked
 from isthmus.comparing.gather import Quality
 from isthmus.comparing.judge import judged
@@ -62,7 +64,7 @@ def compare(
     data: Sequence[Source] = (),
     overrides: Sequence[str] = (),
     at_once: int = 1,
-    processes: bool = True,
+    engine: Literal["local", "ray", "here"] = "local",
     device: torch.device | str = "cpu",
     console: Console | None = None,
 ) -> Outcome:
@@ -82,7 +84,8 @@ def compare(
         data: in place of that of all stages that train by the language-model loss.
         overrides: dotted assignments to every recipe.
         at_once: how many runs at a time.
-        processes: each run in a process of its own; otherwise all in this one, which is quicker for tiny models.
+        engine: `local` gives each run a process of this machine, `ray` one of a cluster; `here` does all in this very
+            process, which is quicker for tiny models.
 
     Raises:
         ConfigError: recipes do not fit together, or `out` holds another comparison.
@@ -102,10 +105,12 @@ def compare(
         plan = plan.with_recipes(add, place.folder)
         check_budgets(plan)
         plan.save(place.folder)
-        engine: Engine = Here(place.console, place.device)
-        if processes:
-            engine = Processes(lock, place.console, str(place.device), at_once)
-        outcome = _carry_out(plan, place, engine)
+        engines: dict[str, Callable[[], Engine]] = {
+            "local": lambda: Processes(lock, place.console, str(place.device), at_once),
+            "ray": lambda: OnRay(place.console, str(place.device), at_once),
+            "here": lambda: Here(place.console, place.device),
+        }
+        outcome = _carry_out(plan, place, engines[engine]())
     write(outcome, place.folder)
     return outcome
 
@@ -183,7 +188,7 @@ def check_budgets(plan: Plan) -> None:
 
 def _carry_out(plan: Plan, place: Place, engine: Engine) -> Outcome:
     """All that is missing, and then what it says."""
-    costs = _operations(plan, place)
+    costs = operations(plan, place)
     rates = _rates(plan, place, engine, costs)
     group = {
         name: [plan.run(place.folder, name, seed, rates[name].chosen, costs[name]) for seed in plan.seeds]
@@ -220,7 +225,7 @@ def _run(jobs: Sequence[Job], place: Place, engine: Engine, title: str) -> None:
 # ---------------------------------------------------------------------------------------------- before the runs
 
 
-def _operations(plan: Plan, place: Place) -> dict[str, list[float]]:
+def operations(plan: Plan, place: Place) -> dict[str, list[float]]:
     """What a step of every recipe's stages costs, where the budget is one of operations; counted once."""
     if plan.amount.unit != "flops":
         return {name: [] for name in plan.recipes}
@@ -285,7 +290,7 @@ def _outcome(plan: Plan, place: Place, group: gather.Group, rates: Mapping[str, 
         progress(len(group), len(group))
     threads = torch.get_num_threads()
     found = Outcome(
-        title=" · ".join(recipes),
+        title=" · ".join(recipes) if len(recipes) < 6 else f"{len(recipes) - 1} joints beside {plan.baseline}",
         baseline=plan.baseline,
         names=tuple(recipes),
         about={name: recipe.about for name, recipe in recipes.items()},

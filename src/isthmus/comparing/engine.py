@@ -1,8 +1,8 @@
 """How the runs of a comparison are done: in processes of this machine, several at once, or one by one in this process.
 
-Every engine calls the same verb on the same recipe file, so that results do not depend on it. Ctrl-C and SIGTERM let
-every run save its step. Where this process is killed outright, its children go on to their end; they hold the
-comparison's lock until then, and the same command waits for them.
+`cluster` has an engine for several machines. Every engine calls the same verb on the same recipe file, so that results
+do not depend on it. Ctrl-C and SIGTERM let every run save its step. Where this process is killed outright, its children
+go on to their end; they hold the comparison's lock until then, and the same command waits for them.
 """
 
 from __future__ import annotations
@@ -78,22 +78,8 @@ class Processes:
             raise failed[0]
 
     def _start(self, job: Job) -> subprocess.Popen[bytes]:
-        """A child in a process group of its own: the terminal's Ctrl-C reaches it once, through us."""
-        job.folder.parent.mkdir(parents=True, exist_ok=True)
-        file, log = (job.folder.with_name(job.folder.name + ending) for ending in (".json", ".log"))
-        job.recipe.save(file)
-        threads = str(max(1, torch.get_num_threads() // self.at_once))
-        words = ["train", str(file), "--out", str(job.folder), "--device", self.device]
-        with log.open("ab") as stream:
-            return subprocess.Popen(
-                [sys.executable, "-m", "isthmus", *words],
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": threads},
-                pass_fds=(self.lock,),
-                process_group=0,
-            )
+        file = prepared(job)
+        return spawn(file, job.folder, self.device, threads_of(self.at_once), self.lock)
 
     def _reap(
         self, running: dict[int, tuple[Job, subprocess.Popen[bytes]]], tell: Tell, asked: bool
@@ -101,17 +87,8 @@ class Processes:
         """Take note of the children that ended, and yield those that failed."""
         ended = [number for number, (_, child) in running.items() if child.poll() is not None]
         for job, child in (running.pop(number) for number in ended):
-            if child.returncode == 0:
-                tell(job, "done")
-            elif child.returncode == NotFinite.code:
-                diverged(job)
-                tell(job, "diverged")
-            elif not asked:
-                log = job.folder.with_name(job.folder.name + ".log")
-                error = IsthmusError(
-                    f"{job.label} ended with exit code {child.returncode}: {_last_words(log)}",
-                    f"see {log}; the same command goes on with what is missing",
-                )
+            error = judged(job, child.returncode, tell)
+            if error is not None and not asked:
                 yield job, error
 
 
@@ -141,6 +118,62 @@ class Here:
             raise next(iter(failed.values()))
 
 
+# ---------------------------------------------------------------------------------------------- a child of its own
+
+
+def threads_of(at_once: int) -> int:
+    """What each of so many runs gets of this machine's cores."""
+    return max(1, torch.get_num_threads() // at_once)
+
+
+def prepared(job: Job) -> Path:
+    """The recipe file beside a job's folder, written."""
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    file = job.folder.with_name(job.folder.name + ".json")
+    job.recipe.save(file)
+    return file
+
+
+def spawn(file: Path, folder: Path, device: str, threads: int, lock: int) -> subprocess.Popen[bytes]:
+    """`isthmus train` on a recipe file, in a process group of its own: the terminal's Ctrl-C comes once, through us.
+
+    Args:
+        lock: a descriptor that it holds until it ends, even if this process is killed.
+    """
+    words = ["train", str(file), "--out", str(folder), "--device", device]
+    with log_of(folder).open("ab") as stream:
+        return subprocess.Popen(
+            [sys.executable, "-m", "isthmus", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            pass_fds=(lock,),
+            process_group=0,
+        )
+
+
+def log_of(folder: Path) -> Path:
+    """What the child of a run's folder printed."""
+    return folder.with_name(folder.name + ".log")
+
+
+def judged(job: Job, code: int, tell: Tell) -> IsthmusError | None:
+    """Tell how a child ended, or return what went wrong."""
+    if code == 0:
+        tell(job, "done")
+        return None
+    if code == NotFinite.code:
+        diverged(job)
+        tell(job, "diverged")
+        return None
+    log = log_of(job.folder)
+    return IsthmusError(
+        f"{job.label} ended with exit code {code}: {_last_words(log)}",
+        f"see {log}; the same command goes on with what is missing",
+    )
+
+
 def diverged(job: Job) -> None:
     """Write down that a job ends in numbers that are not finite, so that it is not tried again."""
     write_text(job.folder / "diverged", "")
@@ -150,9 +183,16 @@ def diverged(job: Job) -> None:
 def locked(folder: Path, say: Callable[[str], None]) -> Iterator[int]:
     """The comparison's lock; waits while another process, or a child that outlived its parent, holds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    with held(folder / "lock", lambda: say(f"{folder} is in use by another process or its runs; waiting")) as lock:
+        yield lock
+
+
+@contextlib.contextmanager
+def held(path: Path, wait: Callable[[], None]) -> Iterator[int]:
+    """The descriptor of a lock file that nobody else holds; `wait` is called where somebody still does."""
+    with path.open("w") as file:
         if not _take(file.fileno()):
-            say(f"{folder} is in use by another process, or by runs that outlived theirs; waiting for them to end")
+            wait()
             while not _take(file.fileno()):
                 time.sleep(1)
         yield file.fileno()

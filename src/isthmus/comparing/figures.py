@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 
 from isthmus.comparing.outcome import Drawn, Line, Points
 from isthmus.evaluation.drawing import nice_ticks, number_short, running_mean
+from isthmus.evaluation.escaping import escape
 from isthmus.evaluation.statistics import short
 
 COLOURS = 8

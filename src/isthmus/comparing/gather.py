@@ -238,11 +238,8 @@ def cost(recipe: Recipe, jobs: Sequence[Job], speed: Speed | None) -> Cost:
 
 
 def steps_of(job: Job, stage: Stage) -> list[dict[str, Any]]:
-    """The log's row of every step of a stage, with the operations that its share of the ceiling stands for."""
-    folder = job.folder / stage.name
-    rows = [row for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
-    ceiling = json.loads((folder / "machine.json").read_text())["operations_per_second"] if rows else 0.0
-    return [{**row, "operations": row["mfu"] * row["seconds"] * ceiling} for row in rows]
+    """The log's row of every step of a stage."""
+    return [row for row in read_rows(job.folder / stage.name / "metrics.jsonl") if "loss" in row]
 
 
 def trained(name: str, job: Job) -> Trained:

@@ -6,7 +6,6 @@ Everything that comes from recipes, data or models is escaped; figures come from
 from __future__ import annotations
 
 from collections.abc import Callable
-from html import escape
 
 from isthmus.comparing import figures, page_method
 from isthmus.comparing.advice import signed
@@ -14,6 +13,7 @@ from isthmus.comparing.outcome import Cell, Contrast, Cost, Line, Outcome, Shown
 from isthmus.costs import TEXT
 from isthmus.evaluation import html
 from isthmus.evaluation.drawing import count
+from isthmus.evaluation.escaping import escape
 from isthmus.evaluation.html import clock, credits_table, picture, section
 from isthmus.evaluation.results import Column
 from isthmus.evaluation.seeds import Gap, Level
@@ -85,7 +85,7 @@ def _quality(outcome: Outcome) -> str:
     )
     return f"""<figure>{figures.forest(outcome.mean, outcome.names, outcome.baseline)}
 <figcaption>{_mean_words(outcome)}</figcaption></figure>
-<div class="wide"><table class="scores">
+<div class="wide" tabindex="0"><table class="scores">
 <caption>{_quality_words(outcome)}</caption>
 <thead><tr><th scope="col">joint</th>{heads}</tr></thead>
 <tbody>{body}{_chance(outcome)}</tbody></table></div>
@@ -153,7 +153,8 @@ def _differences(outcome: Outcome) -> str:
         return ""
     body = "".join(_difference(name, line, cell) for name, line, cell in rows)
     return f"""<details><summary>Every difference from {escape(outcome.baseline)}</summary>
-<div class="wide"><table class="costs"><caption>Seed by seed{_paired_words(outcome)}. p is the larger of that over seeds
+<div class="wide" tabindex="0"><table class="costs">
+<caption>Seed by seed{_paired_words(outcome)}. p is the larger of that over seeds
 and that over items; adjusted after Holm over all rows of its family (the mean; the single tasks), 5 % for both
 families together.</caption>
 <thead><tr><th scope="col">joint and task</th><th scope="col">difference</th><th scope="col">over seeds</th>
@@ -227,7 +228,7 @@ def _costs(outcome: Outcome) -> str:
     measured = (
         "" if speed is None else f" Measured: {escape(speed.method)}; {speed.arithmetic}, threads: {speed.threads}."
     )
-    return f"""<div class="wide"><table class="costs">
+    return f"""<div class="wide" tabindex="0"><table class="costs">
 <caption>Counted: one picture and {TEXT} text tokens, 2 operations per multiply-add, attention densely; cache in
 bfloat16. Training: as the logs count it, without encoding pictures that are cached and without validation, the mean
 over seeds.{measured}</caption>
@@ -269,7 +270,7 @@ def _seen(outcome: Outcome) -> str:
         for name in outcome.names
     )
     return f"""<details><summary>Each joint beside its own baselines</summary>
-<div class="wide"><table class="costs">
+<div class="wide" tabindex="0"><table class="costs">
 <caption>Means over seeds with 95 % intervals. The gain is paired, item by item, from the same model with a grey
 picture: what looking adds.</caption>
 <thead><tr><th scope="col">joint and task</th><th scope="col">after training</th>{heads}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 
 from isthmus.comparing import figures
 from isthmus.comparing.outcome import Outcome
+from isthmus.evaluation.escaping import escape
 from isthmus.evaluation.html import pairs
 
 
@@ -34,7 +34,7 @@ def rates(outcome: Outcome) -> str:
         + f"<td>× {tried.chosen:.3g}{'<small>at the edge</small>' if tried.at_edge else ''}</td></tr>\n"
         for name, tried in outcome.rates.items()
     )
-    return f"""<div class="wide"><table class="costs">
+    return f"""<div class="wide" tabindex="0"><table class="costs">
 <caption>Validation loss of trials that last {outcome.share:.0%} of the budget each, under a seed of their own; all the
 learning rates of a recipe are multiplied. The lowest is chosen, for each joint from the same factors at the same
 cost: {len(factors) * outcome.share:.0%} of a run on top, once per joint.</caption>
@@ -60,7 +60,7 @@ def settings(outcome: Outcome) -> str:
         + "</tr>\n"
         for setting in outcome.settings
     )
-    return f"""<div class="wide"><table class="settings">
+    return f"""<div class="wide" tabindex="0"><table class="settings">
 <caption>What a comparison of joints keeps equal. Under one seed all joints also draw the same items, and the same data
 order where their mixes agree. Learning rates are each joint’s own.</caption>
 <thead><tr><th scope="col">setting</th><th scope="col">match</th><th scope="col">value</th></tr></thead>
@@ -87,7 +87,7 @@ def method(outcome: Outcome) -> str:
         for run in outcome.runs
     )
     return f"""{pairs({**outcome.method, "budget": f"{outcome.budget} of training for each run"})}
-<details><summary>Every run</summary><div class="wide"><table class="runs">
+<details><summary>Every run</summary><div class="wide" tabindex="0"><table class="runs">
 <caption>Every number above is of these runs: the recipe’s fingerprint, a hash over all items, the seed and the code’s
 revision say which.</caption>
 <thead><tr><th scope="col">joint</th><th scope="col">seed</th><th scope="col">recipe</th><th scope="col">data</th>

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -105,21 +107,23 @@ class Plan(Frozen):
 
     @property
     def command(self) -> str:
-        """What makes this comparison, where its recipes are in the book."""
-        words = ["isthmus compare", *self.recipes, f"--budget {self.budget}"]
-        plain = self.seeds == tuple(range(len(self.seeds)))
-        words.append(f"--seeds {len(self.seeds)}" if plain else f"(seeds {', '.join(map(str, self.seeds))})")
-        words.append(f"--baseline {self.baseline}")
+        """What makes this comparison, where its recipes are in the book: ready for a shell, rates and all.
+
+        Seeds other than the first ones can be chosen from Python alone; a comment says which they were.
+        """
+        words = ["isthmus", "compare", *self.recipes, "--budget", self.budget, "--seeds", str(len(self.seeds))]
+        words += ["--baseline", self.baseline]
         if self.factors:
-            words.append(f"--grid {','.join(f'{factor:.4g}' for factor in self.factors)} --share {self.share:g}")
+            words += ["--grid", ",".join(map(_fraction, self.factors)), "--share", repr(self.share)]
         else:
             words.append("--no-search")
-        words.append(f"--tasks {','.join(dict.fromkeys(task.name for task in self.common.eval))}")
+        words += ["--tasks", ",".join(dict.fromkeys(task.name for task in self.common.eval))]
         limits = {task.limit for task in self.common.eval}
-        words += [f"--limit {limit}" for limit in limits if len(limits) == 1 and limit is not None]
-        words += [f"--data {source.name}" for source in self.common.data]
-        words += [f"--set {override}" for override in self.common.overrides]
-        return " ".join(words)
+        words += [word for limit in limits if len(limits) == 1 and limit for word in ("--limit", str(limit))]
+        words += [word for source in self.common.data for word in ("--data", source.name)]
+        words += [word for override in self.common.overrides for word in ("--set", override)]
+        first = self.seeds == tuple(range(len(self.seeds)))
+        return shlex.join(words) + ("" if first else f"  # seeds {', '.join(map(str, self.seeds))}")
 
     def with_recipes(self, recipes: Sequence[Recipe], folder: Path) -> Plan:
         """With these recipes beside its own.
@@ -137,6 +141,12 @@ class Plan(Frozen):
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "plan.json", self.model_dump_json(indent=1))
+
+
+def _fraction(factor: float) -> str:
+    """1/3 rather than 0.3333, where that is the very same number."""
+    near = Fraction(factor).limit_denominator(1000)
+    return str(near) if float(near) == factor else repr(factor)
 
 
 def scaled(recipe: Recipe, factor: float) -> Recipe:

@@ -37,9 +37,12 @@ class Speed:
 
 
 def speed_of(folder: Path, dtype: torch.dtype, device: torch.device, note: Path) -> Speed:
-    """A saved model's speed, from the note that is there, or measured and noted."""
+    """A saved model's speed, from a note of the same arithmetic, threads and kind of device, or measured and noted."""
     if note.is_file():
-        return Speed(**json.loads(note.read_text()))
+        known = Speed(**json.loads(note.read_text()))
+        here = str(dtype).removeprefix("torch."), torch.get_num_threads(), device.type
+        if (known.arithmetic, known.threads, torch.device(known.device).type) == here:
+            return known
     found = measure(load(folder, dtype, device))
     note.parent.mkdir(parents=True, exist_ok=True)
     write_text(note, json.dumps(asdict(found), indent=1))

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from isthmus.config import Recipe
-from isthmus.forecast import forecast
+from isthmus.forecast import kept
 from isthmus.training.checkpoint import write_text
 from isthmus.training.log import read_rows
 
@@ -45,7 +45,7 @@ def plan(recipe: Recipe, folder: Path, device: torch.device, console: Console) -
     if file.is_file() or not recipe.stages:
         return
     try:
-        made = forecast(recipe, device).plain()
+        made = kept.planned(recipe, device)
     except Exception as error:  # whatever a forecast stumbles over, it must not keep a run from its training
         console.print(f"no forecast of this run: {type(error).__name__}: {error}".splitlines()[0], markup=False)
         return
@@ -76,15 +76,13 @@ def table(stages: list[Stage]) -> Table:
 
 def measured(folder: Path) -> dict[str, float]:
     """What a stage took, from its own log: the median step, the mean of its operations, the most memory."""
-    rows = [row for row in read_rows(folder / "metrics.jsonl") if "seconds" in row]
-    machine = folder / "machine.json"
-    if len(rows) <= SETTLED or not machine.is_file():
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "operations" in row]
+    if len(rows) <= SETTLED:
         return {}
-    ceiling = json.loads(machine.read_text())["operations_per_second"]
     rows = rows[SETTLED:]
     return {
         "steps_per_second": 1 / statistics.median(row["seconds"] for row in rows),
-        "flops": statistics.mean(row["mfu"] * row["seconds"] * ceiling for row in rows),
+        "flops": statistics.mean(row["operations"] for row in rows),
         "peak": max(row["memory_gb"] for row in rows) * 1e9,
     }
 
