@@ -69,7 +69,7 @@ def machine() -> dict[str, Any]:
         "versions": {name: version(name) for name in SOFTWARE},
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_kept, sys.argv[1:])]),
     }
 
 
@@ -126,6 +126,11 @@ def _processor() -> str:
     known = {key.strip(): value.strip() for key, value in fields.items()}
     flags = [flag for flag in known.get("flags", "").split() if flag.startswith(("avx512_bf16", "avx512f", "amx"))]
     return f"{known.get('model name', platform.processor())} ({' '.join(flags) or 'no AVX-512'})"
+
+
+def _kept(argument: str) -> str:
+    """An argument of the command as results keep it: of an absolute path the name, as folders are nobody's business."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _commit() -> str:

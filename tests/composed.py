@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import tempfile
 from pathlib import Path
@@ -47,8 +48,13 @@ def recipe(
 
 
 def model(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> VLM:
-    """A newborn model of `recipe(...)`."""
-    return isthmus.compose(recipe(*args, **kwargs), dtype)
+    """A newborn model of `recipe(...)`: a copy of one that was composed, which takes a tenth of the time."""
+    return copy.deepcopy(_composed(recipe(*args, **kwargs).model_dump_json(), dtype))
+
+
+@functools.cache
+def _composed(written: str, dtype: torch.dtype) -> VLM:
+    return isthmus.compose(Recipe.model_validate_json(written), dtype)
 
 
 @torch.no_grad()

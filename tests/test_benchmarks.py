@@ -152,6 +152,18 @@ def test_resume_goes_on_and_refuses_to_be_slow(tmp_path, monkeypatch):
     assert resume.main(["--tiny", "--json", str(tmp_path / "r.json")]) == 1
 
 
+@pytest.mark.slow
+def test_streaming_measures_every_kind_of_shard(tmp_path):
+    streaming = importlib.import_module("streaming")
+    assert streaming.main(["--tiny", "--json", str(tmp_path / "s.json")]) == 0
+    found = read(tmp_path / "s.json")
+    assert [(one["kind"], one["rows"]) for one in found["results"]] == [
+        (kind, rows) for kind in streaming.KINDS for rows in (200, 20_000)
+    ]
+    for one in found["results"]:  # one in fifty, by its id, is held out
+        assert 0.95 * one["rows"] < one["first"]["samples"] == one["resume"]["samples"] < one["rows"]
+
+
 # ---------------------------------------------------------------------------------------------- training
 
 
@@ -252,6 +264,7 @@ def short_demo(folder: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("embedded")
 def test_demo_quality_runs_and_collects(tmp_path, monkeypatch):
     quality = importlib.import_module("demo_quality")

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import composed
-import isthmus
 import test_contract as contract
 from composed import MIX, picture, sample, stir
 from isthmus.config import Budget, LoRA, ObjectiveConfig, Stage
@@ -137,7 +136,7 @@ def gradients(step: Step, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]
 @pytest.mark.parametrize(("joint", "family", "terms", "train", "batching"), cases())
 def test_a_combination_learns_or_refuses(joint, family, terms, train, batching):
     made = composed.recipe(family, JOINTS[joint].aligner, JOINTS[joint].options)
-    vlm = isthmus.compose(made, torch.float32)
+    vlm = composed.model(family, JOINTS[joint].aligner, JOINTS[joint].options)
     stage = stage_of(vlm, terms, train, batching)
     made = made.but(stages=(stage,))
     reason = unfit(joint, family, terms, batching, vlm)

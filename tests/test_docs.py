@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import json
 import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,9 @@ import composed
 import isthmus
 import test_contract
 import tiny
+from chat_server import KEY, running
 from isthmus import aligner as aligners
-from isthmus.cli.app import app
+from isthmus.cli.app import app, main
 from isthmus.config import read
 from isthmus.recipes import BOOK
 from test_contract import Joint
@@ -92,6 +95,52 @@ def test_code_runs(page, there):
     for info, content in blocks(page, "python"):
         if "run" in info.split():
             exec(compile(content, str(page), "exec"), scope)  # noqa: S102 - our own pages
+
+
+NOT_RUN = [
+    pytest.param(content, id=f"{name(page)}-{place}")
+    for page in PAGES
+    for place, (info, content) in enumerate(blocks(page, "python"))
+    if not {"run"} & set(info.split()) and "file=" not in info
+]
+
+
+@pytest.mark.parametrize("content", NOT_RUN)
+def test_code_that_is_not_run_imports_what_is_there_and_calls_it_by_its_arguments(content):
+    text = textwrap.dedent(content)
+    tree = ast.parse(f"{{{text}}}" if text.startswith('"') else text)  # an entry of a mapping
+    imports: list[Any] = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    for node in imports:
+        for module in [node.module] if isinstance(node, ast.ImportFrom) else [word.name for word in node.names]:
+            pytest.importorskip(str(module).partition(".")[0])  # an extra that is not installed
+    scope: dict[str, Any] = {}
+    exec(compile(ast.Module(imports, []), "documents", "exec"), scope)  # noqa: S102 - our own pages
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        first, *rest = ast.unparse(call.func).split(".")
+        if first in scope and all(word.isidentifier() for word in rest):
+            called = functools.reduce(getattr, rest, scope[first])
+            inspect.signature(called).bind(*call.args, **{word.arg: word.value for word in call.keywords if word.arg})
+
+
+@pytest.mark.parametrize(
+    ("page", "address", "key"),
+    [
+        ("docs/speakers.md", "https://api.openai.com/v1", KEY),
+        ("docs/serving.md", "http://127.0.0.1:8000/v1", "choose-one"),
+    ],
+)
+def test_code_that_asks_a_server_asks_it_as_the_protocol_says(page, address, key, there, monkeypatch):
+    """A small server on this machine stands in for the page's."""
+    pytest.importorskip("openai")
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    content = next(content for _, content in blocks(ROOT / page, "python"))
+    assert content.count(address) == 1
+    with running() as server:
+        server.key = key
+        exec(compile(content.replace(address, server.endpoint), page, "exec"), {})  # noqa: S102 - our own pages
+    assert len(server.bodies) == 1
+    assert set(server.faults) <= {"no max_tokens"}  # our own speaker always sends it; the protocol leaves it open
 
 
 def test_readme_shows_how_to_use_and_how_to_add():
@@ -310,8 +359,11 @@ def test_help_of_every_verb_answers():
         assert runner.invoke(app, [*verb, "--help"]).exit_code == 0, verb
 
 
-def test_exit_codes_are_those_of_the_readme():
+def test_exit_codes_are_those_of_the_readme(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["isthmus", "plan", "nope"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 2
     script = Path(sys.executable).with_name("isthmus")
-    for words, code in ((["plan", "nope"], 2), (["data", "check", "nope.json"], 3)):
-        ran = subprocess.run([script, *words], capture_output=True, text=True, check=False)
-        assert ran.returncode == code and ran.stderr.count("\n") == 2, ran.stderr
+    ran = subprocess.run([script, "data", "check", "nope.json"], capture_output=True, text=True, check=False)
+    assert ran.returncode == 3 and ran.stderr.count("\n") == 2, ran.stderr

@@ -115,11 +115,25 @@ def test_everything_of_the_base_is_frozen_at_birth():
 
 def test_new_weights_depend_on_the_seed_alone():
     torch.manual_seed(1)
-    one = composed.model("llama").connectors.state_dict()
+    one = isthmus.compose(composed.recipe("llama")).connectors.state_dict()  # composed.model copies one that is kept
     torch.manual_seed(2)
-    two = composed.model("llama").connectors.state_dict()
+    two = isthmus.compose(composed.recipe("llama")).connectors.state_dict()
     other = isthmus.compose(composed.recipe("llama").but(seed=1)).connectors.state_dict()
     assert all(torch.equal(one[key], two[key]) and not torch.equal(one[key], other[key]) for key in one)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("aligner", ["llava", "flamingo", "ee_mllm"])
+def test_a_copy_is_a_model_of_its_own_and_what_was_composed(aligner):
+    """Tests take copies (`composed.model`), and so may you: `copy.deepcopy(model)`."""
+    one, other = (stir(composed.model("llama", aligner)) for _ in range(2))
+    fresh = stir(isthmus.compose(composed.recipe("llama", aligner)))
+    assert not {p.data_ptr() for p in one.parameters()} & {p.data_ptr() for p in other.parameters()}
+    batch = fresh.processor.collator()(composed.MIX)
+    assert torch.equal(logits(one, batch), logits(fresh, batch))
+    for parameter in one.parameters():
+        parameter.zero_()
+    assert torch.equal(logits(other, batch), logits(fresh, batch))
 
 
 @torch.no_grad()

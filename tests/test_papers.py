@@ -40,7 +40,7 @@ def test_every_joint_stands_under_its_family_with_its_tests():
         heading = PAGE.index(f"## {papers.FAMILIES[each.families[0]]}\n")
         assert f"**{name}**" in PAGE[heading : PAGE.index("\n## ", heading)]
     second = {name: aligner.named(name).also for name in inside if aligner.named(name).also}
-    data = dict.fromkeys(("llava", "instructblip", "shikra", "kosmos2", "victor"), "data")
+    data = dict.fromkeys(("llava", "instructblip", "shikra", "kosmos2", "victor", "asvr"), "data")
     assert second == {**data, "lion": "tool"}
     assert {name: each.families[1] for name, each in listed.items() if each.families[1:]} == second
 

@@ -26,9 +26,9 @@ LATER: dict[str, Any] = {"exclude_if": lambda value: value in (None, {})}
 
 
 class Frozen(BaseModel):
-    """A value of the recipe: immutable, every key known."""
+    """A value of the recipe: immutable, every key known, every number finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def but(self, **changes: Any) -> Self:
         """A copy with fields replaced, validated again."""
@@ -176,8 +176,8 @@ class Stage(Frozen):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(0.03, ge=0, lt=1)
     """Share of the steps over which the rate rises linearly from 0."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float | None = 1.0
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    clip: float | None = Field(1.0, gt=0)
     """Largest global gradient norm; None leaves gradients alone."""
     max_length: int = Field(2048, ge=8)
     """Decoder tokens per sample. Media spans are atomic: see `overlong`."""
@@ -227,7 +227,7 @@ class Engine(Frozen):
 
 
 class TaskConfig(Frozen):
-    """One task of the evaluation."""
+    """One task of the evaluation; without a limit it has 500 items, or all those of a file of the user's own."""
 
     name: str
     limit: int | None = Field(None, ge=1)
@@ -243,7 +243,7 @@ OneTask: TypeAlias = Annotated[TaskConfig, _named("name")]
 class Recipe(Frozen):
     """Encoder, LLM and joint; the stages of their training; the evaluation; one seed."""
 
-    name: str = "recipe"
+    name: str = Field("recipe", pattern=r"^[^\s/\\.-][^/\\\x00-\x1f]*$", max_length=100)  # a folder's, too
     about: str = ""
     """One line of what it is."""
     encoder: OneEncoder = EncoderConfig()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -58,8 +59,10 @@ def recipe(tmp_path: Path, data: Path) -> Path:
 
 
 def test_train_resume_chat_and_export(monkeypatch, capsys, tmp_path, recipe):
-    out = tmp_path / "run"
+    out = tmp_path / "my [red] runs; it's $HOME"
     assert run(monkeypatch, "train", str(recipe), "--out", str(out), "--device", "cpu") == 0
+    (command,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("chat "))
+    assert shlex.split(command)[3:] == [str(out / "sft" / "model"), "--image", "PICTURE.png"]  # to be pasted as it is
     assert (out / "report.json").is_file() and (out / "align" / "model" / "config.json").is_file()
     weights = (out / "sft" / "model" / "model.safetensors").read_bytes()
     capsys.readouterr()

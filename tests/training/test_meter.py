@@ -102,6 +102,7 @@ def test_rows_tell_share_memory_and_norms_of_parts(recipe: Recipe, tmp_path: Pat
     assert ceiling["device"] == "cpu" and ceiling["operations_per_second"] > 1e8
     for row in read_rows(tmp_path / "metrics.jsonl"):
         assert 0 < row["mfu"] < 1 and 0.05 < row["memory_gb"] < 100
+        assert row["operations"] == pytest.approx(row["mfu"] * row["seconds"] * ceiling["operations_per_second"])
         parts = [row[f"grad_norm_{part}"] for part in ("connectors", "llm", "encoders")]
         assert all(parts) and row["grad_norm"] == pytest.approx(sum(part**2 for part in parts) ** 0.5, rel=1e-5)
         assert {key for key in row if key.startswith("grad_norm_")} == {

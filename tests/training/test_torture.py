@@ -23,6 +23,12 @@ def run(folder: Path, *options: str) -> dict:
     return json.loads(done.stdout)
 
 
+def test_five_kills(tmp_path: Path) -> None:
+    found = torture.torture(5, tmp_path)
+    assert (found.kills, found.survived, found.faults) == (5, 5, [])
+
+
+@pytest.mark.slow
 def test_ten_kills(tmp_path: Path) -> None:
     found = run(tmp_path, "--times", "10")
     assert (found["kills"], found["survived"], found["faults"]) == (10, 10, [])

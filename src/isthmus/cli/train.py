@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -105,6 +106,6 @@ def _experiment(recipe: Recipe, folder: Path, device: str, console: Console, as_
     for said in result.generations:
         console.print(f"[dim]{said.prompt}[/dim]  {said.reply!r} [dim](reference: {said.reference})[/dim]")
     model = folder / recipe.stages[-1].name / "model"
-    console.print(
-        f"\nreport  {folder / 'report.html'}\nmodel   {model}\nchat    isthmus chat {model} --image PICTURE.png"
-    )
+    chat = shlex.join(["isthmus", "chat", str(model), "--image", "PICTURE.png"])
+    after = f"\nreport  {folder / 'report.html'}\nmodel   {model}\nchat    {chat}"
+    console.print(after, markup=False, soft_wrap=True)  # to be copied: neither brackets taken out nor lines broken

@@ -116,7 +116,7 @@ class Progress:
 
 @contextlib.contextmanager
 def counting(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for work that reports (done, total); nothing is shown before the first report."""
+    """A bar for work that reports (done, total known so far); nothing is shown before the first report."""
     bar = Bar(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -132,7 +132,7 @@ def counting(console: Console, title: str) -> Iterator[Callable[[int, int], None
             tasks.append(bar.add_task(title, total=total))
             if not console.is_terminal:
                 console.print(f"{title}: {total}", highlight=False)
-        bar.update(tasks[0], completed=done)
+        bar.update(tasks[0], completed=done, total=total)
 
     with bar:
         yield report

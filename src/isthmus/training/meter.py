@@ -43,8 +43,13 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(device)
 
     def read(self, batches: Sequence[Batch], seconds: float) -> dict[str, float]:
-        """`mfu`, and `memory_gb` at its peak so far: of the accelerator, else of the process."""
-        return {"mfu": self.flops(batches) / seconds / self.ceiling, "memory_gb": peak_memory(self.device) / 1e9}
+        """`operations`, their share `mfu` of the ceiling, and `memory_gb` at its peak so far.
+
+        Memory is the accelerator's, else the process's.
+        """
+        flops = self.flops(batches)
+        share = flops / seconds / self.ceiling
+        return {"operations": flops, "mfu": share, "memory_gb": peak_memory(self.device) / 1e9}
 
     def flops(self, batches: Sequence[Batch]) -> float:
         """Operations of one optimizer step over these batches, once their kinds of media have been seen."""
