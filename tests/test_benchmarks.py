@@ -391,8 +391,8 @@ def test_the_largest_resident_set_is_that_since_it_was_forgotten():
     del block
     plans.reset_peak()
     before = plans.peak()
-    again = torch.ones(25_000_000)
-    assert plans.peak() - before > 0.8 * again.nbytes
+    again = torch.ones(75_000_000)
+    assert plans.peak() - before > 0.5 * again.nbytes  # a busy system takes other pages back meanwhile
 
 
 def test_plans_that_miss_are_told(tmp_path, monkeypatch, capsys):
