@@ -76,8 +76,9 @@ def train(seed: int, minutes: float, folder: Path, overrides: Sequence[str]) -> 
 
     from isthmus.experiment import experiment
     from isthmus.recipes.demo import demo
+    from isthmus.recipes.parts import TASKS
 
-    recipe = demo(minutes).but(seed=seed).override(overrides)
+    recipe = demo(minutes).but(seed=seed, eval=TASKS).override(overrides)  # baselines on all items, too
     if experiment(recipe, folder, torch.device("cpu"), Console()) is None:
         raise SystemExit(130)
 

@@ -105,8 +105,7 @@ class LoRA(Frozen):
 class Train(Frozen):
     """How the parameters that a glob matches are trained."""
 
-    lr: float | None = Field(None, gt=0)
-    """None takes the stage's."""
+    lr: float | None = Field(None, gt=0)  # None takes the stage's
     weight_decay: float = Field(0.0, ge=0)
     mode: Literal["full", "frozen"] | LoRA = "full"
 
@@ -231,6 +230,8 @@ class TaskConfig(Frozen):
 
     name: str
     limit: int | None = Field(None, ge=1)
+    baseline_limit: int | None = Field(None, ge=1)
+    """Items, drawn among the task's, that the model before training and the controls are asked; None: all."""
     controls: tuple[Literal["blind", "shuffled"], ...] = ("blind", "shuffled")
     """Baselines measured beside it: the picture blanked, and pictures exchanged between items."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -244,8 +245,7 @@ class Recipe(Frozen):
     """Encoder, LLM and joint; the stages of their training; the evaluation; one seed."""
 
     name: str = Field("recipe", pattern=r"^[^\s/\\.-][^/\\\x00-\x1f]*$", max_length=100)  # a folder's, too
-    about: str = ""
-    """One line of what it is."""
+    about: str = ""  # one line of what it is
     encoder: OneEncoder = EncoderConfig()
     """The image encoder."""
     more_encoders: dict[Literal["video", "audio"], OneEncoder] = Field(default_factory=dict)

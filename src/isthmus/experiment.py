@@ -21,7 +21,7 @@ from isthmus.data import sets
 from isthmus.data.collate import Look
 from isthmus.data.media import open_image
 from isthmus.evaluation import report as reports
-from isthmus.evaluation.measure import Measured, build, measure, merge
+from isthmus.evaluation.measure import Measured, build, check_exchanges, conditions, measure, merge, rules
 from isthmus.evaluation.results import Column, Credit, Curve, Generation, Part, Report, examples, headline, rows
 from isthmus.evaluation.tasks import Task, plain
 from isthmus.forecast import was
@@ -67,6 +67,7 @@ def experiment(
     model = run.newborn()
     look = run.look(model)
     tasks = build(recipe.eval, recipe.seed)
+    check_exchanges(tasks)
     start = time.perf_counter()
     run.fill(look, pictures(task for task, _ in tasks))
     if not world.main:
@@ -103,10 +104,12 @@ def pictures(tasks: Iterable[Task]) -> list[Image]:
 
 def _measure(run: Run, model: VLM, look: Look, tasks: list[tuple[Task, TaskConfig]], column: Column) -> Measured:
     """All tasks in one column of the table, with one bar for all."""
-    weights = run.recipe.fingerprint() + ("" if column == "before" else f" after {run.recipe.stages[-1].name}")
+    last = run.recipe.stages[-1].name if run.recipe.stages else "nothing"
+    weights = run.recipe.fingerprint() + ("" if column == "before" else f" after {last}")
     with log.counting(run.console, f"measuring {column} training") as advance:
         each: dict[str, tuple[int, int]] = {}
-        planned = sum(_items(task, config, column) for task, config in tasks)
+        asked = [each for task, config in tasks for _, each in conditions(model, task, config, column).values()]
+        planned = sum(len(each.items) for each in asked)
 
         def progress(what: str, done: int, total: int) -> None:
             each[what] = done, total
@@ -122,12 +125,6 @@ def _measure(run: Run, model: VLM, look: Look, tasks: list[tuple[Task, TaskConfi
             settings={"weights": weights},
             progress=progress,
         )
-
-
-def _items(task: Task, config: TaskConfig, column: Column) -> int:
-    """Items over all conditions of a task."""
-    controls = len(config.controls) + task.cosine if column == "after" else 0
-    return len(task.items) * (1 + controls)
 
 
 def free_replies(model: VLM, look: Look, tasks: list[tuple[Task, TaskConfig]], each: int = 2) -> tuple[Generation, ...]:
@@ -173,7 +170,7 @@ def summarise(
         seed=recipe.seed,
         revision=f"isthmus {version('isthmus')}",
         method={
-            "rule": tasks[0][0].rule if tasks else "",
+            "rule": rules(tasks),
             "arithmetic": f"{run.dtype} base parts, float32 for what trains; the same in training and measuring",
             "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {run.device}",
             "software": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")),

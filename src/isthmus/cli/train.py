@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from isthmus.config import Recipe
 
 Minutes = typer.Option(min=0.1, help="Minutes of training over all stages; measured once, then a number of steps.")
-FIXED = 7.0
+FIXED = 5.0
 """Minutes of the demo that are not training, on two cores: encoding pictures, measuring twice, the report."""
 
 
 def demo(
-    minutes: Annotated[float, Minutes] = 3.0,
+    minutes: Annotated[float, Minutes] = 4.5,
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
     out: Out = None,
     device: Device = "auto",

@@ -11,10 +11,12 @@ from typing import Any, TypeAlias
 import torch
 
 from isthmus.config import TaskConfig
+from isthmus.data.choices import ROUND
 from isthmus.data.collate import Look
 from isthmus.evaluation import fewshot, prose, tasks
 from isthmus.evaluation.answers import Prediction
-from isthmus.evaluation.results import Column
+from isthmus.evaluation.controls import CONTROLS
+from isthmus.evaluation.results import Column, drawn
 from isthmus.evaluation.score import Scorer
 from isthmus.evaluation.tasks import Task
 from isthmus.model import VLM
@@ -75,17 +77,12 @@ def measure(
     found: Measured = {}
     for task, config in built:
         scorer.reply = _reply(model, look, task.longest)
-        conditions: dict[Column, tasks.Control | None] = {column: None}
-        if column == "after" and any(item.prompt.media for item in task.items):
-            conditions |= {control: control for control in config.controls}
-            beside_words = task.cosine and model.aligner.splices  # elsewhere vectors are not in the words' space
-            conditions |= {"cosine": "cosine"} if beside_words else {}
         runs: dict[Column, list[Prediction]] = {}
-        for name, control in conditions.items():
-            advance = advancing(f"{task.name} {name}", len(task.items), progress)
+        for name, (control, asked) in conditions(model, task, config, column).items():
+            advance = advancing(f"{task.name} {name}", len(asked.items), progress)
             with arithmetic_of(model):
                 runs[name] = tasks.run(
-                    task,
+                    asked,
                     scorer,
                     control=control,
                     folder=folder / column,
@@ -94,6 +91,52 @@ def measure(
                     advance=advance,
                 )
         found[task.name] = task, runs
+    return found
+
+
+def some(task: Task, limit: int | None) -> Task:
+    """The task with at most `limit` of its items, the same ones for every seed and in their order.
+
+    It stays whole where scores depend on all items together, or an item is asked in several rounds.
+    """
+    whole = not task.divisible or any(ROUND in item.prompt.id for item in task.items)
+    if limit is None or limit >= len(task.items) or whole:
+        return task
+    return replace(task, items=tuple(task.items[place] for place in drawn(len(task.items), limit)))
+
+
+def check_exchanges(built: Sequence[tuple[Task, TaskConfig]]) -> None:
+    """Whether the pictures of every task that asks for it can be exchanged: better now than after training.
+
+    Raises:
+        DataError: they cannot.
+    """
+    for task, config in built:
+        prompts = [item.prompt for item in some(task, config.baseline_limit).items]
+        if "shuffled" in config.controls and any(prompt.media for prompt in prompts):
+            CONTROLS["shuffled"](prompts, 0)
+
+
+def rules(built: Sequence[tuple[Task, TaskConfig]]) -> str:
+    """How items are scored, with the names of tasks where there are several rules."""
+    names: dict[str, list[str]] = {}
+    for task, _ in built:
+        names.setdefault(task.rule, []).append(task.name)
+    if len(names) < 2:
+        return "".join(names)
+    return "; ".join(f"{', '.join(of)}: {rule}" for rule, of in names.items())
+
+
+def conditions(
+    model: VLM, task: Task, config: TaskConfig, column: Column
+) -> dict[Column, tuple[tasks.Control | None, Task]]:
+    """What is measured of a task under `column`: by column of the table, the control and the items that are asked."""
+    fewer = some(task, config.baseline_limit)
+    found: dict[Column, tuple[tasks.Control | None, Task]] = {column: (None, task if column == "after" else fewer)}
+    if column == "after" and any(item.prompt.media for item in task.items):
+        found |= {control: (control, fewer) for control in config.controls}
+        if task.cosine and model.aligner.splices:  # elsewhere vectors are not in the words' space
+            found["cosine"] = "cosine", task
     return found
 
 

@@ -86,6 +86,8 @@ def _units(rows: Sequence[Row]) -> str:
     parts.append(
         "Small figures are 95 % intervals. Blank and shuffled: after training, with a grey picture or another’s."
     )
+    if any(row.fewest < row.n for row in rows):
+        parts.append("Before, blank and shuffled were asked of some of the items, drawn among them.")
     return " ".join(parts)
 
 
@@ -93,6 +95,7 @@ def _row(row: Row, shown: Sequence[Column]) -> str:
     cells = "".join(_cell(row.cells.get(column), column) for column in shown)
     chance = "" if row.chance is None else short(row.chance)
     groups = f"{row.n:,} items" + (f", {row.clusters:,} clusters" if row.clusters != row.n else "")
+    groups += f", baselines {row.fewest:,}" if row.fewest < row.n else ""
     unit = "" if row.unit == "accuracy" else f" · {escape(row.unit)}"
     return (
         f'<tr><th scope="row">{escape(row.label)}<small>{groups}{unit}</small></th>'
@@ -111,11 +114,7 @@ def _gains(rows: Iterable[Row]) -> str:
     """What the picture adds, in sentences: paired differences from the controls, and the mean over kinds."""
     lines = []
     for row in rows:
-        parts = [
-            f"{_signed(row.gains[column])} over {HEADS[column]}"
-            for column in COLUMNS
-            if column in row.gains and column != "before"
-        ]
+        parts = [f"{_signed(row.gains[column])} over {HEADS[column]}" for column in COLUMNS if column in row.gains]
         if row.macro is not None:
             kinds = ", ".join(f"{escape(kind)} {headline(value)}" for kind, value in row.kinds.items())
             parts.append(f"mean over kinds {headline(row.macro)} ({kinds})")

@@ -75,6 +75,8 @@ def table_of(rows: Sequence[Row]) -> Table:
     for row in rows:
         cells = [_terminal_cell(row.cells.get(column)) for column in shown]
         task = RichText(row.label).append(f"\n{row.n:,} items", style="dim")
+        if row.fewest < row.n:
+            task.append(f"\n(baselines {row.fewest:,})", style="dim")
         result.add_row(task, *cells, "" if row.chance is None else short(row.chance))
         for name, value in row.besides.items():
             told = RichText("not scored", style="yellow") if value is None else RichText(short(value))

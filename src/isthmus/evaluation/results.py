@@ -23,7 +23,7 @@ from isthmus.types import DataError, Image
 Column: TypeAlias = Literal["before", "after", "blind", "shuffled", "cosine"]
 COLUMNS: tuple[Column, ...] = ("before", "after", "blind", "shuffled", "cosine")
 Runs: TypeAlias = Mapping[Column, Sequence[Prediction]]
-"""A task's predictions, item by item in the same order, under every condition that was measured."""
+"""A task's predictions in the order of its items, under every condition that was measured; `after` has all of them."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class Row:
     chance: float | None = None
     besides: Mapping[str, float | None] = field(default_factory=dict)
     """Further figures of a benchmark, after training; None while an item is not scored."""
+
+    @property
+    def fewest(self) -> int:
+        """Items of the column that was asked fewest of them (`TaskConfig.baseline_limit`)."""
+        return min((cell.n for cell in self.cells.values()), default=self.n)
 
 
 @dataclass(frozen=True)
@@ -147,49 +152,72 @@ def rows(task: Task, runs: Runs, seed: int = 0) -> tuple[Row, ...]:
 
 def _row(task: Task, cut: Cut, runs: Runs, seed: int) -> Row:
     chosen = {
-        column: [prediction for prediction in runs[column] if cut.takes(prediction.kind)]
+        column: told
         for column in COLUMNS
-        if column in runs
+        if (told := [prediction for prediction in runs.get(column, ()) if cut.takes(prediction.kind)])
     }
     cells = {column: estimate(predictions, task.unit, seed) for column, predictions in chosen.items()}
-    sample = next(iter(chosen.values()))
+    sample = max(chosen.values(), key=len)
     row = Row(task.name, cut.label, task.unit, len(sample), len({p.cluster for p in sample}), cells)
     if "after" not in chosen:
         return row
     after = chosen["after"]
+    besides = _besides(task, after, cells["after"]) if cut.kinds is None else {}
+    pairs = {
+        column: [pair for pair in zip(alike(runs["after"], runs[column]), runs[column]) if cut.takes(pair[1].kind)]
+        for column in chosen
+        if column != "after"
+    }
     if task.unit != "accuracy":
-        gains: dict[Column, Estimate] = {}
-        if "before" in chosen:
-            gains["before"] = _change(chosen["before"], after, seed)
-        return replace(row, gains=gains, besides=_besides(task, after, cells["after"]) if cut.kinds is None else {})
+        change: dict[Column, Estimate] = {"before": _change(pairs["before"], seed)} if "before" in pairs else {}
+        return replace(row, gains=change, besides=besides)
     right, clusters, kinds = [p.right for p in after], [p.cluster for p in after], [p.kind for p in after]
     several = len(set(kinds)) > 1
     sizes = [len(item.choices) for item in task.items if cut.takes(item.kind)]
     return replace(
         row,
-        gains={
-            column: statistics.difference(right, [p.right for p in other], clusters, seed=seed)
-            for column, other in chosen.items()
-            if column != "after"
-        },
+        gains={column: _gain(both, seed) for column, both in pairs.items()},
         kinds=statistics.by_kind(right, kinds, clusters, seed=seed) if several else {},
         macro=statistics.macro(right, kinds, clusters, seed=seed) if several else None,
         chance=sum(1 / size for size in sizes) / len(sizes) if all(sizes) else None,
-        besides=_besides(task, after, cells["after"]) if cut.kinds is None else {},
+        besides=besides,
     )
 
 
-def _change(before: Sequence[Prediction], after: Sequence[Prediction], seed: int) -> Estimate:
-    """By how much NLL per token has changed, paired by item.
+def drawn(items: int, limit: int) -> list[int]:
+    """The places of `limit` of so many items, in order and the same for every seed."""
+    return sorted(random.Random(0).sample(range(items), limit))
+
+
+def alike(after: Sequence[Prediction], other: Sequence[Prediction]) -> Sequence[Prediction]:
+    """Those of `after` whose items another condition was asked, too, in its order.
+
+    Raises:
+        DataError: they are other items.
+    """
+    found = after if len(after) <= len(other) else [after[place] for place in drawn(len(after), len(other))]
+    if [one.id for one in found] != [one.id for one in other]:
+        raise DataError("the items before and after training differ", "measure both again")
+    return found
+
+
+def _gain(pairs: Sequence[tuple[Prediction, Prediction]], seed: int) -> Estimate:
+    """By how much more of the items were right after training."""
+    clusters = [after.cluster for after, _ in pairs]
+    return statistics.difference([a.right for a, _ in pairs], [b.right for _, b in pairs], clusters, seed=seed)
+
+
+def _change(pairs: Sequence[tuple[Prediction, Prediction]], seed: int) -> Estimate:
+    """By how much NLL per token has changed from before to after, paired by item.
 
     Raises:
         DataError: an item has other tokens than before.
     """
-    tokens = [prediction.tokens for prediction in after]
-    if tokens != [prediction.tokens for prediction in before]:
+    if any(after.tokens != before.tokens for after, before in pairs):
         raise DataError("the items have not the same tokens as before", "compare models with one tokenizer")
-    differences = [one.scores[-1] - other.scores[-1] for one, other in zip(before, after, strict=True)]
-    return statistics.mean(differences, [prediction.cluster for prediction in after], tokens, seed=seed)
+    differences = [before.scores[-1] - after.scores[-1] for after, before in pairs]
+    clusters, tokens = [after.cluster for after, _ in pairs], [after.tokens for after, _ in pairs]
+    return statistics.mean(differences, clusters, tokens, seed=seed)
 
 
 def _besides(task: Task, after: Sequence[Prediction], level: Estimate) -> dict[str, float | None]:
@@ -218,19 +246,27 @@ def examples(runs: Mapping[str, tuple[Task, Runs]], count: int = 10, seed: int =
         item = task.items[place]
         prompt = item.prompt
         image = _pictures(item)[-1]  # demonstrations come first
-        before = columns["before"][place] if "before" in columns else None
-        found.append(Example(label, item.words, open_image(image.source, prompt.id), columns["after"][place], before))
+        after, asked = columns["after"][place], columns.get("before", ())
+        before = next((old for new, old in zip(alike(columns["after"], asked), asked) if new is after), None)
+        found.append(Example(label, item.words, open_image(image.source, prompt.id), after, before))
     return tuple(found)
 
 
 def draw_examples(runs: Mapping[str, tuple[Task, Runs]], count: int = 10, seed: int = 0) -> list[tuple[str, int]]:
     """(label of the runs, item's place), `count` in all, drawn by the seed alike from every task.
 
-    What has no choices or no picture is left out: it cannot be shown as an example.
+    What has no choices or no picture is left out, and so is what was asked after training alone while others were
+    asked before it: it cannot be shown as an example.
     """
     dice = random.Random(seed)
+    asked = {
+        label: {*drawn(len(task.items), len(columns["before"]))} if "before" in columns else set(range(len(task.items)))
+        for label, (task, columns) in runs.items()
+    }
     fit = {
-        label: [place for place, item in enumerate(task.items) if item.choices and _pictures(item)]
+        label: [
+            place for place, item in enumerate(task.items) if item.choices and _pictures(item) and place in asked[label]
+        ]
         for label, (task, _) in runs.items()
     }
     places = {label: dice.sample(found, len(found)) for label, found in fit.items() if found}

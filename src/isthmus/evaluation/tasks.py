@@ -80,6 +80,8 @@ class Task(ABC):
     unit: ClassVar[Literal["accuracy", "nats per token"]] = "accuracy"
     longest: ClassVar[int] = 24
     """Tokens of a free reply."""
+    divisible: ClassVar[bool] = True
+    """Whether an item's score stays the same where fewer items are asked."""
 
     @property
     @abstractmethod
@@ -267,18 +269,15 @@ def _fingerprint(
 ) -> str:
     """Twelve hex digits that change with anything that the predictions depend on."""
     asked = [
-        [
-            prompt.id,
-            plain(prompt),
-            [str(controls.key(medium)) for medium in prompt.media],
-            item.answer,
-            item.choices,
-            item.references,
-        ]
+        {**vars(item), "prompt": [prompt.id, plain(prompt), list(map(_content, prompt.media)), prompt.meta.get("box")]}
         for prompt, item in zip(prompts, task.items)
     ]
     canonical = json.dumps([task.name, control, rule, asked, dict(settings)], sort_keys=True, default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def _content(part: Part) -> str:
+    return str(controls.key(part))
 
 
 def plain(sample: Sample) -> str:

@@ -6,8 +6,11 @@ from isthmus.config import Recipe, Train
 from isthmus.recipes import parts
 from isthmus.recipes.llava import embedded
 
+BASELINES = 150
+"""Items per task for the measure before training and for the controls: of ten minutes, most should be training."""
 
-def demo(minutes: float = 3.0) -> Recipe:
+
+def demo(minutes: float = 4.5) -> Recipe:
     """What `isthmus demo` runs; `minutes` is the time for training alone.
 
     Chosen by measurement (docs/log.md): the joint learns the words for what it sees in `warm`, at a small part of the
@@ -16,6 +19,7 @@ def demo(minutes: float = 3.0) -> Recipe:
     """
     return embedded().but(
         name="demo",
+        eval=tuple(task.but(baseline_limit=BASELINES) for task in parts.TASKS),
         about="SmolLM2-135M learns to see through EfficientNet-Lite0, joined as in LLaVA",
         stages=(
             parts.warm(0.23 * minutes),
