@@ -16,7 +16,7 @@ import test_contract
 from composed import picture, stir
 from isthmus.serving.answers import Done, Failed, Piece
 from isthmus.serving.engine import Broken, Engine, Full, Late, Sizes, TooLong
-from isthmus.serving.sampling import Settings
+from isthmus.serving.sampling import Sampler, Settings
 from isthmus.speakers.local import Local
 from isthmus.types import ConfigError, Turn
 from test_contract import SMALL_QUERIES, throw_away  # noqa: F401 - a fixture, for its joints
@@ -323,6 +323,12 @@ def test_a_request_that_fails_takes_nobody_with_it(llava, monkeypatch):
         assert ask(engine, conversations()[0], max_tokens=30).wait().ids[0] == stays.ids[0] and engine.alive
 
 
+@pytest.mark.parametrize("wish", [{"top_p": 7e-160, "temperature": 0.7}, {"temperature": 5e-324}])
+def test_the_smallest_numbers_leave_the_likeliest_token(wish):
+    logits_V = torch.tensor([1.0, 30.0, -2.0])
+    assert {Sampler(Settings(**wish)).choose(logits_V, [0]).token for _ in range(5)} == {1}
+
+
 def test_logits_that_are_not_numbers_fail_their_own_answer_alone(llava):
     engine = Engine(llava, Sizes(batch=2))
     right = engine.pool.step
@@ -386,6 +392,27 @@ def test_a_row_that_cannot_leave_ends_no_thread(llava, monkeypatch):
         with pytest.raises(Broken):
             stays.wait()
         assert ask(engine, conversations()[0]).wait() and engine.alive and settled(engine)
+
+
+def test_rows_that_were_half_moved_for_a_newcomer_are_not_decoded(llava, monkeypatch):
+    """A longer prompt moves the rows that run, layer by layer; one of these moves may be out of memory."""
+    short, long = conversations()[0], [Turn.say("user", *(picture(n) for n in range(3)), "what are these?")]
+    expected = solo(llava, short, 30)
+    engine = Engine(llava, Sizes(batch=2))
+    go_on = held(engine)
+    with engine:
+        stays = ask(engine, short, max_tokens=400)
+        while engine.running < 1:
+            time.sleep(0.001)
+        layer = engine.pool.layers[-1]
+        monkeypatch.setattr(layer, "shift", lambda *_: 1 / 0)
+        comes = ask(engine, long, max_tokens=30)
+        go_on.set()
+        for each in (stays, comes):
+            with pytest.raises(Broken):
+                each.wait()
+        again = ask(engine, short, max_tokens=30).wait()
+        assert again.ids[0] == [i for i in expected if i not in engine.ends] and engine.alive and settled(engine)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

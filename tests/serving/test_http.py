@@ -221,6 +221,19 @@ def test_a_tool_that_must_be_called_is_called(client, choice):
     assert ask(client, messages, tools=[TOOL], tool_choice="none").choices[0].message.content is not None
 
 
+def test_a_tool_may_define_parts_of_its_schema_and_refer_to_them(client):
+    side = {"enum": ["left", "right"]}
+    parameters = {**TOOL["function"]["parameters"], "properties": {"side": {"$ref": "#/$defs/Side"}}}
+    tool = {"type": "function", "function": {"name": "measure", "parameters": {**parameters, "$defs": {"Side": side}}}}
+    reply = ask(client, TALKS[1][0], tools=[tool], tool_choice="required", max_tokens=100)
+    call = reply.choices[0].message.tool_calls[0]
+    assert json.loads(call.function.arguments)["side"] in ("left", "right")
+    broken = {"type": "function", "function": {"name": "measure", "parameters": {"$ref": "#/$defs/None"}}}
+    with pytest.raises(openai.BadRequestError) as told:
+        ask(client, TALKS[1][0], tools=[broken], tool_choice="required")
+    assert told.value.param == "tools"
+
+
 def test_without_a_call_an_answer_with_tools_is_text(client):
     reply = ask(client, TALKS[0][0], tools=[TOOL])
     assert reply.choices[0].message.tool_calls is None and reply.choices[0].message.content

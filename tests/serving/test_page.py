@@ -85,7 +85,7 @@ def test_facts_and_maps_want_the_key(address):
     assert httpx2.get(address + "/page/facts").status_code == 401
     assert httpx2.post(address + "/page/attention", json={}).status_code == 401
     told = httpx2.get(address + "/page/facts", headers=WITH_KEY).json()
-    assert told["model"] == NAME and told["attention"] and told["facts"]["Joint"] == "llava"
+    assert told["model"] == NAME and told["attention"] and told["aspect"] == "pad" and told["facts"]["Joint"] == "llava"
 
 
 def test_maps_are_those_of_the_model_alone(address, model):
@@ -145,9 +145,9 @@ def with_key(page):
     page.locator("#facts dd").first.wait_for()
 
 
-def attach(page, tmp_path, seed=1):
+def attach(page, tmp_path, seed=1, size=None):
     file = tmp_path / f"{seed}.png"
-    picture(seed).source.save(file)
+    (picture(seed).source if size is None else picture(seed).source.resize(size)).save(file)
     page.set_input_files("#files", file)
     page.locator("#tray img").wait_for()
 
@@ -178,12 +178,15 @@ def test_attention_is_drawn_over_the_picture_and_taken_away(page, tmp_path):
     page.click("#settings-open")
     page.check("input[name=attention]")
     page.keyboard.press("Escape")
-    attach(page, tmp_path)
+    attach(page, tmp_path, size=(160, 80))
     page.fill("#question", "what?")
     page.click("#send")
     canvas = page.locator(".picture canvas")
     canvas.wait_for()
     assert "looked at it" in canvas.get_attribute("aria-label")
+    drawn, seen = canvas.bounding_box(), page.locator(".picture img").bounding_box()
+    assert drawn["width"] == drawn["height"] == pytest.approx(seen["width"])  # the square with its margins
+    assert drawn["y"] + drawn["height"] / 2 == pytest.approx(seen["y"] + seen["height"] / 2)
     page.click("text=Hide where it looked")
     assert canvas.count() == 0
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 import tiny
 from isthmus.serving.speech import Speech
@@ -50,3 +52,20 @@ def test_an_unfinished_character_becomes_a_replacement_at_the_end_alone(cut):
 def test_control_tokens_are_not_said():
     _, pieces = told([tiny.BOS, *TOKENIZER("hi", add_special_tokens=False).input_ids, tiny.PAD])
     assert "".join(pieces) == "hi"
+
+
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """A tokenizer in the manner of Llama 2's: what has no piece of its own is told byte by byte."""
+    pieces = ["\u2581hi", "\u2581x", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = Tokenizer(models.BPE({piece: n for n, piece in enumerate(pieces)}, [], byte_fallback=True))
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.parametrize("end", [[], [1], [1, 0]])
+def test_a_byte_too_many_behind_a_character_ends_nothing(end):
+    speech = Speech(byte_fallback())
+    pieces = [speech.hear(token) for token in [0, 2 + 0xC3, 2 + 0xA9, 2 + 0x80, *end]]
+    said = "".join([*pieces, speech.end()])
+    assert said == "hi\u00e9\ufffd" + "".join([" x", " hi"][: len(end)])

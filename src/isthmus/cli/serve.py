@@ -84,7 +84,8 @@ def _names(host: str, further: list[str]) -> frozenset[str]:
     """How the server may be called; on all interfaces, where a key is a must, by any name unless some are given."""
     if host in HIDDEN and not further:
         return frozenset()
-    return frozenset({"localhost", "127.0.0.1", "[::1]", host, *further})
+    given = (f"[{name}]" if ":" in name and not name.startswith("[") else name for name in (host, *further))
+    return frozenset({"localhost", "127.0.0.1", "[::1]", *given})
 
 
 def _key(variable: str | None, host: str) -> str | None:

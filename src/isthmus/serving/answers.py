@@ -73,7 +73,7 @@ class Job:
     def end(self, done: Done) -> None:
         """One answer has ended; with the last one the request is over."""
         self.ended += 1
-        self.over = self.ended == self.settings.n
+        self.over = self.over or self.ended == self.settings.n
         self.tell(done)
 
     def fail(self, error: IsthmusError) -> None:
@@ -82,7 +82,9 @@ class Job:
             self.tell(Failed(error))
 
     def tell(self, event: Event) -> None:
-        """Tell the listener; one that cannot hear any more has gone."""
+        """Tell the listener, and nothing after a failure; one that cannot hear any more has gone."""
+        if self.failed and not isinstance(event, Failed):
+            return
         try:
             self.listener(event)
         except Exception:  # whatever a stranger's function raises must not reach the loop

@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from isthmus.evaluation.gap import states
 from isthmus.model import VLM
 from isthmus.serving.refusals import Refusal, invalid
-from isthmus.types import Turn
+from isthmus.types import ConfigError, Turn
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -75,14 +75,26 @@ def maps(model: VLM, turns: Sequence[Turn]) -> list[list[list[float]]]:
     """Per picture, rows x columns: what share of its attention the model gives each place as it begins to answer.
 
     Raises:
-        Refusal: no picture was asked about.
-        ConfigError: the joint has no such map.
+        Refusal: no picture was asked about, or the joint has no such map.
     """
     if not any(turn.media for turn in turns):
         raise invalid("there is no picture to look at", "messages")
-    return [map_RC.tolist() for map_RC in states.attention_map(model, turns)]
+    try:
+        return [map_RC.tolist() for map_RC in states.attention_map(model, turns)]
+    except ConfigError as error:
+        raise invalid(error.cause) from None
 
 
 def introduction(model: VLM, name: str, tokens: int) -> dict[str, Any]:
-    """What the page shows first; `tokens` is the longest answer that the server gives."""
-    return {"model": name, "facts": facts(model), "attention": has_maps(model), "max_tokens": tokens}
+    """What the page shows first; `tokens` is the longest answer that the server gives.
+
+    `aspect` is how the encoder's square is made of a picture (`EncoderConfig.aspect`), over which maps lie.
+    """
+    aspect = model.config.encoder("image").aspect if "image" in model.encoders else None
+    return {
+        "model": name,
+        "facts": facts(model),
+        "attention": has_maps(model),
+        "aspect": aspect,
+        "max_tokens": tokens,
+    }

@@ -22,7 +22,7 @@ import torch
 from isthmus.model import VLM
 from isthmus.serving.answers import Answer, Done, Failed, Job, Listener, Piece
 from isthmus.serving.pictures import Pictures
-from isthmus.serving.pool import Pool
+from isthmus.serving.pool import Pool, Row
 from isthmus.serving.prefix import Prefixes
 from isthmus.serving.prompts import Prefill, Prompt, prepare
 from isthmus.serving.sampling import Settings
@@ -337,8 +337,16 @@ class Engine:
         for number in range(job.settings.n):
             answer = Answer(job, number, limit, self.ends, reading.reused)
             if not self._advance(answer, logits_V):
-                self.pool.join(row)
+                self._join(row)
                 self._answers.append(answer)
+
+    def _join(self, row: Row) -> None:
+        """A row beside those that run; where that fails half-way, they too are at columns that nothing knows of."""
+        try:
+            self.pool.join(row)
+        except Exception:
+            self._fail_running()
+            raise
 
     def _step(self) -> None:
         """One more token for every running answer."""

@@ -147,8 +147,8 @@ class Fetcher:
     def _body(self, answer: http.client.HTTPResponse, link: _Pinned, until: float) -> bytes:
         pieces, size = [], 0
         while True:
-            if link.sock is not None:
-                link.sock.settimeout(_left(until))
+            if not answer.isclosed():
+                link.raw.settimeout(_left(until))
             piece = answer.read1(CHUNK)
             if not piece:
                 break
@@ -169,14 +169,16 @@ class _Pinned(http.client.HTTPConnection):
     def __init__(self, target: Target, made: Callable[[], Any]):
         super().__init__(target.host, target.port)
         self._made = made
+        self.raw: Any = None
+        """The socket, of which the connection itself lets go once it knows that the other side will close."""
 
     def connect(self) -> None:
-        self.sock = self._made()
+        self.sock = self.raw = self._made()
 
     def cut(self) -> None:
         """End whatever waits for the other side."""
         with contextlib.suppress(OSError, AttributeError):
-            self.sock.shutdown(socket.SHUT_RDWR)
+            self.raw.shutdown(socket.SHUT_RDWR)
 
 
 def is_public(address: str) -> bool:

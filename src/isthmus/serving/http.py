@@ -27,7 +27,7 @@ from starlette.requests import ClientDisconnect
 from isthmus.serving import browser, description, embeddings, protocol, replies
 from isthmus.serving.answers import Event, Failed, Job
 from isthmus.serving.door import Door
-from isthmus.serving.engine import Engine
+from isthmus.serving.engine import Engine, TooLong
 from isthmus.serving.fetching import Fetcher
 from isthmus.serving.grammar import Grammars
 from isthmus.serving.intake import Intake
@@ -263,7 +263,12 @@ class Server:
     def _understand_inputs(self, raw: bytes) -> tuple[protocol.EmbeddingRequest, list[Any]]:
         asked = protocol.read(protocol.EmbeddingRequest, raw)
         self._check_name(asked.model)
-        return asked, embeddings.prepare(self.engine, list(protocol.embedded(asked, self.limits, self._intake())))
+        try:
+            return asked, embeddings.prepare(self.engine, list(protocol.embedded(asked, self.limits, self._intake())))
+        except DataError as error:
+            raise invalid(error.cause, "input") from None
+        except TooLong as error:
+            raise invalid(error.cause, "input", "context_length_exceeded") from None
 
     def _intake(self) -> Intake:
         """What takes in the pictures of one request."""

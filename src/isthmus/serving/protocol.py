@@ -19,7 +19,7 @@ from isthmus.serving.grammar import ANY_JSON, Grammars
 from isthmus.serving.limits import Limits
 from isthmus.serving.refusals import Refusal, invalid
 from isthmus.serving.sampling import Settings
-from isthmus.types import Image, Part, Role, Text, Turn
+from isthmus.types import DataError, Image, Part, Role, Text, Turn
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -267,9 +267,13 @@ def settings(request: ChatRequest, limits: Limits, grammars: Grammars, batch: in
         raise invalid(f"at most {limits.stops} stop strings of 1 to {limits.stop_length} characters", "stop")
     if request.top_logprobs is not None and not request.logprobs:
         raise invalid("top_logprobs needs logprobs", "top_logprobs")
-    schema = _schema(request)
+    schema, said_in = _schema(request), "tools" if request.must_call else "response_format"
     if schema is not None and len(json.dumps(schema)) > limits.schema:
-        raise invalid(f"the JSON schema has more than {limits.schema} characters", "response_format")
+        raise invalid(f"the JSON schema has more than {limits.schema} characters", said_in)
+    try:
+        grammar = None if schema is None else grammars.schema(schema)
+    except DataError as error:
+        raise invalid(error.cause, said_in) from None
     wished = [wish for wish in (request.max_tokens, request.max_completion_tokens) if wish is not None]
     return Settings(
         max_tokens=min([*wished, limits.tokens]),
@@ -281,7 +285,7 @@ def settings(request: ChatRequest, limits: Limits, grammars: Grammars, batch: in
         n=n,
         seed=request.seed,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        grammar=None if schema is None else grammars.schema(schema),
+        grammar=grammar,
         deadline=limits.deadline,
     )
 

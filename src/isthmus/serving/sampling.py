@@ -11,6 +11,9 @@ from torch import Tensor
 
 from isthmus.serving.grammar import Grammar
 
+COLD = 1e-5
+"""Temperatures below it take the likeliest token: logits over them may be no numbers any more."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -79,7 +82,7 @@ class Sampler:
             logits_V = self._penalised(logits_V)
         if self.matcher is not None:
             logits_V = self.matcher.allow(logits_V, ends)
-        token = int(logits_V.argmax()) if self.settings.temperature == 0 else self._draw(logits_V)
+        token = int(logits_V.argmax()) if self.settings.temperature < COLD else self._draw(logits_V)
         self.counts[token] = self.counts.get(token, 0) + 1
         if self.matcher is not None:
             self.matcher.take(token)
@@ -95,7 +98,8 @@ class Sampler:
         weights_V = (logits_V / self.settings.temperature).softmax(-1)
         if self.settings.top_p < 1:
             ordered_V, ids_V = weights_V.sort(descending=True, stable=True)
-            kept_V = ordered_V.cumsum(0) - ordered_V < self.settings.top_p  # the first always stays
+            kept_V = ordered_V.cumsum(0) - ordered_V < self.settings.top_p
+            kept_V[0] = True  # also where float32 has no number as small as top_p
             weights_V = torch.zeros_like(weights_V).scatter(0, ids_V[kept_V], ordered_V[kept_V])
         return int(torch.multinomial(weights_V, 1, generator=self.generator))
 

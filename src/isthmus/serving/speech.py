@@ -23,6 +23,7 @@ class Speech:
         self._stops = [stop for stop in stops if stop]
         self._held = ""
         self._ids: list[int] = []
+        self._pending: list[int] = []
         self.text = ""
         """What was given out so far."""
         self.stopped = False
@@ -30,17 +31,26 @@ class Speech:
     def hear(self, token: int) -> str:
         """What can be said for sure after one more token; empty while it is unclear."""
         self._ids.append(token)
-        return self._give(self._stream.step(self._backend, token) or "")
+        self._pending.append(token)
+        try:
+            piece = self._stream.step(self._backend, token) or ""
+        except Exception:  # tokenizers': a byte too many behind a character that has been told; go on behind that one
+            self._stream = DecodeStream(skip_special_tokens=True)
+            piece = "".join(self._stream.step(self._backend, each) or "" for each in self._pending)
+        if piece:
+            self._pending.clear()
+        return self._give(piece)
 
     def end(self) -> str:
         """What was held back, as the answer ends; an unfinished character becomes a replacement character."""
         if self.stopped:
             return ""
-        whole = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
-        known = self.text + self._held
-        left = whole[len(known) :] if whole.startswith(known) else ""
-        said = self._give(left)
+        whole, known = self._decode(self._ids), self.text + self._held
+        said = self._give(whole[len(known) :] if whole.startswith(known) else self._decode(self._pending))
         return said if self.stopped else said + self._release(len(self._held))
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _give(self, piece: str) -> str:
         """Release all but what may be the beginning of a stop string."""

@@ -47,16 +47,27 @@ def schema(tools: Sequence[dict[str, Any]]) -> dict[str, Any]:
     calls = [
         {
             "type": "object",
-            "properties": {
-                "name": {"const": tool["name"]},
-                "arguments": tool.get("parameters") or {"type": "object"},
-            },
+            "properties": {"name": {"const": tool["name"]}, "arguments": {"$ref": f"#/$defs/{place}"}},
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for tool in tools
+        for place, tool in enumerate(tools)
     ]
-    return {"anyOf": calls}
+    arguments = [tool.get("parameters") or {"type": "object"} for tool in tools]
+    defined = {str(place): _moved(schema, f"#/$defs/{place}") for place, schema in enumerate(arguments)}
+    return {"$defs": defined, "anyOf": calls}
+
+
+def _moved(schema: Any, root: str) -> Any:
+    """A schema that has become a part of another, at `root`: what it refers to in itself is there now."""
+    if isinstance(schema, list):
+        return [_moved(part, root) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: root + part[1:] if key == "$ref" and isinstance(part, str) and part.startswith("#") else _moved(part, root)
+        for key, part in schema.items()
+    }
 
 
 def calls(text: str, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 const $ = (id) => document.getElementById(id);
 const LARGEST = 7_000_000; // bytes of a picture: base64 makes it a third longer, and the server takes 10 MB
 
-const state = { turns: [], tray: [], running: null };
+const state = { turns: [], tray: [], running: null, aspect: null };
 
 // ------------------------------------------------------------------------------------------------ building the page
 
@@ -251,7 +251,19 @@ function overlay(figure, rows) {
     pen.fillStyle = `rgb(8 20 24 / ${(0.82 * (1 - weight / most)).toFixed(3)})`;
     pen.fillRect(x, y, 1, 1);
   }));
+  place(canvas, figure.querySelector("img"));
   figure.append(canvas);
+}
+
+// Over the square that the encoder sees: the picture's middle, or the picture with margins, which the figure cuts off.
+function place(canvas, { naturalWidth: width, naturalHeight: height }) {
+  if (state.aspect === "squash" || !width || !height) return;
+  const side = state.aspect === "crop" ? Math.min(width, height) : Math.max(width, height);
+  const share = (part, whole) => `${(100 * part / whole).toFixed(3)}%`;
+  Object.assign(canvas.style, {
+    width: share(side, width), left: share((width - side) / 2, width),
+    height: share(side, height), top: share((height - side) / 2, height),
+  });
 }
 
 // ------------------------------------------------------------------------------------------------ wiring
@@ -286,8 +298,9 @@ async function introduce() {
     say(response ? await failure(response) : "The server cannot be reached.");
     return;
   }
-  const { model, facts: known, attention, max_tokens } = await response.json();
+  const { model, facts: known, attention, aspect, max_tokens } = await response.json();
   state.model = model;
+  state.aspect = aspect;
   $("model").textContent = model;
   document.title = `${model} · Isthmus`;
   $("facts").replaceChildren(
