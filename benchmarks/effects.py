@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -155,8 +155,8 @@ def work(cells: Iterable[Work], minutes: float, after: Callable[[], object]) -> 
 # ---------------------------------------------------------------------------------------------- comparing
 
 
-def compare(found: Mapping[str, Sequence[Rows]], first: str) -> list[dict[str, Any]]:
-    """Per cell its levels, and its gaps to the first one with p-values after Holm over all gaps in its measures."""
+def compare(found: Mapping[str, Sequence[Rows]], first: str, besides: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Per cell its levels, and its gaps to the first one, with p-values after Holm over all but those `besides`."""
     base = found.get(first)
     cases = [
         {"cell": cell, "levels": {label: level([[rows[label] for rows in seeds]]) for label in seeds[0]}, "gaps": {}}
@@ -169,9 +169,11 @@ def compare(found: Mapping[str, Sequence[Rows]], first: str) -> list[dict[str, A
             case["gaps"] = {
                 label: gap([[rows[label] for rows in seeds]], [[rows[label] for rows in base]]) for label in seeds[0]
             }
-    adjusted = iter(holm([each.p for case in cases for each in case["gaps"].values()]))
+    judged = [(case, label) for case in cases for label in case["gaps"] if label not in besides]
     for case in cases:
-        case["adjusted"] = {label: next(adjusted) for label in case["gaps"]}
+        case["adjusted"] = {}
+    for (case, label), p in zip(judged, holm([case["gaps"][label].p for case, label in judged])):
+        case["adjusted"][label] = p
     return cases
 
 
@@ -200,7 +202,7 @@ def _interval(each: Level | Gap) -> str:
     return f"{each.value:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def verdict(cases: Sequence[Mapping[str, Any]], besides: Iterable[str] = ()) -> str:
+def verdict(cases: Sequence[Mapping[str, Any]], besides: Collection[str] = ()) -> str:
     """In words, what can be told apart from the first cell, and what of that stays so after Holm's correction."""
     lines = []
     for case in (one for one in cases if one["gaps"]):

@@ -161,7 +161,7 @@ def collect(options: argparse.Namespace) -> list[dict[str, Any]]:
         files = [where(seed, setting, options) for seed in options.seeds]
         if all(file.is_file() for file in files):
             found[setting] = [effects.read(file, asked(options)) for file in files]
-    return effects.compare(found, "LLaVA")
+    return effects.compare(found, "LLaVA", WORDS.values())
 
 
 def page(result: Mapping[str, Any], cases: Sequence[Mapping[str, Any]], left: Sequence[str]) -> str:

@@ -60,6 +60,8 @@ def test_a_finished_comparison_is_shown_and_published(embedded, monkeypatch, cap
         (["llava", "--set", "sede=1"], "unknown key 'sede'; did you mean 'seed'"),
         (["llava", "--tasks", "namin"], "no task named 'namin'; did you mean 'naming'"),
         ([], "holds no comparison to go on with"),
+        (["--seeds", "5"], "--seeds is told, and no recipe"),
+        (["--set", "seed=1"], "--set is told, and no recipe"),
     ],
 )
 def test_faults_are_said_before_anything_runs(monkeypatch, capsys, tmp_path, words, cause) -> None:

@@ -35,6 +35,14 @@ def test_budgets_are_read_as_people_write_them(text: str, amount: Amount) -> Non
     assert parse(text) == amount
 
 
+def test_operations_are_told_by_their_prefix() -> None:
+    assert [str(parse(text)) for text in ("8e12flops", "1.5P-flops", "300flops")] == [
+        "8 TFLOP",
+        "1.5 PFLOP",
+        "300 FLOP",
+    ]
+
+
 @pytest.mark.parametrize("text", ["", "10", "ten minutes", "0m", "5-epochs", "10M", "-3m"])
 def test_anything_else_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="no budget is written"):

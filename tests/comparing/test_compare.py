@@ -116,9 +116,9 @@ def test_a_joint_is_added_without_repeating(finished: Outcome, copied: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_seed_is_added_without_repeating(copied: Path) -> None:
+def test_a_seed_is_added_without_repeating(copied: Path, place: Path) -> None:
     before = times(copied / "comparison")
-    wider = small(copied, *recipes(copied), factors=(0.5, 2.0), seeds=3)
+    wider = small(copied, *recipes(place), factors=(0.5, 2.0), seeds=3)
     assert wider.seeds == (0, 1, 2) and len(wider.runs) == 6
     assert times(copied / "comparison").items() >= before.items()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,13 @@ import torch
 from rich.console import Console
 
 from comparing_runs import recipes
-from isthmus.comparing import gather
+from isthmus.comparing import gather, page
 from isthmus.comparing.engine import Here
 from isthmus.comparing.gather import Quality
 from isthmus.comparing.plan import Job
 from isthmus.errors import IsthmusError
 from isthmus.evaluation.answers import Prediction
+from isthmus.evaluation.results import drawn
 from isthmus.evaluation.tasks import Choice, Cut, Item
 from isthmus.types import Sample, Turn
 
@@ -41,6 +43,31 @@ def test_a_kind_that_one_seed_drew_none_of_is_no_line() -> None:
     quality = Quality(answers, gather.questions([task]), "one", draws=50)
     lines = {line.label: line.cells["two"].level.value for line in (quality.line([each]) for each in quality.asked)}
     assert lines == pytest.approx({"all": (2 / 4 + 1 / 4) / 2, "a": 1.0, "b": 0.0})
+
+
+def test_a_baseline_that_was_asked_fewer_items_is_compared_over_these() -> None:
+    task = Choice(
+        "t",
+        tuple(Item(Sample((Turn.say("user", "?"),), f"{n}"), "yes", ("yes", "no"), f"{n}", "") for n in range(4)),
+        (Cut("all"),),
+    )
+    after = predicted("aabb")
+    one, two = (after[place] for place in drawn(4, 2))
+    runs = {"after": after, "blind": [one, replace(two, right=not two.right)]}
+    answers: gather.Answers = {name: {"t": [runs, runs]} for name in ("one", "two")}
+    quality = Quality(answers, gather.questions([task]), "one", draws=50)
+    cell = quality.line(quality.asked).cells["two"]
+    assert cell.level.value == 0.5
+    assert cell.seen is not None and cell.seen.value == (0.5 if two.right else -0.5)  # one of two items differs
+
+
+def test_what_has_no_picture_is_contrasted_in_words() -> None:
+    item = Item(Sample((Turn.say("user", "?"),), "0"), "yes", ("yes", "no"), "0", "")
+    task = Choice("t", (item,), (Cut("all"),))
+    answers: gather.Answers = {"one": {"t": [{"after": predicted("b")}]}, "two": {"t": [{"after": predicted("a")}]}}
+    contrast = Quality(answers, gather.questions([task]), "one", draws=50).contrast("two")
+    assert (contrast.won, contrast.lost, contrast.shown[0].picture) == (1, 0, None)
+    assert "<img" not in page._contrast(contrast, "one") and "yes" in page._contrast(contrast, "one")
 
 
 def test_a_recipe_that_fails_here_keeps_no_other_from_being_done(tmp_path: Path, embedded: None) -> None:

@@ -31,9 +31,12 @@ Where = Annotated[
     EngineName, typer.Option("--engine", help="Runs in processes of this machine, or of a cluster of Ray.")
 ]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="A dotted override for all recipes: encoder=./mine.")]
+SETTINGS = ("budget", "seeds", "baseline", "grid", "share", "search", "tasks", "limit", "data", "overrides")
+"""Options that say what is compared and how; the others say where the work is done and what is shown."""
 
 
 def compare(
+    context: typer.Context,
     recipes: Names = None,
     out: Folder = Path("runs/compare/joints"),
     budget: Annotated[
@@ -73,6 +76,8 @@ def compare(
     from isthmus.comparing.table import markdown, tables
     from isthmus.config import Source, TaskConfig, check
 
+    if not recipes:
+        _refuse_settings(context)
     console = Console(stderr=as_json, highlight=False)
     try:
         outcome = carry_out(
@@ -110,6 +115,24 @@ def compare(
     for sentence in outcome.advice:
         console.print(sentence)
     console.print(f"\nreport   {out / 'compare.html'}\nnumbers  {file}", soft_wrap=True)
+
+
+def _refuse_settings(context: typer.Context) -> None:
+    """Settings are those of the stored comparison where no recipe is named.
+
+    Raises:
+        ConfigError: one was given.
+    """
+    from isthmus.errors import ConfigError
+
+    for name in SETTINGS:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = {"overrides": "set"}.get(name, name)
+            raise ConfigError(
+                f"--{option} is told, and no recipe: a comparison goes on as it was begun",
+                "name its recipes again to extend it, or leave the option out",
+            )
 
 
 def factors_of(text: str) -> tuple[float, ...]:

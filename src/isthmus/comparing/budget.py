@@ -47,7 +47,10 @@ class Amount:
 
     def __str__(self) -> str:
         if self.unit == "flops":
-            return f"{self.value:.3g} FLOP"
+            prefix = max(
+                (each for each in PREFIXES if PREFIXES[each] <= self.value), key=PREFIXES.__getitem__, default=""
+            )
+            return f"{self.value / PREFIXES[prefix]:.4g} {prefix}FLOP"
         return f"{self.value:,g} {self.unit}"
 
     def times(self, share: float) -> Amount:

@@ -33,7 +33,7 @@ from isthmus.comparing.speed import speed_of
 from isthmus.config import Recipe, Source, TaskConfig
 from isthmus.errors import ConfigError
 from isthmus.evaluation import catalogue
-from isthmus.evaluation.measure import build
+from isthmus.evaluation.measure import build, rules
 from isthmus.experiment import credits_of
 from isthmus.training import log
 from isthmus.training.checkpoint import write_text
@@ -276,7 +276,8 @@ def _outcome(plan: Plan, place: Place, group: gather.Group, rates: Mapping[str, 
     recipes = {name: jobs[0].recipe for name, jobs in group.items()}
     base = recipes[plan.baseline]
     dtype = arithmetic(base.dtype, place.device)
-    tasks = [task for task, _ in build(plan.common.eval, plan.seeds[0])]
+    built = build(plan.common.eval, plan.seeds[0])
+    tasks = [task for task, _ in built]
     asked = gather.questions(tasks)
     quality = Quality(gather.answers_of(group, asked), asked, plan.baseline)
     mean, lines = judged(quality.line(quality.primary), [quality.line([question]) for question in quality.asked])
@@ -307,7 +308,7 @@ def _outcome(plan: Plan, place: Place, group: gather.Group, rates: Mapping[str, 
         curves=gather.curves(group),
         method={
             "command": plan.command,
-            "rule": tasks[0].rule,
+            "rule": rules(built),
             "machine": f"{platform.processor() or platform.machine()}, {threads} threads, {place.device}",
             "arithmetic": f"{str(dtype).removeprefix('torch.')} base parts, float32 for what trains",
             "software": ", ".join(f"{name} {version(name)}" for name in ("isthmus", "torch", "transformers")),

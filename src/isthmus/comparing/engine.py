@@ -141,7 +141,7 @@ def spawn(file: Path, folder: Path, device: str, threads: int, lock: int) -> sub
         lock: a descriptor that it holds until it ends, even if this process is killed.
     """
     words = ["train", str(file), "--out", str(folder), "--device", device]
-    with log_of(folder).open("ab") as stream:
+    with log_of(folder).open("wb") as stream:  # of an earlier try, it would tell another end than this one's
         return subprocess.Popen(
             [sys.executable, "-m", "isthmus", *words],
             stdin=subprocess.DEVNULL,

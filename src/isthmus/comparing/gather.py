@@ -19,7 +19,7 @@ from isthmus.data.media import open_image
 from isthmus.evaluation import answers, seeds
 from isthmus.evaluation.answers import Prediction
 from isthmus.evaluation.drawing import thin
-from isthmus.evaluation.results import COLUMNS, Column, Runs
+from isthmus.evaluation.results import COLUMNS, Column, Runs, alike
 from isthmus.evaluation.seeds import Gap, Level, Outcomes
 from isthmus.evaluation.tasks import Cut, Task
 from isthmus.planning import plan
@@ -135,10 +135,11 @@ class Quality:
         levels = {column: self._level(runs[column], one.task.unit) for column in columns}
         unscored = sum(run.unscored for task in runs["after"] for run in task)
         theirs = [self._runs(self.baseline, question, "after") for question in asked]
+        looked = [self._runs(name, question, "after", "blind") for question in asked] if "blind" in runs else []
         return Cell(
             level=levels.pop("after"),
             others=levels,
-            seen=self._gap(runs["after"], runs["blind"], one.task.unit) if "blind" in runs else None,
+            seen=self._gap(looked, runs["blind"], one.task.unit) if looked else None,
             gap=None if name == self.baseline else self._gap(runs["after"], theirs, one.task.unit),
             unscored=unscored,
         )
@@ -158,22 +159,23 @@ class Quality:
         return replace(found, low=max(-1.0, found.low), high=min(1.0, found.high))
 
     def _answered(self, question: Question) -> bool:
-        """Whether every run has items of it: each draws a file's by its own seed, and may draw none of a kind."""
-        return all(
-            any(question.cut.takes(prediction.kind) for prediction in found)
-            for by_task in self.answers.values()
-            for runs in by_task[question.task.name]
-            for found in runs.values()
-        )
+        """Whether every run has items of it."""
+        return all(self._has(name, question, "after") for name in self.answers)
 
     def _has(self, name: str, question: Question, column: Column) -> bool:
-        return all(column in runs for runs in self.answers[name][question.task.name])
-
-    def _runs(self, name: str, question: Question, column: Column) -> list[Outcomes]:
-        return [
-            Outcomes.of([p for p in runs[column] if question.cut.takes(p.kind)], question.task.unit)
+        """Whether every run has items of it in this column; of those that are asked fewer there may be none."""
+        return all(
+            any(question.cut.takes(prediction.kind) for prediction in runs.get(column, ()))
             for runs in self.answers[name][question.task.name]
-        ]
+        )
+
+    def _runs(self, name: str, question: Question, column: Column, like: Column | None = None) -> list[Outcomes]:
+        """One run per seed; of the items that the column `like` has, too, which may have been asked fewer."""
+        found = []
+        for runs in self.answers[name][question.task.name]:
+            told = runs[column] if like is None else alike(runs[column], runs[like])
+            found.append(Outcomes.of([p for p in told if question.cut.takes(p.kind)], question.task.unit))
+        return found
 
     def _chance(self, question: Question) -> float | None:
         sizes = [len(item.choices) for item in question.task.items if question.cut.takes(item.kind)]
@@ -201,12 +203,12 @@ class Quality:
 
     def _shown(self, name: str, question: Question, place: int, right: str) -> Shown:
         item = question.task.items[place]
-        image = next(part for part in reversed(item.prompt.media) if isinstance(part, Image))
+        image = next((part for part in reversed(item.prompt.media) if isinstance(part, Image)), None)
         said = {
             each: self.answers[each][question.task.name][0]["after"][place].prediction or "(nothing)"
             for each in (name, self.baseline)
         }
-        picture = open_image(image.source, item.prompt.id)
+        picture = None if image is None else open_image(image.source, item.prompt.id)
         return Shown(question.cut.label, item.words, item.answer, picture, said, right)
 
 

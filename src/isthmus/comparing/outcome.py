@@ -128,7 +128,7 @@ class Shown:
     label: str
     question: str
     answer: str
-    picture: Pillow.Image
+    picture: Pillow.Image | None
     said: Mapping[str, str]
     right: str
     """Whose answer was right."""

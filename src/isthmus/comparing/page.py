@@ -99,7 +99,7 @@ def _mean_words(outcome: Outcome) -> str:
         else "One seed: no interval over seeds. "
     )
     return (
-        f"{escape(outcome.mean.label).capitalize()}. {seeds}Thick: over items (bootstrap of seeds and clusters). "
+        f"{escape(_sentence(outcome.mean.label))}. {seeds}Thick: over items (bootstrap of seeds and clusters). "
         f"Dashed: {escape(outcome.baseline)}."
     )
 
@@ -116,6 +116,11 @@ def _quality_words(outcome: Outcome) -> str:
         f"{escape(outcome.baseline)}, where other seeds and other items would say the same; the chance that one or "
         "more of these words are wrong is at most 5 %. No word: not decided."
     )
+
+
+def _sentence(text: str) -> str:
+    """With a capital at its beginning, and all else as it was."""
+    return text[:1].upper() + text[1:]
 
 
 def _score(line: Line, name: str, mean: bool) -> str:
@@ -190,7 +195,7 @@ def _p(value: float | None) -> str:
 
 def _fronts(outcome: Outcome) -> str:
     plots = "".join(
-        f"<figure><figcaption><b>{escape(title).capitalize()}</b></figcaption>"
+        f"<figure><figcaption><b>{escape(_sentence(title))}</b></figcaption>"
         + figures.front(
             outcome.mean, outcome.names, {name: of(cost) for name, cost in outcome.costs.items()}, unit, title
         )
@@ -198,7 +203,7 @@ def _fronts(outcome: Outcome) -> str:
         for title, unit, of in FRONTS
     )
     return (
-        f'<p class="note">{escape(outcome.mean.label).capitalize()}, with its interval over items, over what it costs. '
+        f'<p class="note">{escape(_sentence(outcome.mean.label))}, with its interval over items, over what it costs. '
         "The dashed line joins those that nothing cheaper is as good as, by their means; it says nothing of chance.</p>"
         f'{figures.legend(outcome.names)}<div class="plots">{plots}</div>\n'
     )
@@ -272,7 +277,7 @@ def _seen(outcome: Outcome) -> str:
     return f"""<details><summary>Each joint beside its own baselines</summary>
 <div class="wide" tabindex="0"><table class="costs">
 <caption>Means over seeds with 95 % intervals. The gain is paired, item by item, from the same model with a grey
-picture: what looking adds.</caption>
+picture, over the items that both were asked: what looking adds.</caption>
 <thead><tr><th scope="col">joint and task</th><th scope="col">after training</th>{heads}
 <th scope="col">gain over blank</th></tr></thead><tbody>{body}</tbody></table></div></details>
 """
@@ -307,6 +312,7 @@ def _contrast(contrast: Contrast, baseline: str) -> str:
 
 
 def _shown(shown: Shown) -> str:
+    seen = "" if shown.picture is None else picture(shown.picture, f"Picture of the question: {shown.question}")
     said = "".join(
         f'<dt>{escape(name)}</dt><dd class="{"right" if name == shown.right else "wrong"}">'
         f'<span role="img" aria-label="{"right" if name == shown.right else "wrong"}">'
@@ -314,7 +320,7 @@ def _shown(shown: Shown) -> str:
         for name, reply in shown.said.items()
     )
     return (
-        f'<article class="card">{picture(shown.picture, f"Picture of the question: {shown.question}")}'
+        f'<article class="card">{seen}'
         f'<div><p class="kind">{escape(shown.label)}</p><h4>{escape(shown.question)}</h4>'
         f'<dl class="verdicts"><dt>truth</dt><dd>{escape(shown.answer)}</dd>{said}</dl></div></article>\n'
     )

@@ -109,7 +109,7 @@ class Plan(Frozen):
     def command(self) -> str:
         """What makes this comparison, where its recipes are in the book: ready for a shell, rates and all.
 
-        Seeds other than the first ones can be chosen from Python alone; a comment says which they were.
+        Seeds other than the first ones and settings of tasks can be chosen from Python alone: a comment tells of them.
         """
         words = ["isthmus", "compare", *self.recipes, "--budget", self.budget, "--seeds", str(len(self.seeds))]
         words += ["--baseline", self.baseline]
@@ -117,13 +117,18 @@ class Plan(Frozen):
             words += ["--grid", ",".join(map(_fraction, self.factors)), "--share", repr(self.share)]
         else:
             words.append("--no-search")
-        words += ["--tasks", ",".join(dict.fromkeys(task.name for task in self.common.eval))]
-        limits = {task.limit for task in self.common.eval}
-        words += [word for limit in limits if len(limits) == 1 and limit for word in ("--limit", str(limit))]
+        asked, comments = self.common.eval, []
+        if asked != self.recipes[self.baseline].eval:
+            limits = {task.limit for task in asked}
+            words += ["--tasks", ",".join(dict.fromkeys(task.name for task in asked))]
+            words += [word for limit in limits if len(limits) == 1 and limit for word in ("--limit", str(limit))]
+            if len(limits) > 1 or any(task != TaskConfig(name=task.name, limit=task.limit) for task in asked):
+                comments.append("tasks with settings of their own, see plan.json")
         words += [word for source in self.common.data for word in ("--data", source.name)]
         words += [word for override in self.common.overrides for word in ("--set", override)]
-        first = self.seeds == tuple(range(len(self.seeds)))
-        return shlex.join(words) + ("" if first else f"  # seeds {', '.join(map(str, self.seeds))}")
+        if self.seeds != tuple(range(len(self.seeds))):
+            comments.append(f"seeds {', '.join(map(str, self.seeds))}")
+        return shlex.join(words) + (f"  # {'; '.join(comments)}" if comments else "")
 
     def with_recipes(self, recipes: Sequence[Recipe], folder: Path) -> Plan:
         """With these recipes beside its own.
