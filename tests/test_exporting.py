@@ -128,16 +128,17 @@ def test_there_and_back_is_the_same_model(tmp_path):
 
 
 REFUSED = {
-    "linear": (("llama", "llava", {"projector": "linear"}), "two-layer MLP"),
-    "pooled": (("llama", "llava", {"pool": 2}), "two-layer MLP"),
-    "t5": (("t5",), "encoder-decoder"),
+    "linear": (("llama", "llava", {"projector": "linear"}), {}, "two-layer MLP"),
+    "pooled": (("llama", "llava", {"pool": 2}), {}, "two-layer MLP"),
+    "t5": (("t5",), {}, "encoder-decoder"),
+    "another size": (("llama",), {"image_size": 2 * tiny.IMAGE}, "not its own size"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_export_refuses_what_their_class_cannot_hold(tmp_path, case):
-    built, reason = REFUSED[case]
-    composed.model(*built).save_pretrained(tmp_path / "ours")
+    built, encoder, reason = REFUSED[case]
+    composed.model(*built, **encoder).save_pretrained(tmp_path / "ours")
     with pytest.raises(ConfigError, match=reason):
         exporting.export(tmp_path / "ours", tmp_path / "theirs")
     assert not (tmp_path / "theirs").exists()

@@ -142,8 +142,12 @@ def export(source: str | Path, out: Path) -> Parity:
 
 def _require_fit(ours: VLM) -> None:
     """Whether transformers' LLaVA can express a model; what it cannot is said."""
-    encoder, joint = ours.encoders["image"], ours.connectors["image"]
+    encoder, joint, chosen = ours.encoders["image"], ours.connectors["image"], ours.config.encoder("image")
+    dropped = chosen.class_token == "drop"
     reasons = [
+        (len(ours.encoders) > 1, f"it reads {' and '.join(sorted(ours.encoders))}"),
+        (chosen.image_size is not None, f"its encoder reads pictures of {chosen.image_size} pixels, not its own size"),
+        (dropped and getattr(encoder, "extra", 0) > 1, "its encoder drops several tokens before the patches, not one"),
         (not isinstance(encoder, Transformer), "its encoder is not a vision transformer"),
         (not isinstance(joint, MLP) or len(joint.layers) != 3, "its connector is not LLaVA-1.5's two-layer MLP"),
         (ours.aligner.name != LLaVA.name, f"its joint is {ours.aligner.name}"),

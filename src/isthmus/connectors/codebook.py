@@ -23,6 +23,8 @@ from isthmus.types import ConfigError, Context, Features
 
 HEAD_WIDTH = 128
 """Channels of an attention head between levels, as released."""
+DISTANCES = 1 << 26
+"""Distances from codes that are in memory at a time."""
 
 
 class Codebook(nn.Module):
@@ -68,8 +70,10 @@ class Codebook(nn.Module):
 
 
 def nearest(x_ME: Tensor, book_KE: Tensor) -> Tensor:
-    """The row of `book_KE` at the least distance from each row of `x_ME`, [M]."""
-    return (book_KE.square().sum(-1) - 2 * x_ME @ book_KE.T).argmin(-1)
+    """The row of `book_KE` at the least distance from each row of `x_ME`, [M]; some rows at a time."""
+    size_K = book_KE.square().sum(-1)
+    parts = x_ME.split(max(1, DISTANCES // len(book_KE)))
+    return torch.cat([(size_K - 2 * part_ME @ book_KE.T).argmin(-1) for part_ME in parts])
 
 
 class Level(nn.Module):

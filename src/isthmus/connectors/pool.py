@@ -109,13 +109,17 @@ def projector(
     """LLaVA's projector of `depth` Linears, with this file's additions where they are wanted.
 
     Raises:
-        ConfigError: `words` without `normalise`, to which it belongs, or a grid smaller than `pool`.
+        ConfigError: `words` without `normalise`, to which it belongs, or a grid smaller than `pool`, or none.
     """
     if words is not None and not normalise:
         raise ConfigError("words: only normalised output can lean towards words", "set normalise: true as well")
     joint: Connector = MLP(encoder.width, out, depth)
     if normalise:
         joint = Normalised(joint, encoder.width, out, words)
+    if pool and encoder.tokens != encoder.grid[0] * encoder.grid[1]:
+        raise ConfigError(
+            "pool: the encoder's tokens are no grid, one for the picture is kept", "set class_token: drop"
+        )
     return Pool(joint, encoder.grid, pool) if pool else joint
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,10 @@ from isthmus.types import DataError, Medium
 
 PICTURES, VECTORS, ROUNDS = 2000, 1 << 14, 12
 """How many pictures at most, how many of their vectors, and how often Lloyd's two steps are repeated."""
+VERSION = 2
+"""Of the way in which they are drawn and fitted."""
+BATCH = 64
+"""Pictures whose features are read at a time."""
 
 
 def empty(model: VLM) -> list[tuple[Coded, Codebook]]:
@@ -42,9 +47,7 @@ def settle(model: VLM, look: FeatureCache, media: Sequence[Medium], seed: int) -
         chosen = _spread(media, seed)
         file = _file(look, connector, codebook, chosen, seed)
         if not file.is_file():
-            batches = [look("image", chosen[start : start + 64])[1] for start in range(0, len(chosen), 64)]
-            x_ME = torch.cat([connector.seen(features).flatten(0, 1) for features in batches])
-            fitted = fit(x_ME, codebook, seed)
+            fitted = fit(_vectors(connector, codebook, look, chosen, seed), codebook, seed)
             partial = file.with_suffix(".partial")
             save_file(fitted, partial)
             partial.replace(file)
@@ -61,7 +64,7 @@ def fit(x_ME: Tensor, codebook: Codebook, seed: int) -> dict[str, Tensor]:
     if len(x_ME) < size:
         raise DataError(f"{len(x_ME)} vectors of pictures for {size} codes", "lower aligner.options.size")
     random = torch.Generator().manual_seed(seed)
-    x_ME = x_ME[torch.randperm(len(x_ME), generator=random)[: max(VECTORS, 4 * size)]].float()
+    x_ME = x_ME[torch.randperm(len(x_ME), generator=random)[: _wanted(size)]].float()
     centre_E, spread_E = x_ME.mean(0), x_ME.std(0, correction=0).clamp(min=1e-6)
     rest_ME, books = (x_ME - centre_E) / spread_E, []
     for _ in range(levels):
@@ -85,6 +88,23 @@ def k_means(x_ME: Tensor, size: int, random: torch.Generator) -> Tensor:
     return book_KE
 
 
+def _wanted(size: int) -> int:
+    """Vectors that codebooks of this size are fitted to."""
+    return max(VECTORS, 4 * size)
+
+
+def _vectors(connector: Coded, codebook: Codebook, look: FeatureCache, media: Sequence[Medium], seed: int) -> Tensor:
+    """Vectors [M, E] drawn evenly from these pictures, of which a few at a time are in memory."""
+    batches = [media[start : start + BATCH] for start in range(0, len(media), BATCH)]
+    random = torch.Generator().manual_seed(seed)
+    kept = []
+    for batch in batches:
+        x_ME = connector.seen(look("image", batch)[1]).flatten(0, 1)
+        share = math.ceil(_wanted(codebook.books_LKE.shape[1]) * len(batch) / len(media))
+        kept.append(x_ME[torch.randperm(len(x_ME), generator=random)[:share]])
+    return torch.cat(kept)
+
+
 def _spread(media: Sequence[Medium], seed: int) -> list[Medium]:
     """At most `PICTURES` of them, drawn by the seed."""
     order = torch.randperm(len(media), generator=torch.Generator().manual_seed(seed))
@@ -95,5 +115,5 @@ def _file(look: FeatureCache, connector: Coded, codebook: Codebook, media: Seque
     """Where the codebooks for these pictures lie, named by all that they depend on."""
     keys = [content_key(medium.source) for medium in media]
     count = connector.tokens(look.encoder.tokens)
-    told = [connector.of, count, list(codebook.books_LKE.shape), VECTORS, ROUNDS, seed, keys]
+    told = [VERSION, connector.of, count, list(codebook.books_LKE.shape), VECTORS, ROUNDS, seed, keys]
     return look.folder / f"codes-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}.safetensors"

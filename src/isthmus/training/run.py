@@ -254,7 +254,12 @@ class Run:
 
     def _fit_codes(self, look: Look, model: VLM, data: Data) -> None:
         """Fill the codebooks that a joint may have, from the first stage's pictures; one process fits them for all."""
-        if isinstance(look, FeatureCache) and codes.empty(model):
+        if codes.empty(model):
+            if not isinstance(look, FeatureCache):
+                raise ConfigError(
+                    "codes are of features that never change, and here an encoder trains in some stage",
+                    "leave `encoders.*` out of `train`, or take the recipe without codes",
+                )
             media = data.some_media(codes.PICTURES)
             self.console.print("fitting codebooks to the encoder's features, once")
             self.world.lead(lambda: codes.settle(model, look, media, self.recipe.seed))
