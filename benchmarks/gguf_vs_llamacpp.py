@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from io import BytesIO
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +136,9 @@ def ours(model: VLM, picture: Pillow.Image, sight: Sight | None = None) -> dict[
 
 def compare(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """How far apart two answers are."""
-    pairs = zip(mine["tokens"], theirs["tokens"])
-    same = next(
-        (place for place, (a, b) in enumerate(pairs) if a != b), min(len(mine["tokens"]), len(theirs["tokens"]))
-    )
+    pairs = zip_longest(mine["tokens"], theirs["tokens"])
+    longest = max(len(mine["tokens"]), len(theirs["tokens"]))
+    same = next((place for place, (a, b) in enumerate(pairs) if a != b), longest)
     apart = [abs(mine["first"][int(token)].item() - at) for token, at in theirs["first"].items()]
     best = mine["first"].topk(2).values
     return {
@@ -146,7 +146,7 @@ def compare(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
         "largest_difference": max(apart, default=None),
         "margin_of_the_first_word": (best[0] - best[1]).item(),
         "equal_greedy_tokens": same,
-        "of": len(mine["tokens"]),
+        "of": longest,
     }
 
 

@@ -414,4 +414,5 @@ def test_a_plan_is_held_against_a_run(tmp_path):
     plans = importlib.import_module("plan_error")
     plans.main(["--tiny", "--json", str(tmp_path / "p.json")])
     (case,) = read(tmp_path / "p.json")["cases"]
-    assert case["met"]["trained"] and case["met"]["flops"] and case["was"]["seconds"] > 0
+    assert case["met"]["trained"] and case["was"]["seconds"] > 0
+    assert abs(case["errors"]["flops"]) < 0.05  # of two short steps, whose questions are longer or shorter than most

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -98,7 +99,8 @@ def test_preview_shows_tokens_and_pictures(monkeypatch, capsys, data: Path, tmp_
     assert run(monkeypatch, "preview", str(recipe), "-n", "2", "--html", str(page)) == 0
     text = page.read_text()
     assert text.count('<img src="data:image/') == 2 and "&lt;b&gt;" in text and "<b>red" not in text
-    assert "color: #" in text and "<script" not in text
+    assert text.count('<span class="medium">[image × ') == 2 and "<script" not in text
+    assert re.search(r'<span class="learnt">[^<]*&lt;b&gt;red', text) and '<span class="read">' in text
     assert page_checks.faults(text) == []
 
 

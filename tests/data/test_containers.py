@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import tarfile
 import tracemalloc
@@ -15,7 +16,8 @@ from PIL import Image as Pillow
 from torch.utils.data import DataLoader
 
 from isthmus.config import Source
-from isthmus.data import formats, records, tars
+from isthmus.data import containers, formats, records, tars
+from isthmus.data.faults import Wrong
 from isthmus.data.formats import FileOptions, Form
 from isthmus.data.media import open_image
 from isthmus.data.mix import Mix
@@ -357,6 +359,27 @@ def test_a_table_without_a_line_is_refused_like_any_other(tmp_path: Path, name: 
     (tmp_path / name).write_text("")
     with pytest.raises(DataError, match="holds no conversation"):
         Records(Form(tmp_path / name))
+
+
+def test_a_mark_in_a_name_is_flickr_s_only_with_a_number_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("image,caption\na#1.png,hello\n")
+    (tmp_path / "b.csv").write_text("#,image,caption\n1,b.png,hello\n")
+    (tmp_path / "c.token").write_text("c.jpg#0\tone\nc.jpg#1\ttwo\n")
+    found = {
+        name: [record for _, record in containers.opened(tmp_path / name).scan()]
+        for name in ("a.csv", "b.csv", "c.token")
+    }
+    images = {name: [record["image"] for record in records] for name, records in found.items()}
+    assert images == {"a.csv": ["a#1.png"], "b.csv": ["b.png"], "c.token": ["c.jpg", "c.jpg"]}
+
+
+def test_a_picture_s_name_that_is_not_utf_8_is_told(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    strange = os.fsencode(tmp_path / "cat") + b"/caf\xe9.png"
+    (tmp_path / "cat" / "plain.png").write_bytes(png())
+    Path(os.fsdecode(strange)).write_bytes(png())
+    found = [record for _, record in containers.opened(tmp_path).scan()]
+    assert sum(isinstance(record, Wrong) and "not UTF-8" in str(record) for record in found) == 1 and len(found) == 2
 
 
 # ---------------------------------------------------------------------------------------------- size

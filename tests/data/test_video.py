@@ -84,6 +84,14 @@ def test_a_leap_finds_the_frames_that_a_walk_finds(monkeypatch: pytest.MonkeyPat
     assert [one.tobytes() for one in video.decoded(data, 5)] == [one.tobytes() for one in walked]
 
 
+def test_a_single_frame_of_a_long_video_is_leapt_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = film([*STEPS, *STEPS])  # the frame in the middle is the fourth behind a key frame
+    walked = video.decoded(data, 1)
+    monkeypatch.setattr(video, "LEAP", 0.0)
+    monkeypatch.setattr(video, "MOST_DECODED", 8)
+    assert video.decoded(data, 1)[0].tobytes() == walked[0].tobytes()
+
+
 def test_a_short_video_shows_frames_again_and_a_still_one_all_the_same() -> None:
     assert near(greys(video.decoded(film([50, 200]), 4)), [50, 50, 200, 200])
     assert len(video.decoded(film([90]), 3)) == 3

@@ -14,9 +14,8 @@ from isthmus.types import DataError
 
 
 def prediction(place: int, right: bool | None = True) -> Prediction:
-    return Prediction(
-        f"id-{place}", "naming", "blind", "user: <image> é?", ("a", "b"), (-1.5, -2.0), "a", "a", right, f"c{place}"
-    )
+    prompt = "user: <image> é\u2028?"  # with a break that is no line's end in JSON
+    return Prediction(f"id-{place}", "naming", "blind", prompt, ("a", "b"), (-1.5, -2.0), "a", "a", right, f"c{place}")
 
 
 HEADER = Header("naming", "blind", "a rule", "0123456789ab", 3, {"dtype": "float32"})
@@ -71,7 +70,7 @@ def test_a_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
     wanted = [prediction(0), prediction(1, False), prediction(2, None)]
     answers.write(path, HEADER, wanted)
     assert answers.read(path) == (HEADER, wanted)
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     assert [row["right"] for row in rows[1:]] == [True, False, None]
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 

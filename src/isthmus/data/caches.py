@@ -5,6 +5,7 @@ Everything here is made again when it is wanted; embedded models and data are no
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -67,7 +68,15 @@ def _of(kind: str) -> Iterator[Cache]:
     for path in sorted((home() / kind).glob(KINDS[kind])):
         groups.setdefault(str((path if path.is_dir() else path.with_suffix("")).relative_to(home())), []).append(path)
     for name, paths in groups.items():
-        files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
-        states = [file.stat() for file in files]
+        files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
+        states = [state for file in files if (state := _state(file)) is not None]
         used = max((max(state.st_mtime, state.st_atime) for state in states), default=0.0)
         yield Cache(name, tuple(paths), sum(state.st_size for state in states), used)
+
+
+def _state(path: Path) -> os.stat_result | None:
+    """What the system says of a file; None of a folder, or where it has just gone."""
+    try:
+        return None if path.is_dir() else path.stat()
+    except FileNotFoundError:
+        return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,8 @@ from isthmus.data.layouts import Name
 from isthmus.data.media import PICTURES
 from isthmus.types import ConfigError, DataError
 
+NUMBERED = re.compile(r"(?<=.)#\d+$")
+"""Flickr's mark of a picture's n-th caption, behind the picture's name."""
 TABULAR = {".csv": ",", ".tsv": "\t", ".token": "\t"}
 """Endings of delimited text and what delimits it, unless its first line says otherwise."""
 ENDINGS = (".json", ".jsonl", ".tar", ".parquet", ".arrow", *TABULAR)
@@ -182,7 +185,11 @@ class Delimited(Copied):
         rows = csv.reader(
             stream, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
         )
-        names = ["image", "caption"] if "#" in head.split(delimiter)[0] else [cell.strip() for cell in next(rows, [])]
+        names = (
+            ["image", "caption"]
+            if NUMBERED.search(head.split(delimiter)[0])
+            else [cell.strip() for cell in next(rows, [])]
+        )
         line = rows.line_num + 1
         try:
             for row in rows:
@@ -202,7 +209,7 @@ class Delimited(Copied):
             if plain in record:
                 record[{"image_name": "image", "comment": "caption"}[plain]] = record.pop(plain)
         if "image" in record:
-            record["image"] = record["image"].partition("#")[0]
+            record["image"] = NUMBERED.sub("", record["image"])
         return {"id": f"{self.path.stem}:{line}", **record}
 
 
@@ -225,6 +232,8 @@ class Pictures(Copied):
 
     def _record(self, picture: Path) -> Any:
         name = picture.relative_to(self.path)
+        if any("\ud800" <= letter <= "\udfff" for letter in str(name)):
+            return Wrong("a file whose name is not UTF-8", f"rename {ascii(str(name))}")
         words = picture.with_suffix(".txt")
         if words.is_file():
             try:

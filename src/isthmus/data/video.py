@@ -161,8 +161,8 @@ def _at(container: InputContainer, stream: VideoStream, times: list[float], wher
     shown = following = next(playing, None)
     if shown is None:
         _damaged(where)
-    for number, time in enumerate(times):
-        if number and time - times[number - 1] > LEAP:
+    for time in times:
+        if time - _time(shown) > LEAP:
             container.seek(int(time / _tick(stream)), stream=stream)  # to the key frame before it
             playing = container.decode(stream)
             following = next(playing, None)

@@ -68,7 +68,7 @@ def read(path: Path) -> tuple[Header, list[Prediction]]:
         DataError: unreadable, not JSON lines, a field is unknown, or lines are missing.
     """
     try:
-        first, *rest = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+        first, *rest = (json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line)
         header = Header(**first)
         predictions = [Prediction(**{**row, **_tuples(row)}) for row in rest]
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -29,7 +29,7 @@ from isthmus.config import Frozen, OneSource, TaskConfig, check
 from isthmus.data import sets
 from isthmus.data.documents import unasked
 from isthmus.data.mix import permuted
-from isthmus.evaluation import catalogue, tasks
+from isthmus.evaluation import catalogue, files, tasks
 from isthmus.evaluation.tasks import Cut, Item, Task
 from isthmus.types import ConfigError, DataError, Sample, Turn
 
@@ -92,7 +92,7 @@ def _draw(item: Item, shelf: Sequence[Sample], count: int, seed: int) -> list[Sa
                 f"{item.prompt.id}: {len(found)} of {count} demonstrations that do not give the answer away",
                 "lower `shots`, or name a larger set in `of`",
             )
-        one = tasks.item(sample)
+        one = tasks.item(sample) if "cluster" in sample.meta else files.item(sample)
         if one.cluster != item.cluster and not _tells(one, item):
             found.setdefault(one.cluster, sample)
     return list(found.values())
@@ -108,7 +108,7 @@ def _tells(one: Item, item: Item) -> bool:
     """Whether a demonstration says, or rules out, one of the item's choices."""
     if item.choices and set(one.choices) == set(item.choices):
         return False
-    return one.answer in (item.choices or (item.answer,))
+    return one.answer in (item.choices or (item.answer,)) if one.answer else False
 
 
 def _prompt(item: Item, demonstrations: Sequence[Sample], how: Shots) -> Sample:

@@ -88,6 +88,7 @@ class Captions(Free):
     """COCO's metrics. A picture's items are its references; each picture is asked once."""
 
     longest: ClassVar[int] = 40
+    divisible: ClassVar[bool] = False
     rule = "CIDEr-D of a free reply against all captions of its picture, / 10; words split without Java (see the docs)"
 
     def score(self, scorer: Scorer, item: Item, prompt: Sample, reply: str | None) -> tuple[None, tuple[float, ...]]:
@@ -174,7 +175,7 @@ def task_of(
     seed: int,
     read: Callable[[Sequence[Sample]], Sequence[Sample]] = tuple,
 ) -> Any:
-    """A task over the items of a file, drawn by the seed where there are more than the limit.
+    """A task over the items of a file, of which as many as the limit are drawn, the same ones for every seed.
 
     Raises:
         DataError: the file is wrong, or holds no question.
@@ -187,14 +188,14 @@ def task_of(
         raise DataError(
             f"{source.name} has no item for task {config.name!r}", "`isthmus data stats` shows what it holds"
         )
-    items = tuple(_item(samples[place]) for place in _drawn([sample.id for sample in samples], config.limit, seed))
+    items = tuple(item(samples[place]) for place in _drawn([sample.id for sample in samples], config.limit))
     label = f"{Path(source.name).stem}, {what}"
     kinds = sorted({item.kind for item in items})
     cuts = (Cut(label), *(Cut(f"{label}: {kind}", frozenset({kind})) for kind in kinds if len(kinds) > 1))
     return make(f"{config.name}-{Path(source.name).stem}", items, cuts)
 
 
-def _drawn(ids: Sequence[str], limit: int | None, seed: int) -> list[int]:
+def _drawn(ids: Sequence[str], limit: int | None) -> list[int]:
     """The places of `limit` questions, in order; one whose options are moved about comes with all of its rounds."""
     moved = {name.partition(ROUND)[0] for name in ids if ROUND in name}
     questions: dict[str | int, list[int]] = {}
@@ -202,11 +203,11 @@ def _drawn(ids: Sequence[str], limit: int | None, seed: int) -> list[int]:
         own = name.partition(ROUND)[0]
         questions.setdefault(own if own in moved else place, []).append(place)
     groups = list(questions.values())
-    chosen = random.Random(seed).sample(range(len(groups)), min(limit or len(groups), len(groups)))
+    chosen = random.Random(0).sample(range(len(groups)), min(limit or len(groups), len(groups)))
     return sorted(place for number in chosen for place in groups[number])
 
 
-def _item(sample: Sample) -> Item:
+def item(sample: Sample) -> Item:
     """As `tasks.item`, grouped by picture; the kind is the sample's own category.
 
     Raises:

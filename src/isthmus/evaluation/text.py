@@ -32,6 +32,8 @@ PIECE = 2000
 """Characters of a piece of text, about: it ends where a paragraph does."""
 OPTIONS = 4
 """Sentences to choose the next one from."""
+SEED = 0
+"""What items are drawn by: a recipe's seed changes the model that answers, never what it is asked."""
 Found = TypeVar("Found")
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(])")
 
@@ -112,9 +114,7 @@ def perplexity(task: TaskConfig, seed: int) -> Perplexity:
     name = check(TextOptions, task.options, "task perplexity").text
     if not (pieces := _pieces(name)):
         raise DataError(f"{name} holds no text", "name another file")
-    items = tuple(
-        _item(piece.strip(), "", (), f"{_stem(name)}/{place}") for place, piece in _drawn(pieces, task.limit, seed)
-    )
+    items = tuple(_item(piece.strip(), "", (), f"{_stem(name)}/{place}") for place, piece in _drawn(pieces, task.limit))
     return Perplexity(f"{task.name}-{_stem(name)}", items, (Cut(f"{_stem(name)}, NLL per token"),))
 
 
@@ -125,12 +125,11 @@ def next_sentence(task: TaskConfig, seed: int) -> Continuation:
         DataError: the text has too few different sentences that others precede.
     """
     name = check(TextOptions, task.options, "task next-sentence").text
-    places = _places(name, seed)
+    places = _places(name)
     if len({sentence for _, sentence in places}) < OPTIONS:
         raise DataError(f"{name} has too few sentences to choose the next one from", "give a longer text")
     items = tuple(
-        _item(*_among(place, places, seed), f"{_stem(name)}/{place}/next")
-        for place, _ in _drawn(places, task.limit, seed)
+        _item(*_among(place, places), f"{_stem(name)}/{place}/next") for place, _ in _drawn(places, task.limit)
     )
     return Continuation(f"{task.name}-{_stem(name)}", items, (Cut(f"{_stem(name)}, next sentence of four"),))
 
@@ -145,7 +144,7 @@ def continuation(task: TaskConfig, seed: int) -> Continuation:
     asked = list(_asked(path))
     if not asked:
         raise DataError(f"{path} has no question", "give one JSON object a line")
-    items = tuple(_item(*one, f"{path.stem}/{place}") for place, one in _drawn(asked, task.limit, seed))
+    items = tuple(_item(*one, f"{path.stem}/{place}") for place, one in _drawn(asked, task.limit))
     return Continuation(f"{task.name}-{path.stem}", items, (Cut(f"{path.stem}, likeliest continuation"),))
 
 
@@ -163,7 +162,7 @@ def named_for(text: str) -> tuple[str, ...]:
         first = next((raw for _, raw in containers.opened(path).scan()), None)
         if isinstance(first, Mapping) and any(fits(first) for fits, _ in LAYOUTS):
             return ("continuation",)
-    sentences = {sentence for _, sentence in _places(text, 0)}
+    sentences = {sentence for _, sentence in _places(text)}
     return ("perplexity", "next-sentence") if len(sentences) >= 4 * OPTIONS else ("perplexity",)
 
 
@@ -171,10 +170,10 @@ def _item(context: str, answer: str, choices: Sequence[str], name: str) -> Item:
     return Item(Sample((Turn.say("user", context),), id=name), answer, tuple(choices), name, "")
 
 
-def _drawn(found: Sequence[Found], limit: int | None, seed: int) -> list[tuple[int, Found]]:
+def _drawn(found: Sequence[Found], limit: int | None) -> list[tuple[int, Found]]:
     """Places and what stands there, in order, as many as the limit."""
     count = min(limit or LIMIT, len(found))
-    return [(place, found[place]) for place in sorted(Random(seed).sample(range(len(found)), count))]
+    return [(place, found[place]) for place in sorted(Random(SEED).sample(range(len(found)), count))]
 
 
 def _stem(name: str) -> str:
@@ -226,9 +225,9 @@ def _text(raw: Any, where: str) -> str:
     return text
 
 
-def _places(name: str, seed: int) -> list[tuple[str, str]]:
+def _places(name: str) -> list[tuple[str, str]]:
     """Of each piece of a text that has room for it, what stands before a sentence, and the sentence."""
-    return [found for number, piece in enumerate(_pieces(name)) if (found := _place(piece, f"{seed} {number}"))]
+    return [found for number, piece in enumerate(_pieces(name)) if (found := _place(piece, f"{SEED} {number}"))]
 
 
 def _place(piece: str, key: str) -> tuple[str, str] | None:
@@ -243,10 +242,10 @@ def _place(piece: str, key: str) -> tuple[str, str] | None:
     return " ".join(sentences[:place]), sentences[place]
 
 
-def _among(place: int, places: Sequence[tuple[str, str]], seed: int) -> tuple[str, str, tuple[str, ...]]:
+def _among(place: int, places: Sequence[tuple[str, str]]) -> tuple[str, str, tuple[str, ...]]:
     """A place's context, its sentence, and that among others of its length."""
     context, true = places[place]
-    random = Random(f"others {seed} {place}")
+    random = Random(f"others {SEED} {place}")
     others = sorted({sentence for _, sentence in places} - {true})
     near = sorted(random.sample(others, min(8 * OPTIONS, len(others))), key=lambda one: abs(len(one) - len(true)))
     choices = [true, *near[: OPTIONS - 1]]

@@ -11,6 +11,9 @@ from string import ascii_uppercase
 
 from isthmus.evaluation.answers import normalise
 
+NO_ARTICLE = re.compile(r"(?<![A-Za-z'])A(?![A-Za-z']| [a-z])|(?<=[^.!?\s] )A(?![A-Za-z'])")
+"""An A that no word in small letters follows, or that stands within a sentence."""
+
 
 def listed(options: Sequence[str]) -> str:
     """`A. cat`, `B. dog`, ... one a line."""
@@ -20,8 +23,8 @@ def listed(options: Sequence[str]) -> str:
 def chosen(reply: str, options: Sequence[str]) -> int | None:
     """The place of the option that a reply names, by letter or in words; None where it names none, or several.
 
-    A letter counts where it stands alone: `B`, `(B)`, `B.`, `The answer is B`. A capital A that begins a sentence of
-    several words may be an article and counts only with a mark behind it.
+    A letter counts where it stands alone: `B`, `(B)`, `B.`, `The answer is B`, `It is B`. A capital A that begins a
+    sentence with a word in small letters behind it may be an article, and does not count by itself.
     """
     text = reply.strip()
     letters = ascii_uppercase[: len(options)]
@@ -40,8 +43,10 @@ def chosen(reply: str, options: Sequence[str]) -> int | None:
     named = [place for place in named if not any(place != other and _within(options, place, other) for other in named)]
     if named:
         return named[0] if len(named) == 1 else None
-    alone = set(re.findall(rf"(?<![A-Za-z'])([{letters}])(?![A-Za-z'])", text)) - ({"A"} if " " in text else set())
-    return letters.index(alone.pop()) if len(alone) == 1 else None
+    alone = set(re.findall(rf"(?<![A-Za-z'])([{letters}])(?![A-Za-z'])", text))
+    if len(alone) != 1 or (alone == {"A"} and not NO_ARTICLE.search(text)):
+        return None
+    return letters.index(alone.pop())
 
 
 def _within(options: Sequence[str], inner: int, outer: int) -> bool:
