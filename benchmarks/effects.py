@@ -152,6 +152,21 @@ def work(cells: Iterable[Work], minutes: float, after: Callable[[], object]) -> 
         after()
 
 
+def carry_out(
+    script: str,
+    arguments: Sequence[str] | None,
+    options: argparse.Namespace,
+    cells: Iterable[Work],
+    report: Callable[[], int],
+) -> int:
+    """Do the cells, or share their seeds out, and report what is finished; what `report` returned."""
+    if options.jobs > 1 and not options.collect:
+        shared_out(script, sys.argv[1:] if arguments is None else arguments, options)
+    elif not options.collect:
+        work(cells, options.minutes, lambda: options.part or report())
+    return 0 if options.part else report()
+
+
 # ---------------------------------------------------------------------------------------------- comparing
 
 

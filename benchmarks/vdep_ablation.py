@@ -218,11 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
     effects.arguments(made, "runs/vdep")
     options = effects.parse(made, arguments, QUICK)
     result = {"machine": harness.machine(), "seeds": options.seeds, **asked(options)}
-    if options.jobs > 1 and not options.collect:
-        effects.shared_out(__file__, sys.argv[1:] if arguments is None else arguments, options)
-    elif not options.collect:
-        effects.work(cells(options), options.minutes, lambda: options.part or report(result, options))
-    return 0 if options.part else report(result, options)
+    return effects.carry_out(__file__, arguments, options, cells(options), lambda: report(result, options))
 
 
 def cells(options: argparse.Namespace) -> Iterator[effects.Work]:

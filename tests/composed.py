@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,19 @@ def stir(vlm: VLM) -> VLM:
 def picture(seed: int, size: int = tiny.IMAGE) -> Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
     return Image(Pillow.fromarray(pixels))
+
+
+def questions(folder: Path, count: int) -> Path:
+    """A file of so many pictures, of each of which its number is told."""
+    lines = []
+    for number in range(count):
+        picture(number).source.save(folder / f"{number}.png")
+        parts = [{"type": "image", "image": f"{number}.png"}, {"type": "text", "text": "what?"}]
+        turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": f"number {number}"}]
+        lines.append(json.dumps({"id": str(number), "messages": turns}))
+    file = folder / "some.jsonl"
+    file.write_text("\n".join(lines))
+    return file
 
 
 def sample(*question: Image | str, answer: str = "a cat", route: int = 0) -> Sample:

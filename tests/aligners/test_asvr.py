@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -176,14 +175,7 @@ def test_what_cannot_work_is_refused() -> None:
 
 @pytest.mark.slow
 def test_codebooks_stay_the_same_in_all_stages(tmp_path: Path) -> None:
-    lines = []
-    for number in range(8):
-        picture(number).source.save(tmp_path / f"{number}.png")
-        parts = [{"type": "image", "image": f"{number}.png"}, {"type": "text", "text": "what?"}]
-        turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": f"number {number}"}]
-        lines.append(json.dumps({"id": str(number), "messages": turns}))
-    (tmp_path / "some.jsonl").write_text("\n".join(lines))
-    changes = {"data": (str(tmp_path / "some.jsonl"),), "budget": {"steps": 2}, "batch_size": 4}
+    changes = {"data": (str(composed.questions(tmp_path, 8)),), "budget": {"steps": 2}, "batch_size": 4}
     legs = [stage.but(**changes) for stage in asvr().stages[1:]]
     made = composed.recipe("llama", "asvr", OPTIONS).but(stages=legs, dtype="float32")
     assert train(made, tmp_path / "run", torch.device("cpu")) is not None

@@ -17,7 +17,7 @@ from isthmus.comparing.gather import Quality
 from isthmus.comparing.plan import Job
 from isthmus.errors import IsthmusError
 from isthmus.evaluation.answers import Prediction
-from isthmus.evaluation.results import drawn
+from isthmus.evaluation.draw import drawn
 from isthmus.evaluation.tasks import Choice, Cut, Item
 from isthmus.types import Sample, Turn
 

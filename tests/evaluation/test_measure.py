@@ -11,9 +11,10 @@ import composed
 from isthmus.config import TaskConfig
 from isthmus.data.choices import ROUND
 from isthmus.evaluation.answers import Prediction
+from isthmus.evaluation.draw import drawn
 from isthmus.evaluation.files import Captions
 from isthmus.evaluation.measure import check_exchanges, measure, merge, some
-from isthmus.evaluation.results import drawn, examples, rows
+from isthmus.evaluation.results import examples, rows
 from isthmus.evaluation.tasks import Choice, Cut, Item
 from isthmus.types import DataError, Sample, Turn
 

@@ -8,7 +8,7 @@ from PIL import Image as Pillow
 from rich.style import Style
 from rich.text import Text as RichText
 
-from isthmus.data.chat import Renderer
+from isthmus.data.chat import STYLES, Renderer
 from isthmus.data.media import open_image
 from isthmus.evaluation import html
 from isthmus.evaluation.escaping import escape
@@ -16,8 +16,8 @@ from isthmus.types import Image, Sample
 
 COLUMNS = 32
 """Of a picture in the terminal; two pixels stand above each other in each of its cells."""
-NAMES = {"bold green": "learnt", "cyan": "medium", "dim": "read"}
-"""What a page calls the terminal's styles of tokens (`Renderer.preview`); its sheet has colours for light and dark."""
+CLASSES = {style: name for name, style in STYLES.items()}
+"""What the page calls the terminal's styles of tokens; its sheet has colours of them for light and dark."""
 
 
 def pictures(sample: Sample) -> Iterator[Pillow.Image]:
@@ -52,7 +52,7 @@ def _sample(sample: Sample, renderer: Renderer) -> str:
     tokens, end = "", 0
     for span in sorted(text.spans):
         tokens += escape(text.plain[end : span.start])
-        tokens += f'<span class="{NAMES[str(span.style)]}">{escape(text.plain[span.start : span.end])}</span>'
+        tokens += f'<span class="{CLASSES[str(span.style)]}">{escape(text.plain[span.start : span.end])}</span>'
         end = span.end
     heading = f"<h2>{escape(sample.id)}</h2>"
     return f'<section>{heading}<p>{shown}</p><pre class="tokens">{tokens}</pre></section>\n'

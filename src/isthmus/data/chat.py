@@ -27,6 +27,9 @@ from isthmus.types import KIND, ConfigError, DataError, Layout, Medium, Modality
 
 Layouts: TypeAlias = Mapping[str, Layout | Callable[[Medium], Layout]]
 
+STYLES = {"learnt": "bold green", "medium": "cyan", "read": "dim"}
+"""How tokens are shown in the terminal: those that carry loss, places of media, and the rest."""
+
 
 @dataclass
 class Rendered:
@@ -278,9 +281,9 @@ class Renderer:
         for (kind, learn), group in groupby(zip(ids, trained, modality), key=lambda token: (token[2], token[1])):
             tokens = [token[0] for token in group]
             if kind != Modality.TEXT:
-                text.append(f"[{Modality(kind).name.lower()} × {len(tokens)}]", style="cyan")
+                text.append(f"[{Modality(kind).name.lower()} × {len(tokens)}]", style=STYLES["medium"])
             else:
-                text.append(str(self.tokenizer.decode(tokens)), style="bold green" if learn else "dim")
+                text.append(str(self.tokenizer.decode(tokens)), style=STYLES["learnt" if learn else "read"])
 
 
 class _Stream:

@@ -108,7 +108,7 @@ def _tells(one: Item, item: Item) -> bool:
     """Whether a demonstration says, or rules out, one of the item's choices."""
     if item.choices and set(one.choices) == set(item.choices):
         return False
-    return one.answer in (item.choices or (item.answer,)) if one.answer else False
+    return bool(one.answer) and one.answer in (item.choices or (item.answer,))  # a region is an answer without words
 
 
 def _prompt(item: Item, demonstrations: Sequence[Sample], how: Shots) -> Sample:

@@ -6,7 +6,6 @@ stands in the samples' `meta`, where `isthmus.data` puts it for the layouts that
 
 from __future__ import annotations
 
-import random
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from isthmus.data import sets
 from isthmus.data.choices import ROUND
 from isthmus.evaluation import controls, grounding, tasks
 from isthmus.evaluation.answers import Prediction, match
+from isthmus.evaluation.draw import drawn
 from isthmus.evaluation.metrics import captions, judgements, vqa
 from isthmus.evaluation.score import Scorer
 from isthmus.evaluation.tasks import Advance, Builder, Cut, Free, Item
@@ -203,7 +203,7 @@ def _drawn(ids: Sequence[str], limit: int | None) -> list[int]:
         own = name.partition(ROUND)[0]
         questions.setdefault(own if own in moved else place, []).append(place)
     groups = list(questions.values())
-    chosen = random.Random(0).sample(range(len(groups)), min(limit or len(groups), len(groups)))
+    chosen = drawn(len(groups), min(limit or len(groups), len(groups)))
     return sorted(place for number in chosen for place in groups[number])
 
 

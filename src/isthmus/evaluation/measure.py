@@ -16,7 +16,8 @@ from isthmus.data.collate import Look
 from isthmus.evaluation import fewshot, prose, tasks
 from isthmus.evaluation.answers import Prediction
 from isthmus.evaluation.controls import CONTROLS
-from isthmus.evaluation.results import Column, drawn
+from isthmus.evaluation.draw import drawn
+from isthmus.evaluation.results import Column
 from isthmus.evaluation.score import Scorer
 from isthmus.evaluation.tasks import Task
 from isthmus.model import VLM

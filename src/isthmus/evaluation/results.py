@@ -16,6 +16,7 @@ from PIL import Image as Pillow
 from isthmus.data.media import open_image
 from isthmus.evaluation import statistics
 from isthmus.evaluation.answers import Prediction
+from isthmus.evaluation.draw import drawn
 from isthmus.evaluation.statistics import Estimate, short
 from isthmus.evaluation.tasks import Cut, Item, Task
 from isthmus.types import DataError, Image
@@ -182,11 +183,6 @@ def _row(task: Task, cut: Cut, runs: Runs, seed: int) -> Row:
         chance=sum(1 / size for size in sizes) / len(sizes) if all(sizes) else None,
         besides=besides,
     )
-
-
-def drawn(items: int, limit: int) -> list[int]:
-    """The places of `limit` of so many items, in order and the same for every seed."""
-    return sorted(random.Random(0).sample(range(items), limit))
 
 
 def alike(after: Sequence[Prediction], other: Sequence[Prediction]) -> Sequence[Prediction]:

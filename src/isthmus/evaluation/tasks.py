@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from isthmus.config import TaskConfig
 from isthmus.data import boxes, sets
 from isthmus.evaluation import answers, controls
 from isthmus.evaluation.answers import Prediction
+from isthmus.evaluation.draw import drawn
 from isthmus.evaluation.score import COSINE_RULE, RULE, Question, Scorer
 from isthmus.types import KIND, Box, ConfigError, DataError, Grounding, Part, Sample, Tag, Text
 
@@ -377,7 +377,7 @@ def _items(task: TaskConfig, seed: int, source: config.Source) -> tuple[Item, ..
     count = min(task.limit or LIMIT, len(samples))
     if count == 0:
         raise DataError(f"{source.name}/{source.split} has no item for task {task.name!r}", "see `isthmus data stats`")
-    return tuple(item(samples[index]) for index in sorted(random.Random(0).sample(range(len(samples)), count)))
+    return tuple(item(samples[index]) for index in drawn(len(samples), count))
 
 
 def item(sample: Sample) -> Item:

@@ -22,6 +22,7 @@ from isthmus.data import containers
 from isthmus.data.faults import Wrong
 from isthmus.evaluation import answers, prose
 from isthmus.evaluation.answers import Prediction
+from isthmus.evaluation.draw import SEED, drawn
 from isthmus.evaluation.score import Scorer
 from isthmus.evaluation.tasks import LIMIT, Advance, Builder, Cut, Item, Task
 from isthmus.types import DataError, Sample, Turn
@@ -32,8 +33,6 @@ PIECE = 2000
 """Characters of a piece of text, about: it ends where a paragraph does."""
 OPTIONS = 4
 """Sentences to choose the next one from."""
-SEED = 0
-"""What items are drawn by: a recipe's seed changes the model that answers, never what it is asked."""
 Found = TypeVar("Found")
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(])")
 
@@ -173,7 +172,7 @@ def _item(context: str, answer: str, choices: Sequence[str], name: str) -> Item:
 def _drawn(found: Sequence[Found], limit: int | None) -> list[tuple[int, Found]]:
     """Places and what stands there, in order, as many as the limit."""
     count = min(limit or LIMIT, len(found))
-    return [(place, found[place]) for place in sorted(Random(SEED).sample(range(len(found)), count))]
+    return [(place, found[place]) for place in drawn(len(found), count)]
 
 
 def _stem(name: str) -> str:
