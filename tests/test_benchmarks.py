@@ -56,6 +56,25 @@ def test_attention_refuses_a_wrong_kernel(tmp_path, monkeypatch):
         assert "refused" in case and "both" not in case and case["errors"]["isthmus"] == pytest.approx(0.05, rel=0.2)
 
 
+# ---------------------------------------------------------------------------------------------- encoding
+
+
+def test_encoding_measures_every_way(tmp_path, embedded):
+    encoding = importlib.import_module("encoding")
+    assert encoding.main(["--tiny", "--repeats", "1", "--json", str(tmp_path / "e.json")]) == 0
+    for case in read(tmp_path / "e.json")["cases"]:
+        assert case["speeds"].keys() == set(encoding.WAYS)
+
+
+def test_encoding_refuses_other_features(tmp_path, embedded, monkeypatch):
+    encoding = importlib.import_module("encoding")
+    right = encoding.FeatureCache._pixels
+    monkeypatch.setattr(encoding.FeatureCache, "_pixels", lambda self, media: 1.5 * right(self, media))
+    assert encoding.main(["--tiny", "--repeats", "1", "--json", str(tmp_path / "e.json")]) == 1
+    for case in read(tmp_path / "e.json")["cases"]:
+        assert "refused" in case and "speeds" not in case
+
+
 # ---------------------------------------------------------------------------------------------- batching
 
 

@@ -105,6 +105,12 @@ def copied(finished: Outcome, place: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+def test_what_nobody_reads_of_finished_runs_is_deleted(finished: Outcome, place: Path) -> None:
+    """Checkpoints are several times the models, and a comparison is many runs."""
+    assert not list(place.rglob("checkpoints")) and not list(place.glob("comparison/*/rates/*/*/model"))
+    assert list(place.glob("comparison/*/seed*/*/model")) and list(place.glob("comparison/*/rates/*/*/metrics.jsonl"))
+
+
 def test_a_joint_is_added_without_repeating(finished: Outcome, copied: Path) -> None:
     before = times(copied / "comparison")
     more = small(copied, add=[recipes(copied)[1].but(name="three")])

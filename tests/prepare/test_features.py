@@ -160,13 +160,30 @@ def test_a_bad_picture_leaves_what_was_read_before_it(tmp_path):
     assert len(found) == 2 and right(found, PICTURES[:2]) and found.fill(PICTURES[:2]) == 0
 
 
-def test_pictures_are_drawn_one_batch_ahead_and_no_further(tmp_path, monkeypatch):
+def test_batches_are_drawn_one_per_thread_ahead_and_no_further():
     """All pixels of a large set would not fit into memory."""
-    drawn, most = [], 0
-    for _ in prepare._ahead(drawn.append, range(9)):
+    drawn, most, threads = [], 0, torch.get_num_threads()
+    for number, result in enumerate(prepare._side_by_side(lambda item: drawn.append(item) or item, range(30))):
+        assert result == number
         most = max(most, len(drawn))
         drawn.pop(0)
-    assert most <= 2
+    assert number == 29 and most <= threads + 1 and torch.get_num_threads() == threads
+
+
+def test_threads_share_the_cores_and_begin_nothing_after_a_failure(monkeypatch):
+    monkeypatch.setattr(prepare.torch, "get_num_threads", lambda: 4)
+    given, begun = [], []
+    monkeypatch.setattr(prepare.torch, "set_num_threads", given.append)
+
+    def work(item: int) -> None:
+        begun.append(item)
+        raise DataError("no picture", "leave it out")
+
+    with pytest.raises(DataError):
+        list(prepare._side_by_side(work, range(100)))
+    assert len(begun) <= 2 * 4 and set(given) == {1, 4} and given[-1] == 4
+    given.clear()
+    assert list(prepare._side_by_side(lambda item: item, [7])) == [7] and given == [4, 4], "one batch has all cores"
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])

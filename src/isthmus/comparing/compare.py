@@ -216,6 +216,7 @@ def _run(jobs: Sequence[Job], place: Place, engine: Engine, title: str) -> None:
         def tell(job: Job, outcome: str) -> None:
             nonlocal done
             done += 1
+            job.lighten()
             progress(done, len(jobs))
             place.console.print(f"{job.label}: {outcome} ({done} of {len(jobs)} {title})", highlight=False)
 

@@ -17,7 +17,7 @@ from isthmus.comparing import budget
 from isthmus.comparing.budget import Amount
 from isthmus.config import Frozen, Recipe, Source, TaskConfig, check
 from isthmus.errors import ConfigError, DataError
-from isthmus.training.checkpoint import write_text
+from isthmus.training.checkpoint import remove, write_text
 
 TRIAL_SEED = 1_000_003
 """Rates are tried under a seed of their own, so that none of the seeds that count has chosen its rate."""
@@ -32,6 +32,8 @@ class Job:
     recipe: Recipe
     folder: Path
     label: str
+    trial: bool = False
+    """Whether its losses are all that is wanted of it."""
 
     @property
     def finished(self) -> bool:
@@ -45,6 +47,15 @@ class Job:
     def diverged(self) -> bool:
         """Whether it is known to end in a number that is not finite."""
         return (self.folder / "diverged").is_file()
+
+    def lighten(self) -> None:
+        """Delete what nobody reads of a run that is over: checkpoints, and the models of a trial.
+
+        Checkpoints hold the optimizer's moments, so they are several times what a model takes.
+        """
+        over = ("checkpoints", "model") if self.trial else ("checkpoints",)
+        for folder in (self.folder / stage.name / name for stage in self.recipe.stages for name in over):
+            remove(folder)
 
 
 class Common(Frozen):
@@ -103,7 +114,7 @@ class Plan(Frozen):
         """One short run that tries a rate; nothing but its validation loss is measured."""
         short = budget.apply(scaled(self.recipe(name), factor), self.amount.times(self.share), per_step)
         place = folder / name / "rates" / f"x{factor:.3g}"
-        return Job(short.but(seed=TRIAL_SEED, eval=()), place, f"{name}, rates × {factor:.3g}")
+        return Job(short.but(seed=TRIAL_SEED, eval=()), place, f"{name}, rates × {factor:.3g}", trial=True)
 
     @property
     def command(self) -> str:

@@ -28,6 +28,8 @@ PACKAGES = {
 STYLES = (OPENMOJI, *PACKAGES)
 PROBE = 64
 """Pixels at which a drawing's proportions are measured."""
+VISIBLE = [255 * (alpha > 8) for alpha in range(256)]
+"""Of every alpha, whether what is drawn with it can be seen."""
 
 
 def check_style(style: str) -> None:
@@ -63,7 +65,7 @@ def shared() -> frozenset[str]:
 def _render(char: str, style: str, side: int) -> Image.Image:
     """The drawing cut to its visible part, about `side` pixels large."""
     canvas = _openmoji(char, side) if style == OPENMOJI else _svg(char, style, side)
-    box = canvas.getchannel("A").point(lambda alpha: 255 * (alpha > 8)).getbbox()
+    box = canvas.getchannel("A").point(VISIBLE).getbbox()
     if box is None:
         raise IsthmusError(f"style {style} has no drawing of {names()[char]!r}", "use a concept that all styles share")
     return canvas.crop(box)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import SEEK_END, BytesIO
@@ -47,6 +48,8 @@ SLACK = 1.0
 """Seconds that a video may be shorter than it says."""
 PROBED = 5_000_000
 """Bytes and microseconds that are read to learn what streams a file has."""
+_DECODING = threading.Lock()
+"""Several threads may want frames of one clip, which is decoded once; its decoder has threads of its own."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,10 @@ class Clip:
         Raises:
             DataError: the video is refused, damaged, or cut short.
         """
-        if number not in self._ready:
-            self._ready.update(enumerate(decoded(self.source, self.count)))
-        return self._ready.pop(number)
+        with _DECODING:
+            if number not in self._ready:
+                self._ready.update(enumerate(decoded(self.source, self.count)))
+            return self._ready.pop(number)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,12 @@ Progress = Callable[[int, int], None]
 """Called with (done, total known so far)."""
 WINDOW, WINDOW_BYTES = 1 << 15, 256 << 20
 """So many media, or bytes of them, are at hand at once while a cache is filled."""
+BATCH = {"cpu": 8}
+"""Pictures per forward where `BATCH_ELSEWHERE` is not the best: on CPUs the maps of few stay in the caches, which makes
+convolutions two to three times faster (docs/performance.md)."""
+BATCH_ELSEWHERE = 32
+WORKERS = 8
+"""Threads at most that read and encode batches side by side."""
 
 
 class FeatureCache:
@@ -42,11 +48,12 @@ class FeatureCache:
     Args:
         encoder: the frozen encoder. Its features must not vary in size.
         folder: parent folder; every encoder identity has its own below it.
-        batch_size: pictures per forward of the encoder.
+        batch_size: pictures per forward of the encoder; by default what its device is fastest with.
     """
 
-    def __init__(self, encoder: Encoder, folder: Path, batch_size: int = 32):
-        self.encoder, self.batch_size = encoder.eval(), batch_size
+    def __init__(self, encoder: Encoder, folder: Path, batch_size: int | None = None):
+        self.encoder = encoder.eval()
+        self.batch_size = batch_size or BATCH.get(self._device.type, BATCH_ELSEWHERE)
         self._dtype = next(encoder.parameters()).dtype
         identity = json.dumps(encoder.identity() | {"dtype": str(self._dtype)}, sort_keys=True)
         self.folder = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
@@ -108,9 +115,9 @@ class FeatureCache:
             chunks = [missing[start : start + self.batch_size] for start in range(0, len(missing), self.batch_size)]
             done = 0
             try:
-                drawn = _ahead(lambda keys: self._pixels([wanted[key] for key in keys]), chunks)
-                for pixels, keys in zip(drawn, chunks):
-                    self._append(keys, self._encode(pixels))
+                encoded = _side_by_side(lambda keys: self._encode(self._pixels([wanted[key] for key in keys])), chunks)
+                for rows, keys in zip(encoded, chunks):
+                    self._append(keys, rows)
                     done += len(keys)
                     if progress is not None:
                         progress(done, len(missing))
@@ -118,11 +125,14 @@ class FeatureCache:
                 self._open()
         return len(missing)
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self.encoder.parameters()).device
+
     @torch.inference_mode()
     def _encode(self, pixels: Tensor) -> np.ndarray:
         """One row of raw bytes per picture."""
-        device = next(self.encoder.parameters()).device
-        features = self.encoder(pixels.to(device, self._dtype))
+        features = self.encoder(pixels.to(self._device, self._dtype))
         parts = [features.x_NSE, *features.taps.values()]
         flat = torch.cat([part.to(self._dtype).flatten(1) for part in parts], dim=1).cpu().contiguous()
         return flat.view(torch.uint8).numpy()
@@ -136,9 +146,8 @@ class FeatureCache:
 
     def _probe(self) -> dict[str, torch.Size]:
         """Shapes of x and every tap for one picture."""
-        device = next(self.encoder.parameters()).device
         with torch.inference_mode():
-            features = self.encoder(self.encoder.blank().to(device, self._dtype))
+            features = self.encoder(self.encoder.blank().to(self._device, self._dtype))
         return {"x": features.x_NSE.shape[1:]} | {name: tap.shape[1:] for name, tap in features.taps.items()}
 
     # ------------------------------------------------------------------------------------ files
@@ -218,13 +227,24 @@ class _Lock:
         self._stream.close()
 
 
-def _ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`work(item)` for one item after another, each done in a thread while the result before it is used."""
-    with ThreadPoolExecutor(1) as pool:
+def _side_by_side(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    """`work(item)` of every item, in order, some at a time in threads that share out the cores.
+
+    Reading pictures keeps one core busy, and batches too small to keep several busy are those that encode fastest.
+    No more than one item per thread is worked ahead of the one that is taken.
+    """
+    cores = torch.get_num_threads()
+    workers = max(1, min(cores, WORKERS, len(items)))
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(cores // workers,)) as pool:
         pending: deque[Future[Result]] = deque()
-        for item in items:
-            pending.append(pool.submit(work, item))
-            if len(pending) > 1:
+        try:
+            for item in items:
+                pending.append(pool.submit(work, item))
+                if len(pending) > workers:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+            torch.set_num_threads(cores)  # a thread's number is that of all threads begun after it
