@@ -174,6 +174,11 @@ def test_what_cannot_work_is_refused() -> None:
 
 
 @pytest.mark.slow
+def test_the_published_size_has_no_codes_of_looks() -> None:
+    with pytest.raises(ConfigError, match="codes of meaning alone"):
+        asvr("published", of="looks")
+
+
 def test_codebooks_stay_the_same_in_all_stages(tmp_path: Path) -> None:
     changes = {"data": (str(composed.questions(tmp_path, 8)),), "budget": {"steps": 2}, "batch_size": 4}
     legs = [stage.but(**changes) for stage in asvr().stages[1:]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shlex
 import sys
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image as Pillow
 
 import composed
+from isthmus import recipes
 from isthmus.cli import app
 
 
@@ -22,6 +24,13 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0
+
+
+def test_the_demo_lasts_as_long_as_its_recipe_says():
+    from isthmus.cli.train import demo
+
+    lasts = inspect.signature(demo).parameters["minutes"].default
+    assert lasts == pytest.approx(sum(stage.budget.minutes for stage in recipes.named("demo").stages))
 
 
 @pytest.fixture

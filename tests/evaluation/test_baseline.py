@@ -72,6 +72,12 @@ def test_it_is_measured_like_any_model(server: ChatServer, tmp_path: Path) -> No
     assert len(server.bodies) == 24
 
 
+def test_controls_are_asked_as_few_items_as_those_of_any_model(server: ChatServer, tmp_path: Path) -> None:
+    measured = baseline.measure(speaker(server), [(TASK, CONFIG.but(baseline_limit=2))], 0, tmp_path)
+    assert {name: len(kept) for name, kept in measured["colours"][1].items()} == {"after": 4, "blind": 2, "shuffled": 2}
+    assert len(server.bodies) == 8
+
+
 def test_what_was_refused_is_not_scored(server: ChatServer, tmp_path: Path) -> None:
     server.acts = [Act(), Act(body={"choices": [{"message": {"refusal": "no"}, "finish_reason": "stop"}]})]
     plain = TaskConfig(name="colours", controls=())

@@ -37,13 +37,12 @@ def demo(
 
     from isthmus import assets
     from isthmus.recipes.demo import demo as recipe_for
-    from isthmus.recipes.within import within
 
     console = Console(stderr=as_json, highlight=False)
     if missing := assets.missing("demo"):
         console.print(f"fetching {', '.join(missing)} (about a minute, once)")
         assets.fetch("demo")
-    recipe = within(recipe_for(), minutes).but(seed=seed).override(overrides or [])
+    recipe = recipe_for(minutes).but(seed=seed).override(overrides or [])
     folder = out or Path("runs") / "demo"
     if not (folder / "report.json").is_file():
         console.print(

@@ -9,7 +9,7 @@ from isthmus.config import TaskConfig
 from isthmus.evaluation import tasks
 from isthmus.evaluation.answers import Prediction
 from isthmus.evaluation.grounding import Locate
-from isthmus.evaluation.measure import Measured, Progress, advancing
+from isthmus.evaluation.measure import Measured, Progress, advancing, controlled
 from isthmus.evaluation.results import Column
 from isthmus.evaluation.score import Scorer
 from isthmus.evaluation.tasks import Free, Task
@@ -43,18 +43,18 @@ def measure(
         _check_needs_text_alone(task, speaker)
     listener, found = Listener(speaker), Measured()
     for task, config in built:
-        conditions: tuple[tasks.Control | None, ...] = (None, *config.controls)
+        conditions: dict[tasks.Control | None, Task] = {None: task, **controlled(task, config)}
         runs: dict[Column, list[Prediction]] = {
             control or "after": tasks.run(
-                task,
+                asked,
                 listener,
                 control=control,
                 folder=folder / "after",
                 settings=speaker.config.identity(),
                 seed=seed,
-                advance=advancing(f"{task.name} {control or 'after'}", len(task.items), progress),
+                advance=advancing(f"{task.name} {control or 'after'}", len(asked.items), progress),
             )
-            for control in conditions
+            for control, asked in conditions.items()
         }
         found[task.name] = task, runs
     return found

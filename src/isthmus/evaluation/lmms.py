@@ -39,7 +39,6 @@ class Isthmus(lmms):  # type: ignore[misc]
         device: str = "cpu",
         dtype: str = "auto",
         batch_size: int | str = 1,
-        **unused: Any,
     ) -> None:
         super().__init__()
         self.model, self.batch_size = load(pretrained, dtype, device), int(batch_size)

@@ -113,9 +113,8 @@ def check_exchanges(built: Sequence[tuple[Task, TaskConfig]]) -> None:
         DataError: they cannot.
     """
     for task, config in built:
-        prompts = [item.prompt for item in some(task, config.baseline_limit).items]
-        if "shuffled" in config.controls and any(prompt.media for prompt in prompts):
-            CONTROLS["shuffled"](prompts, 0)
+        if asked := controlled(task, config).get("shuffled"):
+            CONTROLS["shuffled"]([item.prompt for item in asked.items], 0)
 
 
 def rules(built: Sequence[tuple[Task, TaskConfig]]) -> str:
@@ -132,13 +131,23 @@ def conditions(
     model: VLM, task: Task, config: TaskConfig, column: Column
 ) -> dict[Column, tuple[tasks.Control | None, Task]]:
     """What is measured of a task under `column`: by column of the table, the control and the items that are asked."""
-    fewer = some(task, config.baseline_limit)
-    found: dict[Column, tuple[tasks.Control | None, Task]] = {column: (None, task if column == "after" else fewer)}
-    if column == "after" and any(item.prompt.media for item in task.items):
-        found |= {control: (control, fewer) for control in config.controls}
-        if task.cosine and model.aligner.splices:  # elsewhere vectors are not in the words' space
-            found["cosine"] = "cosine", task
+    if column != "after":
+        return {column: (None, some(task, config.baseline_limit))}
+    found: dict[Column, tuple[tasks.Control | None, Task]] = {column: (None, task)}
+    found |= {control: (control, asked) for control, asked in controlled(task, config).items()}
+    if task.cosine and model.aligner.splices and has_media(task):  # elsewhere vectors are not in the words' space
+        found["cosine"] = "cosine", task
     return found
+
+
+def controlled(task: Task, config: TaskConfig) -> dict[tasks.Control, Task]:
+    """The controls that a task is measured under, each with the items that it asks; none where no item has media."""
+    return dict.fromkeys(config.controls, some(task, config.baseline_limit)) if has_media(task) else {}
+
+
+def has_media(task: Task) -> bool:
+    """Whether any item shows something."""
+    return any(item.prompt.media for item in task.items)
 
 
 def measure_alone(

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from isthmus.config import AlignerConfig, EncoderConfig, LLMConfig, ObjectiveConfig, Recipe, Stage, Train
 from isthmus.recipes import parts
+from isthmus.types import ConfigError
 
 SIGLIP_SO400M_384: dict[str, Any] = {
     "model_type": "siglip_vision_model",
@@ -27,8 +28,16 @@ def asvr(
     of: Literal["meaning", "looks"] = "meaning",
 ) -> Recipe:
     """ASVR; at `weight` 0 it is LLaVA. `of` are the encoder's features or, embedded, a shallow tap: the paper has it
-    that codes of meaning help and codes of looks do not."""
-    return _embedded(weight, shift, of) if size == "embedded" else _published(weight, shift)
+    that codes of meaning help and codes of looks do not.
+
+    Raises:
+        ConfigError: codes of looks in the published size, for which there is no tokenizer of looks here.
+    """
+    if size == "embedded":
+        return _embedded(weight, shift, of)
+    if of == "looks":
+        raise ConfigError("ASVR's published size has codes of meaning alone", "leave of='looks' to size='embedded'")
+    return _published(weight, shift)
 
 
 def _published(weight: float, shift: Literal[0, 1]) -> Recipe:
