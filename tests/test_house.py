@@ -11,7 +11,7 @@ import isthmus
 ROOT = Path(isthmus.__file__).parent
 
 FLOORS: list[set[str]] = [
-    {"types", "errors", "config", "assets", "torchfile"},
+    {"types", "errors", "config", "overrides", "assets", "torchfile"},
     {
         "graft",
         "lora",

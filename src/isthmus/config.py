@@ -7,7 +7,6 @@ nearest known one. Nothing here is an import path, and nothing is ever executed 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +17,9 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from isthmus.errors import ConfigError
+from isthmus.errors import nearest as nearest
+from isthmus.overrides import SCHEMA, assign, parse_value
 
-SCHEMA = "`isthmus recipes --schema` lists every key"
 Model = TypeVar("Model", bound=BaseModel)
 LATER: dict[str, Any] = {"exclude_if": lambda value: value in (None, {})}
 """Of fields that came later: recipes that leave them out keep their fingerprints."""
@@ -107,6 +107,8 @@ class Train(Frozen):
 
     lr: float | None = Field(None, gt=0)  # None takes the stage's
     weight_decay: float = Field(0.0, ge=0)
+    decay_all: bool | None = Field(None, **LATER)
+    """Whether biases, norms and gates decay as well as matrices, as in OpenFlamingo."""
     mode: Literal["full", "frozen"] | LoRA = "full"
 
 
@@ -175,6 +177,8 @@ class Stage(Frozen):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(0.03, ge=0, lt=1)
     """Share of the steps over which the rate rises linearly from 0."""
+    floor: float | None = Field(None, ge=0, lt=1, **LATER)
+    """Share of the rate that `schedule` ends at; None is 0."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     clip: float | None = Field(1.0, gt=0)
     """Largest global gradient norm; None leaves gradients alone."""
@@ -185,8 +189,11 @@ class Stage(Frozen):
     mixing: float | None = Field(None, ge=0, **LATER)
     """Shares are weights times the sets' sizes to this power: 0.5 is the root, 1 / T a temperature; None is 0."""
     batching: Literal["bucketed", "shuffled", "packed"] = "bucketed"
-    template: Literal["chat", "plain"] = "chat"
-    """`chat` is the LLM's own template; `plain` is LLaVA's first stage: media, then the answer, then end."""
+    max_media: int | None = Field(None, ge=1, **LATER)
+    """Pictures that a packed row holds, beside its `max_length` tokens; None is no limit."""
+    template: Literal["chat", "plain", "documents"] = "chat"
+    """`chat` is the LLM's own template; `plain` is LLaVA's first stage: media, then the answer, then end; `documents`
+    writes all turns in their order with nothing between."""
     evaluate_every: float | None = Field(0.25, gt=0, le=1)
     """Validation loss after this share of the stage; None only at its end."""
     save_every: float | None = Field(0.25, gt=0, le=1)
@@ -294,7 +301,7 @@ class Recipe(Frozen):
             path, equals, text = assignment.partition("=")
             if not equals:
                 raise ConfigError(f"override {assignment!r} has no '='", "write key=value, e.g. seed=1")
-            _assign(tree, path.strip().split("."), parse_value(text), path)
+            assign(tree, path.strip().split("."), parse_value(text), path)
         return parse(tree, "override")
 
     def save(self, path: Path) -> None:
@@ -334,53 +341,6 @@ def check(model: type[Model], tree: Mapping[str, Any], where: str) -> Model:
     except ValidationError as error:
         faults = "; ".join(_explain(model, fault) for fault in error.errors())
         raise ConfigError(f"{where}: {faults}", SCHEMA) from None
-
-
-def parse_value(text: str) -> Any:
-    """The value of an override, read as YAML (so `1e-3` is a number, `[a, b]` a list, `null` None)."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """`; did you mean 'x'?` or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _assign(tree: Any, path: list[str], value: Any, whole: str) -> None:
-    """Set a value inside nested mappings and lists of named things (stages are found by name or index)."""
-    *way, last = path
-    for depth, key in enumerate(way):
-        place = _place(tree, key, path[depth - 1], whole)
-        if isinstance(tree, dict):
-            if key not in tree:
-                raise ConfigError(f"{whole}: unknown key {key!r}{nearest(key, list(tree))}", SCHEMA)
-            if isinstance(tree[key], tuple):
-                tree[key] = list(tree[key])
-            if not isinstance(tree[key], dict | list):
-                tree[key] = {}
-        tree = tree[place]
-    tree[_place(tree, last, path[-2] if way else "", whole)] = value
-
-
-def _place(tree: Any, key: str, owner: str, whole: str) -> Any:
-    """Where `key` is in a mapping (itself) or a list (the index of the item of that name)."""
-    if isinstance(tree, dict):
-        return key
-    names = [item.get("name", "") for item in tree]
-    index = names.index(key) if key in names else int(key) if key.isdigit() else -1
-    if not 0 <= index < len(tree):
-        raise ConfigError(f"{whole}: no {owner} named {key!r}{nearest(key, names)}", f"there are {names}")
-    return index
 
 
 def _explain(model: type[BaseModel], fault: Any) -> str:

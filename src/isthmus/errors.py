@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 
 class IsthmusError(Exception):
     """A cause in one line, and a remedy in one line; `code` is the process's exit code."""
@@ -29,3 +32,9 @@ class NotFinite(IsthmusError):
     """A loss or a gradient became infinite or not a number; the cause names where first."""
 
     code = 4
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """`; did you mean 'x'?` or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -160,8 +160,20 @@ def test_short_samples_leave_no_rank_of_a_packed_step_without_work():
 def test_samples_of_length_zero_are_left_out(batching):
     short = Batches(MIX, 8, batching, lambda ref: 0 if ref[1] % 2 else 10, window=6)
     assert all(item % 2 == 0 for step in range(12) for _, item in short[step])
-    with pytest.raises(DataError, match="step 0 is empty"):
+    with pytest.raises(DataError, match="all 256 samples of steps 0 to 31"):
         Batches(MIX, 8, batching, lambda ref: 0)[0]
+
+
+@pytest.mark.parametrize("batching", ["bucketed", "packed", "shuffled"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_micro_batch_has_a_row_though_samples_are_left_out(batching, ranks):
+    """A step of as many samples as micro-batches has none to spare."""
+    length = lambda ref: 0 if ref[1] % 10 == 0 else 10  # noqa: E731
+    own = [Batches(MIX, 8, batching, length, 6, world_size=ranks, rank=rank, least=8 // ranks) for rank in range(ranks)]
+    for step in range(12):
+        rows = [each.rows(step) for each in own]
+        assert [len(some) for some in rows] == [8 // ranks] * ranks
+        assert all(item % 10 for some in rows for row in some for _, item in row)
 
 
 def test_shares_follow_sizes_to_a_power() -> None:

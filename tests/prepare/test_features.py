@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -67,7 +70,7 @@ def test_each_picture_is_encoded_once(tmp_path, monkeypatch):
     monkeypatch.setattr(found, "_encode", lambda pixels: seen.append(len(pixels)) or encode(pixels))
     told: list[tuple[int, int]] = []
     assert found.fill([*PICTURES, *PICTURES], lambda *done: told.append(done)) == 7
-    assert seen == [3, 3, 1] and told == [(3, 7), (6, 7), (7, 7)] and len(found) == 7
+    assert sorted(seen) == [1, 3, 3] and told == [(3, 7), (6, 7), (7, 7)] and len(found) == 7
     copy = Image(PICTURES[0].source.copy())
     assert found.fill([copy]) == 0 and len(seen) == 3
     assert cache(tmp_path).fill(PICTURES) == 0
@@ -184,6 +187,37 @@ def test_threads_share_the_cores_and_begin_nothing_after_a_failure(monkeypatch):
     assert len(begun) <= 2 * 4 and set(given) == {1, 4} and given[-1] == 4
     given.clear()
     assert list(prepare._side_by_side(lambda item: item, [7])) == [7] and given == [4, 4], "one batch has all cores"
+
+
+@pytest.mark.parametrize(("kind", "together"), [("cpu", True), ("cuda", False)])
+def test_batches_are_encoded_one_at_a_time_on_an_accelerator(tmp_path, monkeypatch, kind, together):
+    """There activations of several would be held at once; pictures are read meanwhile."""
+    found, now, most = cache(tmp_path, batch_size=1), [], []
+
+    def encode(pixels: torch.Tensor) -> np.ndarray:
+        now.append(pixels)
+        time.sleep(0.02)
+        most.append(len(now))
+        now.pop()
+        return np.zeros((1, found._row_bytes), np.uint8)
+
+    monkeypatch.setattr(prepare.torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(prepare.torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(FeatureCache, "_device", SimpleNamespace(type=kind))
+    monkeypatch.setattr(found, "_encode", encode)
+    assert found.fill(PICTURES) == 7 and (max(most) > 1) is together
+
+
+def test_a_failure_outside_the_threads_leaves_none_behind(tmp_path):
+    found, threads, before = cache(tmp_path, batch_size=1), torch.get_num_threads(), threading.active_count()
+
+    def interrupted(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:  # whose traceback holds the frames for as long as it lives
+        found.fill(PICTURES, interrupted)
+    assert caught and threading.active_count() == before and torch.get_num_threads() == threads
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])

@@ -152,6 +152,29 @@ def test_guesses_are_the_heads_softmax_and_are_read_again_from_disk(classifier, 
     assert again.see(shown) == found
 
 
+def test_each_process_sees_its_share_once_and_finds_that_of_the_others(classifier, tmp_path, monkeypatch):
+    source = Source(name="naming", tags={"by": "imagenet"}, limit=20)
+    both = [tags.Classifier(tmp_path) for _ in range(2)]
+    seen = {0: 0, 1: 0}
+    for rank, each in enumerate(both):
+        classify = each._classify
+        monkeypatch.setattr(
+            each,
+            "_classify",
+            lambda images, own=classify, at=rank: seen.update({at: seen[at] + len(images)}) or own(images),
+        )
+    told: list[tuple[int, int]] = []
+    for rank, each in enumerate(both):
+        monkeypatch.setattr(tags, "_classifier", lambda each=each: each)
+        tags.look_ahead([source, Source(name="naming")], 0, lambda *done: told.append(done), rank, 2)
+    assert seen == {0: 10, 1: 10} and told[-1] == (10, 10)
+    for each in both:
+        monkeypatch.setattr(tags, "_classifier", lambda each=each: each)
+        for number in range(20):
+            assert tags.open_set(source, 0)[number].media
+    assert seen == {0: 10, 1: 10}
+
+
 @pytest.mark.parametrize(("char", "name"), [("🧮", "abacus"), ("🩹", "band-aid")])
 def test_it_names_the_few_drawings_that_it_recognises(classifier, char, name):
     drawing = sprites.sprite(char, "openmoji", 180, 180)

@@ -7,19 +7,23 @@ import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import small
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from isthmus.config import Engine, Recipe, Stage
+from isthmus.training import optimizer
 from isthmus.training.loop import run_stage
-from isthmus.training.optimizer import choose
+from isthmus.training.optimizer import Trained, choose
 from isthmus.training.parallel import World, spread
-from isthmus.training.run import train
+from isthmus.training.run import Feed, mix_of, train
 from isthmus.training.step import Step, held_out
 from isthmus.types import Batch, DataError, IsthmusError
 
@@ -69,11 +73,14 @@ class Share(small.Colours):
     world: World = World()
     texts: tuple[int, ...] = ()
     """Numbers of the rows that are conversations without a picture."""
+    silent: tuple[int, ...] = ()
+    """Steps in which all of them are."""
 
     def __call__(self, step: int, micro: int) -> Batch:
         numbers = [step * self.size + row for row in range(self.size)]
         mine = numbers[self.world.rank :: self.world.size][micro :: self.micros]
-        chosen = [small.text(n) if n % self.size in self.texts else small.sample(n) for n in mine]
+        texts = range(self.size) if step in self.silent else self.texts
+        chosen = [small.text(n) if n % self.size in texts else small.sample(n) for n in mine]
         return self.vlm.processor.collator()(chosen)
 
 
@@ -148,6 +155,23 @@ def queues(world: World, recipe: Recipe, stage: Stage, folder: Path) -> None:
     with world.started(device):
         spread(step, (), world, device, "ddp", False, step.uneven(), step.drifting())(batch, step.scales([batch]))
         (folder / f"{world.rank}.json").write_text(json.dumps(keys.tolist()))
+
+
+def gradients(world: World, recipe: Recipe, stages: dict[str, Stage], folder: Path) -> None:
+    """The gradient of the first step of each stage, as the optimizer gets it, written down by the first process."""
+    norms = optimizer.norms
+    with world.started(torch.device("cpu")), pytest.MonkeyPatch.context() as patch:
+        for name, stage in stages.items():
+
+            def noted(trained: Sequence[Trained], name: str = name) -> dict[str, Tensor]:
+                if world.main:
+                    save_file({each.name: each.parameter.grad for each in trained}, folder / f"{name}.safetensors")
+                return norms(trained)
+
+            patch.setattr(optimizer, "norms", noted)
+            vlm, data = small.build(recipe), mix_of(stage, 0)
+            feed = Feed(stage, data, vlm.processor.collator(max_length=stage.max_length), 0, world)
+            run_stage(vlm, stage, feed, folder / name, steps=1, console=small.quiet(), world=world)
 
 
 def agree(world: World, folder: Path) -> None:

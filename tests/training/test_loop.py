@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from isthmus.config import Budget, Recipe
 from isthmus.training.log import read_rows
 from isthmus.training.loop import derive, marks, run_stage, steps_for
 from isthmus.training.step import Step
-from isthmus.types import Batch, ConfigError, DataError, IsthmusError
+from isthmus.types import Batch, ConfigError, DataError, IsthmusError, NotFinite
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(recipe: Recipe, tmp_p
     resumed = small.build(recipe)  # with the data mended, the run goes on as if nothing had been
     run_stage(resumed, small.stage(), small.Colours(resumed), tmp_path / "bad", steps=6, console=small.quiet())
     assert all(torch.equal(tensor, small.weights(resumed)[name]) for name, tensor in small.weights(good).items())
+
+
+def test_a_validation_loss_that_is_no_number_stops_the_stage(recipe: Recipe, tmp_path: Path) -> None:
+    """Kept as the best one, it would never be beaten."""
+    vlm, made, said = small.build(recipe), small.stage(evaluate_every=0.5), iter([0.7, math.nan])
+    with pytest.raises(NotFinite, match="step 6: the validation loss"):
+        run_stage(
+            vlm, made, small.Colours(vlm), tmp_path, steps=6, validate=lambda step: next(said), console=small.quiet()
+        )
 
 
 def test_a_gradient_that_is_not_finite_is_named(recipe: Recipe, tmp_path: Path) -> None:

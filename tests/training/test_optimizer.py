@@ -111,6 +111,14 @@ def test_groups_by_rate_and_decay(recipe: Recipe) -> None:
     assert all(group["betas"] == (0.8, 0.9) for group in groups)
 
 
+def test_biases_and_norms_decay_where_they_are_told_to(recipe: Recipe) -> None:
+    train = {"llm.*": {"weight_decay": 0.1}, "connectors.*": {"weight_decay": 0.1, "decay_all": True}}
+    step, trained = chosen(recipe, train=train)
+    vectors = {name for name, parameter in step.named_parameters() if parameter.ndim == 1 and name in trained}
+    decays = {name for name in vectors if trained[name].weight_decay}
+    assert decays == {name for name in vectors if "connectors" in name} != set()
+
+
 def test_moments_exist_for_what_trains_and_for_nothing_else(recipe: Recipe) -> None:
     step, trained = chosen(recipe, train={"connectors.*": 1e-3, "llm.*v_proj": {"mode": {"r": 2}}})
     optimizer = adamw(list(trained.values()), (0.9, 0.999))
@@ -141,6 +149,17 @@ def test_schedules_are_those_of_transformers(warmup: float) -> None:
             assert rate(number, steps, warmup, name) == pytest.approx(optimizer.param_groups[0]["lr"])
             optimizer.step()
             schedule.step()
+
+
+def test_a_schedule_ends_at_its_floor_as_in_transformers() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = transformers.get_cosine_with_min_lr_schedule_with_warmup(optimizer, 4, 37, min_lr_rate=0.3)
+    for number in range(37):
+        assert rate(number, 37, 0.1, "cosine", 0.3) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rate(10**6, 10**6, 0.0, "linear", 0.3) == pytest.approx(0.3)
+    assert rate(50, 100, 0.0, "linear", 0.3) == pytest.approx(0.65)  # half way from 1 to .3
 
 
 def test_the_table_counts_what_trains(recipe: Recipe) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from isthmus.training.log import read_rows
 from isthmus.training.parallel import World
 from isthmus.training.run import Feed, mix_of
 from isthmus.training.toy import toy
-from isthmus.types import ConfigError
+from isthmus.types import ConfigError, DataError
 
 TRAIN = {
     "connectors.*": 1e-3,
@@ -97,6 +98,34 @@ def test_a_process_without_pictures_neither_hangs_nor_changes_anything(
 
 def _mixed(*arguments: Any) -> None:
     ranks.learn(*arguments, steps=4, texts=(1, 3))
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("train", ["connectors.*", "*"])
+def test_a_step_in_which_no_process_has_pictures_moves_no_connector(
+    recipe: Recipe, tmp_path: Path, engine: str, train: str
+) -> None:
+    """One process has no gradient there; zeros would let momentum and decay of AdamW move it."""
+    made = stage(train={"connectors.*": 1e-2} if train == "connectors.*" else TRAIN)
+    one = alone(recipe, made, tmp_path / "one", silent=(2, 3))
+    assert ranks.start(2, _silent, recipe, made, tmp_path / "two", ENGINES[engine]) == [0, 0]
+    same(one, tmp_path / "two")
+
+
+def _silent(*arguments: Any) -> None:
+    ranks.learn(*arguments, silent=(2, 3))
+
+
+@pytest.mark.slow
+def test_a_hundred_steps_without_pictures_do_not_hang(recipe: Recipe, tmp_path: Path) -> None:
+    made = stage(train={"connectors.*": 1e-3}, save_every=None, evaluate_every=None)
+    began = time.monotonic()
+    assert ranks.start(2, _hundred, recipe, made, tmp_path / "two", ENGINES["ddp"]) == [0, 0]
+    assert time.monotonic() - began < 60 and checkpoint_state(tmp_path / "two")["step"] == 100
+
+
+def _hundred(*arguments: Any) -> None:
+    ranks.learn(*arguments, steps=100, silent=tuple(range(100)))
 
 
 def test_a_loss_that_compares_the_samples_of_a_batch_is_computed_whole_by_every_process(
@@ -179,6 +208,51 @@ def test_a_step_has_the_same_samples_for_any_number_of_processes(tmp_path: Path,
         assert all(ids for step in steps for ids in step)
         orders.append([sorted(sample for ids in step for sample in ids) for step in steps])
     assert orders[0] == orders[1] == orders[2]
+
+
+def test_neither_processes_nor_accumulation_nor_batching_change_the_gradient(tmp_path: Path) -> None:
+    """16 samples a step: at once, in 2 micro-batches of 8 or in 8 of 2, dealt to one process and to two."""
+    recipe = toy(tmp_path)
+    plain = recipe.stages[0].but(batch_size=16, accumulate=1, max_length=128, clip=None, evaluate_every=None)
+    made = {
+        f"{batching}-{micros}": plain.but(batching=batching, accumulate=micros)
+        for batching in ("bucketed", "shuffled", "packed")
+        for micros in (1, 2, 8)
+    }
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    ranks.gradients(World(), recipe, made, one)
+    assert ranks.start(2, ranks.gradients, recipe, made, two) == [0, 0]
+    for name in made:
+        expected = load_file(one / f"{name.partition('-')[0]}-1.safetensors")
+        for folder in (one, two):
+            found = load_file(folder / f"{name}.safetensors")
+            assert found.keys() == expected.keys()
+            for key, tensor in found.items():
+                torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-6, msg=f"{folder.name} {name} {key}")
+
+
+def test_packed_rows_hold_so_many_pictures_and_what_is_left_out_is_told(tmp_path: Path) -> None:
+    recipe = toy(tmp_path)
+    made = recipe.stages[0].but(batching="packed", batch_size=8, max_length=256, max_media=2)
+    vlm, data = small.build(recipe), mix_of(made, 0)
+    collator = vlm.processor.collator(max_length=256)
+    shown = [
+        int(batch.media["image"].row_N.bincount().max())
+        for batch in map(Feed(made, data, collator, 0), range(4), [0] * 4)
+    ]
+    assert set(shown) == {2}
+    with pytest.raises(DataError, match="media, max_media is 0"):
+        Feed(made.model_copy(update={"max_media": 0}), data, collator, 0)(0, 0)
+
+    lengths = sorted(collator.lengths(data.sample(data.mix[index])) for index in range(256))
+    tight = vlm.processor.collator(max_length=lengths[128], overlong="drop")
+    feed = Feed(made.but(batching="bucketed", max_media=None), data, tight, 0)
+    too_long = {
+        data.sample(data.mix[index]).id for index in range(256) if not tight.lengths(data.sample(data.mix[index]))
+    }
+    assert f"; {len(too_long)} of the first 256 samples left out, too long" in feed.first()
 
 
 def test_all_stages_of_a_recipe_and_its_feature_cache(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from rich.console import Console
 from isthmus.comparing.engine import GLANCE, Tell, held, judged, prepared, spawn, threads_of
 from isthmus.comparing.plan import Job
 from isthmus.errors import ConfigError, IsthmusError
-from isthmus.training.loop import interrupts
+from isthmus.training.signals import interrupts
 
 
 @dataclass

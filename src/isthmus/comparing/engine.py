@@ -25,7 +25,7 @@ from isthmus.comparing.plan import Job
 from isthmus.errors import IsthmusError, NotFinite
 from isthmus.experiment import experiment
 from isthmus.training.checkpoint import write_text
-from isthmus.training.loop import interrupts
+from isthmus.training.signals import interrupts
 
 Outcome: TypeAlias = Literal["done", "diverged"]
 Tell: TypeAlias = Callable[[Job, Outcome], None]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Sized
 from hashlib import blake2b
+from itertools import cycle, islice
 from typing import Literal, TypeAlias
 
 from isthmus.data.pack import pack
@@ -133,6 +134,11 @@ class Batches:
     def steps_per_epoch(self) -> int:
         return -(-self.mix.epoch_length // self.batch_size)
 
+    @property
+    def drawn(self) -> int:
+        """Samples that a window is made of, before any is left out."""
+        return self.window * self.batch_size
+
     def __getitem__(self, step: int) -> list[Ref]:
         """This rank's samples of a step."""
         return [ref for row in self.rows(step) for ref in row]
@@ -141,15 +147,16 @@ class Batches:
         """This rank's rows of a step; a row holds several samples only when packed.
 
         Raises:
-            DataError: overlong samples were left out until nothing remained.
+            DataError: see `whole`.
         """
-        rows = self.whole(step)[self.rank :: self.world_size]
-        if len(rows) < self.least:
-            raise DataError(f"step {step} is empty: its samples are longer than max_length", "raise max_length")
-        return rows
+        return self.whole(step)[self.rank :: self.world_size]
 
     def whole(self, step: int) -> list[list[Ref]]:
-        """All ranks' rows of a step."""
+        """All ranks' rows of a step.
+
+        Raises:
+            DataError: overlong samples were left out until nothing of a window remained.
+        """
         window, place = divmod(step, self.window)
         if window not in self._planned:
             self._planned = {window: self._plan(window)}
@@ -168,12 +175,20 @@ class Batches:
 
     def _plan(self, number: int) -> list[list[list[Ref]]]:
         """The batches of a window, each a list of rows."""
-        draws = self.window * self.batch_size
+        draws = self.drawn
         refs = [self.mix[index] for index in range(number * draws, (number + 1) * draws)]
         if self._length is None:
             return self._arrange(refs, [1] * draws, number)
         lengths = [self._length(ref) for ref in refs]
         kept = [(ref, length) for ref, length in zip(refs, lengths) if length > 0]
+        if not kept:
+            raise DataError(
+                f"all {draws} samples of steps {number * self.window} to {(number + 1) * self.window - 1} are longer "
+                "than max_length",
+                "raise max_length, or set overlong to oldest",
+            )
+        # Every micro-batch of every rank has a row: where too few are left, some stand in for those that were left out.
+        kept += islice(cycle(tuple(kept)), max(0, self.window * self.world_size * self.least - len(kept)))
         return self._arrange([ref for ref, _ in kept], [length for _, length in kept], number)
 
     def _shuffled(self, refs: list[Ref], lengths: list[int], number: int) -> list[list[list[Ref]]]:

@@ -43,7 +43,7 @@ def measure(
         _check_needs_text_alone(task, speaker)
     listener, found = Listener(speaker), Measured()
     for task, config in built:
-        conditions: dict[tasks.Control | None, Task] = {None: task, **controlled(task, config)}
+        conditions = {None: task} | controlled(task, config)
         runs: dict[Column, list[Prediction]] = {
             control or "after": tasks.run(
                 asked,

@@ -12,9 +12,11 @@ import hashlib
 import json
 import math
 import os
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,12 +36,11 @@ Progress = Callable[[int, int], None]
 """Called with (done, total known so far)."""
 WINDOW, WINDOW_BYTES = 1 << 15, 256 << 20
 """So many media, or bytes of them, are at hand at once while a cache is filled."""
-BATCH = {"cpu": 8}
-"""Pictures per forward where `BATCH_ELSEWHERE` is not the best: on CPUs the maps of few stay in the caches, which makes
-convolutions two to three times faster (docs/performance.md)."""
-BATCH_ELSEWHERE = 32
+BATCH, CPU_BATCH = 32, 8
+"""Pictures per forward. On CPUs the maps of few stay in the caches, which makes convolutions about twice as fast
+(docs/performance.md)."""
 WORKERS = 8
-"""Threads at most that read and encode batches side by side."""
+"""Threads at most that have a batch in hand side by side."""
 
 
 class FeatureCache:
@@ -53,7 +54,8 @@ class FeatureCache:
 
     def __init__(self, encoder: Encoder, folder: Path, batch_size: int | None = None):
         self.encoder = encoder.eval()
-        self.batch_size = batch_size or BATCH.get(self._device.type, BATCH_ELSEWHERE)
+        self.batch_size = batch_size or (CPU_BATCH if self._device.type == "cpu" else BATCH)
+        self._encoding = threading.Lock()
         self._dtype = next(encoder.parameters()).dtype
         identity = json.dumps(encoder.identity() | {"dtype": str(self._dtype)}, sort_keys=True)
         self.folder = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
@@ -115,12 +117,12 @@ class FeatureCache:
             chunks = [missing[start : start + self.batch_size] for start in range(0, len(missing), self.batch_size)]
             done = 0
             try:
-                encoded = _side_by_side(lambda keys: self._encode(self._pixels([wanted[key] for key in keys])), chunks)
-                for rows, keys in zip(encoded, chunks):
-                    self._append(keys, rows)
-                    done += len(keys)
-                    if progress is not None:
-                        progress(done, len(missing))
+                with closing(_side_by_side(lambda keys: self._made([wanted[key] for key in keys]), chunks)) as made:
+                    for rows, keys in zip(made, chunks):
+                        self._append(keys, rows)
+                        done += len(keys)
+                        if progress is not None:
+                            progress(done, len(missing))
             finally:
                 self._open()
         return len(missing)
@@ -128,6 +130,12 @@ class FeatureCache:
     @property
     def _device(self) -> torch.device:
         return next(self.encoder.parameters()).device
+
+    def _made(self, media: Sequence[Medium]) -> np.ndarray:
+        """Rows of some media; elsewhere than on a CPU one batch at a time is encoded, others are read meanwhile."""
+        pixels = self._pixels(media)
+        with nullcontext() if self._device.type == "cpu" else self._encoding:
+            return self._encode(pixels)
 
     @torch.inference_mode()
     def _encode(self, pixels: Tensor) -> np.ndarray:
@@ -227,11 +235,11 @@ class _Lock:
         self._stream.close()
 
 
-def _side_by_side(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+def _side_by_side(work: Callable[[Item], Result], items: Sequence[Item]) -> Generator[Result]:
     """`work(item)` of every item, in order, some at a time in threads that share out the cores.
 
     Reading pictures keeps one core busy, and batches too small to keep several busy are those that encode fastest.
-    No more than one item per thread is worked ahead of the one that is taken.
+    No more than one item per thread is worked ahead of the one that is taken. Close it where not all are taken.
     """
     cores = torch.get_num_threads()
     workers = max(1, min(cores, WORKERS, len(items)))

@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any, Literal, TypeAlias
@@ -35,6 +36,9 @@ from isthmus.types import DataError, Image, Part, Sample, Tag, Turn
 See: TypeAlias = Callable[[Sample, Sequence[Image]], list[tuple[Tag, ...]]]
 """Tags of each of a sample's pictures."""
 
+Progress: TypeAlias = Callable[[int, int], None]
+AT_ONCE = 8
+"""Samples whose pictures the classifier sees together."""
 LISTED = 20
 """Guesses per picture that are kept on disk, whatever a recipe then takes of them."""
 
@@ -97,6 +101,24 @@ def open_set(source: Source, seed: int) -> sets.Set:
     """A set that a recipe names, with the tags that it asks for; errors as in `data.sets.open_set`."""
     opened = sets.open_set(source, seed)
     return opened.map(Tagger.of(source.tags, source.name)) if source.tags else opened
+
+
+def look_ahead(
+    sources: Sequence[Source], seed: int, progress: Progress | None = None, rank: int = 0, size: int = 1
+) -> None:
+    """Let the classifier see what these sources will show, so that whoever reads their samples finds it done.
+
+    Of `size` processes that call this with the same sources at once, number `rank` sees its share; `progress` is called
+    with the samples done and those of the share.
+    """
+    wanted = [sets.open_set(source, seed) for source in sources if (source.tags or {}).get("by") == "imagenet"]
+    total, done = sum(len(range(rank, len(items), size)) for items in wanted), 0
+    share = (items[place] for items in wanted for place in range(rank, len(items), size))
+    while some := list(islice(share, AT_ONCE)):
+        _classifier().see([medium for sample in some for medium in sample.media if isinstance(medium, Image)])
+        done += len(some)
+        if progress is not None:
+            progress(done, total)
 
 
 def _beside(turns: Sequence[Turn], seen: Sequence[tuple[Tag, ...]]) -> tuple[Turn, ...]:
@@ -200,19 +222,23 @@ class Classifier:
         identity = json.dumps([self.encoder.identity(), self.names, LISTED])
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / f"imagenet-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.jsonl"
-        self._known = dict(self._read()) if self.file.is_file() else {}
+        self._known: dict[str, tuple[Tag, ...]] = {}
+        self._read_bytes = 0
+        self._read_on()
 
     def see(self, images: Sequence[Image]) -> list[tuple[Tag, ...]]:
         """The likeliest classes of each picture with their probabilities, from disk where it was seen before."""
         keys = [pictures.content_key(image.source) for image in images]
+        if not self._known.keys() >= set(keys):
+            self._read_on()  # another process may have seen some meanwhile
         missing = {key: image for key, image in zip(keys, images) if key not in self._known}
         if missing:
             found = dict(zip(missing, self._classify(list(missing.values()))))
             lines = "".join(
                 json.dumps([key, [[tag.text, tag.score] for tag in tags]]) + "\n" for key, tags in found.items()
             )
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(lines)
+            with self.file.open("ab", buffering=0) as stream:  # in one piece, for others may write, too
+                stream.write(lines.encode())
             self._known |= found
         return [self._known[key] for key in keys]
 
@@ -226,11 +252,17 @@ class Classifier:
             for scores, indices in zip(top.values.tolist(), top.indices.tolist())
         ]
 
-    def _read(self) -> Iterable[tuple[str, tuple[Tag, ...]]]:
-        """What is on disk; a line that an interrupted run left half written is seen again."""
-        for line in self.file.read_text(encoding="utf-8").splitlines():
+    def _read_on(self) -> None:
+        """Learn what is on disk beyond what was read; of a line that was left half written nothing is learnt."""
+        if not self.file.is_file() or self.file.stat().st_size == self._read_bytes:
+            return
+        with self.file.open("rb") as stream:
+            stream.seek(self._read_bytes)
+            new = stream.read()
+        self._read_bytes += len(new)
+        for line in new.splitlines():
             try:
                 key, found = json.loads(line)
             except ValueError:
                 continue
-            yield key, tuple(Tag(text, score) for text, score in found)
+            self._known[key] = tuple(Tag(text, score) for text, score in found)

@@ -288,10 +288,10 @@ def write_text(file: Path, text: str) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder so that no half of it is ever taken for the whole."""
+    """Delete a folder so that no half of it is ever taken for the whole, and what an interrupted call left of it."""
+    doomed = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
     if folder.exists():
-        doomed = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
         shutil.rmtree(doomed)
 

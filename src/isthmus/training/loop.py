@@ -6,17 +6,14 @@ seeds its own randomness. So a run that was interrupted and resumed equals one t
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
-import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from rich.console import Console, RenderableType
@@ -27,8 +24,9 @@ from isthmus.model import VLM
 from isthmus.training import checkpoint, curves, finite, log, machine, optimizer, parallel
 from isthmus.training.meter import Meter
 from isthmus.training.parallel import World
+from isthmus.training.signals import interrupts
 from isthmus.training.step import Step
-from isthmus.types import IGNORE, Batch, ConfigError, IsthmusError
+from isthmus.types import IGNORE, Batch, ConfigError, IsthmusError, NotFinite
 
 WARM, TIMED, GLANCE = 2, 8, 0.05
 """Calibration runs 2 optimizer steps unmeasured and 8 measured, or as many as fit into 5 % of the budget."""
@@ -236,6 +234,10 @@ class _Runner:
     def _evaluate(self, state: checkpoint.State, metrics: log.Metrics, saves: checkpoint.Checkpoints) -> None:
         loss = self._validate()
         self.step.ready()
+        if not math.isfinite(loss):  # of a number that is none, no later one would ever be the better
+            raise NotFinite(
+                f"step {state.step}: the validation loss is not finite", "lower the learning rate, or look at the data"
+            )
         state.validation_loss = loss
         metrics.write({"step": state.step, "validation_loss": loss})
         if state.improves(loss):
@@ -279,16 +281,20 @@ class _Runner:
         norms = {name: norm.to(self.device) for name, norm in optimizer.norms(self.trained).items()}
         # The one place where the host waits for the device: weights must not take a bad update.
         numbers = torch.stack([*shares.values(), *norms.values()]).tolist()
-        values = [value / self.world.size for value in self.world.total(numbers[: len(shares)])]
+        kinds = list(self.step.vlm.connectors)
+        shown = [float(any(kind in batch.media for batch in batches)) for kind in kinds]
+        totals = self.world.total([*numbers[: len(shares)], *shown])
+        values = [value / self.world.size for value in totals[: len(shares)]]
         sizes = dict(zip(norms, numbers[len(shares) :]))
         if not all(map(math.isfinite, (*values, *sizes.values()))):
             self._refuse(number, batches, dict(zip(shares, map(torch.tensor, values))))
         with self.world.together():
             if warning := self.watch.look(batches):
                 say(warning)
+        optimizer.let_rest(self.trained, {kind for kind, some in zip(kinds, totals[len(shares) :]) if not some})
         if self.stage.clip is not None:
             parallel.clip([each.parameter for each in self.trained], self.stage.clip, norms["grad_norm"])
-        factor = optimizer.rate(number, steps, self.stage.warmup, self.stage.schedule)
+        factor = optimizer.rate(number, steps, self.stage.warmup, self.stage.schedule, self.stage.floor or 0.0)
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.adamw.step()
@@ -370,28 +376,3 @@ def marks(share: float | None, steps: int) -> set[int]:
         return {steps}
     inner = (round(steps * share * number) for number in range(1, math.ceil(1 / share)))
     return {mark for mark in inner if mark > 0} | {steps}
-
-
-@contextlib.contextmanager
-def interrupts(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM finish the step; a second one stops at once. Yields whether one has come.
-
-    Only the main thread gets signals; elsewhere nothing is changed.
-    """
-    asked: list[int] = []
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        say("finishing this step and saving; interrupt again to stop at once")
-
-    before: dict[int, Any] = {}
-    with contextlib.suppress(ValueError):
-        for number in map(int, (signal.SIGINT, signal.SIGTERM)):
-            before[number] = signal.signal(number, ask)
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

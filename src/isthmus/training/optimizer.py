@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -106,17 +106,20 @@ def adamw(trained: Sequence[Trained], betas: tuple[float, float]) -> torch.optim
     )
 
 
-def rate(step: int, steps: int, warmup: float, schedule: Schedule) -> float:
-    """The factor of the learning rate at a step counted from 0, as transformers' schedules compute it."""
+def rate(step: int, steps: int, warmup: float, schedule: Schedule, floor: float = 0.0) -> float:
+    """The factor of the learning rate at a step counted from 0, as transformers' schedules compute it.
+
+    `floor` is what it falls to, 0 in transformers; LAVIS calls that times the rate `min_lr`.
+    """
     rising = math.ceil(steps * warmup)
     if step < rising:
         return step / rising
     done = (step - rising) / max(1, steps - rising)
     match schedule:
         case "cosine":
-            return max(0.0, 0.5 * (1 + math.cos(math.pi * done)))
+            return floor + (1 - floor) * max(0.0, 0.5 * (1 + math.cos(math.pi * done)))
         case "linear":
-            return max(0.0, 1 - done)
+            return floor + (1 - floor) * max(0.0, 1 - done)
         case "constant":
             return 1.0
 
@@ -211,8 +214,19 @@ def _of_model(vlm: VLM, stage: Stage, rules: Sequence[_Rule]) -> Iterator[Traine
     for name, parameter in vlm.named_parameters():
         rule = next((rule for rule in reversed(rules) if rule.claims(name)), None)
         if rule and rule.trains(name):
-            decay = rule.how.weight_decay if parameter.ndim > 1 else 0.0  # none on biases and norms
+            decay = rule.how.weight_decay if parameter.ndim > 1 or rule.how.decay_all else 0.0
             yield Trained(f"vlm.{name}", parameter, rule.how.lr or stage.lr, decay)
+
+
+def let_rest(trained: Sequence[Trained], kinds: Set[str]) -> None:
+    """Leave connectors and encoders of media that no process has seen in this step as they are.
+
+    One process has no gradient there. Several have zeros (`Step._idle`), under which AdamW would go on moving.
+    """
+    for each in trained:
+        _, part, kind, *_ = [*each.name.split("."), "", ""]
+        if part in ("connectors", "encoders") and kind in kinds:
+            each.parameter.grad = None
 
 
 def _of_objectives(step: Step, stage: Stage) -> Iterator[Trained]:

@@ -32,7 +32,7 @@ from isthmus.training.machine import arithmetic
 from isthmus.training.parallel import World
 from isthmus.training.prefetch import Prefetched
 from isthmus.training.step import Step, dealt, held_out, mixed, unlabelled
-from isthmus.types import Batch, ConfigError, Medium, Sample
+from isthmus.types import Batch, ConfigError, DataError, Medium, Sample
 
 HELD_OUT = 64
 """Validation samples of a stage, as many from each of its sources."""
@@ -84,7 +84,7 @@ class Feed:
 
     def __init__(self, stage: Stage, data: Data, collator: Collator, seed: int, world: World = World()):  # noqa: B008
         self.micros, self._data, self._collator = stage.accumulate, data, collator
-        self._mixed, self._seed = mixed(stage.objectives), seed
+        self._mixed, self._seed, self._most = mixed(stage.objectives), seed, stage.max_media
         self._batches = Batches(
             data.mix,
             stage.batch_size,
@@ -92,7 +92,8 @@ class Feed:
             length=functools.lru_cache(REMEMBERED)(lambda ref: collator.lengths(data.sample(ref))),
             seed=seed,
             max_length=stage.max_length,
-            media=lambda ref: len(data.sample(ref).media),
+            media=self._media,
+            max_media=stage.max_media,
             world_size=world.size,
             rank=world.rank,
             least=stage.accumulate,
@@ -114,9 +115,27 @@ class Feed:
         sample = self._data.sample(ref)
         return sample.but(meta={**sample.meta, "draw": drawn[ref]}) if drawn else sample
 
-    def padding(self) -> float:
-        """Share of the tokens of the first batches that is padding."""
-        return self._batches.padding_share(range(self._batches.window))
+    def _media(self, ref: Ref) -> int:
+        """How many media a sample has, of which a packed row must hold all."""
+        sample = self._data.sample(ref)
+        if self._most is not None and len(sample.media) > self._most:
+            raise DataError(
+                f"sample {sample.id}: {len(sample.media)} media, max_media is {self._most}",
+                "raise max_media, or leave the sample out",
+            )
+        return len(sample.media)
+
+    def first(self) -> str:
+        """What becomes of the first batches: how much of them is padding, and how many samples are too long."""
+        padding = self._batches.padding_share(range(self._batches.window))
+        said = [f"batches: {padding:.1%} of their tokens is padding"]
+        for ids, fate in (
+            (self._collator.dropped, "left out"),
+            (self._collator.shortened, "without their oldest turns"),
+        ):
+            if ids:
+                said.append(f"{len(ids)} of the first {self._batches.drawn:,} samples {fate}, too long")
+        return "; ".join(said)
 
 
 class Run:
@@ -218,7 +237,7 @@ class Run:
         collator = model.processor.collator(look, stage.template, **limits)
         share = dealt(stage.objectives, self.world)
         own = Feed(stage, data, collator, self.recipe.seed, share)
-        self.console.print(f"{stage.batching} batches: {own.padding():.1%} of their tokens is padding")
+        self.console.print(f"{stage.batching} {own.first()}", soft_wrap=True, markup=False)
         with Prefetched(own, self.recipe.engine.workers) as feed:
             result = loop.run_stage(
                 model,
@@ -237,6 +256,12 @@ class Run:
             )
         return result.state
 
+    def _tag(self, stage: Stage) -> None:
+        """Let the classifier see what a stage shows, each process its share, where tags of it stand beside pictures."""
+        with self.world.together(), log.counting(self.console, "tagging pictures once") as progress:
+            tags.look_ahead(stage.data, self.recipe.seed, progress, self.world.rank, self.world.size)
+        self.world.barrier()
+
     def _fill_once(self, look: Look, stage: Stage, data: Data) -> None:
         """Cache a stage's pictures, unless a note beside the cache says that those of its sources are in there.
 
@@ -247,6 +272,7 @@ class Run:
         note = look.folder / f"filled-{sets.stamp(stage.data, self.recipe.seed)}"
         if not self.world.any(not note.is_file() or int(note.read_text()) > len(look)):
             return
+        self._tag(stage)
         self.fill(look, data.media())
         if self.world.main:
             with checkpoint.writing(note):
