@@ -78,13 +78,18 @@ def test_every_published_recipe_has_a_row_and_figures_are_of_recipes():
     assert "\n".join(LINES).startswith(comparison.HEAD.format(text=TEXT, before=comparison.BEFORE).rstrip())
 
 
+LEFT_OUT = {"instructblip-vicuna-7b": 2 * 768 * 3072 + 3072 + 768 + 2 * 768}
+"""Parameters that are published and that ours leaves out: the last layer's text feed-forward, which nothing reads."""
+
+
 @pytest.mark.parametrize("name", comparison.published())
 def test_parameters_of_the_page_are_those_of_the_models(name):
     planned = plan(recipes.named(name).but(name=name))
     assert TABLE[name][:5] == comparison.counted(planned)
     figure = FIGURES.get(name)
     if figure is not None and figure.parameters is not None:
-        assert planned.stages[0].trained == pytest.approx(figure.parameters, rel=0.04)
+        expected = figure.parameters - LEFT_OUT.get(name, 0)
+        assert planned.stages[0].trained == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.slow

@@ -37,6 +37,12 @@ def logits_and_states(model, **kwargs):
 
 
 @pytest.mark.parametrize("family", LLMS)
+def test_words_are_what_the_first_layer_reads(family):
+    model = llm(family)
+    torch.testing.assert_close(sites.words(model)[IDS], sites.embedding(model)(IDS))
+
+
+@pytest.mark.parametrize("family", LLMS)
 def test_head_equals_the_models_own_logits(family):
     model = llm(family)
     logits, states = logits_and_states(model)

@@ -6,6 +6,7 @@ The LLM stays outside: its runtimes take embeddings, and each has its own export
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -39,7 +40,7 @@ class Sight(nn.Module):
         """pixels [N, 3, H, W] -> y [N, Q, D]."""
         at_N = torch.zeros(pixels.shape[0], dtype=torch.long)  # `len` would fix the number of pictures
         features = self.model.encode("image", Media(at_N, at_N, at_N, pixels=pixels))
-        return self.model.connectors["image"](features, Context(words_VD=sites.embedding(self.model.llm).weight))
+        return self.model.connectors["image"](features, Context(words=partial(sites.words, self.model.llm)))
 
 
 def export(source: str | Path, out: Path) -> Parity:

@@ -8,6 +8,7 @@ expects. Nothing here knows a paper: every choice is asked of the aligner.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -210,7 +211,7 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
 
     def _connect(self, kind: str, media: Media, batch: Batch) -> Tensor:
         route_N = None if batch.route_BT is None else _first(batch.route_BT, batch.segment_BT, media)
-        context = Context(batch.extra_text, route_N, sites.embedding(self.llm).weight)
+        context = Context(batch.extra_text, route_N, partial(sites.words, self.llm))
         return self.connectors[kind](self.encode(kind, media), context)
 
     def embed(self, batch: Batch, connected: dict[str, Tensor]) -> Tensor:

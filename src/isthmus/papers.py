@@ -181,20 +181,24 @@ def _calls(recipe: Recipe, room: str) -> set[str]:
 
 
 def _tests(room: str, name: str, file: Path) -> list[str]:
-    """The tests of a file: its mirror and, for a joint, the contract that lists it; else those that import it."""
+    """The tests of a file: its mirror, else those that import it or name it as a recipe does; and for a joint, the
+    contract that lists it."""
     root = checkout()
     if root is None:
         return []
     tests = root / "tests"
     found = sorted(tests.rglob(f"test_{file.stem}.py"))
-    contract = tests / "test_contract.py"
-    if room == "aligners" and f'Joint("{name}"' in contract.read_text(encoding="utf-8"):
-        found.append(contract)
     module = re.escape(".".join(file.relative_to(SOURCE).with_suffix("").parts))
     parent, _, stem = module.rpartition(r"\.")
     imports = re.compile(rf"from isthmus\.{module} import|from isthmus\.{parent} import .*\b{stem}\b")
     if not found:
         found = [test for test in sorted(tests.rglob("test_*.py")) if imports.search(test.read_text("utf-8"))]
+    if not found:
+        rooms = [test for kind in ("aligners", "objectives") for test in sorted((tests / kind).glob("test_*.py"))]
+        found = [test for test in rooms if f'"{name}"' in test.read_text("utf-8")]
+    contract = tests / "test_contract.py"
+    if room == "aligners" and f'Joint("{name}"' in contract.read_text(encoding="utf-8"):
+        found.append(contract)
     return [test.relative_to(root).as_posix() for test in found]
 
 

@@ -7,7 +7,7 @@ It speaks two languages over one renderer: ours (`Sample`, `Batch`) and transfor
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class VLMProcessor(ProcessorMixin):
         layouts: dict[str, dict[str, Any]] | None = None,
         placeholders: dict[str, int] | None = None,
         aspect: media.Aspect = "pad",
-        template: Literal["chat", "plain"] = "chat",
+        template: chat.Writing = "chat",
         system: str | None = None,
         decoder_start: int | None = None,
         reading: dict[str, Any] | None = None,
@@ -88,7 +88,7 @@ class VLMProcessor(ProcessorMixin):
 
     # ------------------------------------------------------------------------------------ our language
 
-    def renderer(self, template: Literal["chat", "plain"] | None = None) -> chat.Renderer:
+    def renderer(self, template: chat.Writing | None = None) -> chat.Renderer:
         """What turns conversations into ids, with the spans that are trained and the media's places."""
         layouts = {kind: Layout(**fields) for kind, fields in self.layouts.items()}
         return chat.Renderer(
@@ -121,7 +121,7 @@ class VLMProcessor(ProcessorMixin):
         return torch.stack([views.pixels(picture, self.image_processor, self.aspect) for picture in pictures]), None
 
     def collator(
-        self, look: collate.Look | None = None, template: Literal["chat", "plain"] | None = None, **settings: Any
+        self, look: collate.Look | None = None, template: chat.Writing | None = None, **settings: Any
     ) -> collate.Collator:
         """A collator for this model; `settings` are those of `data.collate.Collator`."""
         renderer, look = self.renderer(template), self.look if look is None else look

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -165,6 +166,13 @@ def heads(root: nn.Module) -> set[nn.Module]:
 def embedding(llm: PreTrainedModel) -> nn.Embedding:
     """The input embedding; called on ids [B, T] it gives [B, T, D]."""
     return cast(nn.Embedding, llm.get_input_embeddings())
+
+
+def words(llm: PreTrainedModel) -> Tensor:
+    """Every word as the LLM's first layer reads it, [V, D]: Gemma's embeddings are scaled where they are looked up."""
+    table = embedding(llm)
+    scale = getattr(table, "embed_scale", None)
+    return table.weight if scale is None else table.weight * torch.as_tensor(scale).to(table.weight)
 
 
 def norm(model: nn.Module, side: Literal["decoder", "encoder"] = "decoder") -> nn.Module:

@@ -293,8 +293,8 @@ class Context:
 
     extra_text: Mapping[str, Tensor] = field(default_factory=dict)
     route_N: Tensor | None = None
-    words_VD: Tensor | None = None
-    """The LLM's input embedding table, the same for every question; None outside of a model."""
+    words: Callable[[], Tensor] | None = None
+    """Every word as the LLM reads it [V, D], the same for every question; None outside of a model."""
 
 
 @dataclass(frozen=True)

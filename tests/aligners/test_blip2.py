@@ -310,6 +310,10 @@ def test_the_whole_equals_transformers_blip2(tmp_path):
     state = frozen.state_dict()
     for name, tensor in ours.connectors["image"].state_dict().items():
         assert torch.equal(state[name], tensor) != name.startswith("project."), name
+    options["vocabulary"] = tiny.VOCAB
+    hears = isthmus.compose(recipe.but(aligner={"name": "instructblip", "options": options})).connectors["image"]
+    taken = {name for name, tensor in hears.state_dict().items() if name in state and torch.equal(state[name], tensor)}
+    assert taken == {name for name in state if not name.startswith("project.")}, "its text half stays newborn"
     with pytest.raises(ConfigError, match="query_tokens"):
         isthmus.compose(recipe.but(aligner={"name": "minigpt4", "options": {**options, "queries": 5}}))
 

@@ -48,6 +48,18 @@ def test_a_stage_may_turn_it_on_and_the_model_hands_over_its_own_words():
     assert (after - before).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma", "gemma3_text"])
+@torch.no_grad()
+def test_normalised_output_is_as_large_as_words_are_read(family):
+    """Gemma scales what it looks up by the root of its width."""
+    model = composed.model(family, options={"normalise": True})
+    words = model.llm.get_input_embeddings()(torch.arange(model.vocabulary))
+    batch = model.processor.collator()([composed.sample(composed.picture(1), "What?")])
+    found = model.run(batch, need="connected").connected["image"]
+    spread = (words - words.mean(0)).square().mean().sqrt()
+    torch.testing.assert_close((found - words.mean(0)).square().mean().sqrt(), spread, rtol=1e-3, atol=1e-3)
+
+
 def test_output_that_is_not_normalised_cannot_lean():
     with pytest.raises(ConfigError, match="only normalised output"):
         composed.model(options={"words": 0.05})

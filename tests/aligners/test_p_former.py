@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -23,9 +25,10 @@ from isthmus.recipes.p_former import p_former
 from isthmus.training import combination
 from isthmus.training.optimizer import adamw, choose
 from isthmus.training.step import Step
-from isthmus.types import Batch, ConfigError, DataError
+from isthmus.types import IGNORE, Batch, ConfigError, DataError
 
 D, Q = tiny.WIDTH, 3
+BEGIN = tiny.BOS
 SHAPE = Shape(
     queries=Q, layers=2, width=16, heads=2, inner=24, dropout=0.0, vocabulary=tiny.VOCAB + 1, positions=32, contrast=8
 )
@@ -159,7 +162,7 @@ def test_sentences_are_what_is_said_without_a_picture_in_order():
     said = ["a cat", "the dog is here", "on the left", "two birds"]
     assert ids[:, 0].tolist() == [tiny.BOS] * 4
     assert decode([row[row >= 0][1:-1] for row in ids]) == said
-    assert decode([row[:-1] for row in written(batch)]) == said
+    assert decode([row[:-1] for _, row in written(batch, BEGIN)]) == said
     assert len(batch.extra_text["image"]) == 2
     step = step_of(model, "prompt_match", *TEACHER)
     counts = {"prompt_match": 2, "prompt_contrast": 4, "prompt_words": 4}
@@ -172,13 +175,30 @@ def test_reconstruction_is_the_loss_that_transformers_computes():
     scales = step.scales([batch])
     found, _ = step(batch, scales)
     total, words = 0.0, 0
-    for ids, text in zip(sentences(batch), written(batch)):
+    for ids, (begin, text) in zip(sentences(batch), written(batch, BEGIN)):
         prompt = model.heads["teacher"](ids[None])
-        embeds = torch.cat([prompt, sites.embedding(model.llm)(text)[None]], 1)
-        labels = torch.cat([torch.full((Q,), -100), text])[None]
+        embed = sites.embedding(model.llm)
+        embeds = torch.cat([embed(begin)[None], prompt, embed(text)[None]], 1)
+        labels = torch.cat([torch.full((len(begin) + Q,), -100), text])[None]
         total += model.llm(inputs_embeds=embeds, labels=labels).loss.item() * len(text)
         words += len(text)
     assert scales == {"prompt_lm": 1 / words} and found.item() == pytest.approx(total / words, rel=1e-4)
+
+
+def test_what_begins_every_text_stands_before_the_prompt_as_before_soft_tokens():
+    model = composed.stir(newborn())
+    batch = batch_of(model)
+    opened = replace(
+        batch,
+        input_ids_BT=F.pad(batch.input_ids_BT, (1, 0), value=BEGIN),
+        segment_BT=F.pad(batch.segment_BT, (1, 0), value=1),
+        labels_BT=F.pad(batch.labels_BT, (1, 0), value=IGNORE),
+    )
+    for (begin, text), (none, same) in zip(written(opened, BEGIN), written(batch, BEGIN), strict=True):
+        assert begin.tolist() == [BEGIN] and not len(none) and torch.equal(text, same)
+    step = step_of(model, "prompt_lm").eval()
+    (with_one, without) = (step(each, step.scales([each]))[0].item() for each in (opened, batch))
+    assert with_one != pytest.approx(without, rel=1e-4)
 
 
 def test_prompts_are_drawn_to_the_nearest_words_and_words_stay():
@@ -235,7 +255,7 @@ def test_the_first_stage_moves_the_teacher_alone_and_the_llm_then_writes_from_it
         == {name for name in before if name.startswith("heads.teacher.")}
     )
     with torch.no_grad():
-        output, texts = model.run(batch, need="connected"), written(batch)
+        output, texts = model.run(batch, need="connected"), written(batch, BEGIN)
         prompt = model.heads["teacher"](sentences(batch))
         taught, none, other = (
             reconstruction(step, output, p, texts, 256) for p in (prompt, torch.zeros_like(prompt), prompt.roll(1, 0))
@@ -325,7 +345,7 @@ def test_several_answers_in_one_sample_are_no_sentence():
     pictured = sample(asked, "what?", answer="a cat")
     both = pictured.but(branches=(sample(asked, "where?", answer="on the left").turns,))
     batch = model.processor.collator()((both, one))
-    assert batch.branch_BT.any() and len(written(batch)) == 1, "those with a picture may have them"
+    assert batch.branch_BT.any() and len(written(batch, BEGIN)) == 1, "those with a picture may have them"
 
 
 def test_the_published_teacher_is_bert_with_three_heads():

@@ -225,6 +225,18 @@ def test_plain_is_media_then_answer():
         make.render(turns[:1])
 
 
+def test_documents_keep_every_picture_and_text_in_its_order():
+    tokenizer = zoo()["chatml"]
+    make = renderer(tokenizer, 2, template="documents")
+    turns = [Turn.say(*said) for said in (("user", PICTURE), ("assistant", "a fox"), ("user", PICTURE, "Next: "))]
+    rendered = make.render((*turns, Turn.say("assistant", "a hen")))
+    fox, asked, hen = (tokenizer(text, add_special_tokens=False).input_ids for text in ("a fox", "Next: ", "a hen"))
+    assert rendered.ids == [IMAGE, IMAGE, *fox, IMAGE, IMAGE, *asked, *hen, tokenizer.eos_token_id]
+    learnt = [token for token, trained in zip(rendered.ids, rendered.trained) if trained]
+    assert learnt == [*fox, *hen, tokenizer.eos_token_id] and len(rendered.media) == 2
+    assert make.render(tuple(turns), open_answer=True).ids == [IMAGE, IMAGE, *fox, IMAGE, IMAGE, *asked]
+
+
 def test_layouts_may_depend_on_the_medium_and_tags_and_boxes_are_text():
     tokenizer = zoo()["chatml"]
     make = Renderer(tokenizer, {"image": lambda medium: Layout(medium.source.width)}, {"image": IMAGE})

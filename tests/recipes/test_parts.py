@@ -7,6 +7,11 @@ import pytest
 from isthmus.config import Source
 from isthmus.data.sets import Set, open_set
 from isthmus.recipes import parts
+from isthmus.recipes.blip2 import instructblip
+from isthmus.recipes.cogvlm import cogvlm
+from isthmus.recipes.ee_mllm import ee_mllm
+from isthmus.recipes.flamingo import flamingo
+from isthmus.recipes.llama_adapter import llama_adapter
 
 pytestmark = pytest.mark.usefixtures("embedded")
 
@@ -33,3 +38,18 @@ def test_words_stand_for_as_many_pictures_as_there_are() -> None:
             twin = source.but(options={**source.options, "shown": "picture"})
             assert [twin.name, twin.options] in [[each.name, each.options] for each in parts.MIX]
             assert not open_set(source, seed=0)[3].media
+
+
+def test_no_two_settings_of_a_system_share_a_name() -> None:
+    """Runs, tables and comparisons go by the name."""
+    made = [
+        *(cogvlm(**chosen) for chosen in ({}, {"every": 4}, {"where": "ffn"}, {"start": "random"})),
+        *(flamingo(**chosen) for chosen in ({}, {"every": 2})),
+        *(flamingo("published", **chosen) for chosen in ({}, {"every": 2}, {"tower": "nfnet-f6"})),
+        *(llama_adapter(**chosen) for chosen in ({}, {"lower": 10}, {"version": "v2", "rounds": 2})),
+        *(ee_mllm(visual=visual, free=free) for visual in ("self", "ffn", "keys") for free in (False, True)),
+        *(instructblip(aware=aware) for aware in (True, False)),
+    ]
+    names = [recipe.name for recipe in made]
+    assert len(set(names)) == len(names), names
+    assert {"cogvlm", "flamingo", "openflamingo-9b", "ee-mllm", "naavit", "llama-adapter"} < set(names)

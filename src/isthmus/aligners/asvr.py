@@ -74,4 +74,4 @@ class ASVR(Aligner):
         return Coded(inner, o.tokenizer, Codebook(o.levels, o.size, codes), head)
 
     def birth(self, model: VLM) -> None:
-        settle(model.connectors, sites.embedding(model.llm).weight)
+        settle(model.connectors, sites.words(model.llm))

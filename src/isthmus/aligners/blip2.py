@@ -5,6 +5,11 @@ Li et al. 2023, arXiv 2301.12597. Official code: github.com/salesforce/LAVIS, `b
 Differs:
     - without `tokenizer`, the first stage reads and writes the LLM's own vocabulary with newborn embeddings; the
       paper's is BERT's;
+    - the Q-Former is newborn, the paper's begins as bert-base-uncased; both feed-forward halves begin alike in either;
+    - a caption ends with the LLM's end token, not OPT's line break, and where the tokenizer begins texts with a token
+      it stands before the soft tokens;
+    - an encoder-decoder's encoder reads the soft tokens alone and its decoder tells the whole caption; the paper gives
+      the encoder a prefix of the caption as well;
     - with `text`, the text half stays in the model through the second stage, frozen; the paper drops it there.
 """
 

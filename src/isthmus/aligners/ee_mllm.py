@@ -101,7 +101,7 @@ class EEMLLM(Aligner):
         return alone
 
     def birth(self, model: VLM) -> None:
-        settle(model.connectors, sites.embedding(model.llm).weight)
+        settle(model.connectors, sites.words(model.llm))
 
 
 def flops(

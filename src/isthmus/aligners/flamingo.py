@@ -7,6 +7,8 @@ Differs:
     - `<image>` is written with the LLM's own tokens, and the end of an answer is the LLM's own end token: there are
       no new rows to train;
     - keys and values of the latents are computed again at every decoded token instead of kept;
+    - text before the first picture carries loss like any other, so the embedded recipe has none without a picture; the
+      authors' code leaves it out;
     - a picture belongs to the text behind it (the paper draws preceding or following in its documents);
     - `inner` is ours: a narrower resampler for wide encoders.
 """

@@ -5,6 +5,8 @@ Dai et al. 2023, arXiv 2305.06500. Official code: github.com/salesforce/LAVIS, `
 Differs:
     - without `tokenizer`, the Q-Former reads the LLM's own vocabulary, and newborn embeddings; the paper's is BERT's;
     - in a conversation, a picture is read under the turn that holds it; the paper has one question per picture;
+    - the Q-Former's weights come from the `qformer` option; of a BLIP-2, which has no text half, that half stays
+      newborn, where the paper's is still BERT's;
     - the last layer's text feed-forward, which no gradient reaches, is left out (see `connectors.qformer`).
 """
 
@@ -16,7 +18,7 @@ from pydantic import Field
 
 from isthmus import parts
 from isthmus.aligner import Aligner
-from isthmus.connectors import Connector
+from isthmus.connectors import Connector, blip2_weights
 from isthmus.connectors.qformer import InstructedQFormer, Shape
 from isthmus.encoders import Encoder
 from isthmus.types import Layout, Reading
@@ -37,6 +39,8 @@ class InstructBLIP(Aligner):
         """Tokens of an instruction that the Q-Former reads, the last ones."""
         tokenizer: str | None = None
         """Whose vocabulary the Q-Former reads, as a folder or a hub name; None is the LLM's own."""
+        qformer: str | None = None
+        """A folder or hub name of transformers' BLIP-2 or InstructBLIP, whose Q-Former is taken over to begin with."""
 
     def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
         return InstructedQFormer(kind, encoder.width, width, self.options)
@@ -49,9 +53,11 @@ class InstructBLIP(Aligner):
         return Reading(self.options.length, tokenizer=parts.vocabulary(self.options.tokenizer))
 
     def birth(self, model: VLM) -> None:
-        """Nothing but a check.
+        """Take a trained Q-Former over, where one is named.
 
         Raises:
             ConfigError: the Q-Former cannot hold the vocabulary that it reads.
         """
         parts.check_vocabulary(model.llm, self.options.tokenizer, self.options.vocabulary)
+        if self.options.qformer is not None:
+            blip2_weights.take_over(model.connectors["image"], parts.tensors(self.options.qformer))

@@ -67,4 +67,4 @@ class Kosmos2(Aligner):
     def birth(self, model: VLM) -> None:
         """Location tokens start apart from each other: drawn with the mean and deviation of the LLM's own words."""
         tokens.initialise(model.llm, "normal")
-        settle(model.connectors, sites.embedding(model.llm).weight)
+        settle(model.connectors, sites.words(model.llm))

@@ -285,4 +285,4 @@ class LION(Aligner):
             parts.check_vocabulary(model.llm, self.options.tokenizer, self.options.vocabulary)
         if self.options.tags == "soft":
             tokens.initialise(model.llm, "normal")
-        settle(model.connectors, sites.embedding(model.llm).weight)
+        settle(model.connectors, sites.words(model.llm))

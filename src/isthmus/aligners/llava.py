@@ -5,7 +5,8 @@ Official code: github.com/haotian-liu/LLaVA.
 
 Differs: `pool`, `normalise` and `words` are ours, off by default; the embedded recipe uses the first two, since a
 135 M LLM on a laptop pays for every image token, and the demo the third, since so small an LLM hardly learns to read
-vectors that are not nearly words (docs/log.md).
+vectors that are not nearly words (docs/log.md). The published LLaVA-1.5 letter-boxes pictures in both stages; the
+authors' first stage crops them.
 """
 
 from __future__ import annotations
@@ -47,4 +48,4 @@ class LLaVA(Aligner):
         return projector(encoder, width, depth, self.options.pool, self.options.normalise, self.options.words)
 
     def birth(self, model: VLM) -> None:
-        settle(model.connectors, sites.embedding(model.llm).weight)
+        settle(model.connectors, sites.words(model.llm))

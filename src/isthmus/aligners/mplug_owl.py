@@ -54,4 +54,4 @@ class MPLUGOwl(Aligner):
         return Normalised(joint, encoder.width, width) if options.normalise else joint
 
     def birth(self, model: VLM) -> None:
-        settle(model.connectors, sites.embedding(model.llm).weight)
+        settle(model.connectors, sites.words(model.llm))

@@ -58,4 +58,4 @@ class QwenVL(Aligner):
         return Thousandths()
 
     def birth(self, model: VLM) -> None:
-        settle(model.connectors, sites.embedding(model.llm).weight)
+        settle(model.connectors, sites.words(model.llm))

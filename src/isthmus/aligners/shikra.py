@@ -56,4 +56,4 @@ class Shikra(Aligner):
         return (START, END)
 
     def birth(self, model: VLM) -> None:
-        settle(model.connectors, sites.embedding(model.llm).weight)
+        settle(model.connectors, sites.words(model.llm))

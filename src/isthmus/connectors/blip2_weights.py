@@ -33,6 +33,8 @@ NAMES = (
 )
 """Our names and theirs; InstructBLIP keeps the entering norm with its embeddings."""
 
+TEXT = re.compile(r"words\.|layers\.\d+\.text_feed\.")
+
 
 def theirs(name: str, instruct: bool = False) -> str:
     """The name of one of our parameters in transformers' BLIP-2, or in its InstructBLIP."""
@@ -47,12 +49,15 @@ def theirs(name: str, instruct: bool = False) -> str:
 def take_over(former: QFormer, state: Mapping[str, Tensor], project: bool = False) -> None:
     """Give a Q-Former the weights of transformers' BLIP-2 or InstructBLIP; with `project`, its projection too.
 
+    BLIP-2's second stage has no text half: one of ours stays as it is.
+
     Raises:
         ConfigError: a weight is missing there, or has another shape.
     """
     instruct = "qformer.embeddings.layernorm.weight" in state
+    reads = any(".intermediate.dense." in name for name in state)
     for name, parameter in former.named_parameters():
-        if name.startswith("project.") and not project:
+        if (name.startswith("project.") and not project) or (TEXT.match(name) and not reads):
             continue
         other = theirs(name, instruct)
         found = state.get(other, state.get(f"model.{other}"))

@@ -80,8 +80,8 @@ class Normalised(Connector):
         """x [N, S, E] -> y [N, Q, D] with root mean square `scale` around `centre`."""
         y_NQD = self.inner(replace(features, x_NSE=self.norm(features.x_NSE)), context)
         if self.words is not None:
-            assert context.words_VD is not None  # a model gives it
-            y_NQD = towards_words(y_NQD, context.words_VD.detach(), self.centre.detach(), self.words)
+            assert context.words is not None  # a model gives them
+            y_NQD = towards_words(y_NQD, context.words().detach(), self.centre.detach(), self.words)
         return F.rms_norm(y_NQD, y_NQD.shape[-1:]) * self.scale + self.centre
 
 

@@ -215,6 +215,9 @@ class QFormer(Connector):
         )
         self.heads = Heads(shape) if text == "whole" else None
         self.apply(as_bert)
+        for layer in (layer for layer in self.layers if isinstance(layer, Layer)):
+            if layer.text_feed is not None:  # both begin alike, as in the paper
+                layer.feed.load_state_dict(layer.text_feed.state_dict())
         nn.init.normal_(self.queries, std=0.02)
         self.project = nn.Linear(shape.width, out)
 

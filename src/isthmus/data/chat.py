@@ -87,6 +87,9 @@ def _border(trained: Sequence[bool], place: int) -> int:
     return place
 
 
+Writing: TypeAlias = Literal["chat", "plain", "documents"]
+
+
 class Renderer:
     """Renders turns for one tokenizer.
 
@@ -94,7 +97,8 @@ class Renderer:
         tokenizer: a fast tokenizer of transformers.
         layouts: how a medium of each kind appears; a function of the medium where pictures differ in length.
         placeholders: the token id that stands for one vector of each kind.
-        template: `chat` is the tokenizer's own (or `FALLBACK`); `plain` is LLaVA's first stage: media, answer, end.
+        template: `chat` is the tokenizer's own (or `FALLBACK`); `plain` is LLaVA's first stage: media, answer, end;
+            `documents` writes all turns in their order with nothing between.
         system: the system turn of conversations that have none; None leaves it to the template.
         decoder_start: the id an encoder-decoder's decoder starts with; None for a decoder alone.
         regions: how regions of pictures are written.
@@ -109,7 +113,7 @@ class Renderer:
         tokenizer: PreTrainedTokenizerBase,
         layouts: Layouts,
         placeholders: Mapping[str, int],
-        template: Literal["chat", "plain"] = "chat",
+        template: Writing = "chat",
         system: str | None = None,
         decoder_start: int | None = None,
         regions: Regions = UNMAPPED,
@@ -129,6 +133,7 @@ class Renderer:
         self.decoder_start = decoder_start
         self.regions, self.hints = regions, hints
         self._chat = Template(tokenizer)
+        self._write = {"chat": self._write_chat, "plain": self._write_plain, "documents": self._write_document}
 
     def plain(self, text: str) -> list[int]:
         """Ids of a text that stands alone; none of them is a control token."""
@@ -149,8 +154,7 @@ class Renderer:
         if self.system is not None and turns and turns[0].role != "system":
             turns = (Turn.say("system", self.system), *turns)
         stream = _Stream(self._chat.codec)
-        write = self._write_plain if self.template == "plain" else self._write_chat
-        write(stream, turns, open_answer)
+        self._write[self.template](stream, turns, open_answer)
         return stream.rendered()
 
     def render_string(self, pieces: Sequence[str | Medium]) -> Rendered:
@@ -200,16 +204,22 @@ class Renderer:
         self._write_contents(stream, answer, trained=True)
         stream.template(self.tokenizer.eos_token, trained=True)
 
+    def _write_document(self, stream: _Stream, turns: Sequence[Turn], open_answer: bool) -> None:
+        """All turns in their order with nothing between; what the assistant says is learnt, and at last the end."""
+        stream.template(self._chat.begin)
+        for turn in turns:
+            self._write_contents(stream, turn, trained=turn.role == "assistant")
+        if not open_answer:
+            stream.template(self.tokenizer.eos_token, trained=True)
+
     def _render_pair(self, turns: Sequence[Turn], open_answer: bool, decoder_start: int) -> Rendered:
         """The prompt for the encoder, the last answer for the decoder. Without a template, one turn per line."""
         if not open_answer and (not turns or turns[-1].role != "assistant"):
             raise DataError("the conversation does not end with an answer", "end it with an assistant turn")
         question = turns if open_answer else turns[:-1]
         prompt, answer = _Stream(self._chat.codec), _Stream(self._chat.codec)
-        if self.template == "plain":
-            self._write_plain(prompt, question, open_answer=True)
-        elif self.tokenizer.chat_template:
-            self._write_chat(prompt, question, open_answer=True)
+        if self.template != "chat" or self.tokenizer.chat_template:
+            self._write[self.template](prompt, question, True)
         else:
             for number, turn in enumerate(question):
                 prompt.text("\n" if number else "")

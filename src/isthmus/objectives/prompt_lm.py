@@ -3,11 +3,14 @@
 P-Former's reconstruction, Jian et al. 2023, arXiv 2307.07063. Official code: github.com/yiren-jian/BLIText,
 `pformer_opt.py`.
 
-Differs: the mean is over all words of an optimizer step and not over a device's.
+Differs:
+    - the mean is over all words of an optimizer step and not over a device's;
+    - what a tokenizer puts before everything (OPT's `</s>`) stands before the prompt, as it will before soft tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -37,34 +40,39 @@ class PromptLM(Teaching):
     name: ClassVar[str] = "prompt_lm"
 
     def check(self, vlm: VLM) -> None:
-        """Refuse an LLM that reads its prompt in one place and writes in another."""
+        """Refuse an LLM that reads its prompt in one place and writes in another; note what begins its texts."""
         super().check(vlm)
         if vlm.config.is_encoder_decoder:
             raise ConfigError("prompts are taught with decoder-only LLMs", "choose a decoder-only LLM")
+        self._beginning: int | None = vlm.llm.config.bos_token_id
 
     def count(self, batch: Batch) -> int:
-        return sum(map(len, written(batch)))
+        return sum(len(text) for _, text in written(batch, self._beginning))
 
     def loss(self, step: Step, output: Output, batch: Batch) -> Tensor:
         teacher = step.vlm.heads["teacher"]
         prompt_NQD = teacher(self.read(teacher, batch))
-        return reconstruction(step, output, prompt_NQD, written(batch), self.options.rows)
+        return reconstruction(step, output, prompt_NQD, written(batch, self._beginning), self.options.rows)
 
 
-def reconstruction(step: Step, output: Output, prompt_NQD: Tensor, texts: list[Tensor], rows: int) -> Tensor:
-    """The summed cross-entropy of texts, ids in the LLM's vocabulary, each behind its own prompt."""
-    ids_NT = pad_sequence(texts, batch_first=True, padding_value=-1)
+def reconstruction(
+    step: Step, output: Output, prompt_NQD: Tensor, said: Sequence[tuple[Tensor, Tensor]], rows: int
+) -> Tensor:
+    """The summed cross-entropy of texts, each behind its beginning and its own prompt; ids of the LLM's vocabulary."""
+    begin_NB = torch.stack([begin for begin, _ in said])  # of one tokenizer, so all as long
+    ids_NT = pad_sequence([text for _, text in said], batch_first=True, padding_value=-1)
     real_NT = ids_NT >= 0
     word_NTD = output.embed(ids_NT.clamp(min=0))
-    queries = prompt_NQD.shape[1]
-    segment_NT = F.pad(real_NT.long(), (queries, 0), value=1)
-    embeds_NTD = torch.cat([prompt_NQD.to(word_NTD.dtype), word_NTD], 1)
+    before = begin_NB.shape[1] + prompt_NQD.shape[1]
+    segment_NT = F.pad(real_NT.long(), (before, 0), value=1)
+    embeds_NTD = torch.cat([output.embed(begin_NB), prompt_NQD.to(word_NTD.dtype), word_NTD], 1)
     hidden_NTD, _, _ = step.vlm.think(embeds_NTD, segment_NT, torch.zeros_like(segment_NT), None, Past(None))
-    return cross_entropy(hidden_NTD[:, queries - 1 : -1][real_NT], ids_NT[real_NT], output.head, rows)
+    return cross_entropy(hidden_NTD[:, before - 1 : -1][real_NT], ids_NT[real_NT], output.head, rows)
 
 
-def written(batch: Batch) -> list[Tensor]:
-    """The LLM's ids of every sample without a medium, in the order in which `_prompts.sentences` has them.
+def written(batch: Batch, beginning: int | None) -> list[tuple[Tensor, Tensor]]:
+    """Of every sample without a medium, in the order of `_prompts.sentences`, ids of the LLM's vocabulary: the token
+    `beginning`, where the tokenizer puts one before everything, and the text.
 
     Raises:
         DataError: one of them has branches, which are several sentences in one row.
@@ -79,5 +87,7 @@ def written(batch: Batch) -> list[Tensor]:
                 continue
             if batch.branch_BT is not None and batch.branch_BT[row][segment_T == segment].any():
                 raise DataError(f"several answers in one sample among {batch.ids[:8]}", "give each a sample of its own")
-            texts.append(batch.input_ids_BT[row][segment_T == segment])
+            ids_T = batch.input_ids_BT[row][segment_T == segment]
+            start = int(ids_T[0] == beginning)  # which no text can be typed to be
+            texts.append((ids_T[:start], ids_T[start:]))
     return texts

@@ -30,7 +30,9 @@ class PromptWords(Teaching):
     def loss(self, step: Step, output: Output, batch: Batch) -> Tensor:
         teacher = step.vlm.heads["teacher"]
         prompt_NQD = teacher(self.read(teacher, batch)).float()
-        word_NQD = nearest(prompt_NQD, step.vlm.get_input_embeddings().weight)
+        with torch.no_grad():
+            word_VD = output.embed(torch.arange(step.vlm.vocabulary, device=prompt_NQD.device))
+        word_NQD = nearest(prompt_NQD, word_VD)
         return F.mse_loss(prompt_NQD, word_NQD, reduction="none").mean((1, 2)).sum()
 
 

@@ -44,6 +44,7 @@ BOOK: dict[str, Callable[[], Recipe]] = {
     "albef-without-momentum": lambda: albef(momentum=False),
     "albef-fusion-alone": lambda: albef(contrast=False),
     "instructblip": instructblip,
+    "instructblip-blind": lambda: instructblip(aware=False),
     "instructblip-vicuna-7b": lambda: instructblip("published"),
     "p-former": p_former,
     "p-former-without": lambda: p_former(weight=0),

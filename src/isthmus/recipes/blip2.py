@@ -78,7 +78,7 @@ def blip2(
             llm=LLMS[llm],
             aligner=AlignerConfig(name="blip2", options=options),
             dtype="bfloat16",
-            stages=tuple(_published(first)),
+            stages=tuple(_published(first, llm)),
         )
     options = {**SMALL, **({"text": True, "vocabulary": WORDS + 1} if first else {})}
     rest = minutes if not first else 0.75 * minutes
@@ -93,15 +93,24 @@ def blip2(
     )
 
 
-def instructblip(size: Literal["embedded", "published"] = "embedded", minutes: float = 5.0) -> Recipe:
-    """Questions reach the Q-Former as well as the LLM; every question is a sample of its own."""
+def instructblip(
+    size: Literal["embedded", "published"] = "embedded", aware: bool = True, minutes: float = 5.0
+) -> Recipe:
+    """Questions reach the Q-Former as well as the LLM; every question is a sample of its own.
+
+    `aware=False` is the paper's ablation: the same data and stages, and queries that do not hear what is asked.
+    The published recipe begins with a trained Q-Former; embedded there is none, and `align` makes one. The authors
+    draw their 26 sets by the root of their sizes: give several files and `stages.sft.mixing=0.5` for that.
+    """
+    end = "" if aware else "-blind"
     if size == "published":
+        former = {"tokenizer": BERT, "qformer": "Salesforce/blip2-opt-2.7b"}
         return Recipe(
-            name="instructblip-vicuna-7b",
-            about="InstructBLIP 7B as published: instruction-aware Q-Former, instruction tuning",
+            name=f"instructblip{end}-vicuna-7b",
+            about="InstructBLIP 7B as published: " + ("instruction-aware" if aware else "blind") + " Q-Former",
             encoder=_encoder("opt-2.7b"),
             llm=LLMConfig(source="lmsys/vicuna-7b-v1.1", architecture=parts.VICUNA_7B),
-            aligner=AlignerConfig(name="instructblip", options={"tokenizer": BERT}),
+            aligner=AlignerConfig(name="instructblip", options=former) if aware else AlignerConfig(name="blip2"),
             dtype="bfloat16",
             stages=(
                 Stage(
@@ -115,11 +124,11 @@ def instructblip(size: Literal["embedded", "published"] = "embedded", minutes: f
                 ),
             ),
         )
-    options = {**SMALL, "vocabulary": WORDS}
+    options = {**SMALL, "vocabulary": WORDS} if aware else SMALL
     return parts.embedded(
-        "instructblip",
-        "InstructBLIP on embedded parts: the Q-Former hears the question",
-        AlignerConfig(name="instructblip", options=options),
+        f"instructblip{end}",
+        "InstructBLIP on embedded parts: the Q-Former " + ("hears" if aware else "does not hear") + " the question",
+        AlignerConfig(name="instructblip" if aware else "blip2", options=options),
         (
             parts.align(0.2 * minutes).but(data=_apart()),
             parts.sft(0.8 * minutes).but(data=_apart()),
@@ -144,6 +153,7 @@ def minigpt4(size: Literal["embedded", "published"] = "embedded", curated: bool 
             template="plain",
             train=linear,
             lr=1e-4,
+            floor=0.8,
             batch_size=256,
             warmup=5000 / 20_000,
             budget=Budget(steps=20_000),
@@ -153,6 +163,7 @@ def minigpt4(size: Literal["embedded", "published"] = "embedded", curated: bool 
             data=(parts.file("cc_sbu_align.json", "images"),),
             template="chat",
             lr=3e-5,
+            floor=1 / 3,
             batch_size=12,
             warmup=200 / 1000,
             budget=Budget(steps=1000),
@@ -186,8 +197,9 @@ def _encoder(llm: str) -> EncoderConfig:
     return EncoderConfig(source=source, layer=-1, class_token="keep", aspect="squash", architecture=EVA_G)
 
 
-def _published(first: bool) -> list[Stage]:
-    """Batches and steps are those of the paper for ViT-g and OPT (recalled, spec B2.1); rates those of the scripts."""
+def _published(first: bool, llm: str) -> list[Stage]:
+    """Batches and steps are those of the paper for ViT-g (recalled, spec B2.1); rates those of the scripts, but that
+    they rise from 0 and not from 1e-6."""
     data = (parts.file("blip2_129m_captions.json", "images"),)
     whole = {"connectors.*": Train(weight_decay=0.05)}
     one = Stage(
@@ -197,6 +209,7 @@ def _published(first: bool) -> list[Stage]:
         train={**whole, "connectors.*.project.*": Train(mode="frozen")},
         objectives=_three(),
         lr=1e-4,
+        floor=0.1,
         batch_size=1680,
         warmup=5000 / 250_000,
         betas=(0.9, 0.98),
@@ -208,7 +221,8 @@ def _published(first: bool) -> list[Stage]:
         template="plain",
         train={**whole, **(_frozen() if first else {})},
         lr=1e-4,
-        batch_size=1920,
+        floor=0.1,
+        batch_size=1520 if llm == "flan-t5-xl" else 1920,
         warmup=2000 / 80_000,
         betas=(0.9, 0.98),
         budget=Budget(steps=80_000),

@@ -26,7 +26,8 @@ def cogvlm(
 ) -> Recipe:
     """CogVLM; `every`, `where` and `start` are the paper's ablations of the experts."""
     options = {"every": every, "where": where, "start": start}
-    return embedded(options) if size == "embedded" else published(options)
+    recipe = embedded(options) if size == "embedded" else published(options)
+    return parts.ablated(recipe, options, {"every": 1, "where": "layer", "start": "llm"})
 
 
 def published(options: dict[str, Any]) -> Recipe:

@@ -50,7 +50,6 @@ def _options(visual: Visual, free: bool) -> dict[str, str | bool]:
 
 def _title(visual: Visual, free: bool) -> tuple[str, str]:
     """Name and system."""
-    if visual == "ffn":
-        return "naavit", "NAAViT (media never ask)"
-    name = "ee-mllm" if visual == "self" else "ee-mllm-keys"
-    return (f"{name}-f", "EE-MLLM-F (training-free)") if free else (name, "EE-MLLM (composite attention)")
+    names = {"self": "ee-mllm", "keys": "ee-mllm-keys", "ffn": "naavit"}
+    about = "NAAViT (media never ask)" if visual == "ffn" else "EE-MLLM (composite attention)"
+    return f"{names[visual]}{'-f' if free else ''}", about.replace(" (", "-F (training-free; ") if free else about

@@ -61,10 +61,11 @@ def flamingo(
     tower: Literal["clip-l", "nfnet-f6"] = "clip-l",
 ) -> Recipe:
     """OpenFlamingo; `every` is the ablation of how densely gated blocks stand, `tower` of the published encoder."""
-    if size == "embedded":
-        return embedded(every or 5)
-    recipe = published_9b(every or 4) if size == "published" else published_4b(every or 2)
-    return recipe if tower == "clip-l" else recipe.but(encoder=NFNET_F6)
+    usual = {"embedded": 5, "published": 4, "published-4b": 2}[size]
+    recipe = {"embedded": embedded, "published": published_9b, "published-4b": published_4b}[size](every or usual)
+    if tower != "clip-l" and size != "embedded":
+        recipe = recipe.but(encoder=NFNET_F6, name=f"{recipe.name}-{tower}")
+    return parts.ablated(recipe, {"every": every or usual}, {"every": usual})
 
 
 def published_9b(every: int = 4) -> Recipe:
@@ -103,8 +104,8 @@ def _published(name: str, about: str, llm: LLMConfig, every: int) -> Recipe:
                     parts.file("laion_2b.jsonl", "laion").but(weight=0.2),
                     parts.file("mmc4.jsonl", "mmc4").but(weight=1.0),
                 ),
-                template="plain",
-                train={"connectors.*": Train(), "llm.*.grafts.gated.*": Train(weight_decay=0.1)},
+                template="documents",
+                train={"connectors.*": Train(), "llm.*.grafts.gated.*": Train(weight_decay=0.1, decay_all=True)},
                 lr=1e-4,
                 batch_size=1536,
                 accumulate=8,
@@ -120,15 +121,17 @@ def _published(name: str, about: str, llm: LLMConfig, every: int) -> Recipe:
 def embedded(every: int = 5, minutes: float = 5.0) -> Recipe:
     """SmolLM2-135M stays frozen to the bit; six gated blocks and a small resampler train.
 
-    A third of the samples are documents, and naming is measured with demonstrations too: pictures without a question,
-    so that what is wanted can be told from the demonstrations alone.
+    A third of the samples are documents, and none is without a picture: the blocks are there to look. Naming is
+    measured with demonstrations too: pictures without a question, so that what is wanted can be told from the
+    demonstrations alone.
     """
     train = {"connectors.*": Train(lr=5e-4), "llm.*.grafts.gated.*": Train(lr=5e-4)}
+    pictured = tuple(source for source in parts.MIX if source.options.get("shown") != "words")
     return parts.embedded(
         "flamingo",
         f"Flamingo on embedded parts: a gated block every {every} layers, SmolLM2-135M, EfficientNet-Lite0",
         AlignerConfig(name="flamingo", options={"every": every, "latents": 16, "depth": 2, "inner": 256}),
-        (parts.sft(minutes, train, warmup=0.1).but(data=(*parts.MIX, *DOCUMENTS)),),
+        (parts.sft(minutes, train, warmup=0.1).but(data=(*pictured, *DOCUMENTS)),),
     ).but(eval=(*parts.TASKS, *map(_shots, (0, 4, 8, 16))))
 
 

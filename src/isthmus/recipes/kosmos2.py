@@ -51,7 +51,7 @@ def published() -> Recipe:
             Stage(
                 name="pretrain",
                 data=(parts.file("grit.jsonl", "grit"),),
-                template="plain",
+                template="documents",
                 train={"encoders.*layers.23.*": decayed, "connectors.*": decayed, "llm.*": decayed},
                 lr=2e-4,
                 batch_size=2048,

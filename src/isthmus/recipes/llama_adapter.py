@@ -28,6 +28,10 @@ LANGUAGE: dict[str, tuple[str, ...]] = {
 }
 """What learns from instructions; in V2 nothing is in both."""
 
+TOLD = tuple(source for source in parts.MIX if source.options.get("shown") == "words")
+SHOWN = tuple(source for source in parts.MIX if source not in TOLD)
+"""V2's two kinds of data: questions about pictures, and about words that stand in their place."""
+
 
 def llama_adapter(
     size: Literal["embedded", "published"] = "embedded",
@@ -44,7 +48,8 @@ def llama_adapter(
         rounds: how often V2's paper takes turns between pictures and instructions.
     """
     options = OPTIONS[version] if lower is None else {**OPTIONS[version], "lower": lower}
-    return embedded(version, options, rounds) if size == "embedded" else published(version, options, rounds)
+    recipe = embedded(version, options, rounds) if size == "embedded" else published(version, options, rounds)
+    return parts.ablated(recipe, {"lower": options["lower"], "rounds": rounds}, {**OPTIONS[version], "rounds": 1})
 
 
 def published(version: Version, options: dict[str, Any], rounds: int) -> Recipe:
@@ -113,6 +118,6 @@ def _turns(version: Version, rounds: int, minutes: float) -> tuple[Stage, ...]:
     turns = []
     for turn in range(1, rounds + 1):
         end = f"-{turn}" if rounds > 1 else ""
-        turns.append(parts.align(0.7 * minutes / rounds, visual).but(name=f"visual{end}"))
-        turns.append(parts.sft(0.3 * minutes / rounds, language).but(name=f"language{end}"))
+        turns.append(parts.align(0.7 * minutes / rounds, visual).but(name=f"visual{end}", data=SHOWN))
+        turns.append(parts.sft(0.3 * minutes / rounds, language).but(name=f"language{end}", data=TOLD))
     return tuple(turns)

@@ -35,7 +35,7 @@ def published(projector: str) -> Recipe:
         stages=(
             Stage(
                 name="align",
-                data=(parts.file("blip_laion_cc_sbu_558k.json", "llava-pretrain"),),
+                data=(parts.file("cc3m_595k.json" if first else "blip_laion_cc_sbu_558k.json", "llava-pretrain"),),
                 template="plain",
                 train={"connectors.*": Train()},
                 lr=2e-3 if first else 1e-3,

@@ -49,6 +49,7 @@ def published() -> Recipe:
                     for name in ("q", "v")
                 },
                 lr=2e-5,
+                floor=0.05,
                 batch_size=256,
                 budget=Budget(epochs=3),
                 recompute=True,

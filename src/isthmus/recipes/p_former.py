@@ -61,6 +61,7 @@ def _teacher(size: str, minutes: float) -> Stage:
         data=(parts.file("laion_12m_sentences.json", "images"),),
         train={"heads.teacher.*": Train(weight_decay=0.05)},
         lr=1e-4,
+        floor=0.1,
         batch_size=batch,
         warmup=2000 * batch / (SENTENCES * epochs),
         budget=Budget(epochs=epochs),

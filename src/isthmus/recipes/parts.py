@@ -145,6 +145,13 @@ def embedded(name: str, about: str, aligner: AlignerConfig, stages: tuple[Stage,
     )
 
 
+def ablated(recipe: Recipe, chosen: Mapping[str, Any], usual: Mapping[str, Any]) -> Recipe:
+    """The recipe with what was chosen otherwise than usual in its name, so that no two settings share one."""
+    return recipe.but(
+        name="-".join([recipe.name, *(f"{key}-{chosen[key]}" for key in chosen if chosen[key] != usual[key])])
+    )
+
+
 def file(name: str, images: str) -> Source:
     """A file of a published data set, where recipes expect the user's copy."""
     return Source(name=f"data/{name}", images=Path("data") / images)

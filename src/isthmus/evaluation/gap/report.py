@@ -199,7 +199,7 @@ def _ranks(model: VLM, tokens_KQD: Tensor, pairs: Sequence[Pair], layer: int) ->
 def _said(model: VLM, states_MD: Tensor, layer: int) -> Tensor:
     """How likely each word is for states of a layer, [M, V]; at the input, how near."""
     if not layer:
-        return measures.nearest_words(states_MD.to(model.device), sites.embedding(model.llm).weight).cpu()
+        return measures.nearest_words(states_MD.to(model.device), sites.words(model.llm)).cpu()
     norm, head = sites.norm(model.llm), sites.head(model.llm)
     states_MD = states_MD.to(model.device, next(norm.parameters()).dtype)
     with arithmetic_of(model):
