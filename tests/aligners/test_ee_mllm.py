@@ -309,6 +309,10 @@ def test_what_cannot_be_is_refused_with_the_reason():
     phi = PhiConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
     with pytest.raises(ConfigError, match="not made of q_proj"):
         composite.check(sites.layers(AutoModelForCausalLM.from_config(phi)).modules[0])
+
+
+@pytest.mark.slow  # importing that kernel takes a quarter of a minute
+def test_a_kernel_without_masks_over_chosen_rows_is_refused():
     model = grown()
     model.llm.config._attn_implementation = "flex_attention"
     with pytest.raises(ConfigError, match="flex_attention takes no mask over chosen rows"):

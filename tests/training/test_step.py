@@ -144,7 +144,7 @@ def test_a_frozen_layer_is_recomputed_in_eval_mode_though_its_flag_is_up(tmp_pat
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_layers_give_the_same_gradients_under_the_same_names(
     recipe: Recipe, backend: str, recompute: bool
