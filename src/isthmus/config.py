@@ -154,6 +154,9 @@ class Budget(Frozen):
         return self
 
 
+Writing: TypeAlias = Literal["chat", "plain", "documents"]
+"""How a conversation is written: `chat` is the LLM's own template; `plain` is LLaVA's first stage, media, then the
+answer, then the end; `documents` has all turns in their order with nothing between."""
 OneObjective: TypeAlias = Annotated[ObjectiveConfig, _named("name")]
 OneSource: TypeAlias = Annotated[Source, _named("name")]
 OneTrain: TypeAlias = Annotated[Train, _named("lr")]
@@ -191,9 +194,7 @@ class Stage(Frozen):
     batching: Literal["bucketed", "shuffled", "packed"] = "bucketed"
     max_media: int | None = Field(None, ge=1, **LATER)
     """Pictures that a packed row holds, beside its `max_length` tokens; None is no limit."""
-    template: Literal["chat", "plain", "documents"] = "chat"
-    """`chat` is the LLM's own template; `plain` is LLaVA's first stage: media, then the answer, then end; `documents`
-    writes all turns in their order with nothing between."""
+    template: Writing = "chat"
     evaluate_every: float | None = Field(0.25, gt=0, le=1)
     """Validation loss after this share of the stage; None only at its end."""
     save_every: float | None = Field(0.25, gt=0, le=1)

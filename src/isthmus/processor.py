@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
+from isthmus.config import Writing
 from isthmus.data import chat, collate, formats, media, views
 from isthmus.data.boxes import Decimals, Regions
 from isthmus.data.hints import Hints
@@ -49,7 +50,7 @@ class VLMProcessor(ProcessorMixin):
         layouts: dict[str, dict[str, Any]] | None = None,
         placeholders: dict[str, int] | None = None,
         aspect: media.Aspect = "pad",
-        template: chat.Writing = "chat",
+        template: Writing = "chat",
         system: str | None = None,
         decoder_start: int | None = None,
         reading: dict[str, Any] | None = None,
@@ -88,7 +89,7 @@ class VLMProcessor(ProcessorMixin):
 
     # ------------------------------------------------------------------------------------ our language
 
-    def renderer(self, template: chat.Writing | None = None) -> chat.Renderer:
+    def renderer(self, template: Writing | None = None) -> chat.Renderer:
         """What turns conversations into ids, with the spans that are trained and the media's places."""
         layouts = {kind: Layout(**fields) for kind, fields in self.layouts.items()}
         return chat.Renderer(
@@ -121,7 +122,7 @@ class VLMProcessor(ProcessorMixin):
         return torch.stack([views.pixels(picture, self.image_processor, self.aspect) for picture in pictures]), None
 
     def collator(
-        self, look: collate.Look | None = None, template: chat.Writing | None = None, **settings: Any
+        self, look: collate.Look | None = None, template: Writing | None = None, **settings: Any
     ) -> collate.Collator:
         """A collator for this model; `settings` are those of `data.collate.Collator`."""
         renderer, look = self.renderer(template), self.look if look is None else look

@@ -206,10 +206,12 @@ def _carry_out(plan: Plan, place: Place, engine: Engine) -> Outcome:
 
 def _run(jobs: Sequence[Job], place: Place, engine: Engine, title: str) -> None:
     """Do the jobs that are not finished."""
-    missing = [job for job in jobs if not (job.finished or job.diverged)]
+    missing = []
     for job in jobs:
-        if job not in missing:
-            job.lighten()  # of runs that ended after their comparison had been killed
+        if job.finished or job.diverged:
+            job.lighten()  # it may have ended after its comparison was killed
+        else:
+            missing.append(job)
     if not missing:
         return
     done = len(jobs) - len(missing)

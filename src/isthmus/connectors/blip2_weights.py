@@ -34,6 +34,7 @@ NAMES = (
 """Our names and theirs; InstructBLIP keeps the entering norm with its embeddings."""
 
 TEXT = re.compile(r"words\.|layers\.\d+\.text_feed\.")
+"""Our names of what text alone goes through."""
 
 
 def theirs(name: str, instruct: bool = False) -> str:

@@ -15,11 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from rich.text import Text as RichText
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from isthmus.config import Writing
 from isthmus.data.boxes import UNMAPPED, Regions
 from isthmus.data.hints import Hints, Markup
 from isthmus.data.template import Codec, Template
@@ -87,9 +88,6 @@ def _border(trained: Sequence[bool], place: int) -> int:
     return place
 
 
-Writing: TypeAlias = Literal["chat", "plain", "documents"]
-
-
 class Renderer:
     """Renders turns for one tokenizer.
 
@@ -97,8 +95,7 @@ class Renderer:
         tokenizer: a fast tokenizer of transformers.
         layouts: how a medium of each kind appears; a function of the medium where pictures differ in length.
         placeholders: the token id that stands for one vector of each kind.
-        template: `chat` is the tokenizer's own (or `FALLBACK`); `plain` is LLaVA's first stage: media, answer, end;
-            `documents` writes all turns in their order with nothing between.
+        template: how conversations are written; where the tokenizer has no chat template, by `FALLBACK`.
         system: the system turn of conversations that have none; None leaves it to the template.
         decoder_start: the id an encoder-decoder's decoder starts with; None for a decoder alone.
         regions: how regions of pictures are written.

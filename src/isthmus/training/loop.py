@@ -281,17 +281,17 @@ class _Runner:
         norms = {name: norm.to(self.device) for name, norm in optimizer.norms(self.trained).items()}
         # The one place where the host waits for the device: weights must not take a bad update.
         numbers = torch.stack([*shares.values(), *norms.values()]).tolist()
-        kinds = list(self.step.vlm.connectors)
-        shown = [float(any(kind in batch.media for batch in batches)) for kind in kinds]
-        totals = self.world.total([*numbers[: len(shares)], *shown])
-        values = [value / self.world.size for value in totals[: len(shares)]]
-        sizes = dict(zip(norms, numbers[len(shares) :]))
+        terms, sizes = numbers[: len(shares)], dict(zip(norms, numbers[len(shares) :]))
+        own = {kind: float(any(kind in batch.media for batch in batches)) for kind in self.step.vlm.connectors}
+        totals = self.world.total([*terms, *own.values()])
+        values = [total / self.world.size for total in totals[: len(terms)]]
+        shown = dict(zip(own, totals[len(terms) :]))
         if not all(map(math.isfinite, (*values, *sizes.values()))):
             self._refuse(number, batches, dict(zip(shares, map(torch.tensor, values))))
         with self.world.together():
             if warning := self.watch.look(batches):
                 say(warning)
-        optimizer.let_rest(self.trained, {kind for kind, some in zip(kinds, totals[len(shares) :]) if not some})
+        optimizer.let_rest(self.trained, {kind for kind, processes in shown.items() if not processes})
         if self.stage.clip is not None:
             parallel.clip([each.parameter for each in self.trained], self.stage.clip, norms["grad_norm"])
         factor = optimizer.rate(number, steps, self.stage.warmup, self.stage.schedule, self.stage.floor or 0.0)
