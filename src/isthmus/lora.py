@@ -54,7 +54,7 @@ class LowRank(Graft):
     def forward(self, host: Any, base: Callable[..., Any], x: Tensor, *args: Any, side: Side | None, **kw: Any) -> Any:
         y = base(x, *args, **kw)
         low = F.linear(F.dropout(x, self.how.dropout, self.training), self.A.to(x.dtype))
-        update = F.linear(low, self.B.to(x.dtype)) * self.scale
+        update = F.linear(low, (self.scale * self.B).to(x.dtype))
         if not self.how.dora:
             return y + update
         bias = 0 if host.bias is None else host.bias

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 from tiny_tokenizers import CHATML, LLAMA3, byte_level, metaspace, unigram, zoo
 
+from isthmus.data import template
 from isthmus.data.boxes import Regions, Thousandths
 from isthmus.data.chat import Renderer
 from isthmus.types import Box, ConfigError, DataError, Image, Layout, Modality, Tag, Text, Turn, Video
@@ -106,6 +107,16 @@ def test_users_cannot_type_control_tokens(name):
 def test_a_copy_for_a_worker_still_sees_no_control_tokens():
     codec = copy.deepcopy(renderer(zoo()["chatml"]))._chat.codec
     assert codec._backend.encode_special_tokens
+
+
+def test_texts_that_come_again_are_encoded_alike_and_room_for_them_is_bounded(monkeypatch):
+    monkeypatch.setattr(template, "REMEMBERED", 3)
+    codec = renderer(zoo()["chatml"])._chat.codec
+    for text in ("a red fox", "the owl", "a red fox", *map(str, range(10)), "a red fox"):
+        for follows in (True, False):
+            assert codec.plain(text, follows) == codec._encode(text, follows)
+            codec.plain(text, follows).append(-1)  # what a caller does with its ids touches nothing
+    assert len(codec._met) <= 3
 
 
 def test_unigram_vocabulary_holds_control_tokens_as_words_and_still_none_is_typed():

@@ -5,6 +5,7 @@ A scene is a small frozen value. Its key names everything that its pixels depend
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ class Scene:
     objects: tuple[Placed, ...]
     background: Background
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         return hashlib.sha256(f"{RENDERER} {self!r}".encode()).hexdigest()[:32]
 

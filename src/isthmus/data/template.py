@@ -25,6 +25,8 @@ FALLBACK = (
 """For a tokenizer without a chat template: Vicuna's `USER: … ASSISTANT: …` with the end token after each answer."""
 
 PATTERNS_KEPT = 256
+SHORT, REMEMBERED = 64, 1 << 14
+"""Characters of a text whose ids are remembered, and how many such texts."""
 
 
 @dataclass(frozen=True)
@@ -194,13 +196,27 @@ class Codec:
         self._backend.encode_special_tokens = True
         self._anchor = f"<{secrets.token_hex(16)}>"
         self._backend.add_tokens([AddedToken(self._anchor, normalized=False, special=False)])
+        self._met: dict[tuple[str, bool], list[int]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._backend.encode_special_tokens = True  # copies of a tokenizer forget it
 
     def plain(self, text: str, follows: bool) -> list[int]:
-        """Ids of a text that `follows` a control token or starts the sequence; none of them is a control token."""
+        """Ids of a text that `follows` a control token or starts the sequence; none of them is a control token.
+
+        Short texts that come again, which what a template writes always does, are looked up.
+        """
+        if len(text) > SHORT:
+            return self._encode(text, follows)
+        ids = self._met.get((text, follows))
+        if ids is None:
+            if len(self._met) >= REMEMBERED:
+                self._met.clear()
+            ids = self._met[text, follows] = self._encode(text, follows)
+        return ids.copy()
+
+    def _encode(self, text: str, follows: bool) -> list[int]:
         if not text:
             return []
         whole = self._anchor + text if follows else text

@@ -261,13 +261,12 @@ def _rank(cell_M: Tensor) -> Tensor:
     return rank
 
 
-def log_probabilities(head: Callable[[Tensor], Tensor], states_MD: Tensor, ids_M: Tensor, chunk: int = 256) -> Tensor:
+def log_probabilities(head: Callable[[Tensor], Tensor], states_MD: Tensor, ids_M: Tensor, chunk: int = 64) -> Tensor:
     """Log-probability of each token given the state before it, in float32, a chunk of logits at a time."""
     parts = []
-    for start in range(0, len(ids_M), chunk):
-        logits = head(states_MD[start : start + chunk]).float()
-        chosen = logits.gather(1, ids_M[start : start + chunk, None])[:, 0]
-        parts.append(chosen - logits.logsumexp(-1))
+    for states, ids in zip(states_MD.split(chunk), ids_M.split(chunk)):
+        scores = torch.log_softmax(head(states), -1, dtype=torch.float32)
+        parts.append(scores.gather(1, ids[:, None])[:, 0])
     return torch.cat(parts)
 
 
