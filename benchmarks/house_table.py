@@ -175,7 +175,7 @@ numbers with plots, pictures and every difference: download it and open it in a 
 
 Every joint was trained {len(tree["seeds"])} times with {tree["budget"]} a run ({samples} samples of
 `{tree["baseline"]}`), on the same questions about coloured shapes and drawn scenes, between EfficientNet-Lite0 and
-SmolLM2-135M. That is minutes, not days: the table says which joint learns fastest here from so little, and not where
+SmolLM2-135M. That is minutes, not days: the table shows how far each joint comes from so little, and not where
 any of them ends. Do not carry its order over to large models without a comparison of your own ([how](../compare.md)).
 
 - {rest}"""

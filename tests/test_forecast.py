@@ -71,6 +71,7 @@ def real(recipe: Recipe) -> tuple[Step, list[Any]]:
         ("llava", LORA),
         ("flamingo", {"connectors.*": 1e-3, "llm.*gated*": 1e-3}),
         ("cogvlm", LORA),
+        ("ee_mllm", LORA),
         ("saisa", LORA),
     ],
 )

@@ -33,7 +33,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, embedded: None) -> dict[st
     ]
     models = [composed.stir(composed.model()), composed.model(aligner="flamingo")]
     gaps = [report.measure(model, name, "own", pairs, pictures=1, cells=2) for model, name in zip(models, "ab")]
-    (folder / "gap.html").write_text(page.render(gaps, "squash"))
+    (folder / "gap.html").write_text(page.render(gaps))
     one.save(folder / "one.yaml")
     words = ["data", "preview", str(folder / "one.yaml"), "-n", "2", "--html", str(folder / "preview.html")]
     ran = CliRunner().invoke(app, words)

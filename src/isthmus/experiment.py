@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from isthmus import cards, parts
+from isthmus import cards, parts, storage
 from isthmus.assets import packages
 from isthmus.config import Recipe, Source, TaskConfig
 from isthmus.data import sets
@@ -104,8 +104,9 @@ def pictures(tasks: Iterable[Task]) -> list[Image]:
 
 def _measure(run: Run, model: VLM, look: Look, tasks: list[tuple[Task, TaskConfig]], column: Column) -> Measured:
     """All tasks in one column of the table, with one bar for all."""
-    last = run.recipe.stages[-1].name if run.recipe.stages else "nothing"
-    weights = run.recipe.fingerprint() + ("" if column == "before" else f" after {last}")
+    weights = run.recipe.fingerprint()
+    if column == "after" and run.recipe.stages:
+        weights = storage.fingerprint(run.model_of(run.recipe.stages[-1]))
     with log.counting(run.console, f"measuring {column} training") as advance:
         each: dict[str, tuple[int, int]] = {}
         asked = [each for task, config in tasks for _, each in conditions(model, task, config, column).values()]

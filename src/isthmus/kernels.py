@@ -144,10 +144,11 @@ def _by_segment(
 ) -> Tensor:
     """Attention within the segments of packed rows, [B, T, heads, d]."""
     rows, _, length, _ = query.shape
-    if query.device.type != "cpu" and not _has_flash(query, options):
+    grouped = query.device.type in ("cpu", "meta")
+    if not grouped and not _has_flash(query, options):
         return attention(module, query, key, value, _dense(borders, rows, length), **options)[0]
     query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    if query.device.type == "cpu":
+    if grouped:
         mixed = _in_groups(module, query, key, value, borders, options)
     else:
         mixed = _by_flash(query, key, value, borders, options["scaling"])

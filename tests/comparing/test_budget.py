@@ -1,21 +1,18 @@
-"""What a budget is and how stages share it; operations against those that a run's own log counts."""
+"""What a budget is, how stages share it, and what a step costs of it."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from isthmus import recipes
 from isthmus.comparing import budget
 from isthmus.comparing.budget import Amount, apply, dealt, parse, shares
-from isthmus.config import Budget, Recipe
+from isthmus.config import Budget
+from isthmus.forecast import forecast
 from isthmus.recipes.llava import llava
-from isthmus.training.log import read_rows
-from isthmus.training.run import Run
 from isthmus.training.toy import toy
 from isthmus.types import ConfigError
 
@@ -94,23 +91,22 @@ def test_every_recipe_on_embedded_parts_can_share_a_budget() -> None:
         assert sum(shares(recipe)) == pytest.approx(1), recipe.name
 
 
-def logged(recipe: Recipe, folder: Path) -> list[float]:
-    """Operations per step that a real run wrote down for its first steps, by stage."""
-    run = Run(recipe, folder, torch.device("cpu"), Console(quiet=True))
-    model = run.newborn()
-    run.train(model, run.look(model))
-    found = []
-    for stage in recipe.stages:
-        ceiling = json.loads((folder / stage.name / "machine.json").read_text())["operations_per_second"]
-        rows = [row for row in read_rows(folder / stage.name / "metrics.jsonl") if "loss" in row][: budget.COUNTED]
-        found.append(sum(row["mfu"] * row["seconds"] for row in rows) * ceiling / len(rows))
-    return found
+def test_operations_are_counted_once_whatever_is_computed_twice(tmp_path: Path) -> None:
+    """`test_forecast.py` compares the count with real steps."""
+    recipe = toy(tmp_path)
+    twice = recipe.but(stages=tuple(stage.but(recompute=True) for stage in recipe.stages))
+    ahead = [stage.flops for stage in forecast(recipe, torch.device("cpu"), 0).stages]
+    again = [stage.flops for stage in forecast(twice, torch.device("cpu"), 0).stages]
+    assert budget.operations(twice) == budget.operations(recipe) == ahead and again[-1] > 1.1 * ahead[-1] > 0
 
 
-def test_operations_are_those_that_a_run_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ISTHMUS_HOME", str(tmp_path / "home"))
-    recipe = apply(toy(tmp_path / "toy").but(dtype="float32"), parse(f"{3 * budget.COUNTED}-steps"))
-    assert budget.operations(recipe) == pytest.approx(logged(recipe, tmp_path / "run"), rel=1e-6)
+def test_what_cannot_be_counted_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*asked: object, **more: object) -> None:
+        raise NotImplementedError("aten::item needs numbers")
+
+    monkeypatch.setattr(budget, "forecast", refuse)
+    with pytest.raises(ConfigError, match="cannot be counted: aten::item"):
+        budget.operations(toy(tmp_path))
 
 
 def test_operations_become_steps(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -23,11 +24,12 @@ from isthmus.comparing.plan import Common, Plan, scaled
 from isthmus.comparing.settings import settings
 from isthmus.comparing.speed import Speed
 from isthmus.comparing.table import markdown, tables
-from isthmus.config import Source, TaskConfig
+from isthmus.config import Source, Stage, TaskConfig
 from isthmus.evaluation import answers
 from isthmus.evaluation.seeds import Gap, Level
 from isthmus.recipes.llava import llava
 from isthmus.recipes.qwen_vl import qwen_vl
+from isthmus.recipes.vdep import vdep
 from isthmus.types import ConfigError
 
 
@@ -121,6 +123,39 @@ def test_a_joint_is_added_without_repeating(finished: Outcome, copied: Path) -> 
         small(copied, add=[recipes(copied)[0].but(name="three")])
 
 
+def test_other_data_in_the_same_folder_are_refused(copied: Path) -> None:
+    file = copied / "comparison" / "data.json"
+    kept = json.loads(file.read_text())
+    assert "what is asked" in kept and len(kept) > 1
+    for what in kept:
+        file.write_text(json.dumps(kept | {what: "0"}))
+        with pytest.raises(ConfigError, match=re.escape(f"{what} is not what the runs in")):
+            small(copied)
+
+
+def test_a_joint_whose_run_diverged_is_left_out(finished: Outcome, copied: Path) -> None:
+    (copied / "comparison" / "two" / "seed1" / "report.json").unlink()
+    (copied / "comparison" / "two" / "seed1" / "diverged").touch()
+    small(copied, add=[recipes(copied)[1].but(name="three")])
+    shown = json.loads((copied / "comparison" / "compare.json").read_text())
+    assert shown["names"] == ["one", "three"]
+    assert shown["left"] == {"two": "a loss or gradient of two, seed 1 was not finite"}
+    assert shown["advice"][-1] == "two is left out: a loss or gradient of two, seed 1 was not finite."
+    page = (copied / "comparison" / "compare.html").read_text()
+    assert "two is left out" in page
+    (copied / "comparison" / "one" / "seed0" / "report.json").unlink()
+    (copied / "comparison" / "one" / "seed0" / "diverged").touch()
+    with pytest.raises(ConfigError, match="and all others are compared with one"):
+        small(copied)
+
+
+def test_operations_of_a_run_are_those_counted_for_its_steps(finished: Outcome, place: Path) -> None:
+    for name in ("one", "two"):
+        (per_step,) = json.loads((place / "comparison" / name / "operations.json").read_text())
+        steps = finished.runs[0].steps["align"]
+        assert finished.costs[name].training == pytest.approx(steps * per_step)
+
+
 @pytest.mark.slow
 def test_a_seed_is_added_without_repeating(copied: Path, place: Path) -> None:
     before = times(copied / "comparison")
@@ -177,6 +212,13 @@ def test_stages_are_compared_where_both_have_them() -> None:
     other = llava().but(stages=[stage.but(batch_size=2) for stage in llava().stages])
     told = {setting.name for setting in settings({"a": three, "b": other}) if not setting.matches}
     assert told == {f"samples per step of stage {name}" for name in ("warm", "align", "sft")}
+    loss = {"a": vdep(), "b": vdep().but(stages=[_weighing_half(stage) for stage in vdep().stages])}
+    assert {setting.name for setting in settings(loss) if not setting.matches} == {"loss of stage sft"}
+
+
+def _weighing_half(stage: Stage) -> Stage:
+    terms = [term.but(weight=0.5) if term.name == "vdep" else term for term in stage.objectives]
+    return stage.but(objectives=terms)
 
 
 def test_data_replace_those_of_language_stages_alone() -> None:
@@ -194,10 +236,9 @@ def test_all_rates_of_a_recipe_are_scaled() -> None:
 
 
 def test_of_equal_losses_the_rate_nearest_to_the_recipe_is_chosen() -> None:
-    assert compare.chosen({1 / 3: 2.0, 1.0: 2.0, 3.0: None}, "x").chosen == 1.0
-    assert compare.chosen({}, "x").chosen == 1.0
-    with pytest.raises(ConfigError, match="all trials were not finite"):
-        compare.chosen({1.0: None}, "x")
+    assert compare.chosen({1 / 3: 2.0, 1.0: 2.0, 3.0: None}).chosen == 1.0
+    assert compare.chosen({}).chosen == 1.0
+    assert compare.chosen({1.0: None}) is None
 
 
 def test_the_command_can_be_given_to_a_shell_as_it_stands() -> None:

@@ -66,3 +66,18 @@ def test_blind_keeps_size_and_words_and_loses_all_else() -> None:
 def test_equal_pictures_have_equal_keys() -> None:
     one, same, other = (sample("x", colour).media[0] for colour in (5, 5, 6))
     assert key(one) == key(same) != key(other)
+
+
+def test_an_item_with_a_number_of_pictures_of_its_own_borrows_its_last_one() -> None:
+    """As in MMMU: nobody else has two, so that the first stays and the last is somebody's with one."""
+    items = [*(sample(str(number), number) for number in range(5)), sample("two", 7, 8)]
+    for seed in range(5):
+        *ones, two = map(colours, shuffled(items, seed))
+        assert sorted(ones) == [[0], [1], [2], [3], [4]] and all(one != [own] for own, one in enumerate(ones))
+        assert two[0] == 7 and two[1] in range(5)
+    assert shuffled(items, 0) == shuffled(items, 0)
+
+
+def test_a_picture_that_all_others_show_too_cannot_be_borrowed() -> None:
+    with pytest.raises(DataError, match="1 of 1 items show the same picture"):
+        shuffled([sample("a", 1), sample("b", 2), sample("two", 7, 1), sample("c", 1)][2:], 0)

@@ -109,7 +109,7 @@ def test_vqa_accuracy_counts_people(tmp_path, model):
 
 
 def test_a_file_without_the_peoples_answers_is_refused(tmp_path):
-    with pytest.raises(DataError, match="no answers"):
+    with pytest.raises(DataError, match="answers of 0 people, and VQA accuracy needs 4"):
         task("vqa", questions(tmp_path, ["a"]))
 
 

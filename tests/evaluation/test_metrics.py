@@ -94,6 +94,8 @@ def test_mme_adds_questions_and_pictures():
         ("the red cat", 2),
         ("I think it is B", 1),
         ("A dog", 1),
+        ("Answer: A dog", 1),
+        ("The answer is A because it has whiskers", 0),
         ("It is A", 0),
         ("I would say A.", 0),
         ("A, because it has whiskers", 0),

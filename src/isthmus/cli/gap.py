@@ -42,15 +42,13 @@ def gap(
     for name, source in _named([source for source in (model, other) if source is not None]).items():
         console.print(f"[bold]{name}[/bold]: {source}")
         loaded = load(source, arithmetic(dtype, where), where)
-        aspect = loaded.config.encoder("image").aspect
         say = lambda what: console.print(f"  {what}")  # noqa: E731
         stamp = storage.fingerprint(source)
         gaps.append(
             report.measure(loaded, name, data, pairs, fingerprint=stamp, pictures=pictures, cells=cells, progress=say)
         )
         del loaded
-    drawn = page.pictures(gaps, aspect)
-    files = report.write(gaps, page.render(gaps, aspect), drawn, out or Path("runs") / "gap")
+    files = report.write(gaps, page.render(gaps), page.pictures(gaps), out or Path("runs") / "gap")
     if as_json:
         typer.echo(json.dumps([each.plain() for each in gaps]))
         return

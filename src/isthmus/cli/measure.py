@@ -65,7 +65,7 @@ def evaluate(
     from isthmus.config import TaskConfig, check
     from isthmus.errors import ConfigError
     from isthmus.evaluation import baseline
-    from isthmus.evaluation.measure import build, measure, measure_alone, merge
+    from isthmus.evaluation.measure import build, check_exchanges, measure, measure_alone, merge
     from isthmus.evaluation.report import cost_table, table_of
     from isthmus.evaluation.results import rows
     from isthmus.training import log
@@ -79,6 +79,7 @@ def evaluate(
     named = tasks.split(",") if tasks else [] if text else TASKS.split(",")
     wanted = [check(TaskConfig, {"name": name, **common}, "eval") for name in named]
     built = build(wanted, seed)
+    check_exchanges(built)
     told = build(_on_text(text or [], limit), seed)
     if told and endpoint is not None:
         raise ConfigError("--text reads log-probabilities of raw text; an endpoint gives replies", "leave --text away")

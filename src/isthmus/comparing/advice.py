@@ -15,7 +15,7 @@ NAMED = 4
 def advice(outcome: Outcome) -> tuple[str, ...]:
     """The recommendation, a sentence or two each, the most important first."""
     said = [_mean(outcome), *_cheapest(outcome), *_tasks(outcome), *_unseen(outcome), *_rates(outcome)]
-    return (*said, *_mismatch(outcome))
+    return (*said, *_mismatch(outcome), *(f"{name} is left out: {why}." for name, why in outcome.left.items()))
 
 
 def signed(value: float) -> str:
@@ -42,10 +42,7 @@ def _mean(outcome: Outcome) -> str:
     better = [name for name in outcome.names if line.cells[name].verdict == "better"]
     worse = [name for name in outcome.names if line.cells[name].verdict == "worse"]
     if not better and not worse:
-        return (
-            f"The data do not decide between {base} and the others ({line.label}): over {len(outcome.seeds)} seeds no "
-            f"difference is larger than chance explains. {_widest(line)}"
-        )
+        return f"The data do not decide between {base} and the others ({line.label}): {_undecided(outcome, line)}"
     said = []
     if better:
         best = _best(line, better)
@@ -64,6 +61,13 @@ def _mean(outcome: Outcome) -> str:
     if open_ := [name for name in outcome.names if name not in (*better, *worse, base)]:
         said.append(f"Between {base} and {_list(open_)} the data do not decide.")
     return " ".join(said)
+
+
+def _undecided(outcome: Outcome, line: Line) -> str:
+    """Why there is no verdict."""
+    if unscored := max(cell.unscored for cell in line.cells.values()):
+        return f"up to {unscored} answers of a joint were not scored, which could decide it either way."
+    return f"over {len(outcome.seeds)} seeds no difference is larger than chance explains. {_widest(line)}"
 
 
 def _best(line: Line, names: Sequence[str]) -> str:

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
-from rich.console import Console
 
 from isthmus.config import Budget, Recipe, Stage
-from isthmus.data.collate import Look
 from isthmus.errors import ConfigError
-from isthmus.model import VLM
-from isthmus.training import optimizer
-from isthmus.training.meter import Meter
-from isthmus.training.run import Feed, Run, mix_of
-from isthmus.training.step import Step
+from isthmus.forecast import forecast
+from isthmus.training.run import mix_of
 
 Unit: TypeAlias = Literal["minutes", "flops", "samples", "steps"]
 UNITS: dict[str, tuple[Unit, float]] = {
@@ -34,8 +27,6 @@ UNITS: dict[str, tuple[Unit, float]] = {
 }
 PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 WRITTEN = re.compile(r"(\d+\.?\d*(?:e\d+)?)([kMGTP]?)-?([a-z]+)")
-COUNTED = 8
-"""Batches of a stage whose operations are counted to know what a step costs."""
 
 
 @dataclass(frozen=True)
@@ -136,30 +127,20 @@ def dealt(whole: int, parts: Sequence[float]) -> list[int]:
 
 
 def operations(recipe: Recipe) -> list[float]:
-    """Operations of an optimizer step of each stage, the mean over its first batches, as a run's own log counts them.
+    """Operations of an optimizer step of each stage, the mean over its first batches.
 
-    So features that a run would read from its cache cost nothing (see `training.meter`).
+    They are counted product by product on a step without numbers, as `isthmus plan` counts them: what a joint leaves
+    out costs nothing, and neither do features that a run reads from its cache, nor what is computed a second time to
+    save memory.
+
+    Raises:
+        ConfigError: a step cannot be counted without numbers.
     """
-    cpu = torch.device("cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        run = Run(recipe.but(dtype="float32"), Path(folder), cpu, Console(quiet=True))
-        model = run.newborn()
-        look = run.look(model)
-    return [_per_step(recipe, stage, model, look) for stage in recipe.stages]
-
-
-def _per_step(recipe: Recipe, stage: Stage, model: VLM, look: Look) -> float:
-    """One stage's; one batch of each kind of medium is computed, since its products are counted while they run."""
-    step = Step(model, stage.objectives)
-    optimizer.choose(step, stage)
-    step.accompany()
-    collator = model.processor.collator(look, stage.template, max_length=stage.max_length, overlong=stage.overlong)
-    feed = Feed(stage, mix_of(stage, recipe.seed), collator, recipe.seed)
-    batches = [[feed(number, micro) for micro in range(feed.micros)] for number in range(COUNTED)]
-    meter = Meter(step, 1.0, torch.device("cpu"))  # after them: pictures that the cache lacked are not of a step
-    seen: set[str] = set()
-    for batch in (batch for micros in batches for batch in micros):
-        if not seen.issuperset(batch.media):
-            step(batch, step.scales([batch]))
-            seen.update(batch.media)
-    return sum(map(meter.flops, batches)) / len(batches)
+    once = recipe.but(stages=tuple(stage.but(recompute=False) for stage in recipe.stages))
+    try:
+        return [stage.flops for stage in forecast(once, torch.device("cpu"), seconds=0.0).stages]
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"the operations of {recipe.name} cannot be counted: {error}",
+            "give the budget in samples, steps or minutes",
+        ) from None

@@ -39,6 +39,8 @@ from isthmus.training import log
 from isthmus.training.checkpoint import write_text
 from isthmus.training.machine import arithmetic
 
+NOT_FINITE = "a loss or gradient of {} was not finite"
+
 
 @dataclass(frozen=True)
 class Place:
@@ -104,6 +106,7 @@ def compare(
             raise ConfigError(f"{place.folder} holds no comparison to go on with", "name the recipes to compare")
         plan = plan.with_recipes(add, place.folder)
         check_budgets(plan)
+        plan.check_data(place.folder)
         plan.save(place.folder)
         engines: dict[str, Callable[[], Engine]] = {
             "local": lambda: Processes(lock, place.console, str(place.device), at_once),
@@ -191,17 +194,22 @@ def _carry_out(plan: Plan, place: Place, engine: Engine) -> Outcome:
     costs = operations(plan, place)
     rates = _rates(plan, place, engine, costs)
     group = {
-        name: [plan.run(place.folder, name, seed, rates[name].chosen, costs[name]) for seed in plan.seeds]
-        for name in plan.recipes
+        name: [plan.run(place.folder, name, seed, tried.chosen, costs[name]) for seed in plan.seeds]
+        for name, tried in rates.items()
     }
     _run([job for jobs in zip(*group.values()) for job in jobs], place, engine, "runs")
+    left = {name: NOT_FINITE.format("all trials of learning rates") for name in plan.recipes if name not in rates}
     for name, jobs in group.items():
-        if failed := [job for job in jobs if job.diverged]:
-            raise ConfigError(
-                f"{failed[0].label}: a loss or gradient was not finite",
-                f"lower the learning rates of {name}, or leave it out, in another folder",
-            )
-    return _outcome(plan, place, group, rates)
+        if failed := [job.label for job in jobs if job.diverged]:
+            left[name] = NOT_FINITE.format(", ".join(failed))
+    if plan.baseline in left:
+        raise ConfigError(
+            f"{left[plan.baseline]}, and all others are compared with {plan.baseline}",
+            "lower its learning rates, or choose another baseline, in another folder",
+        )
+    for name, why in left.items():
+        place.console.print(f"{name} is left out: {why}", highlight=False)
+    return _outcome(plan, place, {name: jobs for name, jobs in group.items() if name not in left}, rates, left, costs)
 
 
 def _run(jobs: Sequence[Job], place: Place, engine: Engine, title: str) -> None:
@@ -232,18 +240,25 @@ def _run(jobs: Sequence[Job], place: Place, engine: Engine, title: str) -> None:
 
 
 def operations(plan: Plan, place: Place) -> dict[str, list[float]]:
-    """What a step of every recipe's stages costs, where the budget is one of operations; counted once."""
-    if plan.amount.unit != "flops":
-        return {name: [] for name in plan.recipes}
+    """What a step of every recipe's stages costs, counted once; nothing where it cannot be and need not be counted."""
     found = {}
     for name in plan.recipes:
         file = place.folder / name / "operations.json"
         if not file.is_file():
             place.console.print(f"counting the operations of {name}", highlight=False)
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(budget.operations(plan.recipe(name))))
+            write_text(file, json.dumps(_counted(plan.recipe(name), needed=plan.amount.unit == "flops")))
         found[name] = json.loads(file.read_text())
     return found
+
+
+def _counted(recipe: Recipe, needed: bool) -> list[float]:
+    try:
+        return budget.operations(recipe)
+    except ConfigError:
+        if needed:
+            raise
+        return []
 
 
 def _rates(plan: Plan, place: Place, engine: Engine, costs: Mapping[str, list[float]]) -> dict[str, Rates]:
@@ -253,23 +268,20 @@ def _rates(plan: Plan, place: Place, engine: Engine, costs: Mapping[str, list[fl
         for name in plan.recipes
     }
     _run([job for jobs in trials.values() for job in jobs.values()], place, engine, "trials of learning rates")
-    return {
-        name: chosen({factor: gather.validation(job) for factor, job in jobs.items()}, name)
-        for name, jobs in trials.items()
+    found = {
+        name: chosen({factor: gather.validation(job) for factor, job in jobs.items()}) for name, jobs in trials.items()
     }
+    return {name: tried for name, tried in found.items() if tried is not None}
 
 
-def chosen(losses: Mapping[float, float | None], name: str) -> Rates:
+def chosen(losses: Mapping[float, float | None]) -> Rates | None:
     """The factor with the lowest loss, of equals the one nearest to 1; 1 where nothing was tried.
 
-    Raises:
-        ConfigError: all diverged.
+    None where all diverged.
     """
     finite = {factor: loss for factor, loss in losses.items() if loss is not None}
     if losses and not finite:
-        raise ConfigError(
-            f"{name}: the losses of all trials were not finite", "lower its learning rates, or try smaller with --grid"
-        )
+        return None
     nearest_first = sorted(finite, key=lambda factor: abs(math.log(factor)))
     return Rates(losses, min(nearest_first, key=finite.__getitem__) if finite else 1.0)
 
@@ -277,8 +289,15 @@ def chosen(losses: Mapping[float, float | None], name: str) -> Rates:
 # ---------------------------------------------------------------------------------------------- after the runs
 
 
-def _outcome(plan: Plan, place: Place, group: gather.Group, rates: Mapping[str, Rates]) -> Outcome:
-    """All that was found, judged."""
+def _outcome(
+    plan: Plan,
+    place: Place,
+    group: gather.Group,
+    rates: Mapping[str, Rates],
+    left: Mapping[str, str],
+    per_step: Mapping[str, Sequence[float]],
+) -> Outcome:
+    """All that was found, judged; `left` are recipes that are in no table, and why."""
     recipes = {name: jobs[0].recipe for name, jobs in group.items()}
     base = recipes[plan.baseline]
     dtype = arithmetic(base.dtype, place.device)
@@ -293,7 +312,7 @@ def _outcome(plan: Plan, place: Place, group: gather.Group, rates: Mapping[str, 
             progress(number, len(group))
             model = jobs[0].folder / recipes[name].stages[-1].name / "model"
             speed = speed_of(model, dtype, place.device, place.folder / name / "speed.json")
-            costs[name] = gather.cost(recipes[name], jobs, speed)
+            costs[name] = gather.cost(recipes[name], jobs, per_step[name], speed)
         progress(len(group), len(group))
     threads = torch.get_num_threads()
     found = Outcome(
@@ -306,7 +325,8 @@ def _outcome(plan: Plan, place: Place, group: gather.Group, rates: Mapping[str, 
         mean=mean,
         lines=lines,
         costs=costs,
-        rates={name: tried for name, tried in rates.items() if tried.losses},
+        left=left,
+        rates={name: tried for name, tried in rates.items() if tried.losses and name in recipes},
         share=plan.share,
         runs=tuple(gather.trained(name, job) for name, jobs in group.items() for job in jobs),
         settings=settings(recipes),

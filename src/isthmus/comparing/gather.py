@@ -7,6 +7,7 @@ import random
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -215,17 +216,27 @@ class Quality:
 # ---------------------------------------------------------------------------------------------- costs
 
 
-def cost(recipe: Recipe, jobs: Sequence[Job], speed: Speed | None) -> Cost:
-    """A joint's costs: by structure, and the means over its runs' logs."""
+def cost(recipe: Recipe, jobs: Sequence[Job], per_step: Sequence[float], speed: Speed | None) -> Cost:
+    """A joint's costs: by structure, and the means over its runs' logs.
+
+    Args:
+        per_step: operations of a step of each stage; where they are not known, those of the logs count.
+    """
     planned, picture = plan(recipe), costs(recipe)
     added = {part: number for stage in planned.stages for part, number in stage.by_part.items()}
     whole = added | planned.parts
     trained = {part: max(stage.by_part.get(part, 0) for stage in planned.stages) for part in whole}
-    logs = [[row for stage in job.recipe.stages for row in steps_of(job, stage)] for job in jobs]
+    steps = [[steps_of(job, stage) for stage in job.recipe.stages] for job in jobs]
+    logs = [list(chain.from_iterable(stages)) for stages in steps]
     return Cost(
         parameters=sum(whole.values()),
         trained=sum(trained.values()),
-        training=statistics.mean(sum(row["operations"] for row in log) for log in logs),
+        training=statistics.mean(
+            sum(len(stage) * each for stage, each in zip(stages, per_step))
+            if per_step
+            else sum(row["operations"] for stage in stages for row in stage)
+            for stages in steps
+        ),
         seconds=statistics.mean(sum(row["seconds"] for row in log) for log in logs),
         samples=statistics.mean(sum(row["samples_per_second"] * row["seconds"] for row in log) for log in logs),
         memory=max((1e9 * row["memory_gb"] for log in logs for row in log), default=0.0),

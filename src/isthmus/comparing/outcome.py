@@ -168,6 +168,8 @@ class Outcome:
     """Over the first line of every task that counts right answers."""
     lines: tuple[Line, ...]
     costs: Mapping[str, Cost]
+    left: Mapping[str, str]
+    """Recipes that are in no table, and why."""
     rates: Mapping[str, Rates]
     share: float
     """Of the budget, for each trial of a rate."""

@@ -15,12 +15,18 @@ from typing import Any
 
 from isthmus.comparing import budget
 from isthmus.comparing.budget import Amount
+from isthmus.comparing.settings import named
 from isthmus.config import Frozen, Recipe, Source, TaskConfig, check
+from isthmus.data.sets import content
 from isthmus.errors import ConfigError, DataError
+from isthmus.evaluation.measure import build
+from isthmus.experiment import data_hash
 from isthmus.training.checkpoint import remove, write_text
 
 TRIAL_SEED = 1_000_003
 """Rates are tried under a seed of their own, so that none of the seeds that count has chosen its rate."""
+BEGUN = ("*/seed*/run.json", "*/rates/*/run.json")
+"""What is in the folder of a run that has begun."""
 GRID = (1 / 3, 1.0, 3.0)
 """What the rates of a recipe's stages are multiplied by."""
 
@@ -157,6 +163,30 @@ class Plan(Frozen):
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "plan.json", self.model_dump_json(indent=1))
+
+    def check_data(self, folder: Path) -> None:
+        """Whether data and items are still those of the runs that have begun; `data.json` keeps what they are.
+
+        Raises:
+            ConfigError: something has changed.
+        """
+        file, now = folder / "data.json", self._stamps()
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        changed = [what for what, digits in now.items() if known.get(what, digits) != digits]
+        if changed and any(file for begun in BEGUN for file in folder.glob(begun)):
+            raise ConfigError(
+                f"{changed[0]} is not what the runs in {folder} had",
+                "put it back as it was, or compare in another folder",
+            )
+        write_text(file, json.dumps(known | now, indent=1))
+
+    def _stamps(self) -> dict[str, str]:
+        """What is trained on and what is asked, each with digits that change with its content."""
+        seed = self.seeds[0]
+        found = {"what is asked": data_hash(task for task, _ in build(self.common.eval, seed))}
+        for source in (source for name in self.recipes for stage in self.recipe(name).stages for source in stage.data):
+            found[named(source)] = content(source.but(weight=1.0), seed)
+        return found
 
 
 def _fraction(factor: float) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from isthmus.config import Recipe, Stage
+from isthmus.config import ObjectiveConfig, Recipe, Source, Stage
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,26 @@ def _told(value: Any) -> str:
 
 
 def _data(stage: Stage) -> str:
-    return ", ".join(f"{_source(source)} × {source.weight:g}" for source in stage.data)
+    mixing = f", sizes to the power {stage.mixing:g}" if stage.mixing else ""
+    return ", ".join(f"{named(source)} × {source.weight:g}" for source in stage.data) + mixing
 
 
-def _source(source: Any) -> str:
-    more = source.model_dump(mode="json", exclude_defaults=True, exclude={"name", "weight"})
+def named(what: Source | ObjectiveConfig) -> str:
+    """A source or a term of the loss, with what differs from its defaults; its weight is told apart."""
+    more = what.model_dump(mode="json", exclude_defaults=True, exclude={"name", "weight"})
     told = json.dumps(more, sort_keys=True).replace('"', "")[1:-1]
-    return f"{source.name} ({told})" if told else source.name
+    return f"{what.name} ({told})" if told else what.name
+
+
+def _rows(stage: Stage) -> str:
+    media = "" if stage.max_media is None else f", {stage.max_media} media"
+    return f"{stage.template}, {stage.max_length} tokens{media}, {stage.batching}, overlong: {stage.overlong}"
+
+
+def _schedule(stage: Stage) -> str:
+    floor = f" to {stage.floor:g}" if stage.floor else ""
+    betas = " and ".join(f"{beta:g}" for beta in stage.betas)
+    return f"{stage.schedule}{floor}, warm-up {stage.warmup:g}, clip {stage.clip}, betas {betas}"
 
 
 def _length(stage: Stage) -> str:
@@ -82,7 +95,7 @@ ASKED_OF_STAGES: Mapping[str, Callable[[Stage], str]] = {
     "data": _data,
     "length": _length,
     "samples per step": lambda stage: str(stage.batch_size),
-    "template and batching": lambda stage: f"{stage.template}, {stage.max_length} tokens, {stage.batching}",
-    "schedule": lambda stage: f"{stage.schedule}, warm-up {stage.warmup:g}, clip {stage.clip}",
-    "loss": lambda stage: " + ".join(term.name for term in stage.objectives),
+    "template and batching": _rows,
+    "schedule": _schedule,
+    "loss": lambda stage: " + ".join(f"{term.weight:g} × {named(term)}" for term in stage.objectives),
 }

@@ -51,7 +51,7 @@ def share(conversations: Sequence[Rendered]) -> Rendered:
     """Several conversations with a common beginning as one, the beginning once and then each one's rest.
 
     The last token before an answer always stays with the answer, because it is what predicts it; the last answer is
-    always a conversation's own, and no other is cut in two.
+    always a conversation's own, and no other is cut in two. What follows the last answer is left out: nothing reads it.
 
     Raises:
         DataError: they are an encoder-decoder's, or a medium stands behind the common beginning.
@@ -67,10 +67,11 @@ def share(conversations: Sequence[Rendered]) -> Rendered:
     ids, trained, modality = first.ids[:shared], first.trained[:shared], first.modality[:shared]
     branch = [0] * shared
     for number, one in enumerate(conversations, start=1):
-        ids += one.ids[shared:]
-        trained += one.trained[shared:]
-        modality += one.modality[shared:]
-        branch += [number] * (len(one.ids) - shared)
+        own = slice(shared, _last(one.trained, len(one.ids) - 1) + 1)
+        ids += one.ids[own]
+        trained += one.trained[own]
+        modality += one.modality[own]
+        branch += [number] * len(one.ids[own])
     return Rendered(ids, trained, modality, first.media, first.spans, branch=branch)
 
 
@@ -81,11 +82,15 @@ def _agreement(a: Sequence[int], b: Sequence[int]) -> int:
 
 def _border(trained: Sequence[bool], place: int) -> int:
     """The last place up to this one that is before the last answer, and before the start of any answer it is in."""
-    last = max((index for index, learnt in enumerate(trained) if learnt), default=place)
-    place = min(place, last)
+    place = min(place, _last(trained, place))
     while place and place < len(trained) and trained[place]:
         place -= 1
     return place
+
+
+def _last(trained: Sequence[bool], default: int) -> int:
+    """The place of the last token that is learnt."""
+    return max((place for place, learnt in enumerate(trained) if learnt), default=default)
 
 
 class Renderer:

@@ -27,6 +27,8 @@ from isthmus.types import DataError, Image, Sample, Video
 
 SEEN = 8
 """Frames by which a video is judged whose reader chooses their number."""
+HASHED = 1 << 30
+"""Bytes of a file that is read whole to know whether its content has changed."""
 
 
 class Records:
@@ -92,6 +94,22 @@ def stamp(form: formats.Form, container: containers.Container) -> str:
         states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in container.files()]
     told = (states, str(form.images and form.images.resolve()), form.options.model_dump_json(), version("isthmus"))
     return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
+
+def content(form: formats.Form, container: containers.Container) -> str:
+    """Hex digits that change with what the files hold, wherever they lie and whenever they were written.
+
+    Files beyond `HASHED` bytes are known by their size.
+    """
+    digest = hashlib.sha256()
+    with readable(form.path):
+        for path in container.files():
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size} ".encode())
+            if size <= HASHED:
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def _kept(form: formats.Form, container: containers.Container) -> tuple[Index, Path | None]:

@@ -18,7 +18,7 @@ from pydantic import Field, field_validator
 
 from isthmus.assets import packages
 from isthmus.config import Frozen, Source, check, nearest
-from isthmus.data import easyvqa, formats, records, sprites
+from isthmus.data import containers, easyvqa, formats, records, sprites
 from isthmus.data.concepts import Split, concepts, countable, names
 from isthmus.data.containers import ENDINGS as FILES
 from isthmus.data.documents import DocumentOptions, Documents
@@ -108,9 +108,18 @@ def open_set(source: Source, seed: int) -> Set:
 
 def stamp(sources: Sequence[Source], seed: int) -> str:
     """Sixteen hex digits that change when these sources hold other samples: with recipe, seed, file or version."""
+    return _digits(sources, seed, records.stamp)
+
+
+def content(source: Source, seed: int) -> str:
+    """The same of one source, by what its files hold rather than by when they were written; it takes longer."""
+    return _digits([source], seed, records.content)
+
+
+def _digits(sources: Sequence[Source], seed: int, state: Callable[[formats.Form, containers.Container], str]) -> str:
     inner = [each for source in sources if source.name in MADE_OF for each in _shelves(source)]
     forms = [_form(each, seed) for each in (*sources, *inner) if _is_file(each)]
-    states = [records.stamp(form, form.opened()) for form in forms]
+    states = [state(form, form.opened()) for form in forms]
     told = [[source.model_dump(mode="json") for source in sources], seed, states, version("isthmus")]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 

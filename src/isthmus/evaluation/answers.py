@@ -125,11 +125,15 @@ def match(reply: str | None, answer: str, *, contains: bool = False) -> bool | N
 
 
 def normalise(text: str) -> str:
-    """Lower case without accents, punctuation, articles or doubled blanks; small number words become digits."""
+    """Lower case without accents, punctuation, articles or doubled blanks; small number words become digits.
+
+    An article that is all there is stays: it is a letter.
+    """
     folded = unicodedata.normalize("NFKD", text.casefold())
     letters = "".join(c for c in folded if not unicodedata.combining(c))
     words = re.sub(r"[^\w\s]|_", " ", letters).split()
-    return " ".join(_DIGITS.get(word, word) for word in words if word not in _ARTICLES)
+    told = [word for word in words if word not in _ARTICLES] or words
+    return " ".join(_DIGITS.get(word, word) for word in told)
 
 
 _ARTICLES = {"a", "an", "the"}

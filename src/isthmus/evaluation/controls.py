@@ -6,6 +6,7 @@ Both change samples before they are rendered, so that the model's path is the sa
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
@@ -42,22 +43,34 @@ def shuffled(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
     """Pictures exchanged among samples with equally many, so that none keeps its last one or one equal to it.
 
     The last one is what is asked about; those before it are demonstrations' or the conversation's, and move with it.
+    Where samples with so many cannot exchange them, the last one alone is taken from a sample with another number.
 
     Raises:
-        DataError: more than half of them show the same picture, or a sample has no partner.
+        DataError: more than half of them show the same picture, and no others have another one.
     """
     found = list(samples)
-    counts = [len(_pictures(sample)) for sample in samples]
-    for count in sorted(set(counts) - {0}):
-        members = [index for index, own in enumerate(counts) if own == count]
-        pictures = [tuple(_pictures(samples[index])) for index in members]
-        partners = derangement([key(own[-1]) for own in pictures], seed)
-        for index, partner in zip(members, partners):
-            found[index] = _with_pictures(samples[index], pictures[partner])
+    dice = random.Random(seed)
+    shown = {index: own for index, sample in enumerate(samples) if (own := _pictures(sample))}
+    for count in sorted({len(own) for own in shown.values()}):
+        members = [index for index, own in shown.items() if len(own) == count]
+        others = {key(own[-1]): own[-1] for own in shown.values() if len(own) != count}
+        last = [key(shown[index][-1]) for index in members]
+        if _exchangeable(last) or not all(set(others) - {own} for own in last):
+            given = [shown[partner] for partner in (members[place] for place in derangement(last, seed))]
+        else:
+            strange = [dice.choice([picture for other, picture in others.items() if other != own]) for own in last]
+            given = [[*shown[index][:-1], picture] for index, picture in zip(members, strange)]
+        for index, pictures in zip(members, given):
+            found[index] = _with_pictures(samples[index], pictures)
     return found
 
 
 CONTROLS: dict[str, Callable[[Sequence[Sample], int], list[Sample]]] = {"blind": blind, "shuffled": shuffled}
+
+
+def _exchangeable(keys: Sequence[Hashable]) -> bool:
+    """Whether no key has more than half of the places."""
+    return 2 * max(Counter(keys).values()) <= len(keys)
 
 
 def derangement(keys: Sequence[Hashable], seed: int) -> list[int]:
@@ -78,7 +91,7 @@ def derangement(keys: Sequence[Hashable], seed: int) -> list[int]:
     for block in order:
         dice.shuffle(block)
     turn = max(len(block) for block in order)
-    if 2 * turn > len(keys):
+    if not _exchangeable(keys):
         raise DataError(
             f"{turn} of {len(keys)} items show the same picture: they cannot be exchanged",
             "leave out the shuffled control for this task, or evaluate more items",

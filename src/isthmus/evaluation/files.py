@@ -128,9 +128,19 @@ def exact(task: TaskConfig, seed: int) -> Exact:
 
 
 def people(task: TaskConfig, seed: int) -> People:
-    """`vqa`: VQAv2, TextVQA, VizWiz; several people's `answers`."""
+    """`vqa`: VQAv2, TextVQA, VizWiz; several people's `answers`.
+
+    Raises:
+        DataError: an item has fewer answers than make one wholly right when each is left out in turn.
+    """
     built = task_of(People, "VQA accuracy", task, check(File, task.options, "task vqa"), seed)
-    return need(built, lambda item: item.references, "answers")
+    for item in built.items:
+        if len(item.references) <= vqa.ENOUGH:
+            raise DataError(
+                f"{item.prompt.id}: answers of {len(item.references)} people, and VQA accuracy needs {vqa.ENOUGH + 1}",
+                'write more into {"answers": […]}, or score with the task exact',
+            )
+    return built
 
 
 def yes_no(task: TaskConfig, seed: int) -> YesNo:

@@ -6,7 +6,9 @@ questions are asked of every difference, and a verdict needs both answers:
 - would other seeds say the same? Student's t over the paired differences of seeds. Two or three shares of few items
   may agree by chance, so that the error is never taken to be smaller than what the choice of items alone makes it;
 - would other items? A bootstrap that draws seeds and, on its own, clusters of items (concepts, pictures) with
-  replacement, the same clusters for all that is compared (Owen 2007, "The pigeonhole bootstrap", for crossed factors).
+  replacement, the same clusters for all that is compared, and for tasks that share some (Owen 2007, "The pigeonhole
+  bootstrap", for crossed factors). Where no draw is on the other side of 0, a normal distribution of their spread
+  tells how far away that is, since so many draws tell no p-value below 2 / (1 + draws).
 
 The p-value of a difference is the larger of the two (an intersection-union test). Over many differences Holm (1979, "A
 simple sequentially rejective multiple test procedure") keeps the chance of one or more false verdicts at 5 %.
@@ -122,7 +124,7 @@ def level(tasks: Sequence[Runs], *, seed: int = 0, draws: int = DRAWS) -> Level:
     """
     _check(tasks)
     each = np.mean([[run.mean for run in runs] for runs in tasks], axis=0)
-    drawn_DS = np.mean([_resample(runs, np.random.default_rng((seed, n)), draws) for n, runs in enumerate(tasks)], 0)
+    drawn_DS = np.mean(_resample(tasks, seed, draws), 0)
     low, high = interval(each.tolist(), _by_items(drawn_DS))
     items = _percentiles(_over_seeds(drawn_DS, seed))
     return Level(float(each.mean()), tuple(each.tolist()), low, high, *items)
@@ -141,14 +143,10 @@ def gap(ours: Sequence[Runs], theirs: Sequence[Runs], *, seed: int = 0, draws: i
     each = np.mean(
         [[a.mean - b.mean for a, b in zip(mine, other, strict=True)] for mine, other in zip(ours, theirs)], axis=0
     )
-    drawn = []
-    for number, (mine, other) in enumerate(zip(ours, theirs)):
-        ratios_DR = _resample([*mine, *other], np.random.default_rng((seed, number)), draws)
-        drawn.append(ratios_DR[:, :seeds] - ratios_DR[:, seeds:])
-    drawn_DS = np.mean(drawn, axis=0)
+    drawn = _resample([[*mine, *other] for mine, other in zip(ours, theirs)], seed, draws)
+    drawn_DS = np.mean([ratios_DR[:, :seeds] - ratios_DR[:, seeds:] for ratios_DR in drawn], axis=0)
     differences_D, least = _over_seeds(drawn_DS, seed), _by_items(drawn_DS)
     low, high = interval(each.tolist(), least)
-    beyond = min((differences_D <= 0).sum(), (differences_D >= 0).sum())
     return Gap(
         float(each.mean()),
         tuple(each.tolist()),
@@ -156,7 +154,7 @@ def gap(ours: Sequence[Runs], theirs: Sequence[Runs], *, seed: int = 0, draws: i
         high,
         *_percentiles(differences_D),
         p_seeds=p_value(each.tolist(), least),
-        p_items=min(1.0, 2 * (1 + int(beyond)) / (1 + draws)),
+        p_items=_p_items(differences_D),
         paired=all(a.ids == b.ids for mine, other in zip(ours, theirs) for a, b in zip(mine, other)),
     )
 
@@ -235,18 +233,42 @@ def _mean_and_error(values: Sequence[float], least: float) -> tuple[float, float
 # ---------------------------------------------------------------------------------------------- bootstrap
 
 
-def _resample(runs: Runs, random: np.random.Generator, draws: int) -> np.ndarray:
-    """Means [draws, runs] over resampled clusters, the same clusters for all runs in a draw."""
-    number: dict[Hashable, int] = {}
-    for run in runs:
-        for cluster in run.clusters:
-            number.setdefault(cluster, len(number))
+def _resample(tasks: Sequence[Runs], seed: int, draws: int) -> list[np.ndarray]:
+    """Means [draws, runs] of every task over resampled clusters, the same clusters for all runs in a draw.
+
+    Tasks that share clusters, directly or through others, are resampled together: the same pictures tell of both.
+    """
+    found: dict[int, np.ndarray] = {}
+    for members in _together(tasks):
+        number: dict[Hashable, int] = {}
+        for run in (run for task in members for run in tasks[task]):
+            for cluster in run.clusters:
+                number.setdefault(cluster, len(number))
+        random = np.random.default_rng((seed, members[0]))
+        times_DC = random.multinomial(len(number), np.full(len(number), 1 / len(number)), size=draws).astype(float)
+        found |= {task: _ratios(tasks[task], number, times_DC) for task in members}
+    return [found[task] for task in range(len(tasks))]
+
+
+def _together(tasks: Sequence[Runs]) -> list[list[int]]:
+    """Places of tasks in groups that share no cluster with each other."""
+    groups: list[tuple[list[int], set[Hashable]]] = []
+    for place, runs in enumerate(tasks):
+        own = {cluster for run in runs for cluster in run.clusters}
+        joined = [group for group in groups if not own.isdisjoint(group[1])]
+        groups = [group for group in groups if group not in joined]
+        members = sorted([place, *(member for group, _ in joined for member in group)])
+        groups.append((members, own.union(*(clusters for _, clusters in joined))))
+    return [members for members, _ in groups]
+
+
+def _ratios(runs: Runs, number: dict[Hashable, int], times_DC: np.ndarray) -> np.ndarray:
+    """Means [draws, runs] where cluster c counts `times_DC[:, c]` times."""
     tops_CR, sizes_CR = np.zeros((len(number), len(runs))), np.zeros((len(number), len(runs)))
     for column, run in enumerate(runs):
         index = [number[cluster] for cluster in run.clusters]
         np.add.at(tops_CR[:, column], index, run.totals)
         np.add.at(sizes_CR[:, column], index, run.weights)
-    times_DC = random.multinomial(len(number), np.full(len(number), 1 / len(number)), size=draws).astype(float)
     with np.errstate(invalid="ignore", divide="ignore"):  # a draw may hold none of a run's clusters
         return times_DC @ tops_CR / (times_DC @ sizes_CR)
 
@@ -256,6 +278,16 @@ def _over_seeds(values_DS: np.ndarray, seed: int) -> np.ndarray:
     seeds = values_DS.shape[1]
     times_DS = np.random.default_rng((seed, 1 << 20)).multinomial(seeds, np.full(seeds, 1 / seeds), len(values_DS))
     return (times_DS * np.nan_to_num(values_DS)).sum(1) / seeds
+
+
+def _p_items(differences_D: np.ndarray) -> float:
+    """Two-sided: how often a draw is on the other side of 0, or what a normal distribution says where none is."""
+    beyond = int(min((differences_D <= 0).sum(), (differences_D >= 0).sum()))
+    share = min(1.0, 2 * (1 + beyond) / (1 + len(differences_D)))
+    spread = float(differences_D.std())
+    if beyond:
+        return share
+    return min(share, math.erfc(abs(float(differences_D.mean())) / (spread * math.sqrt(2)))) if spread else 0.0
 
 
 def _by_items(values_DS: np.ndarray) -> float:

@@ -78,8 +78,9 @@ class LLMCosts:
 def llm_costs(step: Step) -> LLMCosts:
     """The LLM's costs from its parameters and from what trains; nothing where no objective runs it.
 
-    Dense decoders are meant: every matrix is applied at every position. Encoder-decoders count as if their decoder
-    read what the encoder reads.
+    Dense decoders are meant: every matrix is applied at every position, which tells too much or too little of joints
+    that send media another way (`forecast` counts what is computed). Encoder-decoders count as if their decoder read
+    what the encoder reads.
     """
     vlm = step.vlm
     if not any(term.needs == "hidden" for term in step.terms.values()):

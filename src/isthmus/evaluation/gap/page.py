@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 from PIL import Image as Pillow
 
-from isthmus.data.media import Aspect
 from isthmus.evaluation.escaping import escape
 from isthmus.evaluation.gap import drawing
-from isthmus.evaluation.gap.report import NEIGHBOURS, TOP, Gap, Layer, Shown
+from isthmus.evaluation.gap.report import NEIGHBOURS, RANKED, TOP, Gap, Layer, Shown
 
 STYLE = """
 .gap polyline { stroke-width: 2.2; }
@@ -67,25 +66,25 @@ CHARTS = (
     ),
     Chart(
         "Attention to the picture",
-        "Share of the attention where the answer begins; dashed: if all places got the same.",
+        "Share of the attention where the answer begins; dashed, where models agree: if all places got the same.",
         lambda layer: layer.mass,
         lambda gap: gap.places,
     ),
     Chart(
         "Place of the right word",
-        "In what a token would say (logit lens; at the input, in what is near): median over pictures; 1 is first.",
+        f"In what a token would say (logit lens; at the input, what is near): median of {RANKED} pictures; 1 is first.",
         lambda layer: layer.rank,
         log=True,
     ),
     Chart(
         f"Right word among the first {TOP}",
-        "Share of pictures with a token that would say one of the answer’s words.",
+        f"Share of {RANKED} pictures with a token that would say one of the answer’s words.",
         lambda layer: layer.found,
     ),
 )
 
 
-def render(gaps: Sequence[Gap], aspect: Aspect) -> str:
+def render(gaps: Sequence[Gap]) -> str:
     """The whole page for one or two models over the same pictures."""
     style = resources.files("isthmus.evaluation").joinpath("templates/report.css").read_text(encoding="utf-8") + STYLE
     names = " and ".join(gap.model for gap in gaps)
@@ -93,7 +92,7 @@ def render(gaps: Sequence[Gap], aspect: Aspect) -> str:
     parts = [
         _section("Layer by layer", _key(gaps) + _charts(gaps)),
         _section("What the picture is worth to the answer", _effects(gaps)),
-        _section("Token by token", _items(gaps, aspect)),
+        _section("Token by token", _items(gaps)),
         _section("How it was measured", _method(gaps)),
     ]
     return f"""<!doctype html>
@@ -159,8 +158,8 @@ def _charts(gaps: Sequence[Gap]) -> str:
         lines = {name: [(n, v) for n, v in line if v is not None] for name, line in found.items()}
         lines = {name: line for name, line in lines.items() if line}
         if lines:
-            level = chart.chance(gaps[0]) if chart.chance else None
-            svg = drawing.curves(lines, chart.title, level, chart.log)
+            levels = {chart.chance(gap) for gap in gaps if gap.model in lines} if chart.chance else set()
+            svg = drawing.curves(lines, chart.title, levels.pop() if len(levels) == 1 else None, chart.log)
             figures.append(
                 f"<figure><figcaption><b>{escape(chart.title)}</b><small>{escape(chart.about)}</small></figcaption>"
                 f"{svg}</figure>"
@@ -207,8 +206,8 @@ def _effects(gaps: Sequence[Gap]) -> str:
         rows += f'<tr><th scope="row">{escape(name)}<small>rise</small></th>{cells}</tr>'
     return (
         f'<p class="note">Negative log-likelihood of the right answer over {gaps[0].pairs} pictures, and by how much '
-        "it rises when the picture is changed; in brackets the 95 % interval of the mean. What does not rise was not "
-        "looked at.</p>"
+        "it rises when the picture is changed; in brackets the 95 % interval of the mean. What does not rise shows no "
+        "use of the picture for the right answer.</p>"
         '<div class="wide" tabindex="0"><table><caption class="hidden">Effects of changing the picture</caption>'
         f'<thead><tr><th scope="col">picture</th>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
     )
@@ -222,10 +221,10 @@ def _effect(gap: Gap, name: str) -> str:
 # ---------------------------------------------------------------------------------------------- pictures
 
 
-def _items(gaps: Sequence[Gap], aspect: Aspect) -> str:
+def _items(gaps: Sequence[Gap]) -> str:
     blocks = []
     for number, first in enumerate(gaps[0].shown):
-        each = "".join(_model(gap, gap.shown[number], aspect, len(gaps) > 1) for gap in gaps)
+        each = "".join(_model(gap, gap.shown[number], len(gaps) > 1) for gap in gaps)
         blocks.append(
             f'<div class="item"><h3>{escape(first.question)}</h3>'
             f'<p class="note">right answer: {escape(first.words)}</p>{each}</div>'
@@ -248,9 +247,9 @@ class Sheet(NamedTuple):
     picture: Pillow.Image
 
 
-def sheets(gap: Gap, shown: Shown, aspect: Aspect) -> list[Sheet]:
+def sheets(gap: Gap, shown: Shown) -> list[Sheet]:
     """The picture, its words at several layers where they have places, attention where there is some, occlusion."""
-    picture = drawing.base(shown.picture, aspect)
+    picture = drawing.base(shown.picture, gap.aspect)
     found = [Sheet("picture", "the picture", f"The picture: {shown.words}", picture)]
     for layer, tokens in shown.lens.items() if gap.grid is not None else ():
         assert gap.grid is not None
@@ -264,13 +263,13 @@ def sheets(gap: Gap, shown: Shown, aspect: Aspect) -> list[Sheet]:
     return found
 
 
-def pictures(gaps: Sequence[Gap], aspect: Aspect) -> dict[str, Pillow.Image]:
+def pictures(gaps: Sequence[Gap]) -> dict[str, Pillow.Image]:
     """Every sheet of every model, by the name of its file."""
     return {
         f"{gap.model.replace(' ', '-')}-{number}-{sheet.name}": sheet.picture
         for gap in gaps
         for number, shown in enumerate(gap.shown, start=1)
-        for sheet in sheets(gap, shown, aspect)
+        for sheet in sheets(gap, shown)
     }
 
 
@@ -278,9 +277,9 @@ def _first_words(layer: int, tokens: Sequence[Sequence[tuple[str, float]]]) -> s
     return f"Words at {_layer_name(layer)}: " + ", ".join(words[0][0] for words in tokens[:64])
 
 
-def _model(gap: Gap, shown: Shown, aspect: Aspect, named: bool) -> str:
+def _model(gap: Gap, shown: Shown, named: bool) -> str:
     title = f"<h4>{escape(gap.model)}</h4>" if named else ""
-    figures = "".join(map(_figure, sheets(gap, shown, aspect)))
+    figures = "".join(map(_figure, sheets(gap, shown)))
     listed = ""
     if gap.grid is None:
         lines = [escape(_first_words(layer, tokens)) for layer, tokens in shown.lens.items()]

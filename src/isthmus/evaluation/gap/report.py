@@ -14,7 +14,7 @@ from torch import Tensor
 
 from isthmus import sites
 from isthmus.data.collate import Look
-from isthmus.data.media import open_image
+from isthmus.data.media import Aspect, open_image
 from isthmus.evaluation.gap import effects, measures, states
 from isthmus.evaluation.gap.states import Pair, Seen
 from isthmus.evaluation.measure import arithmetic_of
@@ -25,6 +25,8 @@ TOP = 10
 """A word is found by the lens where one of its tokens is among so many."""
 WORDS = 3
 """Words of each token that are drawn."""
+RANKED = 16
+"""Pictures of which every token is read through the lens: their states in all layers are kept."""
 Progress = Callable[[str], None]
 
 
@@ -70,6 +72,8 @@ class Gap:
     data: str
     pairs: int
     grid: tuple[int, int] | None
+    aspect: Aspect
+    """How its encoder sees a picture that is not square."""
     places: float
     """The picture's share of the positions that the answer's beginning can look at."""
     layers: tuple[Layer, ...]
@@ -118,7 +122,7 @@ def measure(
         DataError: there are too few pairs.
     """
     progress("states and attention by layer")
-    seen = states.see(model, pairs, keep=max(pictures, 16), look=look)
+    seen = states.see(model, pairs, keep=max(pictures, RANKED), look=look)
     progress("what the words of each token are")
     layers = tuple(_layer(model, seen, pairs, number) for number in range(len(seen.words_ND)))
     progress("blank, exchanged and shuffled pictures")
@@ -134,6 +138,7 @@ def measure(
         data=data,
         pairs=len(pairs),
         grid=states.grid(model) if model.aligner.splices else None,
+        aspect=model.config.encoder("image").aspect,
         places=seen.places,
         layers=layers,
         nll=nll,
@@ -170,7 +175,7 @@ def _layer(model: VLM, seen: Seen, pairs: Sequence[Pair], number: int) -> Layer:
     words_ND = seen.words_ND[number]
     image_ND = seen.image_ND[number] if seen.image_ND else seen.joint_ND
     apart = asdict(measures.modality_gap(image_ND, words_ND)) if seen.image_ND else {}
-    ranks = _ranks(model, seen.tokens_KQD[number], pairs, number) if seen.tokens_KQD else None
+    ranks = _ranks(model, seen.tokens_KQD[number][:RANKED], pairs, number) if seen.tokens_KQD else None
     return Layer(
         number=number,
         gap=apart.get("gap"),

@@ -2,6 +2,8 @@
 
 Li et al. 2023, arXiv 2305.10355; Fu et al. 2023, arXiv 2306.13394. Official code: RUCAIBox/POPE,
 BradyFU/Awesome-Multimodal-Large-Language-Models.
+
+Differs: POPE's code reads a reply's first sentence and takes it for a yes unless it holds no or not.
 """
 
 from __future__ import annotations

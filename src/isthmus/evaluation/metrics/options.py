@@ -24,14 +24,17 @@ def chosen(reply: str, options: Sequence[str]) -> int | None:
     """The place of the option that a reply names, by letter or in words; None where it names none, or several.
 
     A letter counts where it stands alone: `B`, `(B)`, `B.`, `The answer is B`, `It is B`. A capital A that begins a
-    sentence with a word in small letters behind it may be an article, and does not count by itself.
+    sentence with a word in small letters behind it may be an article, and does not count by itself; nor does one that
+    an option follows (`Answer: A dog`).
     """
     text = reply.strip()
     letters = ascii_uppercase[: len(options)]
+    words = "|".join(re.escape(name) for option in options if (name := normalise(option)))
+    article = rf"A (?i:{words or '(?!)'})\b"
     if len(text) == 1 and text.upper() in letters:
         return letters.index(text.upper())
     for pattern in (
-        rf"(?i:answer|option|choice)\s*(?:is)?\s*:?\s*\(?([{letters}])\b",
+        rf"(?i:answer|option|choice)\s*(?:is)?\s*:?\s*\(?(?!{article})([{letters}])\b",
         rf"\(([{letters}])\)",
         rf"^([{letters}])[.):]",
     ):
