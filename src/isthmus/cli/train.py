@@ -22,7 +22,7 @@ FIXED = "5 to 9"
 
 
 def demo(
-    minutes: Annotated[float, Minutes] = 4.5,
+    minutes: Annotated[float, Minutes] = 4.0,
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
     out: Out = None,
     device: Device = "auto",
