@@ -14,11 +14,11 @@ import torch
 import composed
 import test_contract
 from composed import picture, stir
-from isthmus.serving.answers import Done, Failed, Piece
-from isthmus.serving.engine import Broken, Engine, Full, Late, Sizes, TooLong
+from isthmus.serving.answers import Broken, Done, Failed, Full, Late, Piece, Stopping, TooLong
+from isthmus.serving.engine import Engine, Sizes
 from isthmus.serving.sampling import Sampler, Settings
 from isthmus.speakers.local import Local
-from isthmus.types import ConfigError, Turn
+from isthmus.types import ConfigError, Grounding, Turn
 from test_contract import SMALL_QUERIES, throw_away  # noqa: F401 - a fixture, for its joints
 from tiny import DECODERS
 
@@ -118,6 +118,19 @@ def together_as_alone(model):
             assert ended.tokens == len(ids)
         assert engine.counts.steps < sum(map(len, expected)) / 2  # they were decoded together
         assert engine.pictures.hits + engine.prefixes.hits > 0 and settled(engine)
+
+
+def test_a_question_about_a_region_goes_its_own_way_among_others():
+    """LION has an adapter for each kind; what is kept of one kind is no beginning of the other."""
+    model = test_contract.grown("lion", "llama")
+    asked = [[Turn.say("user", picture(0), "where is it?", *points)] for points in ((), (Grounding(),))] * 3
+    expected = [solo(model, turns) for turns in asked]
+    assert expected[0] != expected[1]
+    engine = Engine(model, Sizes(batch=4, queue=100, chunk=13))
+    with engine:
+        for heard, ids in zip([ask(engine, turns) for turns in asked], expected):
+            ended = heard.wait().done[0]
+            assert heard.ids.get(0, []) == (ids[:-1] if ended.reason == "stop" else ids)
 
 
 def settled(engine) -> bool:
@@ -363,10 +376,12 @@ def test_closing_fails_what_waits_and_ends_the_thread(llava):
     asked = [ask(engine, conversations()[0], max_tokens=400) for _ in range(3)]
     engine.close()
     for each in asked:
-        with pytest.raises(Full):
+        with pytest.raises(Stopping):
             each.wait()
-    with pytest.raises(Full):
+    with pytest.raises(Stopping):
         ask(engine, conversations()[0])
+    with pytest.raises(Stopping):
+        engine.call(lambda: 1)
     assert not any(thread.name == "isthmus-engine" and thread.is_alive() for thread in threading.enumerate())
 
 
@@ -426,9 +441,9 @@ def test_a_thread_that_ends_leaves_nobody_waiting(llava, monkeypatch):
     asked = [ask(engine, conversations()[0]) for _ in range(2)]
     with engine:
         for each in asked:
-            with pytest.raises(Full):
+            with pytest.raises(Stopping):
                 each.wait()
-        with pytest.raises(Full):
+        with pytest.raises(Stopping):
             ask(engine, conversations()[0])
         assert not engine.alive
 
@@ -451,3 +466,67 @@ def test_other_work_runs_between_steps(llava):
     asked[0].cancel()
     with engine:
         assert asked[1].result(60) == 2 and engine.call(lambda: 3).result(60) == 3 and asked[0].cancelled()
+
+
+def recorded(engine) -> list[str]:
+    """What the engine does from now on, in order, as others write into it too."""
+    right, done = engine.pool.step, []
+    engine.pool.step = lambda ids: (done.append("step"), right(ids))[1]
+    return done
+
+
+def test_a_flood_of_other_work_lets_the_running_answers_go_on(llava):
+    """Each task that ends asks for the next one, as clients do that wait for their answer."""
+    expected, engine = solo(llava, conversations()[0], 40), Engine(llava, Sizes(batch=2))
+    done, over = recorded(engine), threading.Event()
+
+    def again(_=None):
+        if not over.is_set():
+            engine.call(lambda: done.append("task")).add_done_callback(again)
+
+    stays, goes = ask(engine, conversations()[0], max_tokens=40), Heard()
+    job = engine.submit(engine.prepare(conversations()[1]), Settings(max_tokens=400), goes.events.put)
+    for _ in range(4):
+        again()
+    with engine:
+        try:
+            assert stays.wait().ids[0] == [i for i in expected if i not in engine.ends]
+            job.cancel()
+            assert settled(engine) and engine.counts.cancelled == 1
+        finally:
+            over.set()
+    steps = [place for place, what in enumerate(done) if what == "step"]
+    assert len(steps) >= 39 and all(second - first == 2 for first, second in zip(steps, steps[1:39]))
+
+
+def test_work_that_nobody_did_fails_as_the_engine_ends(llava):
+    engine = Engine(llava, Sizes(batch=1))
+    begun, go_on = threading.Event(), threading.Event()
+    first, second = engine.call(lambda: (begun.set(), go_on.wait(60))), engine.call(lambda: 2)
+    closing = threading.Thread(target=engine.close)
+    with engine:
+        assert begun.wait(60)
+        closing.start()
+        until = time.monotonic() + 30
+        while engine._inbox.empty() and time.monotonic() < until:
+            time.sleep(0.001)
+        go_on.set()
+        assert first.result(60)
+        with pytest.raises(Stopping):
+            second.result(60)
+        closing.join()
+
+
+def test_new_pictures_are_looked_at_a_chunk_at_a_time(llava):
+    """Sixteen vectors each of the tiny encoder and a chunk of twenty: two pictures, then the others' next token."""
+    many = [Turn.say("user", *(picture(number) for number in range(6)), "what are these?")]
+    expected, engine = solo(llava, many), Engine(llava, Sizes(batch=3, chunk=20))
+    done, look = recorded(engine), engine.pictures.look
+    engine.pictures.look = lambda seen: (done.append("picture"), look(seen))[1]
+    stays = ask(engine, conversations()[0], max_tokens=100)
+    comes = [ask(engine, many), ask(engine, [Turn.say("user", picture(9), "and this?")])]
+    with engine:
+        assert comes[0].wait().ids[0] == [i for i in expected if i not in engine.ends]
+        assert comes[1].wait() and stays.wait()
+    turns = " ".join(done).split("step")
+    assert max(turn.count("picture") for turn in turns) == 2 and sum(turn.count("picture") for turn in turns) == 7

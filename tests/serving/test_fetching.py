@@ -133,7 +133,8 @@ def redirect(to: str) -> bytes:
 @pytest.mark.parametrize(
     "to",
     ["http://127.0.0.1/", "http://169.254.169.254/", "http://inner.example/", "//127.0.0.1/", "file:///etc/passwd",
-     "http://other.example/", "", f"http://{HOST}:22/", f"http://u@{HOST}/", "gopher://x/", "http://[::1]/"],
+     "http://other.example/", "", f"http://{HOST}:22/", f"http://u@{HOST}/", "gopher://x/", "http://[::1]/", "http://[",
+     "//[::1"],
 )  # fmt: skip
 def test_redirects_are_checked_like_the_first_url(to):
     net = Net({HOST: [PUBLIC], "inner.example": ["10.0.0.1"]}, [redirect(to), *[redirect(f"http://{HOST}/")] * 5])

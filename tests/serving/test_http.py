@@ -17,6 +17,9 @@ from openai import OpenAI
 
 import composed
 from composed import picture, stir
+from isthmus.serving import replies
+from isthmus.serving import tools as toolbox
+from isthmus.serving.answers import Done, Piece
 from isthmus.serving.engine import Sizes
 from isthmus.serving.http import Access
 from isthmus.serving.limits import Limits
@@ -358,9 +361,75 @@ def test_a_full_server_says_so_and_when_to_come_again(model):
 def test_a_deadline_is_told_before_and_during_a_stream(model):
     with running(model, Sizes(batch=1), access=Access(), limits=Limits(deadline=0.3)) as (server, address):
         slow(server)
-        client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        client = OpenAI(base_url=f"{address}/v1", api_key="none")
         with pytest.raises(openai.APIStatusError) as refused:
             ask(client, TALKS[0][0], max_tokens=400)
         assert (refused.value.status_code, refused.value.code) == (503, "deadline_exceeded")
+        assert server.engine.counts.failed == 1  # the client, which tries three times by itself, was told not to
         with pytest.raises(openai.APIError, match="longer than it may"):
             list(ask(client, TALKS[0][0], max_tokens=400, stream=True))
+
+
+def test_a_server_whose_engine_has_ended_says_so(model):
+    with running(model, access=Access()) as (server, address):
+        server.engine.close()
+        client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        for work in (
+            lambda: ask(client, TALKS[0][0]),
+            lambda: client.embeddings.create(model=NAME, input="the cat"),
+        ):
+            with pytest.raises(openai.InternalServerError) as refused:
+                work()
+            assert (refused.value.status_code, refused.value.code) == (503, "stopping")
+            assert refused.value.response.headers["retry-after"] == "5"
+        health = httpx2.get(f"{address}/health")
+        assert (health.status_code, health.json()) == (503, {"status": "stopping"})
+
+
+# ---------------------------------------------------------------------------------------------- calls in what is said
+
+
+def call_of(side, name="measure"):
+    return json.dumps({"name": name, "arguments": {"side": side}})
+
+
+def tagged(side, name="measure"):
+    return f"<tool_call>{call_of(side, name)}</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("text", "beside", "sides"),
+    [
+        ("it is a cat", "it is a cat", []),
+        (tagged("left"), "", ["left"]),
+        (f" {call_of('left')}\n", "", ["left"]),
+        (f"I measure.\n{tagged('left')}\nWait.", "I measure.\n\nWait.", ["left"]),
+        (f"{tagged('left')}\n{tagged('right')}", "", ["left", "right"]),
+        (f"{tagged('left')}\n<tool_call>{call_of('right')[:19]}", f"<tool_call>{call_of('right')[:19]}", ["left"]),
+        (f"{tagged('left')}{tagged('right', 'none')}", tagged("right", "none"), ["left"]),
+        (f"<tool_call>{call_of('left')}", f"<tool_call>{call_of('left')}", []),
+        (call_of(tagged("left")), "", [tagged("left")]),
+        (tagged(tagged("left")), "", [tagged("left")]),
+        (tagged("</tool_call>"), "", ["</tool_call>"]),
+        ("<tool_call>" * 3 + "[" * 5000, "<tool_call>" * 3 + "[" * 5000, []),
+    ],
+    ids=["none", "one", "bare", "prose", "two", "cut", "unknown", "open", "bare tag", "tag", "end tag", "deep"],
+)
+def test_calls_and_the_text_beside_them(text, beside, sides):
+    found, calls = toolbox.calls(text, ["measure"])
+    assert found == beside and len({call["id"] for call in calls}) == len(sides)
+    assert [json.loads(call["function"]["arguments"])["side"] for call in calls] == sides
+    assert {call["function"]["name"] for call in calls} <= {"measure"}
+
+
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_text_beside_a_call_is_told_and_a_cut_answer_says_so(model, reason):
+    reply = replies.Reply(NAME, 3, 1, ["measure"], model.processor.tokenizer, False)
+    said = f"I measure. {tagged('left')}" + ("<tool_call>{" if reason == "length" else "")
+    chunks = [*reply.hear(Piece(0, said)), *reply.hear(Done(0, reason, 9, 0))]
+    (choice,) = reply.body()["choices"]
+    content = "I measure. <tool_call>{" if reason == "length" else "I measure."
+    assert choice["message"]["content"] == content and len(choice["message"]["tool_calls"]) == 1
+    told, last = (chunk["choices"][0] for chunk in chunks)
+    assert told["delta"]["content"] == content and told["delta"]["tool_calls"][0]["index"] == 0
+    assert last["finish_reason"] == choice["finish_reason"] == ("tool_calls" if reason == "stop" else "length")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 from http_server import KEY, NAME, encoded, running
@@ -10,7 +12,9 @@ from http_server import KEY, NAME, encoded, running
 import composed
 from composed import stir
 
-langchain_openai = pytest.importorskip("langchain_openai", reason="pip install langchain-openai")
+BESIDE = Path(sys.prefix) / "langchain"
+"""Where it is looked for beside the environment, out of every other test's sight."""
+INSTALL = "pip install --no-deps --target .venv/langchain -r tests/serving/langchain.txt"
 pytestmark = pytest.mark.slow
 PICTURE = {"type": "image_url", "image_url": {"url": encoded(1)}}
 TALK = [("system", "be brief"), ("human", [{"type": "text", "text": "what is it?"}, PICTURE])]
@@ -25,14 +29,21 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
+def langchain():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path, str(BESIDE)])
+        yield pytest.importorskip("langchain_openai", reason=INSTALL)
+
+
+@pytest.fixture(scope="module")
 def served():
     with running(stir(composed.model("llama"))) as (_, address):
         yield f"{address}/v1"
 
 
 @pytest.fixture(scope="module")
-def chat(served):
-    return langchain_openai.ChatOpenAI(
+def chat(langchain, served):
+    return langchain.ChatOpenAI(
         base_url=served, api_key=KEY, model=NAME, temperature=0, max_tokens=12, max_retries=0, stream_usage=True
     )
 
@@ -62,9 +73,7 @@ def test_a_tool_is_called_and_its_result_read(chat):
     assert chat.bind_tools([tool], tool_choice="none").invoke([*TALK, reply, result]).content
 
 
-def test_embeddings(served):
-    embed = langchain_openai.OpenAIEmbeddings(
-        base_url=served, api_key=KEY, model=NAME, check_embedding_ctx_length=False
-    )
+def test_embeddings(langchain, served):
+    embed = langchain.OpenAIEmbeddings(base_url=served, api_key=KEY, model=NAME, check_embedding_ctx_length=False)
     one, two = embed.embed_documents(["the cat", "a dog"])
     assert len(one) == len(two) and one != two and embed.embed_query("the cat") == pytest.approx(one, abs=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import socket
 import struct
 import sys
@@ -45,6 +46,7 @@ SMALL = Limits(
     inputs=3,
     tokens=8,
     reading=2.0,
+    attention=4 * 4 * 100 * 100,
 )
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 
@@ -192,6 +194,19 @@ def test_the_context(post, served):
     usage = post(user(said("0" * (199 - frame))), max_tokens=50).json()["usage"]  # a digit is a token
     assert served[0].engine.context == 200 and usage["prompt_tokens"] == 199 and usage["total_tokens"] == 200
     assert "200 tokens" in refused(post(user(said("0" * (200 - frame)))), 400, "context_length_exceeded")
+
+
+def test_the_attention_of_which_a_map_is_drawn(post, served):
+    def map_of(text):
+        return post(user(shown(1), said(text)), path="/page/attention")
+
+    frame = post(user(shown(1), said("0"))).json()["usage"]["prompt_tokens"] - 1
+    heads = served[0].engine.model.config.text_config.num_attention_heads
+    most = math.isqrt(SMALL.attention // (4 * heads))
+    assert SMALL.attention == 4 * heads * most**2
+    assert len(map_of("0" * (most - frame)).json()["maps"]) == 1
+    assert f"at most {most}" in refused(map_of("0" * (most - frame + 1)), 400, "context_length_exceeded")
+    assert post(user(shown(1), said("0" * (most - frame + 1)))).status_code == 200
 
 
 def test_bodies(post, served):
@@ -497,6 +512,14 @@ def test_a_tools_result_says_the_same_as_text_and_in_parts():
         return "".join(part.text for part in turns(asked, SMALL, lambda url: None)[-1].parts)
 
     assert told("4 cm") == told([said("4 "), said("cm")]) == "<tool_response>4 cm</tool_response>"
+
+
+def test_text_beside_a_call_goes_back_as_it_was_said():
+    call = {"id": "a", "type": "function", "function": {"name": "measure", "arguments": "{}"}}
+    messages = [*user(said("how long?")), {"role": "assistant", "content": "I measure.", "tool_calls": [call]}]
+    asked = ChatRequest.model_validate({"model": NAME, "messages": [*messages, *user(said("and?"))]})
+    told = "".join(part.text for part in turns(asked, SMALL, lambda url: None)[1].parts)
+    assert told == 'I measure.\n<tool_call>{"name": "measure", "arguments": {}}</tool_call>'
 
 
 def test_a_missing_llguidance_is_said_with_what_to_install(served, monkeypatch):

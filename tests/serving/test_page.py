@@ -250,6 +250,19 @@ def test_a_dropped_and_a_pasted_picture_are_taken_and_other_files_refused(page):
 
 
 @pytest.mark.timeout(120)
+def test_a_refusal_is_still_said_after_a_picture_that_was_taken(page):
+    with_key(page)
+    page.evaluate("""() => {
+      const data = new DataTransfer();
+      data.items.add(new File(["a"], "notes.pdf", { type: "application/pdf" }));
+      data.items.add(new File(["b"], "cat.png", { type: "image/png" }));
+      document.querySelector("#question").dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true }));
+    }""")
+    page.locator("#tray img").wait_for()
+    assert page.locator("#status").text_content() == "notes.pdf is not a PNG, JPEG, WebP or GIF picture."
+
+
+@pytest.mark.timeout(120)
 def test_the_page_can_be_used_with_the_keyboard_alone(page):
     with_key(page)
     page.locator("#question").focus()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from http_server import KEY, NAME, running
 from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoTokenizer, LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
 import composed
@@ -17,6 +18,9 @@ import tiny
 from composed import picture, stir
 from isthmus import exporting, parity, storage
 from isthmus.cli.app import app
+from isthmus.data.media import open_image
+from isthmus.data.template import FALLBACK
+from isthmus.speakers.wire import messages
 from isthmus.types import ConfigError
 
 ASKED = parity.Question("what is it?", picture(1))
@@ -43,6 +47,18 @@ def test_a_saved_model_equals_its_export(folders: tuple[Path, Path], asked: pari
     found = compared(*folders, asked)
     assert found["prepared picture"] is (True if asked.image else None)
     assert [found[step] for step in STEPS[1:]] == [True] * 4
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_model_without_a_chat_template_of_its_own_equals_its_export(tmp_path: Path, family: str) -> None:
+    model = stir(composed.model(family, aspect="crop"))
+    model.processor.tokenizer.chat_template = model.processor.chat_template = None
+    model.save_pretrained(tmp_path / "ours")
+    exporting.export(tmp_path / "ours", tmp_path / "theirs")
+    for asked in (ASKED, parity.Question("hi there")):
+        found = compared(tmp_path / "ours", tmp_path / "theirs", asked)
+        assert [found[step] for step in STEPS[1:]] == [True] * 4
+    assert FALLBACK in AutoTokenizer.from_pretrained(tmp_path / "theirs").chat_template
 
 
 def test_an_export_never_says_its_own_marker(folders: tuple[Path, Path]) -> None:
@@ -106,6 +122,22 @@ def test_a_server_equals_the_directory_it_serves(folders: tuple[Path, Path], mon
         apart = parity.compare(other, served, ASKED)[-1]
     assert [found[step] for step in STEPS] == [None] * 4 + [True]
     assert apart.equal is False and " and " in apart.note
+
+
+def test_a_large_picture_reaches_a_server_in_its_own_size(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = parity.form(str(folders[0]))
+    assert isinstance(form, parity.Ours)
+    large = parity.Question("what is it?", composed.Image(picture(3, 1500).source.crop((0, 0, 1500, 1100))))
+    monkeypatch.setenv("PARITY_KEY", KEY)
+    with running(form.model) as (_, address):
+        served = parity.form(f"{address}/v1", NAME, "PARITY_KEY")
+        assert parity.compare(form, served, large)[-1].equal
+    assert isinstance(served, parity.Served)
+    (turn,) = messages([large.turn], served.remote.config.picture)
+    _, _, data = turn["content"][0]["image_url"]["url"].partition(",")
+    assert open_image(base64.b64decode(data)).size == (1500, 1100)
 
 
 def test_the_verb_tells_and_its_exit_code_says_whether_they_are_equal(

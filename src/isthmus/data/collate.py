@@ -240,7 +240,7 @@ def _columns(row: Row) -> _Columns:
         out.segment += [segment] * size
         out.modality += rendered.modality
         out.labels += labels
-        out.route += [_route(sample)] * size
+        out.route += [route_of(sample)] * size
         out.draw += [float(sample.meta.get("draw", -1)) if _learns(rendered) else -1.0] * size
         out.branch += rendered.branch or [0] * size
         out.decoder += rendered.decoder_ids or []
@@ -258,7 +258,7 @@ def _points(sample: Sample) -> bool:
     return any(isinstance(part, Box | Grounding) for turn in turns for part in turn.parts)
 
 
-def _route(sample: Sample) -> int:
+def route_of(sample: Sample) -> int:
     """What the sample says (`meta["route"]`), else region-level where it holds regions."""
     route: Any = sample.meta.get("route", Route.REGION if _points(sample) else Route.IMAGE)
     if not isinstance(route, int):

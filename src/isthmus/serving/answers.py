@@ -1,4 +1,4 @@
-"""Requests on their way through the engine, and what is told of them."""
+"""Requests on their way through the engine, what is told of them, and why they fail."""
 
 from __future__ import annotations
 
@@ -14,6 +14,26 @@ from isthmus.serving.prompts import Prompt
 from isthmus.serving.sampling import Chosen, Sampler, Settings
 from isthmus.serving.speech import Speech
 from isthmus.types import IsthmusError
+
+
+class Full(IsthmusError):
+    """So many requests wait already that another is refused."""
+
+
+class Stopping(IsthmusError):
+    """The engine takes nothing more: it is closing, or its thread has ended."""
+
+
+class TooLong(IsthmusError):
+    """A prompt leaves no room for an answer in the context."""
+
+
+class Late(IsthmusError):
+    """A request ran out of time."""
+
+
+class Broken(IsthmusError):
+    """The model failed on a request; what exactly stands in the log."""
 
 
 @dataclass(frozen=True)

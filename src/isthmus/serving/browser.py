@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
+from math import isqrt
 from typing import Any
 
 from fastapi import APIRouter
@@ -69,6 +70,18 @@ def facts(model: VLM) -> dict[str, str]:
 def has_maps(model: VLM) -> bool:
     """Whether attention can be drawn over pictures: their tokens stand in the text, one for one for places."""
     return "image" in model.encoders and model.aligner.splices and states.grid(model) is not None
+
+
+def check_size(model: VLM, tokens: int, attention: int) -> None:
+    """Refuse a prompt over which one layer's attention has more than so many bytes: a map is made of all its weights.
+
+    Raises:
+        Refusal: it has too many tokens.
+    """
+    most = isqrt(attention // (4 * model.config.text_config.num_attention_heads))
+    if tokens > most:
+        why = f"the conversation has {tokens} tokens; a map of attention is drawn of at most {most}"
+        raise invalid(f"{why}: begin a new one, or show fewer pictures", "messages", "context_length_exceeded")
 
 
 def maps(model: VLM, turns: Sequence[Turn]) -> list[list[list[float]]]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from isthmus import sites
-from isthmus.serving.engine import Engine, TooLong
+from isthmus.serving.answers import TooLong
+from isthmus.serving.engine import Engine
 from isthmus.serving.pictures import Seen
 from isthmus.types import Batch, Image
 
@@ -60,7 +61,8 @@ def _words(engine: Engine, ids: list[int]) -> Tensor:
 
 
 def _picture(engine: Engine, seen: Seen) -> Tensor:
-    media = engine.pictures.media([seen], [0])
+    features, _ = engine.pictures.look(seen)
+    media = engine.pictures.media([features], [0])
     blank_11 = torch.zeros(1, 1, dtype=torch.long, device=engine.model.device)
     batch = Batch(blank_11, torch.ones_like(blank_11), blank_11, media={"image": media})
     return engine.model.connect(batch)["image"][0]

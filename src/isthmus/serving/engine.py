@@ -1,8 +1,9 @@
 """The scheduler: one thread reads prompts and decodes all running answers together, a token each, as they come and go.
 
-Each turn of the loop takes in what was asked, reads at most a chunk of prompts, one after the other, and then gives
-every running answer its next token. So a long prompt delays the others by a chunk, a newcomer waits for a step and not
-for an answer, and a cancelled answer leaves before the next step. A request that fails takes nobody with it.
+Each turn of the loop takes in what was asked, does at most one task of another kind, reads at most a chunk of prompts,
+one after the other, and then gives every running answer its next token. So a long prompt delays the others by a chunk,
+a newcomer waits for a step and not for an answer, and a cancelled answer leaves before the next step. A request that
+fails takes nobody with it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from isthmus.model import VLM
-from isthmus.serving.answers import Answer, Done, Failed, Job, Listener, Piece
+from isthmus.serving.answers import Answer, Broken, Done, Failed, Full, Job, Late, Listener, Piece, Stopping, TooLong
 from isthmus.serving.pictures import Pictures
 from isthmus.serving.pool import Pool, Row
 from isthmus.serving.prefix import Prefixes
@@ -29,9 +30,10 @@ from isthmus.serving.sampling import Settings
 from isthmus.types import ConfigError, IsthmusError, Turn
 
 Result = TypeVar("Result")
-Task: TypeAlias = Callable[[], Any]
+Task: TypeAlias = tuple[Future[Any], Callable[[], Any]]
 IDLE = 0.5
 """Seconds after which a loop without work looks around."""
+STOPPING = ("the server is stopping", "ask again in a moment")
 log = logging.getLogger(__name__)
 
 
@@ -43,7 +45,7 @@ class Sizes:
         batch: answers that are decoded together.
         queue: requests that may wait; more are refused.
         context: tokens of a prompt and its answer; None is what the LLM was made for.
-        chunk: tokens of prompts that are read between two decode steps.
+        chunk: tokens of prompts that are read between two decode steps, vectors of new pictures among them.
         prefix_bytes, picture_bytes: what is kept of earlier conversations and pictures.
     """
 
@@ -53,22 +55,6 @@ class Sizes:
     chunk: int = 512
     prefix_bytes: int = 512 << 20
     picture_bytes: int = 256 << 20
-
-
-class Full(IsthmusError):
-    """So many requests wait already that another is refused."""
-
-
-class TooLong(IsthmusError):
-    """A prompt leaves no room for an answer in the context."""
-
-
-class Late(IsthmusError):
-    """A request ran out of time."""
-
-
-class Broken(IsthmusError):
-    """The model failed on a request; what exactly stands in the log."""
 
 
 @dataclass
@@ -108,6 +94,7 @@ class Engine:
         self.ends = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
         self._inbox: queue.SimpleQueue[Job | Task | None] = queue.SimpleQueue()
         self._waiting: deque[Job] = deque()
+        self._todo: deque[Task] = deque()
         self._reading: Prefill | None = None
         self._answers: list[Answer] = []  # one per row of the pool, in its order
         self._lock = threading.Lock()
@@ -177,14 +164,14 @@ class Engine:
 
         Raises:
             ConfigError: more answers are asked for than are decoded together.
-            Full: too many wait, or the engine is closing.
+            Full: too many wait.
+            Stopping: the engine is closing.
         """
         if settings.n > self.sizes.batch:
             raise ConfigError(f"{settings.n} answers at once", f"ask for at most {self.sizes.batch}")
         job = Job(prompt, settings, listener, self.model.processor.tokenizer)
         with self._lock:
-            if self._closing or self.waiting >= self.sizes.queue:
-                raise Full("too many requests wait", "ask again in a moment")
+            self._check_room(self.waiting)
             self._unread += 1
             self._inbox.put(job)
         return job
@@ -193,26 +180,21 @@ class Engine:
         """Run something that needs the model between two steps.
 
         Raises:
-            Full: too much of this waits, or the engine is closing.
+            Full: too much of this waits.
+            Stopping: the engine is closing.
         """
         future: Future[Result] = Future()
-
-        def run() -> None:
-            with self._lock:
-                self._tasks -= 1
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(task())
-            except BaseException as error:
-                future.set_exception(error)
-
         with self._lock:
-            if self._closing or self._tasks >= self.sizes.queue:
-                raise Full("too many requests wait", "ask again in a moment")
+            self._check_room(self._tasks)
             self._tasks += 1
-            self._inbox.put(run)
+            self._inbox.put((future, task))
         return future
+
+    def _check_room(self, waiting: int) -> None:
+        if self._closing:
+            raise Stopping(*STOPPING)
+        if waiting >= self.sizes.queue:
+            raise Full("too many requests wait", "ask again in a moment")
 
     def answer(self, turns: Sequence[Turn], settings: Settings | None = None) -> list[str]:
         """The answers to a conversation, waited for.
@@ -249,6 +231,7 @@ class Engine:
         try:
             if not self._take():
                 return False
+            self._work()
             self._drop()
             self._read()
             self._step()
@@ -264,12 +247,15 @@ class Engine:
         while not self._inbox.empty():
             if (item := self._inbox.get()) is not None:
                 self._accept(item)
+        for future, _ in self._todo:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(Stopping(*STOPPING))
         for job in [*self._waiting, *([self._reading.job] if self._reading else []), *(a.job for a in self._answers)]:
-            job.fail(Full("the server is stopping", "ask again in a moment"))
+            job.fail(Stopping(*STOPPING))
 
     def _take(self) -> bool:
         """Take in what was asked; wait only where there is nothing else to do."""
-        idle = not (self._answers or self._reading or self._waiting)
+        idle = not (self._answers or self._reading or self._waiting or self._todo)
         try:
             item = self._inbox.get(timeout=IDLE) if idle else self._inbox.get_nowait()
             while item is not None:
@@ -280,13 +266,27 @@ class Engine:
         return False
 
     def _accept(self, item: Job | Task) -> None:
-        """Let a request wait, or do what is to be done between two steps; such a task keeps its own failure."""
+        """Put a request, or what is to be done between two steps, behind its kind."""
         if isinstance(item, Job):
             self._waiting.append(item)
             with self._lock:
                 self._unread -= 1
         else:
-            item()
+            self._todo.append(item)
+
+    def _work(self) -> None:
+        """Do one task, so that no flood of them holds up the steps; it keeps its own failure."""
+        if not self._todo:
+            return
+        future, task = self._todo.popleft()
+        with self._lock:
+            self._tasks -= 1
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(task())
+        except BaseException as error:
+            future.set_exception(error)
 
     def _drop(self) -> None:
         """Let go of what nobody waits for any more, or what took too long."""

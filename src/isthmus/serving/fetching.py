@@ -33,6 +33,8 @@ URL = re.compile(
 PORTS = {"http": 80, "https": 443}
 HOPS = 3
 CHUNK = 1 << 16
+UNICAST, TRANSLATED = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("64:ff9b::/96")
+"""What the internet routes of IPv6, and IPv4 addresses within it that a gateway there translates."""
 TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif", "application/octet-stream")
 
 
@@ -85,7 +87,10 @@ class Fetcher:
             answer = self._get(target, self._address(target), until)
             if isinstance(answer, bytes):
                 return answer
-            url = urljoin(f"{target.scheme}://{target.host}{target.path}", answer)
+            try:
+                url = urljoin(f"{target.scheme}://{target.host}{target.path}", answer)
+            except ValueError:
+                raise _refused("it redirects to what is no URL") from None
         raise _refused("it redirects too often")
 
     def check(self, url: str) -> Target:
@@ -191,8 +196,10 @@ def is_public(address: str) -> bool:
         inner = found.ipv4_mapped or found.sixtofour or (found.teredo or (None, None))[1]
         if inner is not None:
             return is_public(str(inner))
-        if found in ipaddress.ip_network("64:ff9b::/96"):
+        if found in TRANSLATED:
             return is_public(str(ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)))
+        if found not in UNICAST:
+            return False
     return found.is_global and not found.is_multicast
 
 

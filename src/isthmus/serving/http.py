@@ -25,9 +25,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from isthmus.serving import browser, description, embeddings, protocol, replies
-from isthmus.serving.answers import Event, Failed, Job
+from isthmus.serving.answers import Event, Failed, Job, TooLong
 from isthmus.serving.door import Door
-from isthmus.serving.engine import Engine, TooLong
+from isthmus.serving.engine import Engine
 from isthmus.serving.fetching import Fetcher
 from isthmus.serving.grammar import Grammars
 from isthmus.serving.intake import Intake
@@ -245,7 +245,8 @@ class Server:
         asked = protocol.read(protocol.ChatRequest, raw)
         self._check_name(asked.model)
         turns = list(protocol.turns(asked, self.limits, self._intake()))
-        self._prepared(turns)  # refuses what the context does not hold
+        prompt = self._prepared(turns)  # refuses what the context does not hold
+        browser.check_size(self.engine.model, len(prompt.ids), self.limits.attention)
         return turns
 
     def _prepared(self, turns: Sequence[Turn]) -> Prompt:

@@ -22,6 +22,7 @@ class Limits:
         deadline: from a request's arrival to its last token.
         reading: until a body has arrived.
         decoding: until a request's pictures are decoded and its text is tokenised.
+        attention: of one layer's weights over a prompt, heads x tokens x tokens in float32, where a map is asked for.
     """
 
     body: int = 20 << 20
@@ -45,3 +46,4 @@ class Limits:
     deadline: float = 300.0
     reading: float = 30.0
     decoding: float = 20.0
+    attention: int = 512 << 20

@@ -54,32 +54,26 @@ class Pictures:
         processor = self.model.processor
         return Seen(key, views.pixels(picture, processor.image_processor, processor.aspect))
 
-    def media(self, seen: Sequence[Seen], places: Sequence[int]) -> BatchMedia:
-        """The media of one row with their columns, encoding what is new in one go."""
-        features = self._features(seen)
-        row = torch.zeros(len(seen), dtype=torch.long, device=self.model.device)
+    def look(self, seen: Seen) -> tuple[Features, int]:
+        """The features of one picture, and how many vectors had to be made for them: none where it was known."""
+        known = self._known.get(seen.key)
+        if known is not None:
+            self._known.move_to_end(seen.key)
+            self.hits += 1
+            return known, 0
+        self.misses += 1
+        nothing = torch.zeros(1, dtype=torch.long)
+        batch = BatchMedia(nothing, nothing, nothing, pixels=seen.pixels[None].to(self.model.device))
+        made = self.model.encode("image", batch).map(torch.clone)  # on their own in memory
+        self._keep(seen.key, made)
+        return made, made.x_NSE.shape[1]
+
+    def media(self, looked: Sequence[Features], places: Sequence[int]) -> BatchMedia:
+        """The media of one row with their columns."""
+        taps = {name: torch.cat([one.taps[name] for one in looked]) for name in looked[0].taps}
+        features = Features(torch.cat([one.x_NSE for one in looked]), taps, looked[0].grid)
+        row = torch.zeros(len(looked), dtype=torch.long, device=self.model.device)
         return BatchMedia(row, row + 1, torch.tensor(places, device=self.model.device), features=features)
-
-    def _features(self, seen: Sequence[Seen]) -> Features:
-        found = {each.key: self._known[each.key] for each in seen if each.key in self._known}
-        for key in found:
-            self._known.move_to_end(key)
-        new = {each.key: each for each in seen if each.key not in found}
-        self.hits += len(found)
-        self.misses += len(new)
-        if new:
-            encoded = self._encode(torch.stack([each.pixels for each in new.values()]))
-            for number, key in enumerate(new):
-                found[key] = _one(encoded, number)
-                self._keep(key, found[key])
-        chosen = [found[each.key] for each in seen]
-        taps = {name: torch.cat([one.taps[name] for one in chosen]) for name in chosen[0].taps}
-        return Features(torch.cat([one.x_NSE for one in chosen]), taps, chosen[0].grid)
-
-    def _encode(self, pixels: Tensor) -> Features:
-        nothing = torch.zeros(len(pixels), dtype=torch.long)
-        batch = BatchMedia(nothing, nothing, nothing, pixels=pixels.to(self.model.device))
-        return self.model.encode("image", batch)
 
     def _keep(self, key: str, features: Features) -> None:
         size = _bytes(features)
@@ -90,11 +84,6 @@ class Pictures:
         while self.bytes > self.limit:
             _, old = self._known.popitem(last=False)
             self.bytes -= _bytes(old)
-
-
-def _one(features: Features, number: int) -> Features:
-    """The features of one picture, on their own in memory."""
-    return features.map(lambda x: x[number : number + 1].clone())
 
 
 def _bytes(features: Features) -> int:

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from isthmus import sites
 from isthmus.model import VLM
-from isthmus.types import ConfigError, Past
+from isthmus.types import ConfigError, Past, Route
 
 ROOM = 256
 """Columns that are added when the cache is full."""
@@ -34,6 +34,7 @@ class Row:
     modality_L: Tensor
     vision_KQD: Tensor | None = None
     media_at_K: Tensor | None = None
+    route: int = Route.IMAGE
 
     def __len__(self) -> int:
         return len(self.modality_L)
@@ -49,7 +50,7 @@ class Row:
         if vision is not None and at is not None:
             vision, at = vision[at < length], at[at < length]
         layers = [(k[:, :, :length], v[:, :, :length]) for k, v in self.layers]
-        return Row(layers, self.modality_L[:length], vision, at)
+        return Row(layers, self.modality_L[:length], vision, at, self.route)
 
     def past(self) -> Past:
         """A past to go on from, whose growth leaves this row as it is."""
@@ -59,11 +60,11 @@ class Row:
         return Past(cache, vision, at)
 
     @classmethod
-    def of(cls, past: Past, modality_L: Tensor) -> Row:
+    def of(cls, past: Past, modality_L: Tensor, route: int = Route.IMAGE) -> Row:
         """The only row of a past."""
         vision, at = past.vision_BKQD, past.media_at_BK
         layers = [(layer.keys, layer.values) for layer in past.cache.layers]
-        return cls(layers, modality_L, None if vision is None else vision[0], None if at is None else at[0])
+        return cls(layers, modality_L, None if vision is None else vision[0], None if at is None else at[0], route)
 
 
 class _Begun(DynamicLayer):
@@ -119,11 +120,12 @@ class _Slots(DynamicLayer):
 
 @dataclass
 class _Slot:
-    """Where a running row begins, and its media."""
+    """Where a running row begins, its media and its kind."""
 
     start: int
     vision_KQD: Tensor | None
     media_at_K: Tensor | None
+    route: int
 
 
 @dataclass(repr=False, eq=False)
@@ -171,7 +173,7 @@ class Pool:
         self.segment_BS[slot, start : self.end] = 1
         self.modality_BS[slot] = 0
         self.modality_BS[slot, start : self.end] = row.modality_L
-        self.rows.append(_Slot(start, row.vision_KQD, row.media_at_K))
+        self.rows.append(_Slot(start, row.vision_KQD, row.media_at_K, row.route))
         self._past = None
 
     def leave(self, slot: int) -> None:
@@ -194,7 +196,8 @@ class Pool:
         """A copy of a running row's past."""
         row = self.rows[slot]
         layers = [layer.read(slot, row.start, self.end) for layer in self.layers]
-        return Row(layers, self.modality_BS[slot, row.start : self.end].clone(), row.vision_KQD, row.media_at_K)
+        modality_L = self.modality_BS[slot, row.start : self.end].clone()
+        return Row(layers, modality_L, row.vision_KQD, row.media_at_K, row.route)
 
     def clear(self) -> None:
         """Forget every row, whatever state an interrupted step left."""
@@ -215,10 +218,15 @@ class Pool:
         embeds_B1D = sites.embedding(self.model.llm)(ids_B1)
         seen = self.end + 1
         hidden_B1D, _, _ = self.model.think(
-            embeds_B1D, self.segment_BS[:rows, :seen], self.modality_BS[:rows, :seen], None, self._past
+            embeds_B1D, self.segment_BS[:rows, :seen], self.modality_BS[:rows, :seen], self._routes(seen), self._past
         )
         self.end = seen
         return self.head(hidden_B1D[:, -1])
+
+    def _routes(self, columns: int) -> Tensor | None:
+        """The kind of every position, [B, S], where some row is not of the usual one."""
+        routes = [row.route for row in self.rows]
+        return torch.tensor(routes, device=self.model.device)[:, None].expand(-1, columns) if any(routes) else None
 
     def _gathered(self) -> Past:
         """The cache, and the rows' media with their columns; rows with fewer have zeros that nothing looks at."""

@@ -236,7 +236,7 @@ def _parts(message: Message, see: See) -> Iterator[Part]:
         parts = [Text(content)] if isinstance(content, str) else [_part(part, message.role, see) for part in content]
         yield from toolbox.answered(parts) if message.role == "tool" else parts
     if message.tool_calls:
-        yield Text(toolbox.said([call.model_dump() for call in message.tool_calls]))
+        yield Text(("\n" if content else "") + toolbox.said([call.model_dump() for call in message.tool_calls]))
     if content is None and not message.tool_calls:
         raise invalid("a message says nothing", "messages")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from isthmus.serving.engine import Broken, Full, Late, TooLong
+from isthmus.serving.answers import Broken, Full, Late, Stopping, TooLong
 from isthmus.types import DataError
 
 
@@ -44,7 +44,9 @@ def refusal(error: Exception) -> Refusal:
     if isinstance(error, Full):
         return Refusal(429, error.cause, "queue_full", headers={"Retry-After": "1"})
     if isinstance(error, Late):
-        return Refusal(503, error.cause, "deadline_exceeded", headers={"Retry-After": "5"})
+        return Refusal(503, error.cause, "deadline_exceeded", headers={"x-should-retry": "false"})
+    if isinstance(error, Stopping):
+        return Refusal(503, error.cause, "stopping", headers={"Retry-After": "5"})
     if isinstance(error, Broken):
         return Refusal(500, error.cause, "model_error")
     if isinstance(error, DataError):

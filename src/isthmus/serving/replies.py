@@ -68,9 +68,9 @@ class Reply:
         answer.done = event
         message, reason = self._message(answer)
         if self.tools:
-            calls = message.get("tool_calls")
-            numbered = [{"index": place, **call} for place, call in enumerate(calls or ())]
-            delta = {"tool_calls": numbered} if calls else {"content": message["content"]}
+            delta = {"content": message["content"]} if message["content"] is not None else {}
+            if calls := message.get("tool_calls"):
+                delta["tool_calls"] = [{"index": place, **call} for place, call in enumerate(calls)]
             yield self._chunk(event.index, delta, None, answer.chosen)
         yield self._chunk(event.index, {}, reason)
 
@@ -104,12 +104,14 @@ class Reply:
         }
 
     def _message(self, answer: Growing) -> tuple[dict[str, Any], str]:
-        """The message and why it ended."""
+        """The message and why it ended; one that was cut has ended for that, whatever it calls."""
         assert answer.done is not None
-        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
-        if self.tools and (calls := toolbox.calls(answer.text, self.tools)):
-            return message | {"content": None, "tool_calls": calls}, "tool_calls"
-        return message, answer.done.reason
+        text, calls = toolbox.calls(answer.text, self.tools) if self.tools else (answer.text, [])
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if not calls:
+            return message, answer.done.reason
+        reason = "length" if answer.done.reason == "length" else "tool_calls"
+        return message | {"content": text or None, "tool_calls": calls}, reason
 
     def _frame(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}

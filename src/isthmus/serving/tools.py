@@ -15,7 +15,8 @@ from typing import Any
 
 from isthmus.types import Part, Text
 
-CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+OPENING, CLOSING = re.compile(r"<tool_call>\s*"), re.compile(r"\s*</tool_call>")
+DECODER = json.JSONDecoder()
 INTRODUCTION = (
     "You may call one of these tools. To call it, answer with nothing but\n"
     '<tool_call>{"name": NAME, "arguments": OBJECT}</tool_call>\n'
@@ -70,16 +71,35 @@ def _moved(schema: Any, root: str) -> Any:
     }
 
 
-def calls(text: str, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The calls of known tools in an answer, as the protocol writes them; empty where it is ordinary text."""
-    found = []
-    for piece in CALL.findall(text) or [text]:
-        try:
-            call = json.loads(piece)
-        except (ValueError, RecursionError):
+def calls(text: str, names: Sequence[str]) -> tuple[str, list[dict[str, Any]]]:
+    """The calls of known tools in an answer, as the protocol writes them, and the text beside them.
+
+    An answer that is one call without tags, as a grammar makes it, is taken whole; so a tag in an argument stays there.
+    """
+    whole = text.strip()
+    alone = _call(whole, 0, names)
+    if alone and alone[1] == len(whole):
+        return "", [alone[0]]
+    beside, found, at = "", [], 0
+    for opening in OPENING.finditer(text):
+        if opening.start() < at:  # within the arguments of a call
             continue
-        if isinstance(call, dict) and call.get("name") in names and isinstance(call.get("arguments"), dict):
-            arguments = json.dumps(call["arguments"], ensure_ascii=False)
-            function = {"name": call["name"], "arguments": arguments}
-            found.append({"id": f"call_{secrets.token_hex(8)}", "type": "function", "function": function})
-    return found
+        told = _call(text, opening.end(), names)
+        closing = CLOSING.match(text, told[1]) if told else None
+        if told and closing:
+            beside += text[at : opening.start()]
+            found.append(told[0])
+            at = closing.end()
+    return (beside + text[at:]).strip() if found else text, found
+
+
+def _call(text: str, at: int, names: Sequence[str]) -> tuple[dict[str, Any], int] | None:
+    """The call whose JSON begins at a place, and where it ends."""
+    try:
+        call, end = DECODER.raw_decode(text, at)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(call, dict) or call.get("name") not in names or not isinstance(call.get("arguments"), dict):
+        return None
+    function = {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
+    return {"id": f"call_{secrets.token_hex(8)}", "type": "function", "function": function}, end

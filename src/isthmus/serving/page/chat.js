@@ -63,14 +63,13 @@ function read(file) {
 }
 
 async function add(files) {
+  const refused = [];
   for (const file of files) {
-    if (!ALLOWED.includes(file.type)) say(`${file.name || "That"} is not a PNG, JPEG, WebP or GIF picture.`);
-    else if (file.size > LARGEST) say(`${file.name} is larger than 7 MB; make it smaller first.`);
-    else {
-      state.tray.push(await read(file));
-      say("");
-    }
+    if (!ALLOWED.includes(file.type)) refused.push(`${file.name || "That"} is not a PNG, JPEG, WebP or GIF picture.`);
+    else if (file.size > LARGEST) refused.push(`${file.name} is larger than 7 MB; make it smaller first.`);
+    else state.tray.push(await read(file));
   }
+  if (files.length) say(refused.join(" "));
   showTray();
   $("question").focus();
 }
