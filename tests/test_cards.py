@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from rich.console import Console
 
 import composed
@@ -97,6 +98,32 @@ def test_exported_directories_carry_the_lineage_on(run: Path, tmp_path: Path) ->
     card = ModelCard.load(tmp_path / "theirs/README.md")
     assert card.data.library_name == "transformers"
     assert f"LlavaForConditionalGeneration, largest difference of logits {parity.difference:.1e}" in card.text
+
+
+def test_figures_are_left_out_where_they_do_not_hold(run: Path) -> None:
+    source = run / "tune/model"
+    config, told = json.loads((source / "config.json").read_text()), cards.lineage(source)
+    plain = cards.Export("GGUF", "gguf", "code", 1e-6)
+    kept, left = (
+        ModelCard(cards.card(config, told, each)) for each in (plain, replace(plain, caveats=("it pads pictures",)))
+    )
+    assert kept.data.eval_results and "## Figures" in kept.text
+    assert not left.data.eval_results and "## Figures" not in left.text and "\nit pads pictures.\n" in left.text
+    assert lines(left, "Licences and attributions") == lines(kept, "Licences and attributions")
+
+
+def test_a_hubs_name_is_told_from_a_path_that_is_not_found(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "models--openai--clip").mkdir()
+    config = json.loads((run / "tune/model/config.json").read_text())
+    config["llm"]["config"] |= {"source": "exported/llava"}
+    config["encoders"]["image"]["config"] |= {"source": "openai/clip"}
+    card = ModelCard(cards.card(config, cards.Lineage()))
+    assert card.data.base_model == ["openai/clip"]
+    assert [row[1] for row in lines(card, "Parts")[:2]] == ["openai/clip", "llava (not found from here)"]
+    assert "exported/" not in card.content
 
 
 def test_a_card_that_is_somebody_elses_stays(run: Path, tmp_path: Path) -> None:

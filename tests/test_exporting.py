@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image as Pillow
 from transformers import (
     AutoProcessor,
     CLIPVisionConfig,
@@ -14,6 +16,7 @@ from transformers import (
     LlavaProcessor,
     SiglipVisionConfig,
 )
+from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
 
 import composed
 import isthmus
@@ -127,6 +130,40 @@ def test_there_and_back_is_the_same_model(tmp_path):
     assert torch.equal(again.processor.prompts(talk).modality_BT, ours.processor.prompts(talk).modality_BT)
 
 
+def levels(ours: isthmus.VLM, theirs: LlavaProcessor, width: int, height: int) -> float:
+    """How many grey levels lie between two preparations of a noisy picture."""
+    noise = np.random.default_rng(5).integers(0, 256, (height, width, 3), np.uint8)
+    image = composed.Image(Pillow.fromarray(noise))
+    found = theirs.image_processor(image.source, return_tensors="pt")["pixel_values"]
+    std = torch.tensor(theirs.image_processor.image_std).view(3, 1, 1)
+    return (255 * std * (found - ours.processor.look("image", [image])[0])).abs().max().round().item()
+
+
+@pytest.mark.parametrize("aspect", ["pad", "crop", "squash"])
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_the_exported_processor_prepares_wide_and_tall_pictures_as_ours_does(tmp_path, vision, aspect):
+    ours = composed.model("llama", vision=vision, class_token="drop" if vision == "clip" else "keep", aspect=aspect)
+    ours.save_pretrained(tmp_path / "ours")
+    exporting.export(tmp_path / "ours", tmp_path / "theirs")
+    theirs = AutoProcessor.from_pretrained(tmp_path / "theirs", backend="pil")
+    sizes = [(4 * IMAGE, IMAGE), (IMAGE, 2 * IMAGE)]
+    sizes += [] if aspect == "crop" else [(50, 37), (41, 90)]  # whose lengths crop rounds to whole pixels there
+    apart = [levels(ours, theirs, *size) for size in sizes]
+    assert max(apart) <= (exporting.LEVELS if aspect == "pad" else 0)
+    exporting.import_llava(tmp_path / "theirs", tmp_path / "back")
+    assert isthmus.load(tmp_path / "back").config.encoder("image").aspect == aspect
+
+
+def test_an_image_processor_of_another_arithmetic_is_refused():
+    encoder = composed.model("llama").encoders["image"]
+    side = {"height": IMAGE, "width": IMAGE}
+    encoder.processor = EfficientNetImageProcessorPil(size=side, include_top=False)
+    assert exporting.picture_processor(encoder).do_pad
+    encoder.processor = EfficientNetImageProcessorPil(size=side, include_top=True)  # divides by the deviation twice
+    with pytest.raises(ConfigError, match="cannot pad pictures for this encoder"):
+        exporting.picture_processor(encoder)
+
+
 REFUSED = {
     "linear": (("llama", "llava", {"projector": "linear"}), {}, "two-layer MLP"),
     "pooled": (("llama", "llava", {"pool": 2}), {}, "two-layer MLP"),
@@ -163,6 +200,16 @@ def test_nothing_is_written_when_logits_differ(tmp_path, monkeypatch):
     with pytest.raises(IsthmusError, match="logits differ"):
         exporting.import_llava(theirs(tmp_path / "theirs"), tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+def test_a_number_that_is_none_is_not_equal():
+    same = torch.zeros(2, 3)
+    exporting.Parity.between(same, same).require("export")
+    for broken in (float("nan"), float("inf")):
+        other = same.clone()
+        other[1, 2] = broken
+        with pytest.raises(IsthmusError, match="logits differ"):
+            exporting.Parity.between(same, other).require("export")
 
 
 def test_parity_notices_a_wrong_weight(tmp_path):

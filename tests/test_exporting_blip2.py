@@ -15,7 +15,7 @@ import composed
 import isthmus
 import tiny
 from composed import stir
-from isthmus import exporting, exporting_blip2
+from isthmus import exporting, exporting_blip2, parity
 from isthmus.cli.app import app
 from isthmus.config import LoRA
 from isthmus.connectors.qformer import Shape
@@ -49,9 +49,9 @@ def tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def built(tower: Path, joint: str, family: str = "opt", layer: str = "-1", **options: Any) -> VLM:
+def built(tower: Path, joint: str, family: str = "opt", layer: str = "-1", aspect: str = "crop", **options: Any) -> VLM:
     options = {**SHAPE.model_dump(), "vocabulary": tiny.VOCAB, **options}
-    encoder = {"source": str(tower), "layer": layer, "class_token": "keep", "aspect": "crop"}
+    encoder = {"source": str(tower), "layer": layer, "class_token": "keep", "aspect": aspect}
     recipe = composed.recipe(family).but(encoder=encoder, aligner={"name": joint, "options": options})
     return stir(isthmus.compose(recipe))
 
@@ -92,6 +92,18 @@ def test_the_verbs_agree(tmp_path: Path, tower: Path, joint: str) -> None:
     result = CliRunner().invoke(app, words, catch_exceptions=False)
     assert [each["equal"] for each in json.loads(result.output)] == [True] * 5, result.output
     assert result.exit_code == 0
+
+
+@pytest.mark.parametrize("joint", list(NATIVE))
+def test_aspect_and_a_missing_chat_template_are_carried_over(tmp_path: Path, tower: Path, joint: str) -> None:
+    model = built(tower, joint, "llama", aspect="squash")
+    model.processor.tokenizer.chat_template = model.processor.chat_template = None
+    model.save_pretrained(tmp_path / "ours")
+    exporting_blip2.export(tmp_path / "ours", tmp_path / "theirs", joint)
+    wide = composed.Image(composed.picture(1, 90).source.crop((0, 0, 90, 40)))
+    forms = (parity.form(str(tmp_path / name)) for name in ("ours", "theirs"))
+    checks = parity.compare(*forms, parity.Question("what is it?", wide))
+    assert [each.equal for each in checks] == [True] * 5, checks
 
 
 REFUSED = {

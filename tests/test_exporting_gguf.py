@@ -25,6 +25,7 @@ from composed import stir
 from isthmus import exporting, exporting_gguf, exporting_gguf_file, exporting_gguf_llm
 from isthmus.cli.app import app
 from isthmus.config import LoRA
+from isthmus.data.template import FALLBACK
 from isthmus.exporting_gguf_file import Content
 from isthmus.model import VLM
 from isthmus.types import ConfigError, IsthmusError
@@ -102,12 +103,13 @@ def test_the_verb_merges_lora_and_tells_of_the_class_token(tmp_path: Path) -> No
     words = ["export", str(tmp_path / "ours"), str(tmp_path / "out"), "--to", "gguf"]
     result = CliRunner().invoke(app, words, catch_exceptions=False)
     assert "largest difference of logits" in result.output and "issue 25814" in result.output
+    assert "note: llama.cpp pads pictures to a square" in result.output and "trained with" not in result.output
     for name in exporting.adapters(model):
         exporting.lora.merge(model, name)
     own = model.llm.model.layers[0].self_attn.q_proj.weight
     torch.testing.assert_close(tensor(GGUFReader(tmp_path / "out/model.gguf"), "blk.0.attn_q.weight"), own)
     card = (tmp_path / "out/README.md").read_text()
-    assert "library_name: gguf" in card and "issue 25814" in card
+    assert "library_name: gguf" in card and "issue 25814" in card and "Figures of the model do not hold there" in card
     assert sorted(each.name for each in (tmp_path / "out").iterdir()) == ["README.md", "mmproj.gguf", "model.gguf"]
     assert sorted(each.name for each in tmp_path.iterdir()) == ["ours", "out"]
 
@@ -127,6 +129,21 @@ def test_words_keep_their_ids_kinds_and_ends(tmp_path: Path) -> None:
     assert ends == [tokenizer.eos_token_id] * 2
     assert field(llm, "tokenizer.ggml.pre") == "qwen2" and field(llm, "tokenizer.chat_template") == tiny.CHATML
     assert field(llm, "tokenizer.ggml.add_bos_token") is False
+
+
+@pytest.mark.parametrize("aspect", ["crop", "squash"])
+def test_another_aspect_than_llama_cpps_is_told(tmp_path: Path, aspect: str) -> None:
+    composed.model("llama", aspect=aspect).save_pretrained(tmp_path / "ours")
+    written = exporting_gguf.export(tmp_path / "ours", tmp_path / "out")
+    assert f"trained with `aspect: {aspect}`: give it squares of 32 pixels" in written.pictures
+    assert written.pictures in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_missing_chat_template_is_the_one_that_was_used(tmp_path: Path) -> None:
+    model = composed.model("llama")
+    model.processor.tokenizer.chat_template = model.processor.chat_template = None
+    llm, _ = exported(model, tmp_path)
+    assert field(llm, "tokenizer.chat_template") == FALLBACK
 
 
 LLAMA_3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,

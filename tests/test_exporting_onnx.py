@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoImageProcessor
 from typer.testing import CliRunner
 
 import composed
+import test_contract
 from composed import picture, stir
+from isthmus import aligner as aligners
 from isthmus import exporting, exporting_onnx
 from isthmus.cli.app import app
 from isthmus.config import LoRA
 from isthmus.model import VLM
-from isthmus.types import ConfigError, IsthmusError
+from isthmus.types import ConfigError, IsthmusError, Sample, Turn
 
 onnxruntime: Any = pytest.importorskip("onnxruntime")
 OWL = {"queries": 3, "depth": 1, "heads": 4, "inner": 8}
@@ -60,7 +63,9 @@ def test_onnxruntime_computes_the_models_vectors(tmp_path: Path, built: tuple[An
     pixels, _ = model.processor.look("image", [picture(1), picture(2)])
     one, other = run(tmp_path / "out", pixels)
     assert np.abs(one - other).max() > 1e-2
-    assert "library_name: onnx" in (tmp_path / "out/README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "library_name: onnx" in card and "largest difference of vectors" in card
+    assert AutoImageProcessor.from_pretrained(tmp_path / "out", backend="pil").do_pad
 
 
 @pytest.mark.parametrize(
@@ -76,6 +81,40 @@ def test_what_does_not_stand_alone_is_refused(tmp_path: Path, built: tuple[Any, 
     assert not (tmp_path / "out").exists()
 
 
+ASKED = (Sample((Turn.say("user", picture(1), "what is it?"),)),)
+
+
+@torch.no_grad()
+def takes_vectors_alone(model: VLM, family: str) -> bool:
+    """Whether the bare LLM, given a prompt with the joint's vectors in it, has the states that the model has."""
+    batch = model.processor.prompts(ASKED)
+    given = model.embed(batch, model.connect(batch))
+    bare = test_contract.bare_llm(family).base_model(inputs_embeds=given).last_hidden_state
+    return torch.allclose(bare, model.run(batch).hidden_BTD, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "joint", [name for name, each in test_contract.JOINTS.items() if each.aligner in aligners.known()]
+)
+def test_exactly_the_joints_that_work_outside_of_the_llm_are_taken(joint: str) -> None:
+    family = next(each for each in test_contract.JOINTS[joint].families if each in ("llama", "qwen2"))
+    model = test_contract.grown(joint, family)
+    model.add_lora(["llm.*.q_proj"], LoRA(r=2), "sft")  # merged on the way, whatever the joint
+    try:
+        exporting_onnx._require_fit(model)
+        taken = True
+    except ConfigError:
+        taken = False
+    assert taken == (takes_vectors_alone(model, family) and not model.connectors["image"].reads_context)
+
+
+def test_several_encoders_are_refused(tmp_path: Path) -> None:
+    folder = composed.vision_folder("siglip")
+    composed.model("llama", also=({"source": str(folder)},)).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ConfigError, match="several encoders see its picture"):
+        exporting_onnx.export(tmp_path / "ours", tmp_path / "out")
+
+
 @pytest.mark.slow
 def test_a_graph_for_one_number_of_pictures_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stir(composed.model("llama")).save_pretrained(tmp_path / "ours")
@@ -86,6 +125,24 @@ def test_a_graph_for_one_number_of_pictures_is_refused(tmp_path: Path, monkeypat
         lambda self, pixels: sight(self, pixels) * torch.ones(len(pixels), 1, 1),  # `len` fixes the number
     )
     with pytest.raises(IsthmusError, match="one number of pictures alone"):
+        exporting_onnx.export(tmp_path / "ours", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("broken", exporting_onnx.PROBE)
+def test_one_vector_that_is_no_number_is_a_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: int
+) -> None:
+    model = stir(composed.model("llama"))
+    model.save_pretrained(tmp_path / "ours")
+
+    def run(file: Path, pixels: torch.Tensor) -> torch.Tensor:
+        vectors = torch.from_numpy(connected(model, pixels))
+        return vectors.where(torch.tensor(len(pixels) != broken), torch.nan)
+
+    monkeypatch.setattr(exporting_onnx, "_write", lambda sight, pixels, file: None)
+    monkeypatch.setattr(exporting_onnx, "_run", run)
+    with pytest.raises(IsthmusError, match="vectors differ by nan"):
         exporting_onnx.export(tmp_path / "ours", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData, constants
+from huggingface_hub.file_download import repo_folder_name
 
 from isthmus.assets import packages
 from isthmus.config import Source, Stage
@@ -51,12 +52,24 @@ class Lineage:
 
 @dataclass(frozen=True)
 class Export:
-    """Into what a model was exported, and how far its logits moved on the way (None: they were not compared)."""
+    """Into what a model was exported.
+
+    Attributes:
+        what: its name.
+        library: what reads it.
+        code: how.
+        difference: how far its numbers moved on the way; None where they were not compared.
+        of: which numbers these are.
+        caveats: what its readers do otherwise than the model did where its figures come from; with any, these are
+            left out.
+    """
 
     what: str
     library: str
     code: str
     difference: float | None = None
+    of: str = "logits"
+    caveats: Sequence[str] = ()
 
 
 # ---------------------------------------------------------------------------------------------- gathering
@@ -139,6 +152,8 @@ def card(config: Mapping[str, Any], told: Lineage, exported: Export | None = Non
         told: where the model comes from.
         exported: what it was turned into, if it was.
     """
+    if told.report and exported and exported.caveats:
+        told = replace(told, report={**told.report, "rows": []})
     sections = [
         _opening(config, told, exported),
         _parts(config),
@@ -183,8 +198,12 @@ def _opening(config: Mapping[str, Any], told: Lineage, exported: Export | None) 
     if told.recipe.get("about"):
         lines += [f"{told.recipe['about']}.", ""]
     if exported:
-        checked = "" if exported.difference is None else f", largest difference of logits {exported.difference:.1e}"
+        checked = (
+            "" if exported.difference is None else f", largest difference of {exported.of} {exported.difference:.1e}"
+        )
         lines.append(f"Exported from Isthmus as {exported.what}{checked}.")
+        lines += [f"\n{caveat}." for caveat in exported.caveats]
+        lines += ["\nFigures of the model do not hold there, and are left out."] if exported.caveats else []
     elif config["whole"]:
         lines.append("This directory holds all weights.")
     else:
@@ -203,12 +222,17 @@ def _sources(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None, 
 
 
 def _on_hub(source: str) -> bool:
-    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
+    """Whether a source is a hub's name. A path from another folder looks like one, so that the hub's cache decides."""
+    if source.count("/") != 1 or source.startswith((".", "/", "~")) or Path(source).exists():
+        return False
+    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=source, repo_type="model")).is_dir()
 
 
 def _called(source: str) -> str:
     """A source without the path to it, which is nobody else's business."""
-    return source if source in EMBEDDED or _on_hub(source) else f"{Path(source).name} (a local folder)"
+    if source in EMBEDDED or _on_hub(source):
+        return source
+    return f"{Path(source).name} ({'a local folder' if Path(source).exists() else 'not found from here'})"
 
 
 def _parts(config: Mapping[str, Any]) -> str:
@@ -257,7 +281,7 @@ def _file(name: str) -> str:
 
 
 def _figures(told: Lineage) -> str:
-    if told.report is None:
+    if not (told.report and told.report["rows"]):
         return ""
     columns = [
         column

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image as Pillow
 from torch import Tensor
 from transformers import (
     AutoProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaImageProcessorPil,
     LlavaProcessor,
 )
 
@@ -25,7 +28,9 @@ from isthmus import cards, lora, parts, quantised
 from isthmus.aligners.llava import LLaVA
 from isthmus.config import AlignerConfig, EncoderConfig, LLMConfig, nearest
 from isthmus.connectors.mlp import MLP
-from isthmus.encoders import hf
+from isthmus.data import media
+from isthmus.data.template import Template
+from isthmus.encoders import Encoder, hf
 from isthmus.encoders.hf import Transformer
 from isthmus.model import VLM, VLMConfig
 from isthmus.processor import MARKER, VLMProcessor
@@ -33,6 +38,9 @@ from isthmus.types import ConfigError, IsthmusError
 
 TOLERANCE = 1e-4
 """Largest difference of float32 logits that counts as equal."""
+LEVELS = 2
+"""Largest difference of prepared pictures in grey levels: transformers cuts off the fraction of the margin's colour,
+which is rounded here, and resampling may round that apart once more."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Parity:
         Raises:
             IsthmusError: the difference is larger than `TOLERANCE`.
         """
-        if self.difference > TOLERANCE:
+        if not self.difference <= TOLERANCE:  # nor is NaN equal
             raise IsthmusError(
                 f"{what}: {of} differ by {self.difference:.2e}, more than {TOLERANCE:.0e}", "nothing was written"
             )
@@ -83,7 +91,12 @@ def from_llava(theirs: LlavaForConditionalGeneration, processor: LlavaProcessor,
     if config.projector_hidden_act != "gelu" or not config.multimodal_projector_bias:
         raise ConfigError("the projector is not Linear, GELU, Linear with biases", "only LLaVA-1.5's can be imported")
     class_token = "drop" if config.vision_feature_select_strategy == "default" else "keep"
-    chosen = EncoderConfig(source=source, layer=config.vision_feature_layer, class_token=class_token, aspect="crop")
+    chosen = EncoderConfig(
+        source=source,
+        layer=config.vision_feature_layer,
+        class_token=class_token,
+        aspect=_aspect(processor.image_processor),
+    )
     tower = theirs.model.vision_tower
     encoder = Transformer(chosen, tower, processor.image_processor, {"source": source})
     llm = parts.empty_llm(config.text_config, LLMConfig().attention)
@@ -114,11 +127,18 @@ def from_llava(theirs: LlavaForConditionalGeneration, processor: LlavaProcessor,
     return ours.eval()
 
 
+def _aspect(processor: Any) -> media.Aspect:
+    """How an image processor of transformers makes pictures square."""
+    if isinstance(processor, LlavaImageProcessorPil) and processor.do_pad:
+        return "pad"
+    return "crop" if processor.do_center_crop else "squash"
+
+
 def export(source: str | Path, out: Path) -> Parity:
     """Write a saved model as `LlavaForConditionalGeneration`: parts in few bits dense, LoRA merged, logits as before.
 
     Raises:
-        ConfigError: the class cannot express this model; what and why is said.
+        ConfigError: the class or its processor cannot express this model; what and why is said.
         IsthmusError: the logits differ.
     """
     ours = VLM.from_pretrained(source, dtype=torch.float32)
@@ -164,8 +184,7 @@ def to_llava(ours: VLM) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The same model as `LlavaForConditionalGeneration`, with its processor."""
     encoder, joint = ours.encoders["image"], ours.connectors["image"]
     chosen = ours.config.encoder("image")
-    tokenizer, text = copy.deepcopy((ours.processor.tokenizer, ours.llm.config))  # both get the marker below
-    tokenizer.add_special_tokens({"additional_special_tokens": [MARKER]})
+    tokenizer, text = marked(ours), copy.deepcopy(ours.llm.config)  # its vocabulary may grow by the marker below
     image_token = tokenizer.convert_tokens_to_ids(MARKER)
     strategy: Any = "default" if chosen.class_token == "drop" and encoder.extra else "full"
     config = LlavaConfig(
@@ -187,7 +206,7 @@ def to_llava(ours: VLM) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     if image_token >= text.vocab_size:
         add_marker(theirs, image_token)
     processor = LlavaProcessor(
-        encoder.processor,
+        picture_processor(encoder),
         tokenizer,
         patch_size=encoder.tower.config.patch_size,
         vision_feature_select_strategy=strategy,
@@ -196,6 +215,48 @@ def to_llava(ours: VLM) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
         chat_template=tokenizer.chat_template,
     )
     return theirs, processor
+
+
+def marked(ours: VLM) -> Any:
+    """A copy of the tokenizer that knows the marker, and the chat template that the model is asked with."""
+    tokenizer = copy.deepcopy(ours.processor.tokenizer)
+    tokenizer.chat_template = Template(tokenizer).jinja
+    tokenizer.add_special_tokens({"additional_special_tokens": [MARKER]})
+    return tokenizer
+
+
+def picture_processor(encoder: Encoder) -> LlavaImageProcessorPil:
+    """transformers' image processor that makes pictures square as they were for an encoder.
+
+    Compared on noise three times as wide as it is tall, and as tall as it is wide, of whole multiples of the encoder's
+    side: of other sizes `crop` there rounds the lengths to whole pixels before it crops, and lies up to a pixel beside.
+
+    Raises:
+        ConfigError: it prepares them otherwise.
+    """
+    own, aspect = encoder.processor, encoder.aspect
+    side = media.side(own)
+    square = {"height": side, "width": side}
+    fields: dict[str, Any] = {
+        "size": {"shortest_edge": side} if aspect == "crop" else square,
+        "crop_size": square,
+        "do_center_crop": aspect == "crop",
+        "do_pad": aspect == "pad",
+    }
+    kept = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+    theirs = LlavaImageProcessorPil(**fields, **{name: getattr(own, name) for name in kept})
+    black, white = (media.pixels(Pillow.new("RGB", (side, side), each), own, aspect) for each in ("black", "white"))
+    generator = np.random.default_rng(0)
+    for shape in ((2 * side, 6 * side, 3), (6 * side, 2 * side, 3)):
+        picture = Pillow.fromarray(generator.integers(0, 256, shape, np.uint8))
+        expected, found = media.pixels(picture, own, aspect), theirs(picture, return_tensors="pt")["pixel_values"][0]
+        levels = (255 * (found - expected) / (white - black)).abs().max().round().item()
+        if not levels <= LEVELS:
+            raise ConfigError(
+                f"transformers cannot {aspect} pictures for this encoder ({levels:.0f} grey levels apart)",
+                "keep it as it is; `load` reads it",
+            )
+    return theirs
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from isthmus.connectors.blip2_weights import theirs as named
 from isthmus.connectors.qformer import EPSILON, QFormer, Shape
 from isthmus.encoders import hf
 from isthmus.encoders.hf import Transformer
-from isthmus.exporting import Parity, adapters, add_marker
+from isthmus.exporting import Parity, adapters, add_marker, marked, picture_processor
 from isthmus.model import VLM
 from isthmus.processor import MARKER
 from isthmus.types import ConfigError
@@ -65,7 +65,7 @@ def export(source: str | Path, out: Path, to: str) -> Parity:
     """Write a saved model as the class `to` of `NATIVE`: parts in few bits dense, LoRA merged, logits as before.
 
     Raises:
-        ConfigError: the class cannot express this model; what and why is said.
+        ConfigError: the class or its processor cannot express this model; what and why is said.
         IsthmusError: the logits differ.
     """
     native, ours = NATIVE[to], VLM.from_pretrained(source, dtype=torch.float32)
@@ -114,8 +114,7 @@ def _require_fit(ours: VLM, native: Native) -> None:
 def convert(ours: VLM, native: Native) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The same model as the native class, with its processor."""
     former: Any = ours.connectors["image"]
-    tokenizer, text = copy.deepcopy((ours.processor.tokenizer, ours.llm.config))  # both get the marker below
-    tokenizer.add_special_tokens({"additional_special_tokens": [MARKER]})
+    tokenizer, text = marked(ours), copy.deepcopy(ours.llm.config)  # its vocabulary may grow by the marker below
     image_token = tokenizer.convert_tokens_to_ids(MARKER)
     shape = Shape(**{key: getattr(ours.aligner.options, key) for key in Shape.model_fields})
     vision = ours.encoders["image"].tower.config.to_dict()
@@ -171,7 +170,7 @@ def _fill(theirs: PreTrainedModel, former: QFormer, instructed: bool) -> None:
 
 def _processor(ours: VLM, native: Native, tokenizer: Any, queries: int) -> ProcessorMixin:
     tokenizer.image_token = MARKER
-    pictures = ours.encoders["image"].processor
+    pictures = picture_processor(ours.encoders["image"])
     if not native.instructed:
         return Blip2Processor(pictures, tokenizer, num_query_tokens=queries)
     named_other = ours.aligner.options.tokenizer

@@ -40,10 +40,22 @@ CLASS_LAST = (
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: how far its logits moved, and what llama.cpp is known to compute otherwise, if anything."""
+    """What was written: how far its logits moved, and what llama.cpp is known to do otherwise.
+
+    Attributes:
+        parity: of the logits.
+        caveat: what it computes otherwise, if anything.
+        pictures: how it prepares them.
+    """
 
     parity: Parity
     caveat: str
+    pictures: str
+
+    @property
+    def notes(self) -> list[str]:
+        """All that a user should know."""
+        return [note for note in (self.pictures, self.caveat) if note]
 
 
 def export(source: str | Path, out: Path) -> Written:
@@ -71,12 +83,20 @@ def export(source: str | Path, out: Path) -> Written:
         out.mkdir(exist_ok=True)
         for file in (llm, sight):
             file.replace(out / file.name)
-    written = Written(parity, CLASS_LAST if ours.encoders["image"].extra else "")
-    code = f"# {written.caveat}\n{_CODE}" if written.caveat else _CODE
-    cards.write_export(
-        parts.folder(str(source)), out, cards.Export("GGUF for llama.cpp", "gguf", code, parity.difference)
-    )
+    encoder = ours.encoders["image"]
+    written = Written(parity, CLASS_LAST if encoder.extra else "", _prepared(encoder))
+    exported = cards.Export("GGUF for llama.cpp", "gguf", _CODE, parity.difference, caveats=written.notes)
+    cards.write_export(parts.folder(str(source)), out, exported)
     return written
+
+
+def _prepared(encoder: Encoder) -> str:
+    """What llama.cpp does with pictures, which no field of the file changes."""
+    trained = "" if encoder.aspect == "pad" else f", and this model was trained with `aspect: {encoder.aspect}`"
+    return (
+        f"llama.cpp pads pictures to a square and resizes them by its own code{trained}: "
+        f"give it squares of {encoder.size} pixels, prepared as in training"
+    )
 
 
 _CODE = f"""# llama-server -m {LLM} --mmproj {SIGHT}

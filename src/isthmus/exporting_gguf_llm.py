@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, TokenType, get_tensor_name_map
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from isthmus.data.template import Template
 from isthmus.exporting_gguf_file import Content
 from isthmus.model import VLM
 from isthmus.types import ConfigError
@@ -149,7 +150,7 @@ def _describe(writer: GGUFWriter, ours: VLM) -> None:
     _describe_words(writer, ours.processor.tokenizer, config.vocab_size)
 
 
-def _describe_words(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
+def _describe_words(writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, size: int) -> None:
     words, kinds = zip(*_words(tokenizer, size))
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
@@ -165,8 +166,9 @@ def _describe_words(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size
         if token is not None:
             add(token)
     writer.add_add_bos_token(False)  # a chat template writes its own
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    template = Template(tokenizer).jinja
+    if isinstance(template, str):
+        writer.add_chat_template(template)
 
 
 def _words(tokenizer: PreTrainedTokenizerBase, size: int) -> Iterator[tuple[str, TokenType]]:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isthmus import cards, lora, parts, quantised, sites
-from isthmus.exporting import Parity, adapters
+from isthmus import cards, graft, lora, parts, quantised, sites, tokens
+from isthmus.aligner import Aligner
+from isthmus.encoders.several import Several
+from isthmus.exporting import Parity, adapters, picture_processor
 from isthmus.model import VLM
 from isthmus.types import ConfigError, Context, IsthmusError, Media
 
@@ -47,13 +49,14 @@ def export(source: str | Path, out: Path) -> Parity:
     """Write encoder and joint of a saved model as `out/encoder_joint.onnx`, with its image processor and a card.
 
     Raises:
-        ConfigError: the packages are missing, or its joint cannot stand alone; why is said.
+        ConfigError: the packages are missing, its joint cannot stand alone, or transformers prepares its pictures
+            otherwise; why is said.
         IsthmusError: the exporter fails, or onnxruntime computes something else.
     """
     _require_packages()
     ours = VLM.from_pretrained(source, dtype=torch.float32)
     _require_fit(ours)
-    sight, size = Sight(ours).eval(), ours.encoders["image"].size
+    sight, size, processor = Sight(ours).eval(), ours.encoders["image"].size, picture_processor(ours.encoders["image"])
     generator = torch.Generator().manual_seed(0)
     shown = [torch.randn(number, 3, size, size, generator=generator) for number in PROBE]
     with torch.no_grad():
@@ -64,13 +67,13 @@ def export(source: str | Path, out: Path) -> Parity:
     with TemporaryDirectory() as scratch:
         file = Path(scratch) / FILE
         _write(sight, shown[-1], file)
-        parity = max((_compare(file, *pair) for pair in zip(shown, expected)), key=lambda each: each.difference)
+        parity = Parity.between(torch.cat(expected), torch.cat([_run(file, pixels) for pixels in shown]))
         parity.require(f"export of {source}", "vectors")
         out.mkdir(parents=True, exist_ok=True)
         for each in Path(scratch).iterdir():  # weights that are too large for one file lie beside it
             (out / each.name).write_bytes(each.read_bytes())
-    ours.encoders["image"].processor.save_pretrained(out)
-    exported = cards.Export("encoder and joint in ONNX", "onnx", _CODE, parity.difference)
+    processor.save_pretrained(out)
+    exported = cards.Export("encoder and joint in ONNX", "onnx", _CODE, parity.difference, "vectors")
     cards.write_export(parts.folder(str(source)), out, exported)
     return parity
 
@@ -93,11 +96,20 @@ def _require_fit(ours: VLM) -> None:
     """Whether encoder and joint are a function of the picture alone; what they are not is said."""
     reasons = [
         (ours.connectors["image"].reads_context, "its connector reads the question beside the picture"),
-        (not ours.aligner.splices, "its joint works inside the LLM's layers, not in its input"),
+        (_inside(ours), "its joint works inside the LLM's layers, not in its input alone"),
+        (isinstance(ours.encoders["image"], Several), "several encoders see its picture, each in its own size"),
     ]
     for unfit, reason in reasons:
         if unfit:
             raise ConfigError(f"encoder and joint alone are not this model's sight: {reason}", "export to another form")
+
+
+def _inside(ours: VLM) -> bool:
+    """Whether a joint adds to the LLM's modules, or to its positions and to who sees whom; LoRA and new words aside."""
+    additions = [each for module in ours.llm.modules() for each in graft.at(module).values()]
+    grafted = any(not isinstance(each, lora.LowRank | tokens.NewRows) for each in additions)
+    answers = any(getattr(type(ours.aligner), name) is not getattr(Aligner, name) for name in ("positions", "rule"))
+    return not ours.aligner.splices or grafted or answers
 
 
 def _write(sight: Sight, pixels: Tensor, file: Path) -> None:
@@ -119,10 +131,11 @@ def _write(sight: Sight, pixels: Tensor, file: Path) -> None:
         raise IsthmusError(f"torch cannot write this encoder and joint as ONNX ({cause})", "keep it as it is") from None
 
 
-def _compare(file: Path, pixels: Tensor, expected: Tensor) -> Parity:
+def _run(file: Path, pixels: Tensor) -> Tensor:
+    """pixels [N, 3, H, W] -> y [N, Q, D]."""
     onnxruntime: Any = importlib.import_module("onnxruntime")
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     if not isinstance(session.get_inputs()[0].shape[0], str):
         raise IsthmusError("this encoder and joint became a graph for one number of pictures alone", "keep it as it is")
     (found,) = session.run(None, {"pixels": pixels.numpy()})
-    return Parity.between(expected, torch.from_numpy(found))
+    return torch.from_numpy(found)

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Blip2Proces
 
 from isthmus import parts
 from isthmus.config import check
-from isthmus.data.media import open_image
+from isthmus.data.media import MOST_PIXELS, open_image
 from isthmus.encoders import hf
 from isthmus.model import VLM, VLMConfig
 from isthmus.processor import MARKER
@@ -179,7 +179,8 @@ def form(source: str, name: str | None = None, key_env: str | None = None) -> Fo
             raise ConfigError(
                 f"{source}: which model there?", "give its name with --name; `curl .../v1/models` lists them"
             )
-        fields = {"endpoint": source, "model": name, "key_env": key_env, "max_tokens": LONGEST}
+        whole = {"side": MOST_PIXELS}  # no picture is longer: it travels in its own size
+        fields = {"endpoint": source, "model": name, "key_env": key_env, "max_tokens": LONGEST, "picture": whole}
         return Served(Remote(check(RemoteConfig, fields, "endpoint")))
     folder = parts.folder(source)
     config = folder / "config.json"

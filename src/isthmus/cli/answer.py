@@ -173,8 +173,8 @@ def export(
     if to is Target.gguf:
         written = to_gguf(model, out)
         typer.echo(f"{out}: largest difference of logits {written.parity.difference:.2e}")
-        if written.caveat:
-            typer.echo(f"note: {written.caveat}")
+        for note in written.notes:
+            typer.echo(f"note: {note}")
         return
     report = to_llava(model, out) if to is Target.llava else to_blip2(model, out, to.value)
     typer.echo(f"{out}: largest difference of logits {report.difference:.2e}")

@@ -52,7 +52,8 @@ class Template:
     """The chat template of a tokenizer as frames: fixed text around turns, found by rendering sentinels.
 
     `begin` and `end` are the tokens that the tokenizer itself puts around a text, as strings. Contents are strings, or
-    lists of parts where the template knows nothing else (those that come with processors, as llava-hf's).
+    lists of parts where the template knows nothing else (those that come with processors, as llava-hf's). `jinja` is
+    the template itself, `FALLBACK` behind `begin` where the tokenizer has none.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -62,7 +63,7 @@ class Template:
         self.begin: str = tokenizer.bos_token if begins else ""
         self.end: str = tokenizer.eos_token if ends else ""
         self._tokenizer = tokenizer
-        self._jinja = tokenizer.chat_template or (self.begin + FALLBACK)
+        self.jinja = tokenizer.chat_template or (self.begin + FALLBACK)
         self._frames: dict[tuple[Role, ...], Frame] = {}
         self._parts = not self._keeps(parts=False) and self._keeps(parts=True)
         self.codec = Codec(tokenizer, markers=self._fill(("user", "assistant", "user"), ("", "", "")))
@@ -132,7 +133,7 @@ class Template:
         ]
         try:
             text = self._tokenizer.apply_chat_template(
-                messages, chat_template=self._jinja, tokenize=False, add_generation_prompt=prompt
+                messages, chat_template=self.jinja, tokenize=False, add_generation_prompt=prompt
             )
         except TemplateError as error:
             cause = str(error).splitlines()[0]
