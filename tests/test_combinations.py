@@ -46,7 +46,8 @@ TRAIN: dict[str, dict[str, Any]] = {
 }
 BATCHING = ("bucketed", "shuffled", "packed")
 WHOLE = {**contract.SMALL_QUERIES, "text": True, "vocabulary": 321, "length": 8}
-JOINTS = {**contract.JOINTS, "blip2-text": contract.Joint("blip2", WHOLE, ("llama", "opt"))}
+JOINTS = {name: joint for name, joint in contract.JOINTS.items() if joint.terms == ("lm",)}
+JOINTS["blip2-text"] = contract.Joint("blip2", WHOLE, ("llama", "opt"))
 
 
 def covering(factors: Sequence[Sequence[str]], seed: int) -> list[tuple[str, ...]]:

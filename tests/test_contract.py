@@ -26,6 +26,7 @@ from isthmus import aligner as aligners
 from isthmus import fuse, lora, parts, sites, storage
 from isthmus.aligner import Addition, Aligner
 from isthmus.config import Budget, Frozen, LLMConfig, LoRA, ObjectiveConfig, Stage
+from isthmus.connectors.codebook import Codebook
 from isthmus.connectors.mlp import MLP
 from isthmus.graft import Graft, graft
 from isthmus.model import VLM, VLMConfig
@@ -119,6 +120,8 @@ class Joint(NamedTuple):
     options: dict[str, Any]
     families: tuple[str, ...]
     encoder: dict[str, Any] = {}
+    terms: tuple[str, ...] = ("lm",)
+    """What it is trained on."""
 
 
 ALL = (*DECODERS, "t5")
@@ -138,6 +141,7 @@ LION = {
 }
 TAPS = {"taps": (1, 2)}
 
+CODES = {"levels": 2, "size": 5, "width": 16, "depth": 1}
 NARROW = {"queries": 2, "depth": 1, "heads": 2, "inner": 8, "width": 8, "normalise": True}
 
 JOINTS = {
@@ -167,7 +171,9 @@ JOINTS = {
     "naavit": Joint("ee_mllm", {"visual": "ffn"}, SOME),
     "keys": Joint("ee_mllm", {"visual": "keys"}, ("llama", "glm")),
     "victor": Joint("victor", {"size": None}, ("llama", "opt", "t5")),
+    "victor-told": Joint("victor", {"size": 24}, ("llama", "opt"), terms=("lm", "victor")),
     "asvr": Joint("asvr", {"tokenizer": None}, ("llama",)),
+    "asvr-told": Joint("asvr", CODES, ("llama", "qwen2"), terms=("lm", "asvr")),
     "saisa": Joint("saisa", {"inner": 16}, ("llama", "qwen2", "qwen3", "glm")),
     "saisa-pooled": Joint("saisa", {"pool": 2, "normalise": True}, ("llama",)),
     "shikra": Joint("shikra", {}, ("llama", "opt", "t5")),
@@ -212,7 +218,11 @@ every_decoder = pytest.mark.parametrize(("joint", "family"), DECODING)
 
 
 def newborn(joint: str, family: str) -> VLM:
-    return composed.model(family, JOINTS[joint].aligner, JOINTS[joint].options, **JOINTS[joint].encoder)
+    model = composed.model(family, JOINTS[joint].aligner, JOINTS[joint].options, **JOINTS[joint].encoder)
+    for module in model.connectors.modules():
+        if isinstance(module, Codebook):
+            module.books_LKE.normal_(generator=torch.Generator().manual_seed(1))
+    return model
 
 
 def grown(joint: str, family: str) -> VLM:
@@ -264,8 +274,8 @@ def stage(**train: Any) -> Stage:
     return Stage(name="one", data=("none",), train=train, budget=Budget(steps=1), lr=1e-2)
 
 
-def step_of(model: VLM) -> Step:
-    return Step(model, [ObjectiveConfig(name="lm")])
+def step_of(model: VLM, joint: str) -> Step:
+    return Step(model, [ObjectiveConfig(name=term) for term in JOINTS[joint].terms])
 
 
 # ---------------------------------------------------------------------------------------------- birth
@@ -518,6 +528,7 @@ def test_forward_gives_the_logits_of_run(joint, family):
 def backward(step: Step, batches: list[Batch]) -> dict[str, torch.Tensor]:
     """Gradients of several batches' losses together: all forwards come before the one backward."""
     step.zero_grad()
+    torch.manual_seed(0)  # a pool draws which vectors it replaces
     scales = step.scales(batches)
     sum(step(batch, scales)[0] for batch in batches).backward()
     return {name: p.grad.clone() for name, p in step.named_parameters() if p.grad is not None}
@@ -532,7 +543,7 @@ def attention_glob(model: VLM) -> str:
 @every
 def test_recomputed_gradients_equal_plain_ones(joint, family):
     model = grown(joint, family)
-    step = step_of(model)
+    step = step_of(model, joint)
     choose(step, stage(**{"connectors.*": 1e-3, attention_glob(model): {"mode": LoRA(r=2)}}))
     stir(model)
     for name, parameter in model.named_parameters():
@@ -562,7 +573,9 @@ def test_everything_that_should_learn_has_a_gradient_and_sleepers_are_named(join
     batch = model.processor.collator()(MIX)
 
     def silent() -> set[str]:
-        found = backward(step_of(model), [batch])
+        step = step_of(model, joint)
+        step.ready()
+        found = backward(step, [batch])
         learners = [name for name, p in model.named_parameters() if p.requires_grad]
         return {name for name in learners if f"vlm.{name}" not in found or not found[f"vlm.{name}"].any()}
 
@@ -588,7 +601,7 @@ def test_a_glob_trains_exactly_its_parameters(joint, family, part):
         "encoder": ("encoders.image.*layers.0.*", 1e-2),
         "lora": (attention_glob(model), {"mode": LoRA(r=2)}),
     }[part]
-    step = step_of(model)
+    step = step_of(model, joint)
     if part == "grafts" and not any(".grafts." in name for name, _ in model.named_parameters()):
         with pytest.raises(ConfigError, match="matches no"):
             choose(step, stage(**{glob: how}))

@@ -103,6 +103,15 @@ def test_layers_attention_and_linears(family):
     assert sites.enclosing(model, path) is None
 
 
+def test_the_feed_forward_part_is_t5s_sublayer_or_the_norm_before_it():
+    assert sites.feed(sites.layers(llm("t5"), "encoder").modules[0]) == ("layer.1", True)
+    assert sites.feed(sites.layers(llm("llama")).modules[0]) == ("post_attention_layernorm", False)
+    shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = AutoConfig.for_model("bitnet", **shape, num_attention_heads=2, num_key_value_heads=2)
+    layer = sites.layers(AutoModelForCausalLM.from_config(config)).modules[0]  # its MLP has a norm inside
+    assert sites.feed(layer) == ("post_attention_layernorm", False)
+
+
 def test_the_two_stacks_of_an_encoder_decoder():
     model = llm("t5")
     assert sites.layers(model, "encoder").modules is model.encoder.block

@@ -142,10 +142,10 @@ def feed(layer: nn.Module) -> Feed:
 
 
 def _feeds(part: nn.Module) -> bool:
-    """Whether a module that does not attend holds one made of Linears that does not either."""
-    return not _attends(part) and any(
-        linears(child) and not any(map(_attends, child.modules())) for child in part.children()
-    )
+    """Whether a module that does not attend holds a module made of Linears that does not either: of Linears alone, it
+    is no more than an MLP, which may have a norm inside."""
+    inner = [child for child in part.children() if not isinstance(child, nn.Linear)]
+    return not _attends(part) and any(linears(child) and not any(map(_attends, child.modules())) for child in inner)
 
 
 def linears(module: nn.Module) -> dict[str, nn.Linear]:

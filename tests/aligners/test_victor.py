@@ -40,6 +40,12 @@ def test_the_matching_is_the_best_of_all(rows: int, columns: int) -> None:
         assert cost[range(rows), found].sum() == pytest.approx(best)
 
 
+def test_costs_that_are_no_numbers_are_matched_all_the_same() -> None:
+    """The loop then says that the loss is not finite."""
+    assert match(np.full((2, 3), np.nan)).tolist() == [0, 1]
+    assert match(np.array([[0.0, np.inf, 1.0]])).tolist() == [0]
+
+
 def connector(share: float = 0.75) -> TokenPool:
     torch.manual_seed(0)
     return TokenPool(MLP(6, 8, 2), 8, 20, share, 16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,8 @@ def test_samples_in_the_mode_alone_carry_the_term() -> None:
 
 
 def test_without_text_the_other_terms_skip_the_samples_of_the_mode() -> None:
-    samples = [one.but(meta={"draw": draw}) for one, draw in zip(SAMPLES, (0.6, 0.1, 0.8, 0.49))]
+    """The third shows nothing, so that whatever it draws, words are all it has to teach."""
+    samples = [one.but(meta={"draw": draw}) for one, draw in zip(SAMPLES, (0.6, 0.1, 0.1, 0.49))]
     alone = prepared(stage(*with_term(text=False, weight=0.0)))
     collate = alone.vlm.processor.collator()
     left = gradients(alone, [collate(samples)])
@@ -112,6 +114,12 @@ def test_without_text_the_other_terms_skip_the_samples_of_the_mode() -> None:
         torch.testing.assert_close(left[name], expected[name], rtol=1e-4, atol=1e-6)
     with_text = gradients(prepared(stage(*with_term(weight=0.0))), [collate(samples)])
     assert any(not torch.allclose(with_text[name], expected[name], rtol=1e-2, atol=1e-4) for name in expected)
+
+
+def test_a_batch_of_text_is_never_kept_from_the_other_terms() -> None:
+    step = prepared(stage(*with_term(text=False, mix_by="batch")))
+    batch = step.vlm.processor.collator()([SAMPLES[2].but(meta={"draw": 0.0})])
+    assert step.scales([batch])["lm"] > 0 == step.terms["vdep"].count(batch)
 
 
 def test_terms_that_mix_differently_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +149,9 @@ def test_pictures_of_which_nothing_is_said_train(template: Any) -> None:
     assert (batch.labels_BT[:2] == IGNORE).all() and (batch.labels_BT[2] != IGNORE).any()
     assert each_sample(batch) == pytest.approx([-1, -1, 0.9])
     assert term(ratio=0.5).count(batch) == 2 * 15  # they always are in the mode
+    undrawn = replace(batch, draw_BT=None)
+    assert term(ratio=0.0).count(batch) == term(ratio=0.0).count(undrawn) == 2 * 15  # in validation too
+    assert term(ratio=0.5).count(undrawn) == 3 * 15
     step = prepared(stage(*with_term()), vlm)
     only = collator([bare(1), bare(2)])
     found = gradients(step, [only])

@@ -16,6 +16,8 @@ from isthmus.data.concepts import alike
 from isthmus.evaluation import measure
 from isthmus.prepare import tags
 from isthmus.prepare.tags import Tagger
+from isthmus.recipes import BOOK
+from isthmus.recipes.lion import lion
 from isthmus.types import ConfigError, DataError, Image, IsthmusError, Sample, Tag, Turn
 
 SCENES = Source(name="scenes", options={"kinds": ["presence"], "count": 150})
@@ -105,6 +107,38 @@ def test_a_task_asks_with_tags(embedded):
     ((plain, _),) = measure.build([config.but(options={})], seed=0)
     assert all(listed(item.prompt) for item in task.items) and not any(listed(item.prompt) for item in plain.items)
     assert [item.answer for item in task.items] == [item.answer for item in plain.items]
+
+
+def test_demonstrations_have_the_tags_of_their_own_records(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name, count in (("asked", 2), ("shelf", 6)):
+        lines = []
+        for number in range(count):
+            picture(number + 10 * count).source.save(folder / f"{name}-{number}.png")
+            parts = [{"type": "image", "image": f"{name}-{number}.png"}, {"type": "text", "text": "what?"}]
+            turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": f"{name} {number}"}]
+            lines.append(
+                json.dumps({"id": f"{name}{number}", "messages": turns, "meta": {"tags": [f"{name}-{number}"]}})
+            )
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    shelf = {"name": str(folder / "shelf.jsonl"), "split": "test"}
+    options = {"data": str(folder / "asked.jsonl"), "shots": 2, "of": shelf, "tags": {"by": "record"}}
+    ((task, _),) = measure.build([TaskConfig(name="exact", options=options)], seed=0)
+    for number, item in enumerate(task.items):
+        turns = item.prompt.turns
+        tagged = [[part.text for part in turn.parts if isinstance(part, Tag)] for turn in turns if turn.role == "user"]
+        told = [turn.text.replace(" ", "-") for turn in turns if turn.role == "assistant"]
+        assert len(told) == 2 and tagged == [[name] for name in (*told, f"asked-{number}")]
+
+
+def test_every_task_of_a_recipe_with_tags_has_them():
+    made = [*(build() for build in BOOK.values()), lion(tags="hard", wrong=0.5)]
+    tagged = [recipe for recipe in made if any(source.tags for stage in recipe.stages for source in stage.data)]
+    assert {"lion", "lion-single", "lion-4b"} < {recipe.name for recipe in tagged}
+    for recipe in tagged:
+        (own,) = {json.dumps(source.tags) for stage in recipe.stages for source in stage.data}
+        assert {json.dumps(task.options.get("tags")) for task in recipe.eval} <= {own}, recipe.name
 
 
 def test_what_a_recipe_says_of_routes_and_tags_makes_a_round_trip_and_older_recipes_keep_their_fingerprint(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import small
 import torch
 from safetensors.torch import load_file
 
-from isthmus.config import Engine, Recipe, Stage
+from isthmus.config import AlignerConfig, Engine, Recipe, Stage
+from isthmus.connectors.codebook import Codebook
 from isthmus.training.log import read_rows
 from isthmus.training.parallel import World
 from isthmus.training.run import Feed, mix_of
 from isthmus.training.toy import toy
-from isthmus.types import ConfigError, DataError
+from isthmus.types import Batch, ConfigError, DataError, Sample, Turn
 
 TRAIN = {
     "connectors.*": 1e-3,
@@ -114,6 +116,67 @@ def test_a_step_in_which_no_process_has_pictures_moves_no_connector(
 
 def _silent(*arguments: Any) -> None:
     ranks.learn(*arguments, silent=(2, 3))
+
+
+CODES = {"levels": 2, "size": 5, "width": 16, "depth": 1}
+CAPTIONS = {"queries": 3, "layers": 2, "width": 16, "heads": 2, "inner": 24, "dropout": 0.0}
+CAPTIONS |= {"text": True, "vocabulary": 321, "length": 8}
+OVER_PICTURES = {
+    "asvr": ("asvr", CODES, ["lm", "asvr"], {"connectors.*": 1e-2}),
+    "victor": ("victor", {"size": 16}, ["lm", "victor"], {"connectors.*": 1e-3, "heads.*": 1e-2, "llm.*.0.*": 1e-3}),
+    "itg": ("blip2", CAPTIONS, ["itg"], {"connectors.*.words.*": 1e-2, "connectors.*.text_feed.*": 1e-2}),
+}
+"""Terms that run heads over pictures: joint, its options, objectives, and what trains."""
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("term", OVER_PICTURES)
+def test_a_head_over_pictures_keeps_step_where_a_process_or_all_have_none(
+    recipe: Recipe, tmp_path: Path, term: str, engine: str
+) -> None:
+    joint, options, terms, train = OVER_PICTURES[term]
+    made = stage(train=train, objectives=terms)
+    joined = recipe.but(aligner=AlignerConfig(name=joint, options=options))
+    more = {"steps": 5, "texts": (1, 3), "silent": (2, 3) if "lm" in terms else (), "feed": Coded}
+    one = alone(joined, made, tmp_path / "one", **more)
+    assert ranks.start(2, _learn, joined, made, tmp_path / "two", ENGINES[engine], more) == [0, 0]
+    same(one, tmp_path / "two")
+
+
+@dataclass
+class Coded(ranks.Share):
+    """Where the joint has codebooks, they are filled."""
+
+    def __post_init__(self) -> None:
+        for connector in self.vlm.connectors.modules():
+            if isinstance(connector, Codebook):
+                connector.books_LKE.normal_(generator=torch.Generator().manual_seed(0))
+
+
+def _learn(world: World, recipe: Recipe, made: Stage, folder: Path, engine: Engine, more: dict[str, Any]) -> None:
+    ranks.learn(world, recipe, made, folder, engine, **more)
+
+
+def test_a_process_without_labels_neither_hangs_nor_changes_anything(tmp_path: Path) -> None:
+    """Pictures of which nothing is said, and a head of the LLM that trains and is not the embedding."""
+    recipe = small.parts(tmp_path / "parts", "qwen2")
+    made = stage(train={"connectors.*": 1e-3, "llm.*": 1e-3}, objectives=["lm", {"name": "vdep", "weight": 0.1}])
+    more = {"steps": 3, "texts": (1, 3), "feed": Bare}
+    one = alone(recipe, made, tmp_path / "one", **more)
+    assert ranks.start(2, _learn, recipe, made, tmp_path / "two", ENGINES["ddp"], more) == [0, 0]
+    same(one, tmp_path / "two")
+
+
+class Bare(ranks.Share):
+    """The rows that are called texts are pictures without words."""
+
+    def __call__(self, step: int, micro: int) -> Batch:
+        mine = range(step * self.size, (step + 1) * self.size)[self.world.rank :: self.world.size]
+        return self.vlm.processor.collator(bare=True)([self._sample(number) for number in mine])
+
+    def _sample(self, number: int) -> Sample:
+        one = small.sample(number)
+        return one.but(turns=(Turn.say("user", *one.media),)) if number % self.size in self.texts else one
 
 
 @pytest.mark.slow

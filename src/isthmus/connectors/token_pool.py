@@ -70,9 +70,12 @@ def match(cost_KP: np.ndarray) -> np.ndarray:
     """For every row a column of its own, the costs together as small as can be; K <= P. The columns, [K].
 
     The Hungarian method in the form of Jonker and Volgenant (1987): row after row is added by the cheapest path along
-    which earlier rows change their columns, under prices that keep reduced costs from being negative.
+    which earlier rows change their columns, under prices that keep reduced costs from being negative. Costs that are
+    not finite have no least sum: the first columns.
     """
     rows, columns = cost_KP.shape
+    if not np.isfinite(cost_KP).all():
+        return np.arange(rows)
     row_of = np.full(columns, -1)
     row_price, price = np.zeros(rows), np.zeros(columns)
     for new in range(rows):

@@ -2,8 +2,9 @@
 
 Every sample of a step draws a number from [0, 1), and a term takes those below its share. Numbers are spread evenly
 over the samples in an order of their own, so that each batch has the share to within a sample, and long stretches
-have it exactly. They depend on seed, step and sample alone: a resumed run, another number of processes and packing
-all draw the same.
+have it exactly. Samples that the term passes over (they show nothing, or carry no labels) draw as well, for which
+nothing has to be read: of the others, a batch has the share by chance and long stretches have it nearly. Numbers depend
+on seed, step and sample alone: a resumed run, another number of processes and packing all draw the same.
 """
 
 from __future__ import annotations

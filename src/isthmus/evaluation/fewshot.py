@@ -19,9 +19,9 @@ Differs: drawn per item by the seed; retrieval by likeness (RICES) is not there.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from pydantic import Field
 
@@ -32,6 +32,9 @@ from isthmus.data.mix import permuted
 from isthmus.evaluation import catalogue, files, tasks
 from isthmus.evaluation.tasks import Cut, Item, Task
 from isthmus.types import ConfigError, DataError, Sample, Turn
+
+Beside: TypeAlias = Callable[[Sample], Sample]
+"""Puts something beside the pictures of a sample, such as tags."""
 
 TEXTS = 2
 """Demonstrations without their pictures that stand for zero shots in Flamingo's sense."""
@@ -51,8 +54,12 @@ class Shots(Frozen):
     """Where demonstrations come from; None is the training split of the task's own set."""
 
 
-def build(config: TaskConfig, seed: int) -> Task:
-    """A task, with demonstrations in its prompts where its options name `shots`.
+def _nothing(sample: Sample) -> Sample:
+    return sample
+
+
+def build(config: TaskConfig, seed: int, beside: Beside = _nothing) -> Task:
+    """A task, with demonstrations in its prompts where its options name `shots`; `beside` is for the pictures of both.
 
     Raises:
         ConfigError: no such task or option, or nothing to draw this task's demonstrations from.
@@ -62,21 +69,23 @@ def build(config: TaskConfig, seed: int) -> Task:
     rest = {name: value for name, value in config.options.items() if name not in own}
     task = catalogue.named(config.name)(config.but(options=rest), seed)
     if not own:
-        return task
+        return replace(task, items=tuple(replace(item, prompt=beside(item.prompt)) for item in task.items))
     how = check(Shots, own, f"task {config.name}")
     source = how.of or task.training
     if source is None:
         raise ConfigError(
             f"task {config.name!r} has no training split of its own", "name a data set in options.of of the task"
         )
-    return shown(task, sets.open_set(source, seed), how, seed)
+    return shown(task, sets.open_set(source, seed), how, seed, beside)
 
 
-def shown(task: Task, shelf: Sequence[Sample], how: Shots, seed: int) -> Task:
+def shown(task: Task, shelf: Sequence[Sample], how: Shots, seed: int, beside: Beside = _nothing) -> Task:
     """The task with demonstrations from `shelf` in front of every item; its name and rows say how many."""
     count = TEXTS if how.shots == 0 and how.zero == "texts" else how.shots
     label = "1 shot" if how.shots == 1 else f"{how.shots} shots"
-    items = tuple(replace(item, prompt=_prompt(item, _draw(item, shelf, count, seed), how)) for item in task.items)
+    items = tuple(
+        replace(item, prompt=_prompt(item.prompt, _draw(item, shelf, count, seed), how, beside)) for item in task.items
+    )
     cuts = tuple(Cut(f"{cut.label}, {label}", cut.kinds) for cut in task.cuts)
     return replace(task, name=f"{task.name}-{how.shots}-shots", items=items, cuts=cuts, cosine=False)
 
@@ -111,19 +120,20 @@ def _tells(one: Item, item: Item) -> bool:
     return bool(one.answer) and one.answer in (item.choices or (item.answer,))  # a region is an answer without words
 
 
-def _prompt(item: Item, demonstrations: Sequence[Sample], how: Shots) -> Sample:
+def _prompt(asked: Sample, demonstrations: Sequence[Sample], how: Shots, beside: Beside) -> Sample:
     """System turn, demonstrations, question."""
-    turns = item.prompt.turns
-    head = 1 if turns[0].role == "system" else 0
-    told = [turn for one in reversed(demonstrations) for turn in one.turns if turn.role != "system"]
-    examples = _worded(told, how)
+    head = [turn for turn in asked.turns[:1] if turn.role == "system"]
+    told = [_worded(one, how) for one in reversed(demonstrations)]
     if how.shots == 0:
-        examples = tuple(map(_without_media, examples))
-    return item.prompt.but(turns=(*turns[:head], *examples, *_worded(turns[head:], how)))
+        told = [one.but(turns=tuple(map(_without_media, one.turns))) for one in told]
+    turns = [turn for one in (*told, _worded(asked, how)) for turn in beside(one).turns]
+    return asked.but(turns=(*head, *turns))
 
 
-def _worded(turns: Sequence[Turn], how: Shots) -> tuple[Turn, ...]:
-    return tuple(turns if how.asked else map(unasked, turns))
+def _worded(sample: Sample, how: Shots) -> Sample:
+    """Without its system turn."""
+    turns = [turn for turn in sample.turns if turn.role != "system"]
+    return sample.but(turns=tuple(turns if how.asked else map(unasked, turns)))
 
 
 def _without_media(turn: Turn) -> Turn:

@@ -49,12 +49,11 @@ def build(configs: Sequence[TaskConfig], seed: int) -> list[tuple[Task, TaskConf
 
 def _build(config: TaskConfig, seed: int) -> Task:
     """One task, with tags beside its pictures where its options ask for them."""
-    rest = {name: value for name, value in config.options.items() if name != "tags"}
-    task = fewshot.build(config.but(options=rest), seed)
     if "tags" not in config.options:
-        return task
+        return fewshot.build(config, seed)
+    rest = {name: value for name, value in config.options.items() if name != "tags"}
     tagger = Tagger.of(config.options["tags"], f"task {config.name}")
-    return replace(task, items=tuple(replace(item, prompt=tagger(item.prompt)) for item in task.items))
+    return fewshot.build(config.but(options=rest), seed, tagger)
 
 
 def measure(

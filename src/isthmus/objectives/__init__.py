@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -69,6 +70,10 @@ class Objective(nn.Module):
         """Which positions belong to samples that the term is about, [B, T]."""
         real_BT = batch.segment_BT > 0
         return real_BT if batch.draw_BT is None else real_BT & (batch.draw_BT < self.share)
+
+    def with_media(self, vlm: VLM, kind: str) -> Sequence[nn.Module]:
+        """Modules of the model that the term itself runs where there are media of a kind, and nowhere else."""
+        return ()
 
     def figures(self) -> dict[str, float]:
         """What the term measured in its last forward, for the log of the run; nothing by default."""

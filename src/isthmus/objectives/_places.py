@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from isthmus.types import Batch, ConfigError, Modality
+from isthmus.types import IGNORE, Batch, ConfigError, Modality
 
 if TYPE_CHECKING:
     from isthmus.objectives import VLM
@@ -38,6 +40,27 @@ def places(batch: Batch, kind: str) -> Places:
     order_M = torch.searchsorted(start_N, row_M * width + column_M, right=True) - 1
     medium_M = medium_N[order_M]
     return Places(row_M, column_M, medium_M, column_M - media.at_N[medium_M])
+
+
+def shows(batch: Batch) -> Tensor:
+    """Which positions belong to samples that show something, [B, T]."""
+    return _within(batch, ((media.row_N, media.segment_N) for media in batch.media.values()))
+
+
+def tells(batch: Batch) -> Tensor:
+    """Which positions belong to samples that carry labels, [B, T]."""
+    if batch.labels_BT is None:
+        return torch.zeros_like(batch.segment_BT, dtype=torch.bool)
+    row_M, column_M = (batch.labels_BT != IGNORE).nonzero(as_tuple=True)
+    return _within(batch, [(row_M, batch.segment_BT[row_M, column_M])])
+
+
+def _within(batch: Batch, segments: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Which positions belong to one of these segments, given by rows and numbers, [B, T]."""
+    named_BS = torch.zeros_like(F.pad(batch.segment_BT, (1, 0)), dtype=torch.bool)  # a row has at most T segments
+    for row_N, segment_N in segments:
+        named_BS[row_N, segment_N] = True
+    return named_BS.gather(1, batch.segment_BT)
 
 
 def has_states(vlm: VLM, who: str) -> None:

@@ -12,10 +12,11 @@ Differs:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isthmus.config import Frozen
@@ -82,6 +83,9 @@ class ASVR(Objective):
             total = total + apart / codes_ML.shape[1]
             self._look(logits_MLK, codes_ML)
         return total
+
+    def with_media(self, vlm: VLM, kind: str) -> Sequence[nn.Module]:
+        return (vlm.connectors[kind].teller,)
 
     def figures(self) -> dict[str, float]:
         """Of the last forward and the first level: `right`, the share of codes that were told, and `common`, the share

@@ -7,10 +7,11 @@ Differs: the mean is over all words of an optimizer step and not over a device's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isthmus.config import Frozen
@@ -40,6 +41,9 @@ class ITG(Objective):
 
     def loss(self, step: Step, output: Output, batch: Batch) -> Tensor:
         return summed((self._kind(step, kind, ids, batch) for kind, ids in captions(batch).items()), batch)
+
+    def with_media(self, vlm: VLM, kind: str) -> Sequence[nn.Module]:
+        return (vlm.connectors[kind],)
 
     def _kind(self, step: Step, kind: str, ids_NT: Tensor, batch: Batch) -> Tensor:
         former = step.vlm.connectors[kind]

@@ -65,8 +65,8 @@ def supervised(batch: Batch) -> Tensor:
 
 def cross_entropy(hidden_ND: Tensor, target_N: Tensor, head: Head, rows: int) -> Tensor:
     """The summed cross-entropy of `head(hidden_ND)` [N, V] against `target_N`, in float32, `rows` at a time."""
-    if not len(target_N):
-        return hidden_ND.float().sum()  # an empty sum: 0, and the graph stays whole
+    if not len(target_N):  # an empty sum: 0, and the graph stays whole, the head included: other processes may run it
+        return hidden_ND.float().sum() + head(hidden_ND.new_zeros(1, hidden_ND.shape[1])).float().sum() * 0
     if not torch.is_grad_enabled():
         return _sum(_block(h, t, head) for h, t in _blocks(hidden_ND, target_N, rows))
     if head(hidden_ND[:1].detach()).requires_grad:

@@ -13,11 +13,12 @@ Differs:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isthmus.config import Frozen
@@ -57,6 +58,9 @@ class MLM(Objective):
 
     def loss(self, step: Step, output: Output, batch: Batch) -> Tensor:
         return summed((self._kind(step, kind, ids, batch) for kind, ids in captions(batch).items()), batch)
+
+    def with_media(self, vlm: VLM, kind: str) -> Sequence[nn.Module]:
+        return (vlm.connectors[kind],)
 
     def _kind(self, step: Step, kind: str, ids_NT: Tensor, batch: Batch) -> Tensor:
         former, features = step.vlm.connectors[kind], step.vlm.encode(kind, batch.media[kind])

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from isthmus.config import Frozen
 from isthmus.objectives import Objective
-from isthmus.objectives._places import Places, has_states, places
+from isthmus.objectives._places import Places, has_states, places, shows, tells
 from isthmus.types import Batch, ConfigError, Output
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ class VDEP(Objective):
         layer: Literal["last", "before"] | Annotated[int, Field(ge=1)] = "last"
         """Which states: `last` behind the final norm, `before` in front of it, or after so many layers."""
         ratio: float = Field(0.5, ge=0, le=1)
-        """Share of the samples with labels that are in this mode; pictures of which nothing is said always are."""
+        """Share of the samples with pictures and labels that are in this mode; pictures of which nothing is said always
+        are, and text alone never is."""
         mix_by: Literal["sample", "batch"] = "sample"
         """That share of every batch's samples, or whole batches in turn."""
         text: bool = True
@@ -80,8 +81,10 @@ class VDEP(Objective):
             raise ConfigError(f"{told}layer {self.reads} of an LLM that has {depth}", "name one of them, or `last`")
 
     def about(self, batch: Batch) -> Tensor:
-        """Samples in this mode; all where nothing was drawn, unless the mode is off."""
-        return super().about(batch) if self.options.ratio or batch.draw_BT is not None else batch.segment_BT < 0
+        """Samples in this mode, which show something; where nothing was drawn, all of them, or with the mode off those
+        without labels."""
+        chosen_BT = ~tells(batch) if batch.draw_BT is None and not self.options.ratio else super().about(batch)
+        return chosen_BT & shows(batch)
 
     def count(self, batch: Batch) -> int:
         return sum(len(here.row_M) for here, _ in self._pairs(batch))

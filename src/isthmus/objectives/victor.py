@@ -8,11 +8,12 @@ Differs: a picture needs no caption here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isthmus.config import Frozen
@@ -67,3 +68,6 @@ class ViCToR(Objective):
             apart = F.smooth_l1_loss(told_MD.float(), target_MD.float(), reduction="none", beta=self.options.beta)
             total = total + apart.mean(-1).sum()
         return total
+
+    def with_media(self, vlm: VLM, kind: str) -> Sequence[nn.Module]:
+        return (vlm.heads["tell"],)

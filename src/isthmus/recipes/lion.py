@@ -20,6 +20,7 @@ SEMANTIC = "connectors.*.qformer.*"
 SPACE = "connectors.*.aggregator.*"
 ADAPTED = "llm.*.grafts.lion.*"
 HINT = "llm.*.grafts.tokens.*"
+TASKS = (*grounding.TASKS, *(TaskConfig(name=name, limit=200) for name in ("presence", "counting")))
 
 
 def lion(
@@ -62,7 +63,7 @@ def lion(
         AlignerConfig(name="lion", options=options),
         legs if stages == "stagewise" else one,
         encoder=ENCODER if aggregator else ENCODER.but(taps=()),
-    ).but(eval=(*grounding.TASKS, *(_asked(name, beside) for name in ("presence", "counting"))))
+    ).but(eval=tuple(_asked(task, beside) for task in TASKS))
 
 
 def _name(mixture: Mixed, stages: str, aggregator: bool, tags: Tags) -> str:
@@ -118,9 +119,9 @@ def _region_level(tags: dict[str, Any]) -> tuple[Source, ...]:
     )
 
 
-def _asked(name: str, tags: dict[str, Any]) -> TaskConfig:
-    """A task whose pictures have tags as wrong as in training."""
-    return TaskConfig(name=name, limit=200, options={"tags": tags} if tags else {})
+def _asked(task: TaskConfig, tags: dict[str, Any]) -> TaskConfig:
+    """The task, its pictures with tags as wrong as in training."""
+    return task.but(options={**task.options, "tags": tags}) if tags else task
 
 
 # ---------------------------------------------------------------------------------------------- published

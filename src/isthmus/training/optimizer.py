@@ -30,6 +30,8 @@ class Trained:
     parameter: nn.Parameter
     lr: float
     weight_decay: float
+    kinds: frozenset[str] = frozenset()
+    """Of media, if it is used with media alone."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def choose(step: Step, stage: Stage) -> list[Trained]:
                 "globs go over parameter names, such as connectors.* and llm.*",
             )
     step.requires_grad_(False)
-    chosen = [*_of_model(step.vlm, stage, rules), *_of_objectives(step, stage)]
+    chosen = [*_of_model(step, stage, rules), *_of_objectives(step, stage)]
     if not chosen:
         raise ConfigError(f"stage {stage.name} trains nothing", "give at least one glob a rate: connectors.*: 1e-3")
     if packed := [each.name for each in chosen if not each.parameter.is_floating_point()]:
@@ -210,22 +212,24 @@ def _rules(vlm: VLM, stage: Stage) -> Iterator[_Rule]:
         yield _Rule(glob, how, graft)
 
 
-def _of_model(vlm: VLM, stage: Stage, rules: Sequence[_Rule]) -> Iterator[Trained]:
-    for name, parameter in vlm.named_parameters():
+def _of_model(step: Step, stage: Stage, rules: Sequence[_Rule]) -> Iterator[Trained]:
+    kinds = step.seen_with()
+    for name, parameter in step.vlm.named_parameters():
         rule = next((rule for rule in reversed(rules) if rule.claims(name)), None)
         if rule and rule.trains(name):
             decay = rule.how.weight_decay if parameter.ndim > 1 or rule.how.decay_all else 0.0
-            yield Trained(f"vlm.{name}", parameter, rule.how.lr or stage.lr, decay)
+            lr, used_with = rule.how.lr or stage.lr, frozenset(kinds.get(parameter, ()))
+            yield Trained(f"vlm.{name}", parameter, lr, decay, used_with)
 
 
 def let_rest(trained: Sequence[Trained], kinds: Set[str]) -> None:
-    """Leave connectors and encoders of media that no process has seen in this step as they are.
+    """Leave what is used with media alone as it is, where these kinds, which no process has seen in this step, are all.
 
-    One process has no gradient there. Several have zeros (`Step._idle`), under which AdamW would go on moving.
+    One process has no gradient there. Several have zeros (`Step._idle`, `Step._untouched`), under which AdamW would go
+    on moving.
     """
     for each in trained:
-        _, part, kind, *_ = [*each.name.split("."), "", ""]
-        if part in ("connectors", "encoders") and kind in kinds:
+        if each.kinds and each.kinds <= kinds:
             each.parameter.grad = None
 
 

@@ -113,7 +113,7 @@ class Step(nn.Module):
         output.states = states
         losses = {name: term.loss(self, output, self._left(name, batch)) for name, term in self.terms.items()}
         shares = {name: loss * scales[name] for name, loss in losses.items()}
-        total = torch.stack(list(shares.values())).sum()
+        total = torch.stack([*shares.values(), *self._untouched(batch)]).sum()
         return total if idle is None else total + idle, {name: share.detach() for name, share in shares.items()}
 
     def figures(self) -> dict[str, float]:
@@ -143,6 +143,30 @@ class Step(nn.Module):
         if self.world.size == 1 or not kinds:
             return None
         return torch.stack([self.vlm.blank(kind, batch).sum() * 0 for kind in kinds]).sum()
+
+    def _untouched(self, batch: Batch) -> list[Tensor]:
+        """Zeros that depend on what terms run for the kinds of media that this batch lacks, for the same reason.
+
+        They stay out of the LLM's input, to which no gradient need go from there.
+        """
+        if self.world.size == 1:
+            return []
+        lacking = [kind for kind in self.vlm.connectors if kind not in batch.media]
+        modules = [module for kind in lacking for module in self._run_with(kind)]
+        return [each.float().sum() * 0 for module in modules for each in module.parameters() if _trains(each)]
+
+    def _run_with(self, kind: str) -> list[nn.Module]:
+        """What terms run of the model where there are media of a kind alone."""
+        return [module for term in self.terms.values() for module in term.with_media(self.vlm, kind)]
+
+    def seen_with(self) -> dict[nn.Parameter, set[str]]:
+        """Of every parameter that is used with media alone, which kinds these are."""
+        found: dict[nn.Parameter, set[str]] = {}
+        for kind, connector in self.vlm.connectors.items():
+            for module in (connector, self.vlm.encoders[kind], *self._run_with(kind)):
+                for parameter in module.parameters():
+                    found.setdefault(parameter, set()).add(kind)
+        return found
 
     def ready(self) -> None:
         """Train mode where something trains; a part without a trainable parameter stays in eval mode.
