@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from isthmus.config import Recipe
 
 Minutes = typer.Option(min=0.1, help="Minutes of training over all stages; measured once, then a number of steps.")
-FIXED = "5 to 9"
+FIXED = "4 to 7"
 """Minutes of the demo that are not training, on two cores: encoding pictures, measuring twice, the report."""
 
 
