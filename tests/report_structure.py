@@ -35,7 +35,7 @@ def check(folder: Path) -> None:
             assert cell["low"] <= cell["value"] <= cell["high"], row["label"]
     assert report["fingerprint"] and report["data_hash"] and report["credits"]
     assert len(report["examples"]) == 10 and report["generations"]
-    assert {curve["stage"] for curve in report["curves"]} == {"warm", "align", "sft"}
+    assert {curve["stage"] for curve in report["curves"]} == {"warm", "sft"}
     assert all(curve["train"] and curve["validation"] for curve in report["curves"])
     page = Page()
     page.feed((folder / "report.html").read_text(encoding="utf-8"))

@@ -84,3 +84,13 @@ def test_earlier_answers_are_shared_whole_or_not_at_all():
         "a dog<|im_end|>no<|im_end|>",
     ]
     assert not merged.trained[merged.branch.index(1)] and not merged.trained[merged.branch.index(2)]
+
+
+def test_questions_that_are_still_open_stay_whole():
+    def ask(question: str) -> tuple[Turn, ...]:
+        return (*asked("What?", "a cat"), Turn.say("user", question))
+
+    alone = [renderer().render(ask(question), open_answer=True) for question in ("Sure?", "Where is it?")]
+    merged = share(alone, open_answer=True)
+    for number, one in enumerate(alone, start=1):
+        assert [token for token, branch in zip(merged.ids, merged.branch) if branch in (0, number)] == one.ids

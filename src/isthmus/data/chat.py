@@ -47,11 +47,12 @@ class Rendered:
     """Of each of `ids`: 0 in the beginning that several conversations share, then the number of its conversation."""
 
 
-def share(conversations: Sequence[Rendered]) -> Rendered:
+def share(conversations: Sequence[Rendered], open_answer: bool = False) -> Rendered:
     """Several conversations with a common beginning as one, the beginning once and then each one's rest.
 
     The last token before an answer always stays with the answer, because it is what predicts it; the last answer is
-    always a conversation's own, and no other is cut in two. What follows the last answer is left out: nothing reads it.
+    always a conversation's own, and no other is cut in two. What follows the last answer is left out, since nothing
+    reads it; with `open_answer` it is the question.
 
     Raises:
         DataError: they are an encoder-decoder's, or a medium stands behind the common beginning.
@@ -67,7 +68,7 @@ def share(conversations: Sequence[Rendered]) -> Rendered:
     ids, trained, modality = first.ids[:shared], first.trained[:shared], first.modality[:shared]
     branch = [0] * shared
     for number, one in enumerate(conversations, start=1):
-        own = slice(shared, _last(one.trained, len(one.ids) - 1) + 1)
+        own = slice(shared, None if open_answer else _last(one.trained, len(one.ids) - 1) + 1)
         ids += one.ids[own]
         trained += one.trained[own]
         modality += one.modality[own]

@@ -139,7 +139,8 @@ class Collator:
             rendered = self.renderer.render(turns, self.open_answer or silent)
             if not sample.branches:
                 return rendered
-            return share([rendered, *(self.renderer.render(branch, self.open_answer) for branch in sample.branches)])
+            others = [self.renderer.render(branch, self.open_answer) for branch in sample.branches]
+            return share([rendered, *others], self.open_answer)
         except DataError as error:
             raise DataError(f"sample {sample.id}: {error.cause}", error.remedy) from None
 
