@@ -139,7 +139,7 @@ def test_a_joint_whose_run_diverged_is_left_out(finished: Outcome, copied: Path)
     small(copied, add=[recipes(copied)[1].but(name="three")])
     shown = json.loads((copied / "comparison" / "compare.json").read_text())
     assert shown["names"] == ["one", "three"]
-    assert shown["left"] == {"two": "a loss or gradient of two, seed 1 was not finite"}
+    assert shown["left_out"] == {"two": "a loss or gradient of two, seed 1 was not finite"}
     assert shown["advice"][-1] == "two is left out: a loss or gradient of two, seed 1 was not finite."
     page = (copied / "comparison" / "compare.html").read_text()
     assert "two is left out" in page

@@ -15,7 +15,7 @@ NAMED = 4
 def advice(outcome: Outcome) -> tuple[str, ...]:
     """The recommendation, a sentence or two each, the most important first."""
     said = [_mean(outcome), *_cheapest(outcome), *_tasks(outcome), *_unseen(outcome), *_rates(outcome)]
-    return (*said, *_mismatch(outcome), *(f"{name} is left out: {why}." for name, why in outcome.left.items()))
+    return (*said, *_mismatch(outcome), *(f"{name} is left out: {why}." for name, why in outcome.left_out.items()))
 
 
 def signed(value: float) -> str:

@@ -139,8 +139,8 @@ def operations(recipe: Recipe) -> list[float]:
     once = recipe.but(stages=tuple(stage.but(recompute=False) for stage in recipe.stages))
     try:
         return [stage.flops for stage in forecast(once, torch.device("cpu"), seconds=0.0).stages]
-    except NotImplementedError as error:
+    except RuntimeError as error:  # an operator that needs numbers, or has no meaning without
         raise ConfigError(
-            f"the operations of {recipe.name} cannot be counted: {error}",
+            f"the operations of {recipe.name} cannot be counted: {str(error).splitlines()[0]}",
             "give the budget in samples, steps or minutes",
         ) from None

@@ -198,18 +198,20 @@ def _carry_out(plan: Plan, place: Place, engine: Engine) -> Outcome:
         for name, tried in rates.items()
     }
     _run([job for jobs in zip(*group.values()) for job in jobs], place, engine, "runs")
-    left = {name: NOT_FINITE.format("all trials of learning rates") for name in plan.recipes if name not in rates}
+    left_out = {name: NOT_FINITE.format("all trials of learning rates") for name in plan.recipes if name not in rates}
     for name, jobs in group.items():
         if failed := [job.label for job in jobs if job.diverged]:
-            left[name] = NOT_FINITE.format(", ".join(failed))
-    if plan.baseline in left:
+            left_out[name] = NOT_FINITE.format(", ".join(failed))
+    if plan.baseline in left_out:
         raise ConfigError(
-            f"{left[plan.baseline]}, and all others are compared with {plan.baseline}",
+            f"{left_out[plan.baseline]}, and all others are compared with {plan.baseline}",
             "lower its learning rates, or choose another baseline, in another folder",
         )
-    for name, why in left.items():
+    for name, why in left_out.items():
         place.console.print(f"{name} is left out: {why}", highlight=False)
-    return _outcome(plan, place, {name: jobs for name, jobs in group.items() if name not in left}, rates, left, costs)
+    return _outcome(
+        plan, place, {name: jobs for name, jobs in group.items() if name not in left_out}, rates, left_out, costs
+    )
 
 
 def _run(jobs: Sequence[Job], place: Place, engine: Engine, title: str) -> None:
@@ -294,10 +296,10 @@ def _outcome(
     place: Place,
     group: gather.Group,
     rates: Mapping[str, Rates],
-    left: Mapping[str, str],
+    left_out: Mapping[str, str],
     per_step: Mapping[str, Sequence[float]],
 ) -> Outcome:
-    """All that was found, judged; `left` are recipes that are in no table, and why."""
+    """All that was found, judged; `left_out` are recipes that are in no table, and why."""
     recipes = {name: jobs[0].recipe for name, jobs in group.items()}
     base = recipes[plan.baseline]
     dtype = arithmetic(base.dtype, place.device)
@@ -325,7 +327,7 @@ def _outcome(
         mean=mean,
         lines=lines,
         costs=costs,
-        left=left,
+        left_out=left_out,
         rates={name: tried for name, tried in rates.items() if tried.losses and name in recipes},
         share=plan.share,
         runs=tuple(gather.trained(name, job) for name, jobs in group.items() for job in jobs),

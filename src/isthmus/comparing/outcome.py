@@ -168,7 +168,7 @@ class Outcome:
     """Over the first line of every task that counts right answers."""
     lines: tuple[Line, ...]
     costs: Mapping[str, Cost]
-    left: Mapping[str, str]
+    left_out: Mapping[str, str]
     """Recipes that are in no table, and why."""
     rates: Mapping[str, Rates]
     share: float

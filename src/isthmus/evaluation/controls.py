@@ -51,12 +51,13 @@ def shuffled(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
     found = list(samples)
     dice = random.Random(seed)
     shown = {index: own for index, sample in enumerate(samples) if (own := _pictures(sample))}
+    keys = {index: key(own[-1]) for index, own in shown.items()}
     for count in sorted({len(own) for own in shown.values()}):
         members = [index for index, own in shown.items() if len(own) == count]
-        others = {key(own[-1]): own[-1] for own in shown.values() if len(own) != count}
-        last = [key(shown[index][-1]) for index in members]
+        others = {keys[index]: own[-1] for index, own in shown.items() if len(own) != count}
+        last = [keys[index] for index in members]
         if _exchangeable(last) or not all(set(others) - {own} for own in last):
-            given = [shown[partner] for partner in (members[place] for place in derangement(last, seed))]
+            given = [shown[members[place]] for place in derangement(last, seed)]
         else:
             strange = [dice.choice([picture for other, picture in others.items() if other != own]) for own in last]
             given = [[*shown[index][:-1], picture] for index, picture in zip(members, strange)]

@@ -48,7 +48,7 @@ def _head(report: Report) -> str:
     share = 100 * report.trained / max(1, report.parameters)
     facts = [
         (f"{share:.2g} %", f"of {count(report.parameters)} parameters trained"),
-        *((clock(spent), leg) for leg, spent in list(report.seconds.items())[:3]),
+        *((clock(spent), leg) for leg, spent in report.seconds.items()),
     ]
     tiles = "".join(f"<div><dt>{escape(text)}</dt><dd>{escape(value)}</dd></div>" for value, text in facts)
     return (
