@@ -51,9 +51,10 @@ def test_chat_shows_pictures_and_streams(server, monkeypatch, capsys):
 
 
 def test_a_conversation_goes_on(server, monkeypatch, capsys):
-    said = iter(["What is this?", "Sure?", "/quit"])
+    said = iter(["What is this?", "/exit", "Sure?", "/quit"])
     monkeypatch.setattr("rich.console.Console.input", lambda *_: next(said))
     assert run(monkeypatch, "chat", "apple-1", "--endpoint", server.endpoint, "--key-env", "TEST_KEY") == 0
+    assert "no such command: /exit" in capsys.readouterr().out
     assert [message["content"] for message in server.bodies[1]["messages"]] == ["What is this?", "an apple", "Sure?"]
 
 

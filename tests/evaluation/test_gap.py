@@ -108,6 +108,21 @@ def test_pairs_are_different_words_about_one_picture():
         states.pairs("naming", 3)
 
 
+def test_pairs_of_a_file_whose_pictures_lie_elsewhere(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "thing"}]
+    rows = []
+    for number in range(9):
+        Pillow.new("RGB", (4, 4), (20 * number, 0, 0)).save(tmp_path / "pictures" / f"{number}.png")
+        said = [turns[0], {**turns[1], "value": f"thing {number}"}]
+        rows.append({"id": str(number), "image": f"{number}.png", "conversations": said})
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=r"no picture 0\.png"):
+        states.pairs(str(tmp_path / "mine.json"), 9)
+    found = states.pairs(str(tmp_path / "mine.json"), 9, str(tmp_path / "pictures"), {"format": "llava"})
+    assert sorted(pair.words for pair in found) == [f"thing {number}" for number in range(9)]
+
+
 # ---------------------------------------------------------------------------------------------- the lens in a model
 
 

@@ -64,6 +64,8 @@ def chat(
 
 def _talk(console, speaker, conversation: Conversation, prompt: str | None, name: str) -> None:
     """One question, or a conversation until its end."""
+    from rich.markup import escape
+
     if prompt is not None:
         _reply(console, speaker, conversation, prompt)
         return
@@ -79,6 +81,8 @@ def _talk(console, speaker, conversation: Conversation, prompt: str | None, name
             conversation = Conversation([])
         elif said.startswith("/image "):
             conversation.show(console, Path(said.removeprefix("/image ").strip()).expanduser())
+        elif said.startswith("/"):
+            console.print(f"[red]no such command: {escape(said)}[/red]\n[yellow]/image PATH, /new, /quit[/yellow]")
         elif said:
             _reply(console, speaker, conversation, said)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from isthmus.cli.options import AsJson, Device, DType
+from isthmus.cli.options import AsJson, Device, DType, FileSettings, Images, pairs
 
 Folder = Annotated[
     Path | None, typer.Option("--out", "-o", help="Folder of gap.html and gap.json.  \\[default: runs/gap]")
@@ -18,7 +18,9 @@ Folder = Annotated[
 def gap(
     model: Annotated[str, typer.Argument(help="A directory that `isthmus train` wrote, or a hub name.")],
     other: Annotated[str | None, typer.Argument(help="A second model, drawn beside the first.")] = None,
-    data: Annotated[str, typer.Option(help="naming, scenes, easy-vqa, or a .json or .jsonl file.")] = "naming",
+    data: Annotated[str, typer.Option(help="naming, scenes, easy-vqa, or your own file.")] = "naming",
+    images: Images = None,
+    settings: FileSettings = None,
     count: Annotated[int, typer.Option(min=8, help="Pictures that distances and effects are over.")] = 64,
     pictures: Annotated[int, typer.Option(min=1, help="Pictures that are drawn token by token.")] = 4,
     cells: Annotated[int, typer.Option(min=2, help="Rows and columns of places that are hidden.")] = 6,
@@ -37,7 +39,7 @@ def gap(
     from isthmus.training.machine import arithmetic
 
     console, where = Console(stderr=as_json, highlight=False), on(device)
-    pairs = states.pairs(data, count)
+    asked = states.pairs(data, count, None if images is None else str(images), pairs(settings))
     gaps = []
     for name, source in _named([source for source in (model, other) if source is not None]).items():
         console.print(f"[bold]{name}[/bold]: {source}")
@@ -45,7 +47,7 @@ def gap(
         say = lambda what: console.print(f"  {what}")  # noqa: E731
         stamp = storage.fingerprint(source)
         gaps.append(
-            report.measure(loaded, name, data, pairs, fingerprint=stamp, pictures=pictures, cells=cells, progress=say)
+            report.measure(loaded, name, data, asked, fingerprint=stamp, pictures=pictures, cells=cells, progress=say)
         )
         del loaded
     files = report.write(gaps, page.render(gaps), page.pictures(gaps), out or Path("runs") / "gap")

@@ -135,7 +135,7 @@ def _training(ahead: Forecast) -> Table:
     line("peak memory, MiB", [f"{stage.peak / 2**20:,.0f}" for stage in stages])
     table.add_section()
     for kind in stages[0].seconds or ():
-        line(f"{kind}, ms per step", [f"{1e3 * (stage.seconds or {})[kind]:,.3g}" for stage in stages])
+        line(f"{kind}, ms per step", [_milliseconds((stage.seconds or {})[kind]) for stage in stages])
     line("steps", ["?" if stage.steps is None else f"{stage.steps:,}" for stage in stages])
     line("time of the stage", [_clock(stage.stage_seconds) for stage in stages])
     return table
@@ -179,6 +179,11 @@ def _footnote(forecasts: list[Forecast]) -> str:
     if any(stage.assumed for each in forecasts for stage in each.stages):
         text += "; assumed: the data are not here, so samples of one picture and 64 text tokens"
     return text
+
+
+def _milliseconds(seconds: float) -> str:
+    """Three digits, or whole milliseconds."""
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
 
 
 def _clock(seconds: float | None) -> str:

@@ -7,10 +7,9 @@ words' row is the mean over the answer's tokens where the assistant says them in
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -76,15 +75,21 @@ class Seen:
     """The picture's share of the positions that can be attended to there: the mass of even attention."""
 
 
-def pairs(data: str, count: int, split: str = "test") -> list[Pair]:
+def pairs(
+    data: str, count: int, images: str | None = None, options: Mapping[str, Any] | None = None, split: str = "test"
+) -> list[Pair]:
     """The first samples of a set that have one picture and an answer of their own, no two with the same words.
+
+    Args:
+        images, options: of a file: where its picture paths start from, and how it is read.
+        split: of an embedded set; a file has no part of its own for tests, so all of it is taken.
 
     Raises:
         ConfigError: no such set.
         DataError: there are too few.
     """
-    options = {"kinds": KINDS[data]} if data in KINDS else {}
-    source = Source(name=data, split="train" if Path(data).suffix in sets.FILES else split, options=options)
+    asked = {"kinds": KINDS[data]} if data in KINDS else {}
+    source = Source(name=data, split=split, images=images, options={**asked, **(options or {})})
     found: dict[str, Pair] = {}
     for sample in sets.open_set(source, seed=0):
         pair = _pair(sample)
