@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from rich.console import Console
 import composed
 import page_checks
 from chat_server import running
-from isthmus.cli import app, preview
+from isthmus.cli import app, preview, refine
 from isthmus.config import Budget, Source
 from isthmus.data import formats
 from isthmus.training.run import train
@@ -61,6 +62,33 @@ def test_check_tells_lines_as_text_and_as_json(monkeypatch, capsys, data: Path) 
     assert run(monkeypatch, "check", str(data), *images, "--json") == 3
     (fault,) = json.loads(capsys.readouterr().out)
     assert fault["line"] == line and fault["file"] == str(data) and fault["remedy"]
+
+
+def test_check_tells_a_fault_as_soon_as_it_is_found(monkeypatch, capsys, data: Path) -> None:
+    def each(form: formats.Form) -> Iterator[formats.Fault]:
+        yield formats.Fault(7, "a", "cause", "remedy")
+        assert capsys.readouterr().out == f"{data}:7: a: cause; remedy\n"
+
+    monkeypatch.setattr(formats, "each", each)
+    assert run(monkeypatch, "check", str(data), "--fast") == 3
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_counts_long_work_on_a_terminal_alone(monkeypatch, capsys, data: Path, terminal: bool) -> None:
+    monkeypatch.setattr(refine, "QUICK", 0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    images = ["--images", str(data.parent / "pictures")]
+    writes = ["--images", str(data.parent / "pictures"), "-k", "words=1.."]
+    for title, *words in (
+        ("checking", "check", str(data), *images),
+        ("counting", "stats", str(data), *images),
+        ("writing", "convert", str(data), str(data.parent / "a.json"), "--to", "llava", *images),
+        ("measuring", "filter", str(data), str(data.parent / "b.json"), *writes),
+    ):
+        assert run(monkeypatch, *words) == 0
+        told = capsys.readouterr().err
+        assert (title in told and "2/" in told) if terminal else told == ""
 
 
 def test_unknown_settings_are_told(monkeypatch, capsys, data: Path) -> None:
@@ -120,6 +148,21 @@ def test_filter_counts_what_each_rule_drops(monkeypatch, capsys, data: Path, tmp
     assert run(monkeypatch, "filter", str(data), str(tmp_path / "out.xml"), *words[3:], "-k", "words=1..") == 2
 
 
+def test_filter_leaves_out_what_a_test_set_shows(monkeypatch, capsys, data: Path, tmp_path: Path) -> None:
+    pictures = data.parent / "pictures"
+    noise = Pillow.effect_noise((32, 16), 90)
+    noise.save(pictures / "0.png")
+    noise.resize((64, 32)).save(data.parent / "held.png")
+    (data.parent / "held.json").write_text(json.dumps([{"image": "held.png", "caption": "something else"}]))
+    words = ["filter", str(data), str(tmp_path / "kept.jsonl"), "--images", str(pictures), "--json"]
+    held = ["--against", str(data.parent / "held.json")]
+    assert run(monkeypatch, *words, *held, "-k", "words=1..") == 2
+    assert "add -k same-picture=..0" in capsys.readouterr().err
+    assert run(monkeypatch, *words, *held, "-k", "same-picture=..0") == 0
+    assert json.loads(capsys.readouterr().out)["dropped"] == {"same-picture": 1}
+    assert [sample.turns[1].text for sample in formats.load(tmp_path / "kept.jsonl")] == ["<b>red</b> 1"]
+
+
 def test_make_writes_what_a_speaker_says_and_tells_its_cost(monkeypatch, capsys, data: Path, tmp_path: Path) -> None:
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
@@ -127,12 +170,31 @@ def test_make_writes_what_a_speaker_says_and_tells_its_cost(monkeypatch, capsys,
     for number, entry in enumerate(table["annotations"]):
         entry["caption"] = f"A plain red picture, number {number}."
     data.write_text(json.dumps(table))
+    boxes = [{"id": 5, "image_id": 1, "category_id": 3, "bbox": [8, 4, 8, 4]}]
+    regions = tmp_path / "instances.json"
+    regions.write_text(
+        json.dumps({"images": table["images"], "annotations": boxes, "categories": [{"id": 3, "name": "spot"}]})
+    )
     out = tmp_path / "made.jsonl"
     with running() as server:
         server.reply = lambda body: "Question: Which colour?\nAnswer: Red."
-        words = ["make", str(data), str(out), "writer", "--images", str(data.parent / "pictures"), "--kinds"]
+        words = [
+            "make",
+            str(data),
+            str(regions),
+            str(out),
+            "writer",
+            "--images",
+            str(data.parent / "pictures"),
+            "--kinds",
+        ]
         assert run(monkeypatch, *words, "conversation", "--endpoint", server.endpoint) == 0
         assert run(monkeypatch, *words, "poem", "--endpoint", server.endpoint) == 2
+    told = sorted(body["messages"][1]["content"] for body in server.bodies)
+    assert told == [
+        "A plain red picture, number 0.",
+        "A plain red picture, number 1.\n\nspot: [0.25, 0.25, 0.50, 0.50]",
+    ]
     printed = capsys.readouterr()
     assert "2 requests" in printed.err and "2 samples about 2 pictures" in printed.out
     assert [sample.turns[1].text for sample in formats.load(out)] == ["Red.", "Red."]

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
+from isthmus.aligners.cogvlm import CogVLM
 from isthmus.data import media
-from isthmus.data.boxes import Decimals, Links, Regions, Thousandths, overlap
+from isthmus.data.boxes import Brackets, Decimals, Links, Regions, Thousandths, overlap
 from isthmus.data.media import Frame, upright_size
 from isthmus.types import Box, Grounding, Image, Turn
 
@@ -69,6 +70,21 @@ def test_thousandths_are_integers_below_a_thousand():
     for box in boxes(50):
         (again,) = Thousandths().read(Thousandths().write([box]))
         assert error(box, again) <= 1e-3
+
+
+def test_brackets_as_cogvlm_writes_them():
+    man = Box((0.22, 0.066, 0.541, 1), "the man")
+    assert Brackets().write([man]) == "the man[[220,066,541,999]]"
+    assert Brackets().write([man, Box((0, 0, 0.5, 0.5))]) == "the man[[220,066,541,999;000,000,500,500]]"
+    assert Brackets().read("a [[220,066,541,999;000,000,500,500]] and [[001,002,003,004]].") == [
+        Box((0.22, 0.066, 0.541, 0.999)), Box((0, 0, 0.5, 0.5)), Box((0.001, 0.002, 0.003, 0.004))
+    ]  # fmt: skip
+    for box in boxes(200):
+        (again,) = Brackets().read(Brackets().write([box]))
+        assert all(abs(was - now) <= (5e-4 if was < 0.9985 else 1e-3) + 1e-12 for was, now in zip(box.xyxy, again.xyxy))
+    for reply in ("[220,066,541,930]", "[[220,66,541,930]]", "[[1000,066,541,930]]", "[[541,066,220,930]]", "[[1,2]]"):
+        assert Brackets().read(reply) == []
+    assert isinstance(CogVLM(CogVLM.Options()).boxes(), Brackets)
 
 
 def test_links_as_the_paper_writes_them():
@@ -148,14 +164,14 @@ def test_a_region_covers_the_same_pixels_in_the_square(size, aspect):
 
 @pytest.mark.parametrize("aspect", ["pad", "squash", "crop"])
 @pytest.mark.parametrize("size", SHAPES)
-@pytest.mark.parametrize("style", [Decimals(), Links(), Thousandths()])
+@pytest.mark.parametrize("style", [Decimals(), Links(), Thousandths(), Brackets()])
 def test_written_and_read_again_it_is_the_picture_s_own_region(style, size, aspect):
     regions = Regions(style, aspect)
     shown = Image(picture(size))
     box = Box((0.42, 0.41, 0.57, 0.62), "it")
     (turn,) = regions.spell((Turn.say("user", shown, "see ", box),))
     (again,) = regions.read(turn.text, shown)
-    loss = {"decimals": 5e-4, "thousandths": 1e-3, "links": 1 / 32}[style.kind]
+    loss = {"decimals": 5e-4, "thousandths": 1e-3, "brackets": 1e-3, "links": 1 / 32}[style.kind]
     stretch = max(size) / min(size) if aspect == "pad" else 1
     assert error(box, again) <= loss * stretch + 1e-5
 
@@ -211,7 +227,7 @@ def test_a_wish_for_regions_is_a_word_for_those_that_have_one():
 
 
 def test_formats_survive_as_plain_values():
-    for style in (Decimals(digits=2), Links(grid=8), Thousandths()):
+    for style in (Decimals(digits=2), Links(grid=8), Thousandths(), Brackets()):
         assert Regions.of(style.model_dump(), "pad") == Regions(style, "pad")
 
 

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 from tiny_tokenizers import CHATML, LLAMA3, byte_level, metaspace, unigram, zoo
 
+import composed
 from isthmus.data import template
 from isthmus.data.boxes import Regions, Thousandths
-from isthmus.data.chat import Renderer
+from isthmus.data.chat import Renderer, cut
 from isthmus.types import Box, ConfigError, DataError, Image, Layout, Modality, Tag, Text, Turn, Video
 
 PICTURE = Image(Pillow.new("RGB", (2, 2)))
@@ -236,6 +237,44 @@ def test_plain_is_media_then_answer():
         make.render(turns[:1])
 
 
+def test_plain_learns_the_first_answer_of_a_conversation_with_any_llm():
+    turns = (SYSTEM, Turn.say("user", PICTURE, "what is this"), Turn.say("assistant", "a red fox"), *TALK[2:])
+    decoder, both = (renderer(unigram(), 2, template="plain", **more) for more in ({}, {"decoder_start": 0}))
+    one, other = decoder.render(turns), both.render(turns)
+    assert learnt(one, unigram()) == learnt(other, unigram()) == "a red fox"
+    assert other.ids == [IMAGE, IMAGE, unigram().eos_token_id]
+
+
+@pytest.mark.parametrize("text", ["a red fox and what is this", "red fox", "fox"])
+def test_a_prefix_is_read_and_the_rest_of_the_caption_is_learnt(text):
+    tokenizer, words = unigram(), text.split()
+    turns = (Turn.say("user", PICTURE, "what is this"), Turn.say("assistant", text))
+    decoder, both = (renderer(tokenizer, 2, template="prefix", **more) for more in ({}, {"decoder_start": 0}))
+    for rendered in (decoder.render(turns), both.render(turns)):
+        given = rendered.ids if rendered.decoder_ids else [i for i, t in zip(rendered.ids, rendered.trained) if not t]
+        assert given[:2] == [IMAGE, IMAGE]
+        first, rest = tokenizer.decode(given[2:], skip_special_tokens=True).split(), learnt(rendered, tokenizer).split()
+        assert first + rest == words and rest and bool(first) == (len(words) > 1)
+        told = rendered.decoder_ids or rendered.ids
+        assert told[-1] == tokenizer.eos_token_id and rendered.trained[-1]
+        assert sum(rendered.trained) == len(tokenizer(" ".join(rest)).input_ids)  # the rest and its end, no more
+    assert both.render(turns[:1], open_answer=True).ids == [IMAGE, IMAGE, tokenizer.eos_token_id]
+
+
+def test_captions_are_cut_between_any_two_words_and_always_alike():
+    texts = [f"a  b\nc d {number} " for number in range(200)]
+    cuts = [cut(text) for text in texts]
+    assert {len(first.split()) for first, _ in cuts} == {1, 2, 3, 4}
+    assert [first + rest for first, rest in cuts] == texts and [cut(text) for text in texts] == cuts
+    assert cut("") == ("", "") and cut("fox ") == ("", "fox ")
+
+
+def test_a_prefix_of_more_than_words_is_refused():
+    for part in (PICTURE, Text("a form: ", given=True)):
+        with pytest.raises(DataError, match="no first words"):
+            renderer(unigram(), template="prefix").render((TALK[0], Turn.say("assistant", part, "so")))
+
+
 def test_documents_keep_every_picture_and_text_in_its_order():
     tokenizer = zoo()["chatml"]
     make = renderer(tokenizer, 2, template="documents")
@@ -337,3 +376,17 @@ def test_label_safety(data, name, template):
 @settings(max_examples=10_000, deadline=None)
 def test_label_safety_at_length(data, name, template):
     check_label_safety(name, data.draw(conversations(system=name != "llama2")), template)
+
+
+def test_an_answer_of_weight_0_teaches_nothing() -> None:
+    made = composed.model().processor.renderer()
+    turns = [
+        Turn.say("user", "one?"),
+        Turn("assistant", (Text("no", given=True),)),
+        Turn.say("user", "two?"),
+        Turn.say("assistant", "yes"),
+    ]
+    rendered = made.render(turns)
+    alone = made.render(turns[2:])
+    learnt = [token for token, trained in zip(rendered.ids, rendered.trained) if trained]
+    assert learnt == [token for token, trained in zip(alone.ids, alone.trained) if trained] != []

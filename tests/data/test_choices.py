@@ -146,6 +146,16 @@ def test_seed_bench_from_its_file_and_from_rows(tmp_path: Path) -> None:
     assert sample.meta["category"] == "type 5" and len(shown(sample)) == 1
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_file_of_seed_bench_s_videos_alone_says_so(tmp_path: Path, whole: bool) -> None:
+    film = {"question": "What next?", "choice_a": "x", "choice_b": "y", "answer": "A", "question_id": "v1962"}
+    film |= {"data_type": "video", "data_id": "P03/P03_24.MP4", "question_type_id": 11, "segment": [648.0, 658.0]}
+    path = tmp_path / "SEED-Bench.json"
+    path.write_text(json.dumps({"question_type": {"Action Prediction": 11}, "questions": [film]} if whole else [film]))
+    (fault,) = formats.check(path)
+    assert "about a video: P03/P03_24.MP4" in fault.message and "frames as pictures" in fault.remedy
+
+
 def test_mmmu_puts_pictures_where_they_are_named(tmp_path: Path) -> None:
     held = {"bytes": png(1), "path": None}, {"bytes": png(2), "path": None}
     row = {

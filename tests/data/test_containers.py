@@ -103,7 +103,7 @@ def plant(folder: Path) -> tuple[Path, dict[int, str]]:
         {"images": ["a.png", "b.jpg"], "conversations": said("<image> or <image>?")},
         {"image": "grey.gif", "conversations": said("<image>", "  spaced  ")},
         {"image": "one.bmp", "conversations": said("a < b > c <image")[:1] and said("<image>a < b > c <imag")},
-        {"conversations": said("漢字 \u2028 naïve 🦊 <bbox> <video>", "🦊")},
+        {"conversations": said("漢字 \u2028 naïve 🦊 <bbox > <video src=x>", "🦊")},
         {"conversations": [*said("What?"), *said("And?", "B")], "model": "x", "extra": [1]},
         {
             "messages": [
@@ -293,8 +293,75 @@ def test_a_folder_of_splits_asks_which_one(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     one = datasets.Dataset.from_dict({"x": [1]})
     datasets.DatasetDict({"train": one, "test": one}).save_to_disk(tmp_path / "both")
-    with pytest.raises((ConfigError, DataError), match=r"train, test|neither"):
+    with pytest.raises(ConfigError, match=r"holds the splits train, test"):
         formats.load(tmp_path / "both")
+
+
+def test_shards_of_several_splits_are_told_apart_by_their_names(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "parquet").mkdir(), (tmp_path / "lines").mkdir()
+    for split, count in (("train", 3), ("validation", 2)):
+        rows = [{"conversations": said("x", f"{split} {n}")} for n in range(count)]
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "parquet" / f"{split}-00000-of-00001.parquet")
+        (tmp_path / "lines" / f"my_{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for folder in (tmp_path / "parquet", tmp_path / "lines"):
+        source = Source(name=str(folder))
+        with pytest.raises(ConfigError, match="train, validation"):
+            open_set(source, 0)
+        assert len(open_set(source.but(split="test"), 0)) == 5
+        chosen = open_set(source.but(options={"rows": "validation"}), 0)
+        assert [sample.turns[1].text for sample in chosen] == ["validation 0", "validation 1"]
+        assert [sample.meta["line"] for sample in chosen] == [1, 2]
+        assert all("validation" in Path(sample.meta["file"]).name for sample in chosen)
+
+
+def test_a_folder_of_pictures_with_metadata_is_hugging_face_s(tmp_path: Path) -> None:
+    for split, colour in (("train", 1), ("test", 2)):
+        (tmp_path / "pool" / split).mkdir(parents=True)
+        (tmp_path / "pool" / split / "a.png").write_bytes(png(colour))
+        row = {"file_name": "a.png", "text": f"of {split}"}
+        (tmp_path / "pool" / split / "metadata.jsonl").write_text(json.dumps(row))
+    samples = one_by_one(tmp_path / "pool")
+    assert [(one.turns[1].text, one.meta["split"]) for one in samples] == [("of test", "test"), ("of train", "train")]
+    assert colours(samples) == [2, 1] and len({one.id for one in samples}) == 2
+    assert colours(one_by_one(tmp_path / "pool", rows="train")) == [1]
+    assert [one.turns[1].text for one in one_by_one(tmp_path / "pool" / "test")] == ["of test"]
+
+
+def test_folders_that_do_not_say_what_is_meant_are_refused_with_what_to_name(tmp_path: Path) -> None:
+    table = b'{"1": {"question": "?", "imageId": "1", "answer": "x"}}'
+
+    def folder(name: str, *files: str) -> Path:
+        for file in files:
+            path = tmp_path / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png() if path.suffix == ".png" else table)
+        return tmp_path / name
+
+    refused = {
+        folder("llava", "images/a.png", "annotations/train.json"): "name annotations/train.json",
+        folder("hub", "README.md", "data/train-00000-of-00001.parquet"): "name data/train-00000-of-00001.parquet",
+        folder("factory", "dataset_info.json", "mine.json"): "name one of these files",
+        folder("gqa", "a.json", "b.json"): "have them read in turn",
+        folder("both", "a.png", "metadata.jsonl", "data.jsonl"): "the one that is meant",
+    }
+    for path, remedy in refused.items():
+        with pytest.raises(ConfigError) as caught:
+            formats.load(path)
+        assert remedy in caught.value.remedy, path
+    (fault,) = formats.check(folder("train", "train/a.png"))
+    assert fault.message == "nothing is said of train/a.png"
+    (tmp_path / "gqa" / "1.jpg").write_bytes(png(7, "JPEG"))
+    assert [Path(one.meta["file"]).name for one in one_by_one(tmp_path / "gqa", format="gqa")] == ["a.json", "b.json"]
+
+
+@pytest.mark.parametrize(("name", "remedy"), [("a.json.gz", "unpack"), ("a.p", "pickle"), ("captions.txt", ".csv")])
+def test_files_of_other_endings_are_refused_before_they_are_read(tmp_path: Path, name: str, remedy: str) -> None:
+    (tmp_path / name).write_bytes(b"\x1f\x8b\n\n")
+    for read in (formats.check, lambda path: open_set(Source(name=str(path)), 0)):
+        with pytest.raises(DataError, match="does not end in") as caught:
+            read(tmp_path / name)
+        assert remedy in caught.value.remedy
 
 
 def test_shards_of_lines_and_joined_tables_are_read_one_by_one(tmp_path: Path) -> None:

@@ -34,6 +34,12 @@ def chat(*messages, **more):
     return {"messages": [{"role": role, "content": content} for role, content in messages], **more}
 
 
+def told(*answers):
+    """Messages of which some answers say whether they are to be learnt."""
+    pairs = (({"role": "user", "content": "?"}, {"role": "assistant", "content": a, **how}) for a, how in answers)
+    return {"messages": [message for pair in pairs for message in pair]}
+
+
 def write(tmp_path, *records, lines=False):
     path = tmp_path / ("data.jsonl" if lines else "data.json")
     text = "\n".join(map(json.dumps, records)) if lines else json.dumps(list(records), indent=2)
@@ -105,6 +111,15 @@ FAULTS = {
     "content": (chat(("user", 3)), "content is not a list", "array"),
     "part": (chat(("user", [{"type": "audio"}])), "unknown part 'audio'", "text, image"),
     "meta": (llava(meta=3), "meta is not", "meta"),
+    "video": (chat(("user", "<video>What?"), ("assistant", "x")), "1 <video> in the text, 0 videos", "in videos"),
+    "region": (chat(("user", "Where?"), ("assistant", "At <bbox>.")), "1 <bbox> in the text, 0 in", "once per bbox"),
+    "sound": (chat(("user", "What?"), ("assistant", "x"), audios=["x.wav"]), "brings sound", "leave it out"),
+    "sound's marker": (chat(("user", "<audio>What?"), ("assistant", "x")), "<audio> would be learnt", "sound"),
+    "Qwen-VL's marker": (chat(("user", "<img>a.png</img>?"), ("assistant", "x")), "<img>a.png</img> would", "images"),
+    "weight": ({"messages": [{"role": "assistant", "content": "x", "weight": 2}]}, "neither 0 nor 1", "weight 0 or 1"),
+    "nothing learnt": (told(("no", {"weight": 0}), ("no", {"loss": False})), "no answer is learnt", "weight 1"),
+    "order": (chat(("user", [{"type": "image", "index": 1}]), images=["a.png"]), "number 1 of images", "in order"),
+    "avoided": ({"prompt": "What?", "completion": "x", "label": False}, "to avoid", "leave it out"),
 }
 
 
@@ -168,6 +183,76 @@ def test_a_byte_order_mark_and_odd_line_separators_are_fine(tmp_path):
     record = json.dumps(chat(("user", "a\u2028b"), ("assistant", "c")), ensure_ascii=False)
     path.write_text("\ufeff" + record + "\r\n\r\n" + record + "\r\n", encoding="utf-8")
     assert [sample.meta["line"] for sample in formats.load(path, None)] == [1, 3]
+
+
+def test_answers_of_weight_0_are_read_and_not_learnt(tmp_path):
+    record = told(("a", {"weight": 0}), ("b", {"weight": 1}), ("c", {"loss": False}), ("d", {"loss": True}), ("e", {}))
+    (sample,) = formats.load(write(tmp_path, record))
+    assert [turn.parts for turn in sample.turns[1::2]] == [
+        (Text("a", given=True),),
+        (Text("b"),),
+        (Text("c", given=True),),
+        (Text("d"),),
+        (Text("e"),),
+    ]
+
+
+def test_a_part_of_content_stands_for_the_next_picture_or_brings_its_own(tmp_path, images):
+    ask = {"type": "text", "text": "What?", "index": None}
+    bare = [
+        chat(("user", [part, ask]), ("assistant", "x"), images=["a.png"])
+        for part in ({"type": "image"}, {"type": "image", "index": 0, "text": None}, {"type": "image", "image": None})
+    ]
+    url = (images / "a.png").resolve().as_uri()
+    own = [
+        chat(("user", [{"type": "image", key: name}, ask]), ("assistant", "x"))
+        for key, name in (("url", "images/a.png"), ("path", "images/a.png"), ("image", url))
+    ]
+    turns = (Turn("user", (Image(images / "a.png"), Text("What?"))), Turn.say("assistant", "x"))
+    for records, folder in ((bare, images), (own, None)):
+        for sample in formats.load(write(tmp_path, *records), folder):
+            assert sample.turns == turns
+    assert "outside" in formats.check(write(tmp_path, own[2]), images)[0].message
+
+
+def test_trl_s_prompts_with_completions_and_preferences(tmp_path, images):
+    ask, good, bad = {"role": "user", "content": "What?"}, *({"role": "assistant", "content": c} for c in ("a", "b"))
+    path = write(
+        tmp_path,
+        {"prompt": [ask], "completion": [good], "images": ["a.png"]},
+        {"prompt": "What?", "chosen": "a", "rejected": "b", "images": ["a.png"]},
+        {"chosen": [ask, good], "rejected": [ask, bad], "images": ["a.png"], "score": None},
+    )
+    turns = (Turn("user", (Image(images / "a.png"), Text("What?"))), Turn.say("assistant", "a"))
+    samples = formats.load(path, images)
+    assert [sample.turns for sample in samples] == [turns] * 3
+    assert [sample.pair for sample in samples] == [None, *[(Turn.say("assistant", "b"),)] * 2]
+    (said,) = formats.load(
+        write(tmp_path, {"messages": [ask, good], "images": ["a.png"]}), images, formats.FileOptions(format="trl")
+    )
+    assert said.turns == turns
+
+
+def test_pictures_that_no_marker_places_stand_first_where_that_is_asked_for(tmp_path, images):
+    unmarked, marked = llava("What?"), llava("What is <image>?")
+    (fault,) = formats.check(write(tmp_path, unmarked, marked), images)
+    assert "prepend: true" in fault.remedy
+    first, second = formats.load(write(tmp_path, unmarked, marked), images, formats.FileOptions(prepend=True))
+    assert first.turns[0].parts == (Image(images / "a.png"), Text("What?"))
+    assert second.turns[0].parts == (Text("What is "), Image(images / "a.png"), Text("?"))
+
+
+def test_null_and_empty_are_as_good_as_not_there(tmp_path, images):
+    messages = chat(("user", "<image>Where is <bbox>?"), ("assistant", "x"))["messages"]
+    region = {"bbox": [[0, 0, 2, 1]]}
+    plain = {"id": "one", "messages": messages, "image": "a.png", "objects": region}
+    nulls = {"conversations": None, "meta": None, "videos": None, "images": [], "audios": []}
+    odd = plain | nulls | {"objects": region | {"ref": None, "bbox_type": None, "image_id": None}}
+    first, second = formats.load(write(tmp_path, plain, odd), images)
+    assert first.turns == second.turns and second.id == "one"
+    silent = {"id": None, "image": "", **chat(("user", "x"), ("assistant", "y"))}
+    (silent,) = formats.load(write(tmp_path, silent), images)
+    assert silent.id.startswith("data:") and not silent.media
 
 
 def test_turns_in_memory():

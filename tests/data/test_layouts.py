@@ -96,6 +96,10 @@ def test_ms_swift_regions_are_pixels_unless_they_say_otherwise(folder: Path) -> 
         ({"bbox": []}, "1 <bbox> in the text, 0 in objects"),
         ({"bbox_type": "cm"}, "unknown bbox_type 'cm'"),
         ({"bbox": [[1, 2, 3, float("nan")]]}, "not finite"),
+        ({"bbox": [[0.1, 0.2, 0.5, 0.9]]}, "one pixel of 100 × 50 at most"),
+        ({"bbox": [[10, 5, 10, 45]]}, "no width"),
+        ({"bbox": [[100.5, 5, 101, 45]]}, "no width"),
+        ({"bbox": [[10, 5, 60, 5]]}, "no height"),
     ],
 )
 def test_faulty_regions_are_told(folder: Path, change: dict[str, Any], message: str) -> None:
@@ -168,7 +172,9 @@ def test_coco_captions(folder: Path) -> None:
     path = write(folder, tree)
     (fault,) = formats.check(path)
     line = path.read_text().split("\n").index('   "id": 5,')
-    assert fault.message == "no image has the id 7" and abs(fault.line - line) <= 1
+    assert fault.message == "no image has the id 7" and abs(fault.line - line) <= 1 and fault.id == "5"
+    (fault,) = formats.check(write(folder, tree, indent=None))
+    assert (fault.line, fault.id) == (1, "5")
     tree["annotations"].pop()
     for indent in (None, 1):
         first, second = read(write(folder, tree, indent=indent))
@@ -186,6 +192,7 @@ def test_coco_instances_become_regions_without_crowds(folder: Path) -> None:
             {**annotation, "id": 1, "category_id": 90, "bbox": [10, 5, 50, 40], "iscrowd": 0},
             {**annotation, "id": 2, "category_id": 3, "bbox": [0, 0, 100, 50], "iscrowd": 1},
             {**annotation, "id": 3, "category_id": 3, "bbox": [99, 0, 1.2, 50], "iscrowd": 0},
+            {**annotation, "id": 4, "category_id": 3, "bbox": [29.5, 38.3, 1.03, 0.0], "iscrowd": 0},
         ],
         "categories": [{"id": 3, "name": "car"}, {"id": 90, "name": "toothbrush"}],
     }
@@ -377,6 +384,8 @@ def test_ocr_vqa(folder: Path) -> None:
     }
     first, second = read(write(folder, {"761183272": entry}))
     assert asked(first)[1] == "Sandra" and second.id == "761183272/1" and second.meta["split"] == "train"
+    (first, _) = read(write(folder, {"761183272": entry | {"imageURL": "http://x/51.gif"}}))
+    assert first.media == (Image(folder / "761183272.jpg"),)  # as its downloader saves all of them
 
 
 # ---------------------------------------------------------------------------------------------- captions, videos, CSV
@@ -399,8 +408,36 @@ def test_flickr_in_its_four_dresses(folder: Path) -> None:
     assert [asked(one)[1] for one in read(folder / "results.token")] == ['Two men , one "tall" .', "Men."]
     assert [asked(one)[1] for one in read(folder / "results.csv")] == ["Two men, one tall."]
     assert [asked(one)[1] for one in read(write(folder, split))] == ["Two men.", "Men."]
+    split["images"][0]["filepath"] = "val2014"  # COCO's
+    assert read(write(folder, split))[0].media == (Image(folder / "1000092795.jpg"),)
+    picture(folder, "val2014/1000092795.jpg")
+    assert read(write(folder, split))[0].media == (Image(folder / "val2014/1000092795.jpg"),)
     several = {"filename": "1000092795.jpg", "caption": ["Two men.", "Men."], "img_id": "0", "split": "train"}
     assert [one.id for one in read(write(folder, [{"id": "x", **several}]))] == ["x/0", "x/1"]
+
+
+def test_answers_may_be_numbers_or_lists_and_pictures_lists_of_one(folder: Path) -> None:
+    picture(folder, "a.png"), picture(folder, "b.png")
+    records = [
+        {"image": "a.png", "question": "How many?", "answer": 3},
+        {"image": ["a.png"], "question": "How many?", "answer": ["3", "three", 3]},
+        {"images": ["a.png", "b.png"], "question": "How many?", "answers": [{"answer": "3"}], "answer": None},
+        {"images": ["a.png", "b.png"], "question": "How many in <image>, and in <image>?", "answer": "3"},
+        {"image": ["a.png"], "caption": "A cat."},
+    ]
+    found = read(write(folder, records))
+    assert [asked(sample)[1] for sample in found] == ["3"] * 4 + ["A cat."]
+    assert found[1].meta["answers"] == ["3", "three", "3"]
+    assert [[medium.source.name for medium in sample.media] for sample in found] == [  # type: ignore[union-attr]
+        ["a.png"],
+        ["a.png"],
+        ["a.png", "b.png"],
+        ["a.png", "b.png"],
+        ["a.png"],
+    ]
+    assert isinstance(found[2].turns[0].parts[1], Image) and isinstance(found[3].turns[0].parts[0], Text)
+    (fault,) = formats.check(write(folder, [{"image": ["a.png", "b.png"], "caption": "Cats."}]))
+    assert "2 pictures of one caption" in fault.message
 
 
 def test_csv_faults_have_their_line(folder: Path) -> None:

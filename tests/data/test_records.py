@@ -10,12 +10,12 @@ import pytest
 from PIL import Image as Pillow
 
 from isthmus.config import Source
-from isthmus.data import formats
+from isthmus.data import formats, records
 from isthmus.data.formats import Form
-from isthmus.data.indexes import Chosen, Index
+from isthmus.data.indexes import LOTS, Chosen, Index
 from isthmus.data.records import Records
 from isthmus.data.sets import open_set, stamp
-from isthmus.types import DataError
+from isthmus.types import ConfigError, DataError, Sample
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +69,65 @@ def test_parts_are_disjoint_complete_and_follow_ids_alone(tmp_path: Path) -> Non
     assert 1 <= len(held_out) <= 20
     few = write(tmp_path, "array", 1)
     assert len(Records(Form(few), "kept")) == len(Records(Form(few), "held out")) == 1
+
+
+def test_all_that_is_said_of_a_picture_is_held_out_or_none_of_it(tmp_path: Path) -> None:
+    for number in range(200):
+        Pillow.new("RGB", (1, 1), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    said = [{"image": f"{n % 200}.png", "caption": f"caption {n}"} for n in range(1000)]
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(map(json.dumps, said)))
+    parts = [Records(Form(file), part) for part in ("kept", "held out")]
+    pictures = [{part[n].media[0].source.name for n in range(len(part))} for part in parts]
+    assert not pictures[0] & pictures[1] and len(pictures[0] | pictures[1]) == 200
+    assert 1 <= len(pictures[1]) <= 12 and len(parts[1]) == 5 * len(pictures[1])
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in (file, *tmp_path.glob("*.png")):
+        path.rename(moved / path.name)
+    again = Records(Form(moved / file.name), "held out")
+    assert {again[n].media[0].source.name for n in range(len(again))} == pictures[1]
+
+
+def test_of_a_small_file_too_one_picture_is_held_out_but_of_a_handful(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    spared = [name for name in map(str, range(100)) if records._lot(Sample((), name), tmp_path) >= LOTS // 50]
+    for count, held in ((30, 1), (9, 9)):
+        file = tmp_path / f"{count}.jsonl"
+        file.write_text("\n".join(json.dumps({"id": name, "messages": said}) for name in spared[:count]))
+        assert len(Records(Form(file), "held out")) == held
+        assert len(Records(Form(file), "kept")) == (count - held or count)
+
+
+def test_a_publisher_s_splits_are_chosen_or_refused(tmp_path: Path) -> None:
+    names = ("train", "val", "test", "restval")
+    file = tmp_path / "data.jsonl"
+    made = [row | {"meta": {"split": names[number % 4]}} for number, row in enumerate(rows(400))]
+    file.write_text("\n".join(map(json.dumps, made)))
+    source = Source(name=str(file))
+    assert len(open_set(source.but(split="test"), 0)) == 400
+    assert "train, val, test, restval together" in open_set(source.but(split="test"), 0).card.source
+    for split in ("train", "val"):  # the second time from the index
+        with pytest.raises(ConfigError, match="holds the splits train, val, test, restval") as caught:
+            open_set(source.but(split=split), 0)
+        assert "rows: train" in caught.value.remedy
+    for given, expected in (("train", {"train"}), (["train", "restval"], {"train", "restval"})):
+        chosen = source.but(options={"rows": given})
+        found = [sample for split in ("train", "val") for sample in open_set(chosen.but(split=split), 0)]
+        assert len(found) == 100 * len(expected) and {sample.meta["split"] for sample in found} == expected
+        assert stamp([chosen], 0) != stamp([source], 0)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="no rows of trian") as caught:
+            open_set(source.but(options={"rows": "trian"}), 0)
+        assert caught.value.remedy == "it has restval, test, train, val"
+    with pytest.raises(ConfigError, match="no rows of trian"):
+        formats.check(file, None, formats.FileOptions(rows=("trian",)))
+
+
+def test_a_user_s_file_has_three_splits(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no split 'testA'") as caught:
+        open_set(Source(name=str(write(tmp_path, "lines")), split="testA"), 0)
+    assert "train, val, test" in caught.value.remedy and "rows: testA" in caught.value.remedy
 
 
 def test_a_second_opening_reads_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

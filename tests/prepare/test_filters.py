@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from transformers import CLIPConfig, CLIPModel
 
 import composed
 import tiny
+from isthmus.data import formats, writers
 from isthmus.prepare import copies, filters
 from isthmus.prepare.filters import Rule
 from isthmus.prepare.loss import mean_loss
-from isthmus.types import ConfigError, Image, Sample, Turn
+from isthmus.types import Box, ConfigError, Image, Sample, Turn
 
 
 def sample(said: str, *pictures: Pillow.Image) -> Sample:
@@ -76,6 +78,51 @@ def test_texts_are_known_again_when_little_changed_and_signatures_estimate_jacca
     sets = [set(copies._shingles(text)) for text in (one, other)]
     jaccard = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
     assert (seen.signature(one) == seen.signature(other)).mean() == pytest.approx(jaccard, abs=0.13)
+
+
+def test_a_wording_that_was_drawn_hides_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ISTHMUS_HOME", str(tmp_path / "home"))
+    Pillow.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    dice = random.Random(0)
+    said = [" ".join(dice.choices("abcdefghijklmnopqrstuvwxyz", k=10)) for _ in range(100)]
+    bare = {
+        "captions": [{"caption": one} for one in said],
+        "questions": [{"question": f"{one}?", "answer": "red"} for one in said],
+        "choices": [{"question": f"{one}?", "choices": ["x y z", "red"], "answer": 1} for one in said],
+    }
+    for name, records in bare.items():
+        file, written = tmp_path / f"{name}.json", tmp_path / f"{name}.jsonl"
+        rows = [{"id": str(place), "image": "a.png", **one} for place, one in enumerate(records * 2)]
+        file.write_text(json.dumps(rows))
+        samples = formats.load(file)
+        assert len({one.turns[0].text.replace(text, "") for one, text in zip(samples, said * 2)}) > 4
+        assert copies.SameText()(samples) == [0.0] * 100 + [1.0] * 100
+        writers.write(samples, written, "messages")  # what was drawn is part of the file now
+        assert copies.SameText()(formats.load(written)) == [0.0] * 100 + [1.0] * 100
+
+
+def test_regions_are_part_of_what_is_said() -> None:
+    detected = [
+        Sample((Turn.say("user", "Where?"), Turn.say("assistant", Box((0, 0, 0.5, corner), "fox"))))
+        for corner in (1, 0.7)
+    ]
+    assert copies.SameText()([*detected, detected[0]]) == [0, 0, 1]
+
+
+def test_copies_are_looked_for_in_a_test_set_alone() -> None:
+    pictures = [noise(seed) for seed in range(3)]
+    text = " ".join("abcdefghijklmnopqrstuvwxyz")
+    for finder, held, trained in (
+        (
+            copies.SamePicture(),
+            [pictures[0]],
+            [[pictures[1]], [pictures[1]], [pictures[0]], [pictures[2], pictures[0]]],
+        ),
+        (copies.SameText(), text, ["1 2 3 4 5 6", "1 2 3 4 5 6", text, text[:-1] + "!"]),
+    ):
+        as_samples = [sample(one) if isinstance(one, str) else sample("x", *one) for one in (held, *trained)]
+        finder.against(as_samples[:1])
+        assert finder(as_samples[1:]) == [0, 0, 1, 1]
 
 
 def test_rules_keep_ranges_shares_and_the_middle() -> None:

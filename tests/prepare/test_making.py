@@ -60,6 +60,13 @@ def test_what_is_known_of_a_picture_is_gathered() -> None:
     assert wolf.told == "A wolf at night." and wolf.picture == Image(Path("wolf.png"))
 
 
+def test_a_limit_keeps_pictures_whole_and_counts_those_of_which_something_is_said() -> None:
+    wolf, *_ = samples = captioned()[::-1]  # "No." says nothing of the wolf yet
+    assert wolf.turns[1].text == "No."
+    (one,) = instructions.gathered([wolf, *samples[2:], *samples[:2]], limit=1)
+    assert one.picture == Image(Path("fox.png")) and len(one.sentences) == 2 and len(one.boxes) == 1
+
+
 def test_conversations_are_made_kept_and_not_paid_twice(server: ChatServer, tmp_path: Path) -> None:
     config = RemoteConfig(endpoint=server.endpoint, model="writer", cache=tmp_path / "cache")
     seen, kinds = instructions.gathered(captioned()), ("conversation", "detail", "reasoning")
@@ -72,7 +79,8 @@ def test_conversations_are_made_kept_and_not_paid_twice(server: ChatServer, tmp_
     assert [turn.text for turn in conversation.turns] == ["\nWhat is it?", "A fox.", "Where is it?", "On the left."]
     assert conversation.media == (Image(Path("fox.png")),) and reasoning.turns[0].text == "\nWhy is it wet?"
     assert detail.meta["kind"] == "detail" and detail.turns[1].text == GOOD["detail"]
-    assert server.bodies[0]["messages"][1]["content"].startswith("A fox on the grass.")
+    told = [body["messages"][1]["content"] for body in server.bodies]  # sent side by side, in any order
+    assert sum(text.startswith("A fox on the grass.") for text in told) == 3
     assert speaker.usage.cached == 6
 
 

@@ -61,13 +61,15 @@ def check(
     from isthmus.data import formats, records
 
     form = form_of(path, images, options)
-    found = formats.each(form) if fast else records.found(form)
-    faults = [one for one in found if isinstance(one, formats.Fault)]
+    faults: list[formats.Fault] = []
+    with refine.watched("checking") as passing:
+        for one in passing(formats.each(form) if fast else records.found(form)):
+            if isinstance(one, formats.Fault):
+                faults.append(one)
+                if not as_json:
+                    typer.echo(f"{one.file or path}:{one.line}: {one.id}: {one.message}; {one.remedy}")
     if as_json:
         typer.echo(json.dumps([vars(fault) for fault in faults], indent=2))
-    else:
-        for fault in faults:
-            typer.echo(f"{fault.file or path}:{fault.line}: {fault.id}: {fault.message}; {fault.remedy}")
     if faults:
         raise DataError(f"{path}: {len(faults)} faults", "each line above names one and its repair")
     if not as_json:
@@ -120,9 +122,12 @@ def stats(
     if path is None:
         _cards(as_json)
         return
+    from isthmus.data import formats
     from isthmus.data.survey import survey
 
-    told = survey(form_of(path, images, options), _counter(tokenizer)).told()
+    counter = _counter(tokenizer)
+    with refine.watched("counting") as passing:
+        told = survey(passing(formats.each(form_of(path, images, options))), counter).told()
     if as_json:
         typer.echo(json.dumps(told, indent=2))
         return
@@ -144,13 +149,13 @@ def convert(
 ) -> None:
     """Write samples in another format; refuses faulty data unless -s faults=skip."""
     from isthmus.data import writers
-    from isthmus.data.records import Records
     from isthmus.errors import ConfigError
 
     if to not in writers.WRITERS:
         raise ConfigError(f"cannot write {to}", f"--to is one of {', '.join(writers.WRITERS)}")
-    found = Records(form_of(path, images, options))
-    written = writers.write(map(found.__getitem__, range(len(found))), out, to)  # type: ignore[arg-type]
+    found = refine.opened(form_of(path, images, options))
+    with refine.watched("writing", len(found)) as passing:
+        written = writers.write(passing(refine.every(found)), out, to)  # type: ignore[arg-type]
     typer.echo(f"{out}: {written:,} samples" + (f", {found.skipped} left out" if found.skipped else ""))
 
 

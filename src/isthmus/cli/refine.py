@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
@@ -23,8 +28,15 @@ from isthmus.cli.options import (
 from isthmus.errors import ConfigError
 
 if TYPE_CHECKING:
+    from isthmus.data.formats import Form
     from isthmus.data.records import Records
+    from isthmus.data.writers import To
     from isthmus.prepare.filters import Measure
+    from isthmus.types import Sample
+
+Item = TypeVar("Item")
+QUICK = 2.0
+"""Seconds that work may take before a bar tells how far it is."""
 
 Data = Annotated[Path, typer.Argument(help="A file or folder of samples (see docs/data.md).")]
 Target = Annotated[
@@ -43,23 +55,30 @@ def choose(
     clip: Clip = None,
     joint: Joint = None,
     device: Device = "auto",
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(help="same-picture and same-text look in this file instead, such as a test set; again for more."),
+    ] = None,
     numbers: Annotated[Path | None, typer.Option(help="Write every sample's numbers here, one JSON per line.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Keep the samples that all rules let pass, and say how many each rule dropped."""
     from isthmus.data import writers
-    from isthmus.data.records import Records
     from isthmus.prepare import filters
 
     rules = [filters.Rule.parse(rule) for rule in keep]
-    found = Records(form_of(path, images, options))
-    stats = filters.measured(
-        map(found.__getitem__, range(len(found))), _measures([rule.operator for rule in rules], clip, joint, device)
-    )
+    measures = _measures([rule.operator for rule in rules], clip, joint, device)
+    kind = _kind(out)
+    if against:
+        _hold(measures, against)
+    found = opened(form_of(path, images, options))
+    with watched("measuring", len(found)) as passing:
+        stats = filters.measured(passing(every(found)), measures)
     left = filters.kept(stats, rules)
     if numbers is not None:
         _write_numbers(numbers, found, stats)
-    written = writers.write(map(found.__getitem__, left.numbers.tolist()), out, _kind(out))
+    with watched("writing", len(left.numbers)) as passing:
+        written = writers.write(passing(map(found.__getitem__, left.numbers.tolist())), out, kind)
     told = {"samples": len(found), "kept": written, "dropped": dict(left.dropped), "faulty": found.skipped}
     if as_json:
         typer.echo(json.dumps(told, indent=2))
@@ -70,7 +89,10 @@ def choose(
 
 
 def make(
-    path: Data,
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH", help="Files or folders of samples; what they say of one picture is joined."),
+    ],
     out: Target,
     model: Annotated[str, typer.Argument(help="A directory that `isthmus train` wrote; a name at --endpoint.")],
     kinds: Annotated[str, typer.Option(help="Of conversation, detail, reasoning.")] = "conversation,detail,reasoning",
@@ -85,26 +107,27 @@ def make(
     """Have a language model write conversations from captions and regions; -r cache=FOLDER makes it resumable."""
     from isthmus.cli.options import remote_of
     from isthmus.data import writers
-    from isthmus.data.records import Records
     from isthmus.prepare import instructions
 
-    wanted: Any = kinds.split(",")
+    kind, wanted = _kind(out), cast("list[instructions.Kind]", kinds.split(","))
     if set(wanted) - set(instructions.REQUESTS):
         raise ConfigError(f"cannot make {kinds}", f"kinds are {', '.join(instructions.REQUESTS)}")
-    found = Records(form_of(path, images, options))
-    seen = instructions.gathered(map(found.__getitem__, range(len(found))))[:limit]
+    found = [opened(form_of(path, images, options)) for path in paths]
+    with watched("gathering", sum(map(len, found))) as passing:
+        seen = instructions.gathered(passing(chain.from_iterable(map(every, found))), limit)
     made = instructions.Made()
     if endpoint is not None:
-        with remote_of(model, endpoint, key_env, remote, max_tokens=1024) as far:
-            writers.write(instructions.make(seen, wanted, far, made), out, _kind(out))
-            typer.echo(str(far.usage), err=True)
+        with remote_of(model, endpoint, key_env, remote, max_tokens=1024) as far, watched("asking", len(seen)) as asked:
+            writers.write(instructions.make(asked(seen), wanted, far, made), out, kind)
+        typer.echo(str(far.usage), err=True)
     else:
         from isthmus.assembly import load
         from isthmus.cli.options import on
         from isthmus.speakers.local import Local
 
         near = Local(load(model, "auto", on(device)), max_new_tokens=512)
-        writers.write(instructions.make(seen, wanted, near, made), out, _kind(out))
+        with watched("asking", len(seen)) as asked:
+            writers.write(instructions.make(asked(seen), wanted, near, made), out, kind)
     for rule, count in made.refused.most_common():
         typer.echo(f"{count:,} left out: {rule}")
     typer.echo(f"{out}: {made.samples:,} samples about {len(seen):,} pictures")
@@ -129,16 +152,14 @@ def probe(
 ) -> None:
     """Train the recipe's last stage on equal pools of the data, and rank what splits them by the loss elsewhere."""
     from isthmus.cli.options import on, recipe_of
-    from isthmus.data.records import Records
     from isthmus.prepare import filters
     from isthmus.prepare import probe as probing
     from isthmus.training.trial import Trial
 
-    found, held = (Records(form_of(file, images, options)) for file in (path, fixed))
-    names = operators.split(",")
-    stats = filters.measured(map(found.__getitem__, range(len(found))), _measures(names, clip, joint, device))
-    measured_on = [held[number] for number in range(len(held))]
-    trial = Trial(recipe_of(recipe, overrides), found.__getitem__, measured_on, steps, on(device))
+    found, held = (opened(form_of(file, images, options)) for file in (path, fixed))
+    with watched("measuring", len(found)) as passing:
+        stats = filters.measured(passing(every(found)), _measures(operators.split(","), clip, joint, device))
+    trial = Trial(recipe_of(recipe, overrides), found.__getitem__, list(every(held)), steps, on(device))
     pools, many = probing.pools(stats, size=size), range(seeds)
     reports = [probing.rank(pools, trial, many, _tell)]
     second = probing.combined(reports[0], stats) if rounds == 2 else []
@@ -156,6 +177,43 @@ def probe(
         typer.echo(f"{report.compared} pools were compared with the random one; among many, some look good by chance")
 
 
+@contextlib.contextmanager
+def watched(title: str, total: int | None = None) -> Iterator[Callable[[Iterable[Item]], Iterator[Item]]]:
+    """What items pass through to be counted: by a bar on a terminal if it takes long, by nothing elsewhere."""
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        yield iter
+        return
+    from rich.console import Console
+
+    from isthmus.training import log
+
+    begun = time.monotonic()
+    with log.counting(Console(stderr=True), title) as report:
+
+        def passing(items: Iterable[Item]) -> Iterator[Item]:
+            for done, item in enumerate(items, 1):
+                yield item
+                if time.monotonic() - begun > QUICK:
+                    report(done, total)
+
+        yield passing
+
+
+def opened(form: Form) -> Records:
+    """The samples of a file, which is read through if it has changed."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from isthmus.data.records import Records
+
+    with Console(stderr=True).status(Text(f"reading {form.path}")):
+        return Records(form)
+
+
+def every(found: Records) -> Iterator[Sample]:
+    return map(found.__getitem__, range(len(found)))
+
+
 def _tell(told: str) -> None:
     typer.echo(told, err=True)
 
@@ -168,12 +226,33 @@ def _measures(names: list[str], clip: str | None, joint: str | None, device: str
     return {name: filters.measure(name, clip, joint, on(device)) for name in dict.fromkeys(names)}
 
 
-def _kind(out: Path) -> Any:
-    from isthmus.data.writers import ENDINGS
+def _hold(measures: dict[str, Measure], files: list[Path]) -> None:
+    """Have what finds copies look for them in these files, each read by itself."""
+    from isthmus.data.formats import Form
+    from isthmus.prepare.copies import Copies
 
-    if out.suffix not in ENDINGS:
-        raise ConfigError(f"{out} does not say how to write", f"end it in {', '.join(filter(None, ENDINGS))}, or none")
-    return ENDINGS[out.suffix]
+    finders = [measure for measure in measures.values() if isinstance(measure, Copies)]
+    if not finders:
+        raise ConfigError("no rule looks for copies in --against", "add -k same-picture=..0 or -k same-text=..0")
+    found = [opened(Form(file)) for file in files]
+    for finder in finders:
+        with watched("looking at --against", sum(map(len, found))) as passing:
+            finder.against(passing(chain.from_iterable(map(every, found))))
+
+
+def _kind(out: Path) -> To:
+    """How to write there.
+
+    Raises:
+        ConfigError: the ending does not say it, or something is there already.
+    """
+    from isthmus.data import writers
+
+    if out.suffix not in writers.ENDINGS:
+        known = ", ".join(filter(None, writers.ENDINGS))
+        raise ConfigError(f"{out} does not say how to write", f"end it in {known}, or none")
+    writers.refuse_taken(out)
+    return writers.ENDINGS[out.suffix]
 
 
 def _write_numbers(file: Path, found: Records, stats: dict[str, Any]) -> None:

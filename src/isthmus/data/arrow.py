@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow
+from pyarrow import parquet
 
 from isthmus.assets import home
+from isthmus.data import jsons
+from isthmus.data.faults import Wrong
 from isthmus.data.jsons import Place
 from isthmus.types import ConfigError, DataError
 
 FETCHED = 64
 """Rows that are read at once in passing."""
+SPELLED = ("conversations", "messages", "meta")
+"""Columns that tables may hold as JSON, since what is in them differs from row to row."""
 
 
 class Rows:
@@ -25,22 +32,29 @@ class Rows:
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
         self.table = _opened(paths).with_format("arrow")
+        sizes = [parquet.read_metadata(path).num_rows for path in paths] if len(paths) > 1 else [len(self.table)]
+        self.ends = list(accumulate(sizes))
+        """Of each file, how many rows there are up to its end."""
 
     def files(self) -> Sequence[Path]:
         return [file for path in self.paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
 
     def scan(self) -> Iterator[tuple[Place, Any]]:
-        line = 0
+        number = 0
         for batch in self.table.iter(FETCHED):
             for row in batch.to_pylist():
-                line += 1
-                yield Place(0, line), _full(row)
+                shard = bisect_right(self.ends, number)
+                number += 1
+                yield Place(shard, number - self._before(shard)), _full(row)
 
     def read(self, place: Place) -> Any:
-        return _full(self.table[place.line - 1].to_pylist()[0])
+        return _full(self.table[self._before(place.shard) + place.line - 1].to_pylist()[0])
 
     def name(self, place: Place) -> str:
-        return str(self.paths[0] if len(self.paths) == 1 else self.paths[0].parent)
+        return str(self.paths[place.shard])
+
+    def _before(self, shard: int) -> int:
+        return self.ends[shard - 1] if shard else 0
 
     def held(self, raw: Any) -> Mapping[str, bytes]:
         return {}
@@ -64,5 +78,10 @@ def _opened(paths: Sequence[Path]) -> datasets.Dataset:
 
 
 def _full(row: dict[str, Any]) -> dict[str, Any]:
-    """A row without what it has not."""
-    return {key: value for key, value in row.items() if value is not None}
+    """A row without what it has not, and with what it spells out as JSON."""
+    return {key: _spelled(key, value) for key, value in row.items() if value is not None}
+
+
+def _spelled(key: str, value: Any) -> Any:
+    found = jsons.parse(value) if key in SPELLED and isinstance(value, str) else value
+    return value if isinstance(found, Wrong) else found

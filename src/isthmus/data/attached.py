@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import binascii
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os.path import normpath
 from pathlib import Path, PurePath
 from typing import Any, Literal, TypeAlias
+from urllib.parse import unquote, urlsplit
 
 from PIL import Image as Pillow
 
@@ -19,6 +21,11 @@ from isthmus.types import Box, DataError, Drawn, Image, Part, Source, Text, Vide
 
 IMAGE, VIDEO, REGION, NAMED = "<image>", "<video>", "<bbox>", "<ref-object>"
 """What stands in a text for the record's next picture, video, region, and the words of a region."""
+MARKERS = (IMAGE, VIDEO, REGION, NAMED)
+FOREIGN = re.compile(r"<audio>|<img>[^<]*</img>")
+"""Other toolkits' markers, which would be learnt as words here."""
+LISTS = {IMAGE: ("picture", "images", "image"), VIDEO: ("video", "videos", "video")}
+"""What a marker stands for, and the keys of a record that list it."""
 NETWORK = ("http://", "https://", "ftp://")
 SLACK = 0.01
 """So far outside its picture a region may reach, as a share of the picture's side, and is cut: annotators round."""
@@ -49,7 +56,9 @@ class Shelf:
         Raises:
             Wrong: there is none, or it lies where it must not.
         """
-        if isinstance(given, Mapping):  # as `datasets` and Parquet hold pictures
+        if isinstance(given, Mapping) and isinstance(given.get("paths"), list):  # names in use: the one that is there
+            given = next(filter(self._there, given["paths"]), next(iter(given["paths"]), None))
+        elif isinstance(given, Mapping):  # as `datasets` and Parquet hold pictures
             given = given.get("bytes") or given.get("path")
         if isinstance(given, bytes):
             return given
@@ -57,6 +66,8 @@ class Shelf:
             raise Wrong(f"a {what} is not named by a text", "write its path")
         if given in self.held:
             return self.held[given]
+        if given.startswith("file://"):
+            given = unquote(urlsplit(given).path)
         if given.startswith(NETWORK):
             raise Wrong(f"{given[:80]} lies on the network", f"download it into the {what}s folder and write its path")
         if given.startswith("data:"):
@@ -67,14 +78,15 @@ class Shelf:
         relative = PurePath(given)
         if self.confined and (relative.is_absolute() or PurePath(normpath(given)).parts[:1] == ("..",)):
             raise Wrong(f"{given} lies outside the images folder", "write a path below it")
-        found = self.folder / relative
-        try:
-            there = found.is_file()
-        except OSError:  # such as a name that is too long
-            there = False
-        if not there:
+        if not self._there(given):
             raise Wrong(f"no {what} {given} in {self.folder}", "check the path and the images folder")
-        return found
+        return self.folder / relative
+
+    def _there(self, given: Any) -> bool:
+        try:
+            return isinstance(given, str) and (self.folder / given).is_file()
+        except OSError:  # such as a name that is too long
+            return False
 
 
 class InMemory:
@@ -82,6 +94,9 @@ class InMemory:
 
     def text(self, text: str) -> list[Part]:
         return [Text(text)] if text else []
+
+    def next(self, marker: str, place: Any = None) -> Part:
+        raise Wrong("an image part holds no picture", "give a path, bytes, a data URL or an open picture")
 
     def picture(self, given: Any) -> Source:
         if isinstance(given, str) and given.startswith("data:"):
@@ -103,20 +118,29 @@ class Attached:
     """A record's media and regions, handed out one per marker in its texts."""
 
     def __init__(self, record: Mapping[str, Any], shelf: Shelf) -> None:
+        if any(isinstance(one, str | bytes | Mapping) for one in _several(record, "audios", "audio")):
+            raise Wrong("the record brings sound, which is not read", "leave it out")
         self.shelf = shelf
         self.last: Source | None = None
         """The latest picture: the one that regions are in."""
+        find = {IMAGE: self.picture, VIDEO: self.video}
         self._listed = {
-            IMAGE: [self.picture(given) for given in _several(record, "images", "image")],
-            VIDEO: [self.video(given) for given in _several(record, "videos", "video")],
+            marker: [find[marker](given) for given in _several(record, *keys)] for marker, (_, *keys) in LISTS.items()
         }
         self._regions = _Objects.of(record.get("objects"), shelf.unit)
         self._placed = {IMAGE: 0, VIDEO: 0, REGION: 0, NAMED: 0}
 
     def text(self, text: str) -> list[Part]:
-        """The text cut at its markers; that they are as many as what they stand for is checked at the end."""
+        """The text cut at its markers; that they are as many as what they stand for is checked at the end.
+
+        Raises:
+            Wrong: it holds another toolkit's marker.
+        """
+        if foreign := FOREIGN.search(text):
+            remedy = f"list pictures in images, and write {IMAGE} for each; leave records with sound out"
+            raise Wrong(f"{foreign[0][:80]} would be learnt as a word", remedy)
         parts: list[Part] = []
-        words = [word for word in _cut(text, self._markers()) if word]
+        words = [word for word in _cut(text, MARKERS) if word]
         label = ""
         for word, following in zip(words, [*words[1:], ""]):
             if word in (IMAGE, VIDEO):
@@ -139,13 +163,29 @@ class Attached:
             Wrong: with both counts.
         """
         for marker, listed in self._listed.items():
-            if self._placed[marker] != len(listed):
-                what = {IMAGE: "picture", VIDEO: "video"}[marker]
+            placed, (what, key, _) = self._placed[marker], LISTS[marker]
+            if placed != len(listed):
+                more = f"list what it stands for in {key}, or spell the word otherwise"
+                fewer = "most often at the start of the first question, which options: {prepend: true} does"
                 raise Wrong(
-                    f"{self._placed[marker]} {marker} in the text, {len(listed)} {what}s",
-                    f"write {marker} once per {what}, where it belongs (most often at the start of the first question)",
+                    f"{placed} {marker} in the text, {len(listed)} {what}s",
+                    f"write {marker} once per {what}, where it belongs; {more if placed > len(listed) else fewer}",
                 )
         self._regions.check(self._placed[REGION], self._placed[NAMED])
+
+    def next(self, marker: str, place: Any = None) -> Part:
+        """The record's next picture or video, which a part of content may stand for as a marker in a text does.
+
+        Raises:
+            Wrong: it is to be another than the next, by its number.
+        """
+        if place is not None and place != self._placed[marker]:
+            raise Wrong(f"a part is number {str(place)[:20]} of {LISTS[marker][1]}, out of order", "list them in order")
+        return self._medium(marker)
+
+    def unplaced(self) -> list[Part]:
+        """The record's pictures and videos, of each kind of which none has been handed out."""
+        return [self._medium(marker) for marker, some in self._listed.items() if not self._placed[marker] for _ in some]
 
     def picture(self, given: Any) -> Path | bytes:
         found = self.shelf.find(given)
@@ -159,10 +199,6 @@ class Attached:
         """A region that is a part of a message's content."""
         return _box(item.get("box"), item.get("label", ""), item.get("unit", self.shelf.unit), self.last)
 
-    def _markers(self) -> tuple[str, ...]:
-        optional = (VIDEO,) if self._listed[VIDEO] else ()
-        return (IMAGE, *optional, *((REGION, NAMED) if self._regions else ()))
-
     def _next(self, marker: str) -> int:
         self._placed[marker] += 1
         return self._placed[marker] - 1
@@ -174,6 +210,8 @@ class Attached:
         return Image(source) if marker == IMAGE else Video(source)
 
     def _box(self, place: int) -> Box:
+        if place >= len(self._regions.boxes):
+            return Box((0, 0, 0, 0))
         xyxy, unit, picture = self._regions.box(place)
         pictures = self._listed[IMAGE]
         source = self.last if picture is None else pictures[picture] if picture < len(pictures) else None
@@ -193,17 +231,15 @@ class _Objects:
     def of(cls, given: Any, unit: Unit) -> _Objects:
         if given is None:
             return cls()
-        lists = {key: given.get(key, []) for key in ("bbox", "ref", "image_id")} if isinstance(given, Mapping) else {}
-        if not lists or not all(isinstance(one, list) for one in lists.values()):
+        given = full(given) if isinstance(given, Mapping) else {"bbox": None}
+        lists = {key: given.get(key, []) for key in ("bbox", "ref", "image_id")}
+        if not all(isinstance(one, list) for one in lists.values()):
             raise Wrong("objects does not hold lists", 'write {"ref": ["a dog"], "bbox": [[x1, y1, x2, y2]]}')
         units: dict[Any, Unit] = {None: unit, "real": "pixels", "norm1": "shares"}
         kind = given.get("bbox_type")
         if not isinstance(kind, str | None) or kind not in units:
             raise Wrong(f"unknown bbox_type {str(kind)[:40]!r}", "write real (pixels) or norm1 (shares of the sides)")
         return cls(lists["bbox"], lists["ref"], units[kind], lists["image_id"])
-
-    def __bool__(self) -> bool:
-        return bool(self.boxes or self.names)
 
     def name(self, place: int) -> str:
         name = self.names[place] if place < len(self.names) else ""
@@ -215,7 +251,7 @@ class _Objects:
         picture = self.pictures[place] if place < len(self.pictures) else None
         if not isinstance(picture, int | None):
             raise Wrong("an image_id of objects is not a number", "write which picture, from 0")
-        return self.boxes[place] if place < len(self.boxes) else [0, 0, 0, 0], self.unit, picture
+        return self.boxes[place], self.unit, picture
 
     def check(self, regions: int, names: int) -> None:
         for marker, placed, listed in ((REGION, regions, self.boxes), (NAMED, names, self.names)):
@@ -257,13 +293,19 @@ def shares(numbers: Any, width: float, height: float) -> tuple[float, float, flo
             "correct it, or say what its numbers count (options: {boxes: pixels | thousandths | shares})",
         )
     x1, y1, x2, y2 = (min(max(number, 0.0), 1.0) for number in (x1, y1, x2, y2))
+    if (x1 == x2) != (y1 == y2):
+        raise Wrong(f"the region {numbers} has no {'width' if x1 == x2 else 'height'}", "correct it, or remove it")
     return x1, y1, x2, y2
 
 
 def _box(numbers: Any, label: Any, unit: Any, picture: Source | None) -> Box:
     if not isinstance(label, str):
         raise Wrong("a region's label is not a text", "write the words that it shows")
-    return Box(shares(numbers, *_scale(unit, picture)), label)
+    width, height = _scale(unit, picture)
+    if unit == "pixels" and max(width, height) > 1 and all(abs(number) <= 1 for number in corners(numbers)):
+        remedy = "if these are shares of the sides, say so (options: {boxes: shares}, or norm1 as its bbox_type)"
+        raise Wrong(f"the region {numbers} is one pixel of {width:g} × {height:g} at most", remedy)
+    return Box(shares(numbers, width, height), label)
 
 
 def _scale(unit: Any, picture: Source | None) -> tuple[float, float]:
@@ -282,8 +324,14 @@ def _scale(unit: Any, picture: Source | None) -> tuple[float, float]:
 
 
 def _several(record: Mapping[str, Any], *keys: str) -> list[Any]:
-    given = next((record[key] for key in keys if record.get(key) is not None), None)
-    return [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+    """What stands under the first of the keys that holds something; one thing alone is a list of it."""
+    given: Any = next((record[key] for key in keys if record.get(key) not in (None, "", [], ())), [])
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+def full(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without what is null in it, which is what tables write where a row has not what others have."""
+    return {key: value for key, value in record.items() if value is not None}
 
 
 def _cut(text: str, markers: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ Shikra (decimals), Chen et al. 2023, arXiv 2306.15195; official code: github.com
 Kosmos-2 (location tokens in links), Peng et al. 2023, arXiv 2306.14824; official code: github.com/microsoft/unilm,
 `kosmos-2`.
 Qwen-VL (thousandths), Bai et al. 2023, arXiv 2308.12966; official code: github.com/QwenLM/Qwen-VL.
+CogVLM (brackets), Wang et al. 2023, arXiv 2311.03079; official code: github.com/THUDM/CogVLM.
 
 Differs: a region is mapped onto the square that the encoder gets, whatever makes the picture square; what a centre
 crop leaves of it is written, and of a region outside the crop its words alone.
@@ -30,6 +31,7 @@ NUMBER = r"\d(?:\.\d*)?"
 GROUP = rf"{NUMBER}(?:,{NUMBER}){{3}}|{NUMBER},{NUMBER}"
 DECIMALS = re.compile(rf"\[((?:{GROUP})(?:;(?:{GROUP}))*)\]")
 THOUSANDTHS = re.compile(r"(?:<ref>([^<]*)</ref>)?<box>\((\d{1,3}),(\d{1,3})\),\((\d{1,3}),(\d{1,3})\)</box>")
+BRACKETS = re.compile(r"\[\[(\d{3}(?:,\d{3}){3}(?:;\d{3}(?:,\d{3}){3})*)\]\]")
 DELIMITER = "</delimiter_of_multi_objects/>"
 PAIR = r"<patch_index_\d{4}><patch_index_\d{4}>"
 LINKS = re.compile(rf"(?:<phrase>([^<]*)</phrase>)?<object>({PAIR}(?:{DELIMITER}{PAIR})*)</object>")
@@ -74,15 +76,30 @@ class Thousandths(Format):
     def write(self, boxes: Sequence[Box]) -> str:
         """The words that regions of one label point out, and the regions."""
         label = f"<ref>{boxes[0].label}</ref>" if boxes[0].label else ""
-        return label + "".join("<box>({},{}),({},{})</box>".format(*map(self._count, box.xyxy)) for box in boxes)
+        return label + "".join("<box>({},{}),({},{})</box>".format(*map(_count, box.xyxy)) for box in boxes)
 
     def read(self, text: str) -> list[Box]:
         """All regions in a text; what is malformed is none."""
         found = (match.groups() for match in THOUSANDTHS.finditer(text))
         return list(_valid((tuple(int(number) / 1000 for number in numbers), label or "") for label, *numbers in found))
 
-    def _count(self, share: float) -> int:
-        return min(round(share * 1000), 999)
+
+class Brackets(Format):
+    """`the man[[220,066,541,930]]`, several `[[..;..]]`, always three digits, from 000 to 999: ordinary text."""
+
+    kind: Literal["brackets"] = "brackets"
+
+    def write(self, boxes: Sequence[Box]) -> str:
+        """The words that regions of one label point out, and the regions."""
+        return boxes[0].label + f"[[{';'.join(map(self._group, boxes))}]]"
+
+    def read(self, text: str) -> list[Box]:
+        """All regions in a text, without labels; what is malformed is none."""
+        groups = [group for found in BRACKETS.finditer(text) for group in found[1].split(";")]
+        return list(_valid((tuple(int(number) / 1000 for number in group.split(",")), "") for group in groups))
+
+    def _group(self, box: Box) -> str:
+        return ",".join(f"{_count(share):03d}" for share in box.xyxy)
 
 
 class Links(Format):
@@ -133,8 +150,13 @@ class Links(Format):
         return f"<patch_index_{cell:04d}>"
 
 
-BoxFormat: TypeAlias = Decimals | Thousandths | Links
+BoxFormat: TypeAlias = Decimals | Thousandths | Brackets | Links
 _FORMAT: TypeAdapter[BoxFormat] = TypeAdapter(Annotated[BoxFormat, Field(discriminator="kind")])
+
+
+def _count(share: float) -> int:
+    """Thousandths of a side, below a thousand."""
+    return min(round(share * 1000), 999)
 
 
 def _valid(found: Iterator[tuple[tuple[float, ...], str]]) -> Iterator[Box]:

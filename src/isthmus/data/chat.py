@@ -12,8 +12,10 @@ tokenizer's end token after it, since a model could not learn to stop otherwise.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from itertools import groupby
 from typing import TypeAlias
 
@@ -94,6 +96,18 @@ def _last(trained: Sequence[bool], default: int) -> int:
     return max((place for place, learnt in enumerate(trained) if learnt), default=default)
 
 
+def cut(text: str) -> tuple[str, str]:
+    """First words and rest, which begins with white space, between any two words; nothing and all of a single word.
+
+    Where, the text alone decides, so that its length is known ahead and every run and process cuts it alike.
+    """
+    gaps = [found.start() for found in re.finditer(r"(?<=\S)\s+(?=\S)", text)]
+    if not gaps:
+        return "", text
+    at = gaps[int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) % len(gaps)]
+    return text[:at], text[at:]
+
+
 class Renderer:
     """Renders turns for one tokenizer.
 
@@ -136,7 +150,7 @@ class Renderer:
         self.decoder_start = decoder_start
         self.regions, self.hints = regions, hints
         self._chat = Template(tokenizer)
-        self._write = {"chat": self._write_chat, "plain": self._write_plain, "documents": self._write_document}
+        self._write = self._write_chat if template == "chat" else self._write_document
 
     def plain(self, text: str) -> list[int]:
         """Ids of a text that stands alone; none of them is a control token."""
@@ -147,17 +161,20 @@ class Renderer:
 
         Raises:
             ConfigError: the template refuses or loses a turn, or no layout exists for a medium.
-            DataError: `plain` finds no answer, or an open answer would follow an answer.
+            DataError: `plain` or `prefix` finds no answer, or an open answer would follow an answer.
         """
         if open_answer and turns and turns[-1].role == "assistant":
             raise DataError("an answer cannot be opened after an answer", "leave the last assistant turn out")
         turns = self.regions.spell(turns)
+        captions = self.template in ("plain", "prefix")
+        if captions:
+            turns = self._caption(turns, open_answer)
         if self.decoder_start is not None:
             return self._render_pair(turns, open_answer, self.decoder_start)
-        if self.system is not None and turns and turns[0].role != "system":
+        if self.system is not None and turns and turns[0].role != "system" and not captions:
             turns = (Turn.say("system", self.system), *turns)
         stream = _Stream(self._chat.codec)
-        self._write[self.template](stream, turns, open_answer)
+        self._write(stream, turns, open_answer)
         return stream.rendered()
 
     def render_string(self, pieces: Sequence[str | Medium]) -> Rendered:
@@ -180,32 +197,40 @@ class Renderer:
             self._colour(text, rendered.decoder_ids, rendered.trained, [Modality.TEXT] * len(rendered.trained))
         return text
 
-    # ------------------------------------------------------------------------------------- the three ways to write
+    # ------------------------------------------------------------------------------------- the ways to write
 
     def _write_chat(self, stream: _Stream, turns: Sequence[Turn], open_answer: bool) -> None:
         roles = tuple(turn.role for turn in turns)
         frame = self._chat.frame((*roles, "assistant") if open_answer else roles)
         for turn, slot in zip(turns, frame.slots):
             answer = turn.role == "assistant"
+            learnt = not turn.parts or any(not (isinstance(part, Text) and part.given) for part in turn.parts)
             stream.template(slot.before)
-            stream.template(slot.lead, trained=True)
+            stream.template(slot.lead, trained=learnt)
             self._write_contents(stream, turn, answer, slot.strip_left, slot.strip_right)
             if answer:
-                stream.template(slot.end or self.tokenizer.eos_token, trained=True)
+                stream.template(slot.end or self.tokenizer.eos_token, trained=learnt)
         stream.template(frame.slots[-1].before if open_answer else frame.closing)
 
-    def _write_plain(self, stream: _Stream, turns: Sequence[Turn], open_answer: bool) -> None:
-        """LLaVA's first stage: the media of the first user turn, then the first answer; the question is left out."""
-        stream.template(self._chat.begin)
-        for medium in next((turn.media for turn in turns if turn.role == "user"), ()):
-            self._write_medium(stream, medium)
+    def _caption(self, turns: Sequence[Turn], open_answer: bool) -> tuple[Turn, ...]:
+        """LLaVA's first stage: the media of the first user turn, then the first answer; the question is left out.
+
+        With `prefix`, the answer's first words stand beside the media.
+        """
+        shown = next((turn.media for turn in turns if turn.role == "user"), ())
         if open_answer:
-            return
+            return (Turn("user", shown),)
         answer = next((turn for turn in turns if turn.role == "assistant"), None)
         if answer is None:
             raise DataError("the conversation has no assistant turn", "add the text that the picture is to evoke")
-        self._write_contents(stream, answer, trained=True)
-        stream.template(self.tokenizer.eos_token, trained=True)
+        if self.template == "plain":
+            return Turn("user", shown), answer
+        if any(not isinstance(part, Text) or part.given for part in answer.parts):
+            raise DataError("an answer of more than words to be learnt has no first words", "use template: plain")
+        first, rest = cut(answer.text)
+        if self.decoder_start is not None:
+            rest = rest.lstrip()  # it begins a text of its own
+        return Turn("user", (*shown, *([Text(first)] if first else []))), Turn.say("assistant", rest)
 
     def _write_document(self, stream: _Stream, turns: Sequence[Turn], open_answer: bool) -> None:
         """All turns in their order with nothing between; what the assistant says is learnt, and at last the end."""
@@ -222,7 +247,7 @@ class Renderer:
         question = turns if open_answer else turns[:-1]
         prompt, answer = _Stream(self._chat.codec), _Stream(self._chat.codec)
         if self.template != "chat" or self.tokenizer.chat_template:
-            self._write[self.template](prompt, question, True)
+            self._write(prompt, question, True)
         else:
             for number, turn in enumerate(question):
                 prompt.text("\n" if number else "")

@@ -103,12 +103,29 @@ def science(record: Raw, name: str) -> dict[str, Any]:
     return asked(name, text(record, "question"), _list(record["choices"]), record["answer"], meta, hint, **shown)
 
 
+def is_still(record: Raw) -> bool:
+    """Whether a question of SEED-Bench is about pictures; a video's frames are, where the row brings them."""
+    kind = record.get("data_type", "image")
+    return kind == "image" or (kind == "video" and record.get("image") is not None)
+
+
 def seed(record: Raw, kinds: Mapping[Any, str]) -> dict[str, Any]:
-    """SEED-Bench's `choice_a` to `choice_d`, the picture by `data_id` or in the record; kinds by their number."""
+    """SEED-Bench's `choice_a` to `choice_d`, the picture by `data_id` or in the record; kinds by their number.
+
+    Raises:
+        Wrong: it is about a video, or about something that SEED-Bench has not.
+    """
+    if not is_still(record):
+        what = str(record["data_type"])[:40]
+        raise Wrong(
+            f"the question is about a {what}: {str(record.get('data_id'))[:60]}",
+            'give its frames as pictures, {"image": ["1.png", …]}, or leave it out (options: {faults: skip})',
+        )
     options = [record[key] for key in ("choice_a", "choice_b", "choice_c", "choice_d") if record.get(key) is not None]
     number = record.get("question_type_id")
     number = number if isinstance(number, int | str) else None
-    meta = {"category": kinds.get(number, "" if number is None else f"type {number}")}
+    category = kinds.get(number, "" if number is None else f"type {number}")
+    meta = {"category": category, "group": record.get("data_type")}
     pictures = record.get("image", record.get("data_id"))
     marks = "".join("<image>" for _ in (pictures if isinstance(pictures, list) else [pictures]))
     name, question = str(record.get("question_id", record.get("data_id", ""))), text(record, "question")
@@ -123,9 +140,7 @@ def _science(record: Raw, name: str) -> Found:
 
 
 def _seed(record: Raw, name: str) -> Found:
-    """A row; those about videos are left out."""
-    if record.get("data_type", "image") == "image":
-        yield seed({"question_id": name, **record}, {})
+    yield seed({"question_id": name, **record}, {})
 
 
 def _mmbench(record: Raw, name: str) -> Found:

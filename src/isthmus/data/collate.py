@@ -123,7 +123,7 @@ class Collator:
         if self.overlong == "error":
             raise DataError(
                 f"sample {sample.id}: {_length(rendered)} tokens, max_length is {self.max_length}",
-                "raise max_length, shorten the sample, or set overlong to drop or oldest",
+                "raise max_length, or set overlong to drop or oldest",
             )
         for later in _later_endings(turns) if self.overlong == "oldest" else ():
             rendered = self._render(sample, later)

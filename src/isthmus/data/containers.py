@@ -8,6 +8,7 @@ Containers that are joined from several places cannot be read that way; `Records
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,19 @@ TABULAR = {".csv": ",", ".tsv": "\t", ".token": "\t"}
 """Endings of delimited text and what delimits it, unless its first line says otherwise."""
 ENDINGS = (".json", ".jsonl", ".tar", ".parquet", ".arrow", *TABULAR)
 """Of files that can be named as a data set."""
+FOREIGN = {
+    (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip"): "unpack it first",
+    (".p", ".pkl", ".pickle"): "a pickle is a program and not opened: write it as JSON where you trust it",
+    (".txt",): "name captions by what they are: .csv with a line of names, .token as Flickr's, .jsonl",
+}
+"""What to do with files of other endings."""
+SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")
+"""How Hugging Face names the files of a split."""
+SPLIT = re.compile(r"(?:^|[-_. ])(train|training|validation|valid|val|dev|testing|test)(?:[-_. \d]|$)", re.IGNORECASE)
+LISTS = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
+"""Of what the pictures of a folder show."""
+UNSAID = frozenset({"images", "image", "imgs", "img", "pictures", "photos", "jpg", "jpeg", "png"})
+"""Names of folders that do not say what their pictures show."""
 
 
 class Container(Protocol):
@@ -52,15 +66,33 @@ class Container(Protocol):
         """Files that came with a record."""
 
 
+@functools.lru_cache(maxsize=1024)
+def split_of(path: str) -> str | None:
+    """The publisher's split that a file or folder is, by its name: `train-00000-of-00009.parquet`, `val.json`."""
+    name = Path(path)
+    if name.suffix not in ENDINGS:
+        return name.name if _is_split(name.name) else None
+    found = SHARD.match(name.stem) or SPLIT.search(name.stem)
+    return found[1] if found else None
+
+
+def _is_split(name: str) -> bool:
+    """Whether a folder is called as a split: `train`, `val2017`."""
+    return SPLIT.fullmatch(name.rstrip("0123456789")) is not None
+
+
 def opened(path: Path, format: Name | None = None, beside: Path | None = None) -> Container:
     """The container at a path.
 
     Raises:
         DataError: there is none, or it is of no known kind.
-        ConfigError: what reads it is not installed.
+        ConfigError: what reads it is not installed, or a folder does not tell which of its files are meant.
     """
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, format, beside)
+    if path.suffix not in ENDINGS and path.is_file():
+        remedy = next((one for endings, one in FOREIGN.items() if path.suffix in endings), "name it by what it is")
+        raise DataError(f"{path} does not end in {', '.join(ENDINGS)}", remedy)
     if path.suffix == ".tar":
         return _tars([path])
     if path.suffix in (".parquet", ".arrow"):
@@ -68,27 +100,55 @@ def opened(path: Path, format: Name | None = None, beside: Path | None = None) -
     if path.suffix in TABULAR:
         return tsv.Questions(path) if tsv.fits(path) else Delimited(path)
     if format in tables.TABLES or (format is None and path.is_file() and _is_tables(path)):
-        return Joined(path, format, beside)
+        return Joined([path], format, beside)
     if beside is not None:
         raise ConfigError(f"{path} needs no second file beside it", "leave `beside` away, or name the format")
     return Lines([path])
 
 
-def _folder(path: Path) -> Container:
-    """A folder of shards of one kind, a folder that `datasets` saved, or one of pictures."""
-    if (path / "state.json").is_file() or (path / "dataset_info.json").is_file():
+def _folder(path: Path, format: Name | None, beside: Path | None) -> Container:
+    """A folder of shards of one kind, one that `datasets` saved, pictures with a list of what they show, or without.
+
+    Raises:
+        ConfigError: it holds several things, or they lie deeper in it.
+    """
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _rows([path])
+    if (path / "dataset_info.json").is_file():
+        raise ConfigError(f"{path} holds LLaMA-Factory's list of files, dataset_info.json", "name one of these files")
     found = {ending: sorted(path.glob(f"*{ending}")) for ending in (".tar", ".parquet", ".jsonl", ".json")}
     if found[".tar"]:
         return _tars(found[".tar"])
     if found[".parquet"]:
         return _rows(found[".parquet"])
-    for name in ("metadata.csv", "metadata.tsv"):
-        if (path / name).is_file():
-            return Delimited(path / name)
-    if found[".jsonl"] or found[".json"]:
-        return Lines(found[".jsonl"] or found[".json"])
-    return Pictures(path)
+    lists = [one for name in LISTS if (one := path / name).is_file()]
+    lines = [one for one in found[".jsonl"] or found[".json"] if one not in lists]
+    if lines and lists:
+        raise ConfigError(f"{path} holds {lists[0].name} and {lines[0].name}", "name the one that is meant")
+    if lines and (format in tables.TABLES or (format is None and not found[".jsonl"] and _is_tables(lines[0]))):
+        if format is None and len(lines) > 1:
+            remedy = "name one of them, or what they are, to have them read in turn (options: {format: …})"
+            raise ConfigError(f"{path} holds several files of tables, {lines[0].name} first", remedy)
+        return Joined(lines, format, beside)
+    if lines:
+        return Lines(lines)
+    lists = lists or [one for name in LISTS for one in sorted(path.rglob(name))]
+    return Described(path, lists) if lists else _pictures(path)
+
+
+def _pictures(path: Path) -> Container:
+    """A folder of pictures that say themselves what they show.
+
+    Raises:
+        ConfigError: a file below it seems to say it.
+    """
+    container = Pictures(path)
+    deep = sorted(one for one in path.rglob("*") if one.suffix in ENDINGS)
+    if deep and container.silent():
+        within = deep[0].relative_to(path)
+        remedy = f"name {within} or its folder, and the folder of its pictures as images"
+        raise ConfigError(f"{path} holds no records itself, and {within} lies below", remedy)
+    return container
 
 
 def _tars(paths: Sequence[Path]) -> Container:
@@ -122,22 +182,37 @@ class Lines(Shards):
         return {}
 
 
-class Joined(Copied):
-    """Tables in one JSON file or two (see `tables`)."""
+class Several(Copied):
+    """Several files whose records are copied."""
 
-    def __init__(self, path: Path, format: Name | None, beside: Path | None) -> None:
+    def __init__(self, path: Path, paths: Sequence[Path]) -> None:
         super().__init__(path)
+        self.paths = paths
+
+    def files(self) -> Sequence[Path]:
+        return self.paths
+
+    def name(self, place: Place) -> str:
+        return str(self.paths[place.shard])
+
+
+class Joined(Several):
+    """Tables in JSON files, each by itself or with the one beside (see `tables`)."""
+
+    def __init__(self, paths: Sequence[Path], format: Name | None, beside: Path | None) -> None:
+        super().__init__(paths[0], paths)
         self.format, self.beside = format, beside
 
     def files(self) -> Sequence[Path]:
-        return [self.path] if self.beside is None else [self.path, self.beside]
+        return self.paths if self.beside is None else [*self.paths, self.beside]
 
     def scan(self) -> Iterator[tuple[Place, Any]]:
-        for line, row in self._rows():
-            yield Place(0, line), row
+        for shard, path in enumerate(self.paths):
+            for line, row in self._rows(path):
+                yield Place(shard, line), row
 
-    def _rows(self) -> Iterator[tables.Row]:
-        members, broken = _members(self.path)
+    def _rows(self, path: Path) -> Iterator[tables.Row]:
+        members, broken = _members(path)
         table = tables.of(members, self.format)
         if table is None and broken is not None:
             yield broken.line, broken.value
@@ -150,7 +225,7 @@ class Joined(Copied):
             return
         if table.beside and self.beside is None:
             raise ConfigError(
-                f"{self.path} needs a second file: {table.beside}", "name it (options: {beside: …}, --beside …)"
+                f"{path} needs a second file: {table.beside}", "name it (options: {beside: …}, -s beside=…)"
             )
         second, also_broken = _members(self.beside) if self.beside is not None else ({}, None)
         try:
@@ -213,8 +288,26 @@ class Delimited(Copied):
         return {"id": f"{self.path.stem}:{line}", **record}
 
 
+class Described(Several):
+    """A folder of pictures and, in it or in each split's folder, what they show: Hugging Face's `metadata.jsonl`."""
+
+    def scan(self) -> Iterator[tuple[Place, Any]]:
+        for shard, path in enumerate(self.paths):
+            within = path.parent.relative_to(self.path)
+            for place, raw in (Lines([path]) if path.suffix == ".jsonl" else Delimited(path)).scan():
+                if isinstance(raw, dict) and isinstance(raw.get("file_name"), str):
+                    raw |= {"file_name": (within / raw["file_name"]).as_posix()} | _part(within)
+                    raw["id"] = f"{(within / path.stem).as_posix()}:{place.line}"
+                yield Place(shard, place.line), raw
+
+
 class Pictures(Copied):
     """A folder of pictures: each with a text of the same name, or in a folder that is named as what it shows."""
+
+    def silent(self) -> bool:
+        """Whether nothing says what the first picture shows, or there is none."""
+        first = next(iter(self._pictures()), None)
+        return first is None or isinstance(self._record(first), Wrong)
 
     def files(self) -> Sequence[Path]:
         every = (file for picture in self._pictures() for file in (picture, picture.with_suffix(".txt")))
@@ -240,11 +333,16 @@ class Pictures(Copied):
                 caption = words.read_text(encoding="utf-8-sig").strip()
             except UnicodeDecodeError:
                 return Wrong(f"{words.name} is not UTF-8", "save it as UTF-8")
-        elif len(name.parts) > 1:
+        elif len(name.parts) > 1 and name.parts[-2].lower() not in UNSAID and not _is_split(name.parts[-2]):
             caption = name.parts[-2].replace("_", " ")
         else:
             return Wrong(f"nothing is said of {name}", f"write {words.name}, or put it in a folder with a name")
-        return {"id": str(name), "image": str(name), "caption": caption}
+        return {"id": str(name), "image": str(name), "caption": caption, **_part(name.parent)}
+
+
+def _part(folder: Path) -> dict[str, str]:
+    """The split that a picture belongs to, by the folders in which it lies."""
+    return {"split": folder.parts[0]} if folder.parts and _is_split(folder.parts[0]) else {}
 
 
 def copied(record: Any) -> str:

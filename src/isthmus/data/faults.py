@@ -32,11 +32,11 @@ class Fault:
 
 
 class Wrong(Exception):
-    """One fault of the record at hand."""
+    """One fault of the record at hand; `id` names it where there is no record to tell."""
 
-    def __init__(self, message: str, remedy: str) -> None:
+    def __init__(self, message: str, remedy: str, id: str = "") -> None:
         super().__init__(message)
-        self.message, self.remedy = message, remedy
+        self.message, self.remedy, self.id = message, remedy, id
 
 
 @contextlib.contextmanager

@@ -1,28 +1,29 @@
 """Users' own files as samples, every fault with its line, its id and a remedy.
 
 A record is LLaVA's `{id, image | images, conversations: [{from, value}]}` or `{messages: [{role, content}], images}`;
-`<image>` in a text is where the next of the record's pictures goes, and `content` may also be a list of parts. Other
-layouts (`layouts`, `tables`) are rewritten as these two, one record after the other.
+`<image>` in a text is where the next of the record's pictures goes, and `content` may also be a list of parts. What is
+null is as good as not there. Other layouts (`layouts`, `tables`) are rewritten as these two, record after record.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from isthmus.config import Frozen
+from isthmus.config import LATER, Frozen
 from isthmus.data import containers, layouts, video
-from isthmus.data.attached import Attached, InMemory, Shelf, Unit
+from isthmus.data.attached import IMAGE, VIDEO, Attached, InMemory, Shelf, Unit, full
 from isthmus.data.faults import Fault as Fault
 from isthmus.data.faults import Wrong, readable, refuse
 from isthmus.data.instructions import Wording, put
 from isthmus.data.jsons import Place
-from isthmus.types import DataError, Grounding, Image, Part, Role, Sample, Text, Turn, Video
+from isthmus.data.layout import listed
+from isthmus.types import Box, ConfigError, DataError, Grounding, Image, Part, Role, Sample, Text, Turn, Video
 
 ROLES: dict[str, Role] = {
     "human": "user",
@@ -31,6 +32,12 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "system": "system",
 }
+KINDS = {"image": IMAGE, "video": VIDEO}
+"""The marker that a part of content stands for where it brings no medium of its own."""
+
+
+def _alone(given: Any) -> Any:
+    return (given,) if isinstance(given, str) else given
 
 
 class FileOptions(Frozen):
@@ -42,6 +49,10 @@ class FileOptions(Frozen):
     """What regions count that do not say it; None is what the layout's publishers count."""
     beside: Path | None = None
     """The file that the layout needs besides: VQAv2's annotations, the instances of RefCOCO."""
+    rows: Annotated[tuple[str, ...] | None, BeforeValidator(_alone)] = Field(None, min_length=1, **LATER)
+    """The publisher's splits to take, of data that hold several; None is all of them, which training refuses."""
+    prepend: bool | None = Field(None, **LATER)
+    """Pictures and videos that no marker places stand before the first question."""
     instructions: Wording = "many"
     """Which wordings ask for what a layout has no question for, or put its question."""
     frames: int | None = Field(None, ge=1, le=video.MOST_FRAMES)
@@ -84,12 +95,20 @@ class Form:
 
 
 @dataclass(frozen=True)
+class Left:
+    """A sample that is left out, being of another split of the publisher's than `rows` names."""
+
+    split: str | None
+
+
+@dataclass(frozen=True)
 class Record:
-    """A sample, where its record starts, and which of the record's samples it is."""
+    """A sample, where its record starts, which of the record's samples it is, and the publisher's split."""
 
     sample: Sample
     place: Place
     part: int
+    split: str | None
 
     @property
     def line(self) -> int:
@@ -122,7 +141,7 @@ def turns(messages: Sequence[Mapping[str, Any]]) -> tuple[Turn, ...]:
         DataError: an unknown role or part, or turns that do not alternate.
     """
     try:
-        said = tuple(_message(message, InMemory()) for message in _list(messages, "messages"))
+        said = tuple(_message(message, InMemory()) for message in listed(messages, "messages"))
         _check_order(said)
     except Wrong as wrong:
         raise DataError(wrong.message, wrong.remedy) from None
@@ -133,9 +152,34 @@ def turns(messages: Sequence[Mapping[str, Any]]) -> tuple[Turn, ...]:
 
 
 def each(form: Form) -> Iterator[Record | Fault]:
-    """What is right and what is wrong with a file, record by record."""
+    """What is right and what is wrong with a file, record by record.
+
+    Raises:
+        ConfigError: nothing was wrong, and the splits that `rows` names are not there.
+    """
+    splits, faults = set[str | None](), 0
     for container, place, raw in scan(form):
-        yield from parsed(raw, place, container, form)
+        for one in parsed(raw, place, container, form):
+            if isinstance(one, Fault):
+                faults += 1
+            else:
+                splits.add(one.split)
+            if not isinstance(one, Left):
+                yield one
+    if not faults:
+        confirm(form, splits)
+
+
+def confirm(form: Form, splits: Collection[str | None]) -> None:
+    """Raise where splits are to be taken that are not among these.
+
+    Raises:
+        ConfigError: with those that are.
+    """
+    lost = [name for name in form.options.rows or () if name not in splits]
+    if lost:
+        there = ", ".join(sorted(filter(None, splits))) or "no splits that have names"
+        raise ConfigError(f"{form.path} has no rows of {', '.join(lost)}", f"it has {there}")
 
 
 def scan(form: Form) -> Iterator[tuple[containers.Container, Place, Any]]:
@@ -156,7 +200,7 @@ def sample(raw: Any, place: Place, part: int, container: containers.Container, f
     for one in parsed(raw, place, container, form):
         if isinstance(one, Fault):
             faults.append(one.message)
-        elif one.part == part:
+        elif isinstance(one, Record) and one.part == part:
             return one.sample
     cause = "; ".join(faults) or "a sample is missing"
     raise DataError(
@@ -165,18 +209,19 @@ def sample(raw: Any, place: Place, part: int, container: containers.Container, f
     )
 
 
-def parsed(raw: Any, place: Place, container: containers.Container, form: Form) -> Iterator[Record | Fault]:
-    """The samples and faults of a record as it stands in its file."""
+def parsed(raw: Any, place: Place, container: containers.Container, form: Form) -> Iterator[Record | Fault | Left]:
+    """The samples and faults of a record as it stands in its file, and those of its samples that are not wanted."""
     name, part = "", 0
     file = container.name(place)
     try:
         if isinstance(raw, Wrong):
             raise raw
+        raw = full(raw) if isinstance(raw, Mapping) else raw
         name = _id(raw, f"{Path(file).stem}:{_where(place)}")
         layout = layouts.of(raw, form.options.format)
         shelf = Shelf(form.folder, form.images is not None, form.options.boxes or layout.unit, container.held(raw))
     except Wrong as wrong:
-        yield Fault(place.line, name, wrong.message, wrong.remedy, file)
+        yield Fault(place.line, wrong.id or name, wrong.message, wrong.remedy, file)
         return
     made = layout.read(raw, name)
     while True:
@@ -186,8 +231,13 @@ def parsed(raw: Any, place: Place, container: containers.Container, form: Form) 
                 return
             if isinstance(one, Wrong):
                 raise one
-            name = _id(one, name)
-            yield Record(_sample(one, name, place.line, file, shelf, form), place, part)
+            name, split = _id(one, name), _split(one, raw, file)
+            if form.options.rows is not None and split not in form.options.rows:
+                yield Left(split)
+            else:
+                told = {"file": file, "line": place.line} | ({} if split is None else {"split": split})
+                prepend = form.options.prepend or (form.options.prepend is None and layout.prepend)
+                yield Record(_sample(one | {"id": name}, told, shelf, form, prepend), place, part, split)
         except Wrong as wrong:
             yield Fault(place.line, name, wrong.message, wrong.remedy, file)
         part += 1
@@ -210,23 +260,39 @@ def _id(record: Any, default: str) -> str:
     return str(name)
 
 
-def _sample(record: dict[str, Any], name: str, line: int, file: str, shelf: Shelf, form: Form) -> Sample:
+def _split(record: Mapping[str, Any], raw: Mapping[str, Any], file: str) -> str | None:
+    """The publisher's split of a sample: what it says, or its record, or the name of the file that it stands in."""
+    meta = record.get("meta")
+    said = meta.get("split") if isinstance(meta, Mapping) else None
+    said = said or raw.get("split")
+    return said if isinstance(said, str) else containers.split_of(file)
+
+
+def _sample(record: dict[str, Any], told: dict[str, Any], shelf: Shelf, form: Form, prepend: bool) -> Sample:
+    name = record["id"]
     if "task" in record:
         record = put(record, form.options.instructions, form.seed)
     attached = Attached(record, shelf)
     if "conversations" in record:
-        said = tuple(_said(item, attached) for item in _list(record["conversations"], "conversations"))
+        said = tuple(_said(item, attached) for item in listed(record["conversations"], "conversations"))
     else:
-        said = tuple(_message(message, attached) for message in _list(record["messages"], "messages"))
+        said = tuple(_message(message, attached) for message in listed(record["messages"], "messages"))
     if isinstance(record.get("system"), str) and record["system"]:  # ShareGPT's own field
         said = (Turn.say("system", record["system"]), *said)
+    first = next((place for place, turn in enumerate(said) if turn.role == "user"), None)
+    if prepend and first is not None:
+        shown = replace(said[first], parts=(*attached.unplaced(), *said[first].parts))
+        said = (*said[:first], shown, *said[first + 1 :])
+    other = tuple(_message(message, attached) for message in listed(record.get("rejected", []), "rejected"))
     attached.check_counts()
     _check_order(said)
-    _check_answers(said)
+    for ending in (said, other) if other else (said,):
+        _check_answers(ending)
     meta = record.get("meta", {})
     if not isinstance(meta, dict):
         raise Wrong("meta is not an object", 'write {"meta": {…}}')
-    return Sample(tuple(_pictured(turn, form.options) for turn in said), name, {"file": file, "line": line, **meta})
+    turns, pair = (tuple(_pictured(turn, form.options) for turn in ending) for ending in (said, other))
+    return Sample(turns, name, told | meta, pair or None)
 
 
 def _pictured(turn: Turn, options: FileOptions) -> Turn:
@@ -247,7 +313,7 @@ def _said(item: Any, attached: Attached) -> Turn:
     """One turn of LLaVA's `conversations`."""
     if not isinstance(item, dict):
         raise Wrong("a turn is not an object", 'write {"from": "human" | "gpt", "value": "…"}')
-    return Turn(_role(item.get("from")), tuple(attached.text(_text(item.get("value")))))
+    return _learnt(Turn(_role(item.get("from")), tuple(attached.text(_text(item.get("value"))))), item)
 
 
 def _message(message: Any, attached: Attached | InMemory) -> Turn:
@@ -256,8 +322,22 @@ def _message(message: Any, attached: Attached | InMemory) -> Turn:
         raise Wrong("a message is not an object", 'write {"role": "user" | "assistant", "content": …}')
     role, content = _role(message.get("role")), message.get("content")
     if isinstance(content, str):
-        return Turn(role, tuple(attached.text(_text(content))))
-    return Turn(role, tuple(part for item in _list(content, "content") for part in _parts(item, attached)))
+        parts = tuple(attached.text(_text(content)))
+    else:
+        parts = tuple(part for item in listed(content, "content") for part in _parts(item, attached))
+    return _learnt(Turn(role, parts), message)
+
+
+def _learnt(turn: Turn, said: Mapping[str, Any]) -> Turn:
+    """The turn, in whose answer nothing is learnt where it has OpenAI's weight 0 or ms-swift's `loss: false`."""
+    weight, loss = said.get("weight"), said.get("loss")
+    if weight not in (None, 0, 1) or loss not in (None, False, True):
+        raise Wrong("the weight of an answer is neither 0 nor 1", "write weight 0 or 1, or loss true or false")
+    if turn.role != "assistant" or (weight in (None, 1) and loss in (None, True)):
+        return turn
+    if any(isinstance(part, Box | Grounding) for part in turn.parts):
+        raise Wrong("an answer that is not to be learnt holds a region", "let it be learnt, or leave the region out")
+    return replace(turn, parts=tuple(replace(p, given=True) if isinstance(p, Text) else p for p in turn.parts))
 
 
 def _parts(item: Any, attached: Attached | InMemory) -> Sequence[Part]:
@@ -267,13 +347,14 @@ def _parts(item: Any, attached: Attached | InMemory) -> Sequence[Part]:
     kind = item.get("type")
     if kind == "text":
         return attached.text(_text(item.get("text")))
-    if kind == "image":
-        return [Image(attached.picture(item.get("image")))]
     if kind == "image_url":
         url = item.get("image_url")
         return [Image(attached.picture(url.get("url") if isinstance(url, Mapping) else url))]
-    if kind == "video":
-        return [Video(attached.video(item.get("video")))]
+    if kind in KINDS:
+        given = next((item[key] for key in (kind, "url", "path") if item.get(key) is not None), None)
+        if given is None:
+            return [attached.next(KINDS[kind], item.get("index"))]
+        return [Image(attached.picture(given)) if kind == "image" else Video(attached.video(given))]
     if kind == "box":
         return [attached.region(item)]
     if kind == "grounding":
@@ -295,12 +376,6 @@ def _role(given: Any) -> Role:
     return ROLES[given]
 
 
-def _list(given: Any, name: str) -> Sequence[Any]:
-    if not isinstance(given, list | tuple):
-        raise Wrong(f"{name} is not a list", "write a JSON array")
-    return given
-
-
 def _check_order(said: tuple[Turn, ...]) -> None:
     body = said[1:] if said and said[0].role == "system" else said
     for index, turn in enumerate(body):
@@ -316,6 +391,8 @@ def _check_answers(said: tuple[Turn, ...]) -> None:
         raise Wrong("there is no assistant turn", "add the answer to be learnt, or remove the record")
     if any(not _says(turn) for turn in answers):
         raise Wrong("an answer is empty", "write the answer, or remove its question and it")
+    if all(isinstance(part, Text) and part.given for turn in answers for part in turn.parts):
+        raise Wrong("no answer is learnt", "give one of them the weight 1, or remove the record")
 
 
 def _says(turn: Turn) -> bool:

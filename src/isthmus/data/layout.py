@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -21,11 +21,13 @@ class Layout:
         fits: whether a record looks like it.
         read: its samples; the second argument is the id of a record that has none.
         unit: what its regions count.
+        prepend: its publishers put pictures that no marker places before the first question.
     """
 
     fits: Callable[[Raw], bool]
     read: Callable[[Raw, str], Found]
     unit: Unit = "shares"
+    prepend: bool = False
 
 
 def has(*keys: str) -> Callable[[Raw], bool]:
@@ -37,6 +39,17 @@ def task(kind: str, name: str, answer: Any, **more: Any) -> dict[str, Any]:
     """A task's record: its fields by their names, `image`, `images`, `video` and `meta` beside them."""
     beside: dict[str, Any] = {key: more.pop(key) for key in ("image", "images", "video", "meta") if key in more}
     return {"id": name, "task": kind, "answer": answer, "fields": more, **beside}
+
+
+def listed(given: Any, name: str) -> Sequence[Any]:
+    """It, if it is a list.
+
+    Raises:
+        Wrong: it is something else.
+    """
+    if not isinstance(given, list | tuple):
+        raise Wrong(f"{name} is not a list", "write a JSON array")
+    return given
 
 
 def text(record: Raw, *keys: str) -> str:

@@ -12,13 +12,14 @@ from typing import Any, Literal, TypeAlias
 from isthmus.data import choices
 from isthmus.data.attached import Unit, corners
 from isthmus.data.faults import Wrong
-from isthmus.data.layout import Found, Layout, Raw, has, task, text
+from isthmus.data.layout import Found, Layout, Raw, has, listed, task, text
 
 Name: TypeAlias = Literal[
     "llava",
     "sharegpt",
     "messages",
     "ms-swift",
+    "trl",
     "task",
     "texts",
     "mmc4",
@@ -78,10 +79,20 @@ def commonest(answers: Sequence[Any]) -> str:
     Raises:
         Wrong: there is none.
     """
+    texts = worded(answers)
+    return max(texts, key=texts.count)
+
+
+def worded(answers: Sequence[Any]) -> list[str]:
+    """Annotators' answers as texts.
+
+    Raises:
+        Wrong: there is none, or one is neither a text nor a number.
+    """
     texts = [answer.get("answer") if isinstance(answer, Mapping) else answer for answer in answers]
-    if not texts or not all(isinstance(one, str) for one in texts):
+    if not texts or not all(isinstance(one, str | int | float) and not isinstance(one, bool) for one in texts):
         raise Wrong("answers holds no texts", "write a list of texts")
-    return str(max(texts, key=texts.count))
+    return [str(one) for one in texts]
 
 
 # ---------------------------------------------------------------------------------------------- conversations
@@ -93,9 +104,9 @@ def _as_it_is(record: Raw, name: str) -> Found:
 
 def _texts(record: Raw, name: str) -> Found:
     """`{images, texts: [{user, assistant}]}`: the pictures stand before the first question."""
-    pictures = [{"type": "image", "image": picture} for picture in _list(record.get("images") or [], "images")]
+    pictures = [{"type": "image", "image": picture} for picture in listed(record.get("images") or [], "images")]
     messages: list[dict[str, Any]] = []
-    for said in _list(record["texts"], "texts"):
+    for said in listed(record["texts"], "texts"):
         if not isinstance(said, Mapping):
             raise Wrong("an item of texts is not an object", 'write {"user": "…", "assistant": "…"}')
         asked = {"type": "text", "text": text(said, "user")}
@@ -104,14 +115,38 @@ def _texts(record: Raw, name: str) -> Found:
     yield {"id": record.get("id", name), "messages": messages}
 
 
+def _trl(record: Raw, name: str) -> Found:
+    """TRL's `prompt` with `completion`, or with `chosen` and `rejected`, which may hold the prompt; or `messages`."""
+    if "messages" in record:
+        yield dict(record)
+        return
+    if record.get("label") is False:
+        raise Wrong("the completion is labelled as one to avoid", "leave it out")
+    prompt = _messages(record.get("prompt", []), "user")
+    told = _messages(record["completion" if "completion" in record else "chosen"], "assistant")
+    other = _messages(record["rejected"], "assistant") if "rejected" in record else []
+    shared = next((place for place, (one, two) in enumerate(zip(told, other)) if one != two), 0)
+    made = {"id": name, **record, "messages": [*prompt, *told]}
+    yield made | ({"rejected": other[shared:]} if other else {})
+
+
+def _messages(given: Any, role: str) -> Sequence[Any]:
+    """Messages, also where one is written as its text alone."""
+    return [{"role": role, "content": given}] if isinstance(given, str) else listed(given, f"what the {role} says")
+
+
+def _is_trl(record: Raw) -> bool:
+    return any(has(*keys)(record) for keys in (("prompt", "completion"), ("chosen", "rejected"), ("messages",)))
+
+
 # ---------------------------------------------------------------------------------------------- documents
 
 
 def _mmc4(record: Raw, name: str) -> Found:
     """MMC4: `text_list`, and `image_info` with the text that each picture goes with (Zhu et al., arXiv 2304.06939)."""
-    texts = [str(one) for one in _list(record["text_list"], "text_list")]
+    texts = [str(one) for one in listed(record["text_list"], "text_list")]
     before: dict[int, list[Any]] = {}
-    for info in _list(record["image_info"], "image_info"):
+    for info in listed(record["image_info"], "image_info"):
         place = info.get("matched_text_index") if isinstance(info, Mapping) else None
         if not isinstance(place, int) or not 0 <= place < len(texts):
             raise Wrong("a matched_text_index of image_info is not the number of a text", "match the picture again")
@@ -124,7 +159,7 @@ def _mmc4(record: Raw, name: str) -> Found:
 
 def _obelics(record: Raw, name: str) -> Found:
     """OBELICS: `images` and `texts` side by side, one of the two None (Laurençon et al., arXiv 2306.16527)."""
-    pictures, texts = _list(record["images"], "images"), _list(record["texts"], "texts")
+    pictures, texts = listed(record["images"], "images"), listed(record["texts"], "texts")
     if len(pictures) != len(texts) or any((one is None) == (other is None) for one, other in zip(pictures, texts)):
         raise Wrong(
             "images and texts are not side by side", "at each place, one of the two is null and the other is not"
@@ -174,7 +209,7 @@ def _visual_genome(record: Raw, name: str) -> Found:
     first = next((item for key in VG for item in record.get(key) or [] if isinstance(item, Mapping)), {})
     number = text({**first, **record}, "image_id", "id")
     for key, read in VG.items():
-        for item in _list(record.get(key) or [], key):
+        for item in listed(record.get(key) or [], key):
             try:
                 yield read(item, f"{number}.jpg", number)
             except (Wrong, KeyError, TypeError, AttributeError) as error:
@@ -223,8 +258,11 @@ def _webvid(record: Raw, name: str) -> Found:
 
 def _caption(record: Raw, name: str) -> Found:
     """A picture or video and one caption or several, each of them a sample."""
-    shown = {key: record[key] for key in ("image", "video") if record.get(key) is not None}
-    shown = shown or {"image": record.get("file_name", record.get("filename"))}
+    key, given = next((key, record[key]) for key in ("video", *PICTURE) if record.get(key))
+    pictures = given if isinstance(given, list) else [given]
+    if len(pictures) > 1:
+        raise Wrong(f"{len(pictures)} pictures of one caption", "write messages, with <image> where each belongs")
+    shown = {"video" if key == "video" else "image": pictures[0]}
     given = next(record[key] for key in CAPTIONS if key in record)
     captions = given if isinstance(given, list | tuple) else [given]
     for number, caption in enumerate(captions):
@@ -235,26 +273,32 @@ def _caption(record: Raw, name: str) -> Found:
             yield task("video" if "video" in shown else "caption", own, caption.strip(), **shown)
 
 
+PICTURE = ("image", "images", "file_name", "filename")
+"""Where a record names its picture; the first that is not empty is read."""
 CAPTIONS = ("caption", "captions", "text", "txt", "TEXT")
 
 
 def _is_caption(record: Raw) -> bool:
-    return any(key in record for key in CAPTIONS) and any(
-        key in record for key in ("image", "video", "file_name", "filename")
-    )
+    return any(key in record for key in CAPTIONS) and any(record.get(key) for key in ("video", *PICTURE))
+
+
+def _is_question(record: Raw) -> bool:
+    return "question" in record and any(record.get(key) for key in PICTURE)
 
 
 def _question(record: Raw, name: str) -> Found:
-    """A picture, a question, and an answer or the answers of several people."""
+    """Pictures, a question, and an answer or the answers of several people."""
     answer = record.get("answer", record.get("multiple_choice_answer"))
-    answers = record.get("answers")
-    given = answer if isinstance(answer, str) else commonest(answers if isinstance(answers, list) else [])
-    meta = {"answers": [one if isinstance(one, str) else one["answer"] for one in answers]} if answers else {}
+    several = answer if isinstance(answer, list) else record.get("answers")
+    several = several if isinstance(several, list) else []
+    given = commonest(several if answer is None or answer is several else [answer])
+    meta = {"answers": worded(several)} if several else {}
     own = record.get("meta", {})
     if not isinstance(own, dict):
         raise Wrong("meta is not an object", 'write {"meta": {…}}')
     meta = own | meta | {key: record[key] for key in ("category",) if key in record}
-    yield task("question", name, given, question=text(record, "question"), image=record["image"], meta=meta)
+    pictures = next(record[key] for key in PICTURE if record.get(key))
+    yield task("question", name, given, question=text(record, "question"), images=pictures, meta=meta)
 
 
 def _pope(record: Raw, name: str) -> Found:
@@ -263,12 +307,6 @@ def _pope(record: Raw, name: str) -> Found:
     yield task(
         "question", str(record.get("question_id", name)), text(record, "label"), question=asked, image=record["image"]
     )
-
-
-def _list(given: Any, name: str) -> Sequence[Any]:
-    if not isinstance(given, list | tuple):
-        raise Wrong(f"{name} is not a list", "write a JSON array")
-    return given
 
 
 def _texts_are(kind: type) -> Callable[[Raw], bool]:
@@ -286,6 +324,7 @@ LAYOUTS: dict[str, Layout] = {
     "sharegpt": _CONVERSATIONS,
     "messages": _MESSAGES,
     "ms-swift": _MESSAGES,
+    "trl": Layout(_is_trl, _trl, "pixels", prepend=True),
     **choices.LAYOUTS,
     "task": Layout(has("task", "answer"), _as_it_is),
     "texts": Layout(_texts_are(dict), _texts),
@@ -296,7 +335,7 @@ LAYOUTS: dict[str, Layout] = {
         lambda record: any(isinstance(record.get(key), list) for key in VG), _visual_genome, "pixels"
     ),
     "webvid": Layout(has("videoid", "name"), _webvid),
-    "question": Layout(has("image", "question"), _question),
+    "question": Layout(_is_question, _question, prepend=True),
     "pope": Layout(has("image", "text", "label"), _pope),
     "caption": Layout(_is_caption, _caption),
 }

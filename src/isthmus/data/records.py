@@ -23,10 +23,12 @@ from isthmus.data.faults import SHOWN, Fault, readable, refuse
 from isthmus.data.indexes import Chosen, Index, Part
 from isthmus.data.jsons import Place
 from isthmus.data.media import open_image
-from isthmus.types import DataError, Image, Sample, Video
+from isthmus.types import ConfigError, DataError, Image, Sample, Video
 
 SEEN = 8
 """Frames by which a video is judged whose reader chooses their number."""
+READING = 2
+"""Raised when the same files are read as other samples than before, or other samples are held out."""
 HASHED = 1 << 30
 """Bytes of a file that is read whole to know whether its content has changed."""
 
@@ -35,10 +37,13 @@ class Records:
     """The samples of a part of a file or folder.
 
     Args:
-        part: one sample in fifty, chosen by its id, is `held out`; the others are `kept`; `all` is both. A handful
-            of samples leaves nothing to hold out: both parts are then the whole file.
+        part: one picture in fifty is `held out` with all that is said of it, and of samples without any one in fifty
+            (see `_lot`); the others are `kept`; `all` is both. A handful of samples leaves nothing to hold out:
+            both parts are then the whole file.
 
     Raises:
+        ConfigError: a part is to be trained on, and the data hold several splits of their publisher's; or those that
+            `rows` names are not there.
         DataError: a record is faulty, unless such are to be skipped; the first faults and their number are named. Or
             something cannot be read, or what is known of it cannot be kept.
     """
@@ -48,7 +53,11 @@ class Records:
         self.container = form.opened()
         with readable(form.path):
             self._index, self.copy = _kept(form, self.container)
-        self.skipped = self._index.skipped
+        self.skipped, self.splits = self._index.skipped, self._index.splits
+        if part != "all" and form.options.rows is None and len(self.splits) > 1:
+            likely = min(self.splits, key=lambda name: not name.startswith("train"))
+            remedy = f"say which to train on: options: {{rows: {likely}}}, or a list of several"
+            raise ConfigError(f"{form.path} holds the splits {', '.join(self.splits)}", remedy)
         self._chosen = Chosen(self._index, part)
 
     def __len__(self) -> int:
@@ -93,7 +102,7 @@ def stamp(form: formats.Form, container: containers.Container) -> str:
     with readable(form.path):
         states = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in container.files()]
     told = (states, str(form.images and form.images.resolve()), form.options.model_dump_json(), version("isthmus"))
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((READING, *told)).encode()).hexdigest()[:16]
 
 
 def content(form: formats.Form, container: containers.Container) -> str:
@@ -150,7 +159,11 @@ def _read(form: formats.Form, rows: indexes.Writer, copy: BinaryIO | None) -> No
                 rows.skipped += 1
                 faults += [fault] * (not skip or len(faults) < SHOWN)
             elif isinstance(one, formats.Record):
-                rows.add(stands, one.part, _held_out(one.sample.id))
+                rows.add(stands, one.part, _lot(one.sample, form.folder))
+            if not isinstance(one, Fault) and one.split is not None:
+                rows.splits[one.split] = None
+    if not faults:
+        formats.confirm(form, rows.splits)
     refuse(form.path, [] if skip and rows.samples else faults, rows.samples)
     rows.finish()
 
@@ -162,8 +175,22 @@ def _used(*files: Path | None) -> None:
             os.utime(file)
 
 
-def _held_out(name: str) -> bool:
-    return blake2b(name.encode("utf-8", "replace")).digest()[0] < 256 // 50
+def _lot(sample: Sample, folder: Path) -> int:
+    """The lot by which a sample may be held out: a hash of its first medium's path below `folder`, of its bytes, or
+    without a medium of the id.
+
+    So all that is said of a picture is on the same side, wherever the data lie.
+    """
+    key: str | bytes = sample.id
+    for medium in sample.media[:1]:
+        source = medium.source.clip.source if isinstance(medium.source, video.Frame) else medium.source
+        if isinstance(source, bytes):
+            key = source
+        elif isinstance(source, str | Path):
+            path = Path(source)
+            key = (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
+    told = key.encode("utf-8", "replace") if isinstance(key, str) else key
+    return int.from_bytes(blake2b(told, digest_size=4).digest())
 
 
 @contextlib.contextmanager

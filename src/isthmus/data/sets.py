@@ -22,12 +22,15 @@ from isthmus.data import containers, easyvqa, formats, records, sprites
 from isthmus.data.concepts import Split, concepts, countable, names
 from isthmus.data.containers import ENDINGS as FILES
 from isthmus.data.documents import DocumentOptions, Documents
+from isthmus.data.indexes import Part as Piece
 from isthmus.data.pictures import PictureOptions, Pictures, files, shown
 from isthmus.data.questions import Asker
 from isthmus.data.scenes import Scene, compose, crowd, layout, pick
 from isthmus.types import ConfigError, Image, Part, Sample, Text, Turn
 
 SPLITS = ("train", "val", "test", "unseen")
+PARTS: dict[str, Piece] = {"train": "kept", "val": "held out", "test": "all"}
+"""The splits of a user's file: all but one picture in fifty, that one, and both."""
 MANY, FEW = 20_000, 500
 """Pictures of a generated set, in training and elsewhere, unless `count` says otherwise."""
 
@@ -86,7 +89,7 @@ class Routed:
 
 
 def open_set(source: Source, seed: int) -> Set:
-    """The set that a recipe names: an embedded one, or a `.json` or `.jsonl` file.
+    """The set that a recipe names: an embedded one, or a file or folder of the user's.
 
     Raises:
         ConfigError: no such set, split or option.
@@ -117,11 +120,17 @@ def content(source: Source, seed: int) -> str:
 
 
 def _digits(sources: Sequence[Source], seed: int, state: Callable[[formats.Form, containers.Container], str]) -> str:
-    inner = [each for source in sources if source.name in MADE_OF for each in _shelves(source)]
-    forms = [_form(each, seed) for each in (*sources, *inner) if _is_file(each)]
-    states = [state(form, form.opened()) for form in forms]
+    states = [one for source in sources for one in each_state(source, seed, state)]
     told = [[source.model_dump(mode="json") for source in sources], seed, states, version("isthmus")]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def each_state(source: Source, seed: int, state: Callable[[formats.Form, containers.Container], str]) -> Iterator[str]:
+    """What `state` says of each file or folder that a source reads, its own and those of the sets it is made of."""
+    for each in (source, *(_shelves(source) if source.name in MADE_OF else ())):
+        if _is_file(each):
+            form = _form(each, seed)
+            yield state(form, form.opened())
 
 
 def here(source: Source) -> bool:
@@ -137,7 +146,7 @@ def cards() -> list[Card]:
 
 
 def _is_file(source: Source) -> bool:
-    return source.name not in EMBEDDED and (Path(source.name).suffix in FILES or Path(source.name).is_dir())
+    return source.name not in EMBEDDED and (Path(source.name).suffix in FILES or Path(source.name).exists())
 
 
 def _form(source: Source, seed: int) -> formats.Form:
@@ -145,10 +154,14 @@ def _form(source: Source, seed: int) -> formats.Form:
 
 
 def _file(source: Source, seed: int) -> Set:
-    """A user's file: one sample in fifty is held out as `val`; `test` is the whole file."""
-    parts: dict[str, Literal["kept", "held out"]] = {"train": "kept", "val": "held out"}
-    found = records.Records(_form(source, seed), parts.get(source.split, "all"))
+    """A user's file: one picture in fifty is held out as `val`; `test` is the whole file."""
+    if source.split not in PARTS:
+        remedy = f"use one of {', '.join(PARTS)}; a split of its publisher's is options: {{rows: {source.split}}}"
+        raise ConfigError(f"{source.name} has no split {source.split!r}", remedy)
+    found = records.Records(_form(source, seed), PARTS[source.split])
     left = f", {found.skipped} faulty ones left out" if found.skipped else ""
+    several = source.options.get("rows") is None and len(found.splits) > 1
+    left += f", its splits {', '.join(found.splits)} together" if several else ""
     return Set(Card(source.name, "the user's own", "", f"{source.name}{left}", len(found)), found.__getitem__)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,10 +96,10 @@ class Survey:
         return counted | {name: quantiles(values) for name, values in numbers.items() if values}
 
 
-def survey(form: formats.Form, tokens: Callable[[str], int] | None = None) -> Survey:
-    """Count what a file holds; `tokens` says how many a text has."""
+def survey(each: Iterable[formats.Record | formats.Fault], tokens: Callable[[str], int] | None = None) -> Survey:
+    """Count what was found in a file; `tokens` says how many a text has."""
     found = Survey()
-    for one in formats.each(form):
+    for one in each:
         if isinstance(one, formats.Fault):
             found.faults += 1
         else:

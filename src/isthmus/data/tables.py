@@ -23,6 +23,8 @@ Tables: TypeAlias = dict[str, Cell]
 Row: TypeAlias = tuple[int, dict[str, Any] | Wrong]
 """A line and the task that starts there."""
 
+NAMES = ("id", "question_id", "caption_id", "sen_id", "ref_id", "imgid")
+"""Under what entries have their ids."""
 SPLITS = {1: "train", 2: "val", 3: "test"}
 """OCR-VQA's."""
 
@@ -61,16 +63,18 @@ def guarded(rows: Iterator[Row], line: int) -> Iterator[Row]:
 
 def _each(cells: Sequence[Cell], make: Callable[[Any, Cell], dict[str, Any]]) -> Iterator[Row]:
     """A task per cell, or what is wrong with that one."""
-    for cell in cells:
+    for number, cell in enumerate(cells):
+        entry = cell.value if isinstance(cell.value, Mapping) else {}
+        name = next((str(entry[key]) for key in NAMES if key in entry), cell.key or f"entry {number}")
         try:
             if isinstance(cell.value, Wrong):
                 raise cell.value
             yield cell.line, make(cell.value, cell)
         except Wrong as wrong:
-            yield cell.line, wrong
+            yield cell.line, Wrong(wrong.message, wrong.remedy, name)
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             cause = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else "something has another type"
-            yield cell.line, Wrong(f"the entry is malformed ({cause})", "compare it with its neighbours")
+            yield cell.line, Wrong(f"the entry is malformed ({cause})", "compare it with its neighbours", name)
 
 
 def _sample(value: Any) -> Any:
@@ -110,7 +114,7 @@ def _coco_captions(tables: Tables, beside: Tables) -> Iterator[Row]:
 
 
 def _coco_instances(tables: Tables, beside: Tables) -> Iterator[Row]:
-    """All objects of a picture in one answer, in the order of the file; crowds are left out."""
+    """All objects of a picture in one answer, in the order of the file, but for crowds and those without an area."""
     images, names = _by(_items(tables, "images"), "id"), _by(_items(tables, "categories"), "id")
     found: dict[Any, list[Cell]] = {}
     for cell in _items(tables, "annotations"):
@@ -122,15 +126,20 @@ def _coco_instances(tables: Tables, beside: Tables) -> Iterator[Row]:
         boxes = [
             _region(one.value, image, text(_known(names, one.value["category_id"], "category"), "name"))
             for one in found[image["id"]]
-            if not one.value.get("iscrowd")
+            if _is_object(one.value)
         ]
         between = {"type": "text", "text": ", "}
         answer = [part for box in boxes for part in (between, box)][1:]
         return task("detect", str(image["id"]), answer, image=image["file_name"])
 
     lost = _each(found.pop(None, []), make)
-    full = [cells[0] for cells in found.values() if not all(cell.value.get("iscrowd") for cell in cells)]
+    full = [cells[0] for cells in found.values() if any(_is_object(cell.value) for cell in cells)]
     return (row for rows in (_each(full, make), lost) for row in rows)
+
+
+def _is_object(entry: Any) -> bool:
+    box = entry.get("bbox")
+    return not entry.get("iscrowd") and not (isinstance(box, list) and 0 in box[2:])
 
 
 def _refcoco(tables: Tables, beside: Tables) -> Iterator[Row]:
@@ -164,7 +173,9 @@ def _flickr(tables: Tables, beside: Tables) -> Iterator[Row]:
     def make(entry: Any, cell: Cell) -> dict[str, Any]:
         name = f"{entry['imgid']}/{entry['sentence']['sentid']}"
         meta = {"split": entry.get("split")}
-        return task("caption", name, text(entry["sentence"], "raw").strip(), image=entry["filename"], meta=meta)
+        names = [f"{entry['filepath']}/{entry['filename']}"] if entry.get("filepath") else []
+        image = {"paths": [*names, entry["filename"]]}
+        return task("caption", name, text(entry["sentence"], "raw").strip(), image=image, meta=meta)
 
     return _each(said, make)
 
@@ -236,15 +247,19 @@ def _scienceqa(tables: Tables, beside: Tables) -> Iterator[Row]:
 
 
 def _seed_bench(tables: Tables, beside: Tables) -> Iterator[Row]:
-    """Questions about pictures, their kinds named in a table of their own; those about videos are left out."""
+    """Questions about pictures, their kinds named in a table of their own; those about videos are left out.
+
+    Where all are about videos, the first one is at fault.
+    """
     kinds = tables["question_type"].value if "question_type" in tables else {}
     names = {number: name for name, number in kinds.items()}
-    still = [cell for cell in _items(tables, "questions") if cell.value.get("data_type", "image") == "image"]
-    return _each(still, lambda entry, cell: choices.seed(entry, names))
+    asked = _items(tables, "questions")
+    still = [cell for cell in asked if choices.is_still(cell.value)]
+    return _each(still or asked[:1], lambda entry, cell: choices.seed(entry, names))
 
 
 def _ocr_vqa(tables: Tables, beside: Tables) -> Iterator[Row]:
-    """Covers of books, each with several questions; pictures are named by the book, with the address's ending."""
+    """Covers of books, each with several questions; pictures are the book's id with the address's ending or `.jpg`."""
     asked = [
         Cell(cell.line, {**cell.value, "question": question, "answer": answer, "number": number}, key)
         for key, cell in tables.items()
@@ -252,7 +267,7 @@ def _ocr_vqa(tables: Tables, beside: Tables) -> Iterator[Row]:
     ]
 
     def make(entry: Any, cell: Cell) -> dict[str, Any]:
-        image = cell.key + PurePosixPath(entry["imageURL"]).suffix
+        image = {"paths": [cell.key + PurePosixPath(entry["imageURL"]).suffix, f"{cell.key}.jpg"]}
         meta = {"split": SPLITS.get(entry.get("split")), "title": entry.get("title")}
         answer, question = text(entry, "answer"), text(entry, "question")
         return task("reading", f"{cell.key}/{entry['number']}", answer, question=question, image=image, meta=meta)

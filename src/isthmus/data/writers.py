@@ -1,7 +1,7 @@
 """Samples written as LLaVA JSON, `messages` JSONL, Parquet or WebDataset tars, and read again as they were.
 
 Every format has texts with markers: `<image>` and `<video>` for the media of the record, `<ref-object><bbox>` for the
-regions in its `objects`.
+regions in its `objects`. What is written gets its name when it is whole, and is removed if something goes wrong.
 """
 
 from __future__ import annotations
@@ -9,19 +9,20 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, TextIO, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from PIL import Image as Pillow
 
-from isthmus.data.attached import IMAGE, NAMED, REGION, VIDEO
+from isthmus.data.attached import FOREIGN, IMAGE, MARKERS, NAMED, REGION, VIDEO
 from isthmus.data.media import FORMATS, open_image
-from isthmus.types import Box, ConfigError, DataError, Image, Part, Sample, Text, Video
+from isthmus.types import Box, ConfigError, DataError, Image, Part, Sample, Text, Turn, Video
 
 To: TypeAlias = Literal["llava", "messages", "parquet", "webdataset"]
 SHARD = 1000
@@ -38,33 +39,46 @@ def write(samples: Iterable[Sample], out: Path, to: To) -> int:
     """Write samples, and say how many.
 
     Raises:
-        ConfigError: something is there already, or what writes it is not installed.
+        ConfigError: something is there already, its name would not be read again, or what writes it is not installed.
         DataError: a sample holds what files cannot say.
     """
-    if out.exists():
-        raise ConfigError(f"{out} is there already", "name another place, or remove it")
+    ending = next(ending for ending, format in ENDINGS.items() if format == to)
+    if ending and out.suffix != ending:
+        raise ConfigError(f"{out} would not be read again as {to}", f"name it {out}{ending}")
+    refuse_taken(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     return WRITERS[to](samples, out)
+
+
+def refuse_taken(place: Path) -> None:
+    """Nothing is written over.
+
+    Raises:
+        ConfigError: something is there already.
+    """
+    if place.exists():
+        raise ConfigError(f"{place} is there already", "name another place, or remove it")
 
 
 @dataclass(frozen=True)
 class _Written:
     """A sample as a record, apart from how its messages are called."""
 
-    said: Sequence[tuple[str, str]]
-    """Role and text with markers."""
+    said: Sequence[tuple[str, str, dict[str, int]]]
+    """Role, text with markers, and the weight 0 of an answer that is not learnt."""
+    other: Sequence[tuple[str, str, dict[str, int]]]
+    """The same of the pair's other ending."""
     media: dict[str, list[str]]
     objects: dict[str, Any] | None
 
     def record(self, sample: Sample) -> dict[str, Any]:
-        messages = [{"role": role, "content": text} for role, text in self.said]
-        return {"id": sample.id, "messages": messages, **self.beside(sample)}
+        return {"id": sample.id, "messages": _messages_of(self.said), **self.beside(sample)}
 
     def llava(self, sample: Sample) -> dict[str, Any]:
         images = self.media["images"]
         single: dict[str, Any] = {"image": images[0]} if len(images) == 1 else {}
         beside = {key: value for key, value in self.beside(sample).items() if not (single and key == "images")}
-        conversations = [{"from": ROLES[role], "value": text} for role, text in self.said]
+        conversations = [{"from": ROLES[role], "value": text, **weight} for role, text, weight in self.said]
         return {"id": sample.id, **single, "conversations": conversations, **beside}
 
     def beside(self, sample: Sample) -> dict[str, Any]:
@@ -72,6 +86,7 @@ class _Written:
         meta = {key: value for key, value in sample.meta.items() if key not in ("file", "line")}
         return {
             **media,
+            **({"rejected": _messages_of(self.other)} if self.other else {}),
             **({"objects": self.objects} if self.objects else {}),
             **({"meta": meta} if meta else {}),
         }
@@ -96,23 +111,38 @@ def _written(sample: Sample, keep: Keep, name: str) -> _Written:
         )
 
     _refuse_markers(sample)
-    if sample.branches or sample.pair:
+    if sample.branches:
         raise DataError(f"sample {sample.id}: files hold one conversation per record", "give each one a sample")
-    said = [(turn.role, "".join(map(spelled, turn.parts))) for turn in sample.turns]
+    said, other = (
+        [(turn.role, "".join(map(spelled, turn.parts)), _weight(turn, sample)) for turn in ending]
+        for ending in (sample.turns, sample.pair or ())
+    )
     refs = [box.label for box in regions if box.label]
     objects = {"ref": refs, "bbox": [list(box.xyxy) for box in regions], "bbox_type": "norm1"} if regions else None
-    return _Written(said, media, objects)
+    return _Written(said, other, media, objects)
+
+
+def _messages_of(said: Sequence[tuple[str, str, dict[str, int]]]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": text, **weight} for role, text, weight in said]
+
+
+def _weight(turn: Turn, sample: Sample) -> dict[str, int]:
+    given = [isinstance(part, Text) and part.given for part in turn.parts]
+    if turn.role != "assistant" or not any(given):
+        return {}
+    if not all(given):
+        raise DataError(f"sample {sample.id}: files cannot hold an answer that is learnt in part", "leave it out")
+    return {"weight": 0}
 
 
 def _refuse_markers(sample: Sample) -> None:
-    """A marker that somebody wrote as a word would be read as a picture or region."""
-    parts = [part for turn in sample.turns for part in turn.parts]
-    regions = any(isinstance(part, Box) for part in parts)
-    videos = any(isinstance(part, Video) for part in parts)
-    meant = (IMAGE, *((VIDEO,) if videos else ()), *((REGION, NAMED) if regions else ()))
-    for part in parts:
-        for marker in meant:
-            if isinstance(part, Text) and marker in part.text:
+    """A marker that somebody wrote as a word would be read as a picture or region, or not at all."""
+    for turn in (*sample.turns, *(sample.pair or ())):
+        for part in turn.parts:
+            text = part.text if isinstance(part, Text) else ""
+            foreign = FOREIGN.search(text)
+            marker = next((marker for marker in MARKERS if marker in text), foreign and foreign[0][:80])
+            if marker:
                 raise DataError(f"sample {sample.id}: a text holds the word {marker}", "write it in another way")
 
 
@@ -121,11 +151,11 @@ def _refuse_markers(sample: Sample) -> None:
 
 def _llava(samples: Iterable[Sample], out: Path) -> int:
     count = 0
-    with _whole(out) as stream:
+    with _whole(out) as part, _beside(out) as keep, part.open("w", encoding="utf-8", newline="\n") as stream:
         stream.write("[")
         for sample in samples:
             stream.write(",\n" if count else "\n")
-            json.dump(_written(sample, _beside(out), f"{count:09d}").llava(sample), stream, ensure_ascii=False)
+            json.dump(_written(sample, keep, f"{count:09d}").llava(sample), stream, ensure_ascii=False)
             count += 1
         stream.write("\n]\n")
     return count
@@ -133,39 +163,45 @@ def _llava(samples: Iterable[Sample], out: Path) -> int:
 
 def _messages(samples: Iterable[Sample], out: Path) -> int:
     count = 0
-    with _whole(out) as stream:
+    with _whole(out) as part, _beside(out) as keep, part.open("w", encoding="utf-8", newline="\n") as stream:
         for sample in samples:
-            json.dump(_written(sample, _beside(out), f"{count:09d}").record(sample), stream, ensure_ascii=False)
+            json.dump(_written(sample, keep, f"{count:09d}").record(sample), stream, ensure_ascii=False)
             stream.write("\n")
             count += 1
     return count
 
 
 @contextmanager
-def _whole(out: Path) -> Iterator[TextIO]:
-    """A text file that appears when it is finished."""
+def _whole(out: Path) -> Iterator[Path]:
+    """Where to write a file or folder that gets its name when it is finished, and is removed if it never is."""
     part = out.with_name(f".{os.getpid()}-{out.name}")
     try:
-        with part.open("w", encoding="utf-8", newline="\n") as stream:
-            yield stream
-        part.replace(out)
+        yield part
+        if part.exists():
+            part.replace(out)
     finally:
-        part.unlink(missing_ok=True)
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
 
 
-def _beside(out: Path) -> Keep:
+@contextmanager
+def _beside(out: Path) -> Iterator[Keep]:
     """Media on the disk stay there; what came from elsewhere is put into a folder beside the file."""
+    folder = out.with_name(f"{out.stem}_files")
+    with _whole(folder) as part:
 
-    def keep(medium: Image | Video, name: str) -> str:
-        if isinstance(medium.source, str | Path):
-            return os.path.relpath(Path(medium.source).resolve(), out.parent.resolve())
-        data, ending = _bytes(medium)
-        folder = out.parent / f"{out.stem}_files"
-        folder.mkdir(exist_ok=True)
-        (folder / f"{name}.{ending}").write_bytes(data)
-        return f"{folder.name}/{name}.{ending}"
+        def keep(medium: Image | Video, name: str) -> str:
+            if isinstance(medium.source, str | Path):
+                return os.path.relpath(Path(medium.source).resolve(), out.parent.resolve())
+            data, ending = _bytes(medium)
+            refuse_taken(folder)
+            part.mkdir(exist_ok=True)
+            (part / f"{name}.{ending}").write_bytes(data)
+            return f"{folder.name}/{name}.{ending}"
 
-    return keep
+        yield keep
 
 
 def _bytes(medium: Image | Video) -> tuple[bytes, str]:
@@ -197,20 +233,23 @@ def _parquet(samples: Iterable[Sample], out: Path) -> int:
     except ModuleNotFoundError:
         raise ConfigError("Parquet needs the package datasets", "pip install 'isthmus[data]'") from None
     text = datasets.Value("string")
+    said = datasets.List({"role": text, "content": text, "weight": datasets.Value("int8")})
     features = datasets.Features(
         {
             "id": text,
-            "messages": datasets.List({"role": text, "content": text}),
+            "messages": said,
+            "rejected": said,
             "images": datasets.List(datasets.Image(decode=False)),
             "objects": {
                 "ref": datasets.List(text),
                 "bbox": datasets.List(datasets.List(datasets.Value("float64"))),
                 "bbox_type": text,
             },
+            "meta": text,
         }
     )
     schema, count, rows = features.arrow_schema, 0, iter(samples)
-    with parquet.ParquetWriter(out, schema) as writer:
+    with _whole(out) as part, parquet.ParquetWriter(part, schema) as writer:
         while batch := [_row(sample, f"{count + place:09d}") for place, sample in enumerate(islice(rows, BATCH))]:
             writer.write_table(pyarrow.Table.from_pylist(batch, schema))
             count += len(batch)
@@ -228,18 +267,24 @@ def _row(sample: Sample, name: str) -> dict[str, Any]:
         return name
 
     record = _written(sample, keep, name).record(sample)
-    return {**{key: record.get(key) for key in ("id", "messages", "objects")}, "images": files}
+    meta = json.dumps(record["meta"], ensure_ascii=False) if "meta" in record else None
+    return {
+        **{key: record.get(key) for key in ("id", "messages", "rejected", "objects")},
+        "images": files,
+        "meta": meta,
+    }
 
 
 def _webdataset(samples: Iterable[Sample], out: Path) -> int:
-    out.mkdir()
     count, rows = 0, iter(samples)
-    for first in rows:
-        shard = chain([first], islice(rows, SHARD - 1))
-        with tarfile.open(out / f"{count // SHARD:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
-            for sample in shard:
-                _pack(archive, sample, f"{count:09d}")
-                count += 1
+    with _whole(out) as part:
+        part.mkdir()
+        for first in rows:
+            shard = chain([first], islice(rows, SHARD - 1))
+            with tarfile.open(part / f"{count // SHARD:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
+                for sample in shard:
+                    _pack(archive, sample, f"{count:09d}")
+                    count += 1
     return count
 
 

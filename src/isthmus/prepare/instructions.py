@@ -79,8 +79,11 @@ class Seen:
         return "\n".join((*self.sentences, "", *places)).strip()
 
 
-def gathered(samples: Iterable[Sample]) -> list[Seen]:
-    """What samples say of each picture: answers as sentences, labelled boxes as regions. Pictures keep their order."""
+def gathered(samples: Iterable[Sample], limit: int | None = None) -> list[Seen]:
+    """What samples say of each picture: answers as sentences, labelled boxes as regions.
+
+    Pictures keep their order; beyond the first `limit` of which something is said, none is kept.
+    """
     found: dict[object, Seen] = {}
     for sample in samples:
         pictures = [medium for medium in sample.media if isinstance(medium, Image)]
@@ -89,16 +92,18 @@ def gathered(samples: Iterable[Sample]) -> list[Seen]:
         answers = [turn for turn in sample.turns if turn.role == "assistant"]
         boxes = tuple(part for turn in answers for part in turn.parts if isinstance(part, Box) and part.label)
         sentences = tuple(turn.text.strip() for turn in answers if _is_sentence(turn))
-        seen = found.setdefault(pictures[0].source, Seen(sample.id, pictures[0], (), ()))
-        found[pictures[0].source] = replace(
-            seen, sentences=tuple(dict.fromkeys(seen.sentences + sentences)), boxes=seen.boxes + boxes
-        )
-    return [seen for seen in found.values() if seen.sentences or seen.boxes]
+        source, full = pictures[0].source, limit is not None and len(found) >= limit
+        if (sentences or boxes) and (source in found or not full):
+            seen = found.get(source, Seen(sample.id, pictures[0], (), ()))
+            found[source] = replace(
+                seen, sentences=tuple(dict.fromkeys(seen.sentences + sentences)), boxes=seen.boxes + boxes
+            )
+    return list(found.values())
 
 
-def make(seen: Sequence[Seen], kinds: Sequence[Kind], speaker: Speaker, made: Made) -> Iterator[Sample]:
+def make(seen: Iterable[Seen], kinds: Sequence[Kind], speaker: Speaker, made: Made) -> Iterator[Sample]:
     """Conversations of these kinds about each picture, as the speaker writes them; `made` counts."""
-    wanted = iter([(one, kind) for one in seen for kind in kinds])
+    wanted = ((one, kind) for one in seen for kind in kinds)
     while batch := list(islice(wanted, BATCH)):
         replies = speaker.say_all([_request(one, kind) for one, kind in batch])
         for (one, kind), reply in zip(batch, replies):
