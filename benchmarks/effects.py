@@ -65,7 +65,7 @@ def _surprise(scores: Sequence[float], right: int) -> float:
 
 def alone(value: float) -> Outcomes:
     """A figure of a whole run, which has no items."""
-    return Outcomes(("all",), (value,), (1.0,), ("all",))
+    return Outcomes(("all",), (value,), (1.0,), (None,))
 
 
 def keep(file: Path, rows: Rows, asked: Mapping[str, Any], **more: Any) -> None:

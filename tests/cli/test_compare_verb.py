@@ -59,6 +59,7 @@ def test_a_finished_comparison_is_shown_and_published(embedded, monkeypatch, cap
         (["llava", "--baseline", "demo"], "no recipe is named 'demo'"),
         (["llava", "--set", "sede=1"], "unknown key 'sede'; did you mean 'seed'"),
         (["llava", "--tasks", "namin"], "no task named 'namin'; did you mean 'naming'"),
+        (["llava", "--tasks", "naming, exact"], "task exact asks about a file of yours"),
         ([], "holds no comparison to go on with"),
         (["--seeds", "5"], "--seeds is told, and no recipe"),
         (["--set", "seed=1"], "--set is told, and no recipe"),

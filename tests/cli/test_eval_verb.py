@@ -79,3 +79,28 @@ def test_an_endpoint_is_not_asked_for_raw_text(tmp_path: Path) -> None:
     words = ["eval", "some", "--endpoint", "http://127.0.0.1:9/v1", "--text", str(tmp_path / "own.txt")]
     refused = CliRunner().invoke(app, words)
     assert refused.exit_code != 0 and "--text" in f"{refused.output}{refused.exception}"
+
+
+@pytest.mark.parametrize(
+    ("words", "cause", "remedy"),
+    [
+        (["--tasks", "exact"], "task exact asks about a file of yours", "--data FILE"),
+        (["--tasks", "naming"], "task naming asks about embedded pictures", "leave --data away, or name how"),
+        (["--tasks", "perplexity"], "task perplexity reads a text", "--text FILE"),
+        (["--tasks", "exct"], "no task named 'exct'; did you mean 'exact'", "tasks are"),
+    ],
+)
+def test_a_task_without_what_it_asks_about_is_told_so(
+    words: list[str], cause: str, remedy: str, tmp_path: Path
+) -> None:
+    data = ["--data", str(tmp_path / "asked.json")] if words[1] == "naming" else []
+    refused = CliRunner().invoke(app, ["eval", "some", *words, *data])
+    assert refused.exit_code != 0
+    assert cause in f"{refused.output}{refused.exception}" and remedy in f"{refused.output}{refused.exception}"
+
+
+def test_names_may_stand_apart(saved: Path, tmp_path: Path) -> None:
+    record = {"question": "Which?", "answer": "cat", "choices": ["cat", "owl"]}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(record) + "\n")
+    words = ["--tasks", "exact, options,", "--data", str(tmp_path / "asked.jsonl")]
+    assert [row["task"] for row in measured(saved, tmp_path / "out", *words)] == ["exact-asked", "options-asked"]

@@ -297,6 +297,21 @@ def outcome_with(finished: Outcome, *lines: Line, seeds: tuple[int, ...] = (0, 1
     return replace(found, advice=advice(found))
 
 
+def test_with_one_seed_the_best_of_nats_is_the_lowest(finished: Outcome) -> None:
+    told = line("captions", {"one": None, "two": gap(-0.1, 1.0)})
+    for unit, said in (("nats per token", "two has the lowest captions, .400"), ("accuracy", "one has the highest")):
+        assert said in outcome_with(finished, replace(told, unit=unit), seeds=(0,)).advice[0]
+
+
+def test_further_figures_stand_on_the_page(finished: Outcome) -> None:
+    task = line("captions", {"one": None, "two": gap(0.1, 1.0)})
+    cells = {**task.cells, "one": replace(task.cells["one"], besides={"CIDEr & more": 1.25})}
+    text = page.render(outcome_with(finished, replace(task, cells=cells)))
+    assert page_checks.faults(text) == [] and "Further figures" not in page.render(finished)
+    told = text.split("Further figures of the benchmarks")[1].split("<tbody>")[1].split("</tbody>")[0]
+    assert re.sub("<[^>]*>", " ", told).split() == ["CIDEr", "&amp;", "more", "captions", "1.25", "·"]
+
+
 def test_words_come_after_holm_over_both_families(finished: Outcome) -> None:
     mean = line("mean", {"a": None, "b": gap(0.1, 0.01), "c": gap(0.1, 0.03)})
     task = line("t", {"a": None, "b": gap(0.1, 0.01), "c": gap(-0.1, 0.001)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +60,30 @@ def test_a_baseline_that_was_asked_fewer_items_is_compared_over_these() -> None:
     cell = quality.line(quality.asked).cells["two"]
     assert cell.level.value == 0.5
     assert cell.seen is not None and cell.seen.value == (0.5 if two.right else -0.5)  # one of two items differs
+
+
+class Counted(Choice):
+    """A task that reports how many are right, too."""
+
+    def totals(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        return {"right": float(sum(prediction.right is True for prediction in predictions))}
+
+
+def test_further_figures_are_means_over_seeds() -> None:
+    items = tuple(
+        Item(Sample((Turn.say("user", "?"),), f"{n}"), "yes", ("yes", "no"), f"{n}", kind)
+        for n, kind in enumerate("aabb")
+    )
+    task = Counted("t", items, (Cut("all"), Cut("only a", frozenset("a"))))
+    runs = [{"after": predicted("aaab")}, {"after": predicted("abbb")}]
+    answers: gather.Answers = {
+        "one": {"t": runs},
+        "two": {"t": [runs[0], {"after": [replace(one, right=None) for one in predicted("abbb")]}]},
+    }
+    quality = Quality(answers, gather.questions([task]), "one", draws=50)
+    line = quality.line(quality.asked[:1])
+    assert line.cells["one"].besides == {"right": 2.0} and line.cells["two"].besides == {}
+    assert quality.line(quality.asked[1:2]).cells["one"].besides == {}
 
 
 def test_what_has_no_picture_is_contrasted_in_words() -> None:

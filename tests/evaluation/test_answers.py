@@ -50,6 +50,28 @@ def test_choices_have_three_states(
         (None, "apple", None, None),
         ("apple", " ", None, None),
         ("CAFÉ", "cafe", True, True),
+        ("ＣＡＴ", "cat", True, True),
+        ("t-shirt", "t shirt", True, True),
+        ("カラス", "ガラス", False, False),
+        ("か\u3099", "が", True, True),  # the same letter in two pieces
+        ("की", "का", False, False),
+        ("It is कील.", "काला", False, False),
+        ("ที่", "ที", False, False),
+        ("-5", "5", False, False),
+        ("It is -5°.", "−5°", False, True),
+        ("2020-5", "2020 5", True, True),
+        (".5", "5", False, False),
+        ("$5", "5", False, False),
+        ("5%", "5", False, False),
+        ("C++", "C", False, False),
+        ("F#", "F", False, False),
+        ("#7", "7", True, True),
+        ("`cat`", "**cat**", True, True),
+        ("<", ">", False, False),
+        (">", ">", True, True),
+        ("😀", "😀", True, True),
+        ("?", "!", False, False),
+        ("", "?", False, False),
     ],
 )
 def test_free_replies_have_three_states(
@@ -60,7 +82,7 @@ def test_free_replies_have_three_states(
 
 
 def test_normalise_is_idempotent_and_keeps_other_scripts() -> None:
-    for text in ("The  Three_Cats!", "Ω ß", "写真", "an"):
+    for text in ("The  Three_Cats!", "Ω ß", "写真", "an", "?!", "-.5", "か\u200d\u3099", "x̂ ½ ≠"):
         assert normalise(normalise(text)) == normalise(text)
     assert normalise("The  Three_Cats!") == "3 cats" and normalise("写真") == "写真"
 
@@ -82,6 +104,9 @@ def test_only_a_complete_file_with_the_same_fingerprint_is_reused(tmp_path: Path
     assert answers.reusable(path, HEADER.fingerprint) == [prediction(n) for n in range(3)]
     assert answers.reusable(path, "another") is None
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    before = {name: value for name, value in json.loads(lines[0]).items() if name != "scoring"}
+    path.write_text("".join([json.dumps(before) + "\n", *lines[1:]]), encoding="utf-8")
+    assert answers.read(path)[1] and answers.reusable(path, HEADER.fingerprint) is None  # replies were scored otherwise
     for damaged in ("".join(lines[:-1]), "".join(lines)[:-20], "", "[1, 2]\n"):
         path.write_text(damaged, encoding="utf-8")
         assert answers.reusable(path, HEADER.fingerprint) is None

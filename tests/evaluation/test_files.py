@@ -327,6 +327,38 @@ def test_mme_sums_its_groups(tmp_path, model):
     assert "MME perception" not in row.besides
 
 
+def test_a_limit_keeps_mmes_two_questions_about_a_picture_together(tmp_path, model):
+    """The same pictures serve two categories, as in MME; of four pairs, as many are asked as the limit has room for."""
+    records = [
+        {"image": f"{place // 2 % 2}.png", "question": f"{place}?", "answer": ("Yes", "No")[place % 2]}
+        | {"category": ("existence", "count")[place // 4]}
+        for place in range(8)
+    ]
+    pictures(tmp_path, "0.png", "1.png")
+    path = write(tmp_path, records)
+    for limit, asked in ((1, 2), (4, 4), (5, 4), (100, 8)):
+        built = task("yes-no", path, limit=limit)
+        _, row = answered(built, model, lambda prompt: "Yes")
+        assert len(built.items) == asked and row.besides["MME score"] in (50, 100)  # half right, no picture wholly
+    assert row.besides["MME existence"] == row.besides["MME count"] == 50
+    assert len(task("yes-no", write(tmp_path, records[:-1]), limit=5).items) == 5  # one picture has one question
+
+
+def test_seed_bench_of_frames_tells_pictures_from_videos(tmp_path, model):
+    pictures(tmp_path, *(f"{place}.png" for place in range(4)))
+    asked = {f"choice_{letter}": word for letter, word in zip("abcd", ("one", "two", "three", "four"))}
+    asked |= {"question": "How many?", "answer": "B"}
+    frames = ["1.png", "2.png", "3.png"]
+    rows = [
+        {**asked, "question_id": "1", "data_type": "image", "question_type_id": 5, "image": ["0.png"]},
+        {**asked, "question_id": "2", "data_type": "video", "question_type_id": 10, "image": frames},
+    ]
+    built = task("options", write(tmp_path, rows))
+    assert [len(item.prompt.media) for item in built.items] == [1, 3]
+    _, row = answered(built, model, in_turn("b.", "C"))
+    assert row.besides == {"accuracy: image": 1.0, "accuracy: video": 0.0}
+
+
 def test_open_questions_of_mmmu_take_numbers_and_phrases(tmp_path, model):
     meta = [{"open": True, "answers": ["12", "twelve"]}, {"choices": ["cat", "A"]}]
     path = questions(tmp_path, ["12", "A"], meta=meta)

@@ -37,10 +37,19 @@ def test_vqa_accuracy_by_how_many_of_ten_people_agree(same, score):
         ("hello!", "hello"),
         ("U.S.A.", "usa"),
         ("line\none", "line 1"),
+        ("A", "a"),
+        ("?", "?"),
+        ("", ""),
     ],
 )
 def test_vqa_normalisation(said, even):
     assert vqa.normalise(said) == even
+
+
+@pytest.mark.parametrize("reply", ["", "the", "?", "an"])
+@pytest.mark.parametrize("people", [["A"] * 10, ["A"] * 5 + ["a b"] * 5, ["+"] * 10])
+def test_a_reply_of_nothing_is_not_what_people_said(reply, people):
+    assert vqa.accuracy(reply, people) == 0
 
 
 def test_pope_of_a_model_that_always_agrees():
@@ -61,7 +70,14 @@ def test_a_reply_that_is_neither_yes_nor_no_is_wrong_and_not_yes():
         ("no", False),
         ("There is not", False),
         ("yes and no", None),
+        ("Yes or no?", None),
         ("nobody", None),
+        ("Yes, there is no doubt", True),
+        ("Yes, a cat is there, not a dog", True),
+        ("No, but yes to the dog", False),
+        ("**No**", False),
+        ("ＹＥＳ", True),
+        ("Well, yes, there is no doubt", None),
         ("", None),
     ],
 )
@@ -106,10 +122,35 @@ def test_mme_adds_questions_and_pictures():
         ("(A) or (B)", None),
         ("Answer: E", None),
         ("", None),
+        ("b", 1),
+        ("b.", 1),
+        ("b)", 1),
+        ("(b)", 1),
+        ("**b**", 1),
+        ("Ｂ", 1),
+        ("b. the small one", 1),
+        ("I say (b), the small one", 1),
+        ("answer b", 1),
+        ("The answer is (b)", 1),
+        ("the answer is option b.", 1),
+        ("The answer is a.", 0),
+        ("The answer is a dog", 1),
+        ("The answer is a small one", None),
+        ("Option A is wrong. The answer is B.", 1),
+        ("Option A is wrong, option B is right.", None),
+        ("a small one", None),
+        ("e.g. the small one", None),
+        ("the object(s)", None),
     ],
 )
 def test_which_option_a_reply_names(reply, place):
     assert options.chosen(reply, ["cat", "dog", "red cat"]) == place
+
+
+@pytest.mark.parametrize("given", ["-5 5", "カラス ガラス", "कील काला", "< >", "F F++ F#", "1 1.5 15", "? !"])
+def test_options_that_differ_in_a_mark_or_a_symbol_are_told_apart(given):
+    named = given.split()
+    assert [options.chosen(name, named) for name in named] == list(range(len(named)))
 
 
 def test_rotations_put_every_option_everywhere():

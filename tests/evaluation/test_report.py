@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
@@ -289,6 +290,26 @@ def test_unscored_items_never_leave_a_bare_number(made_up: Report) -> None:
     console.print(report.table(made_up))
     shown = console.export_text()
     assert "9 not scored" in shown and results.headline(cell) in shown
+
+
+class Told(Choice):
+    """A task of a benchmark with figures of its own."""
+
+    def totals(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+        return {"CIDEr <b>": 0.731, "MME score": 1234.5}
+
+
+def test_the_page_shows_what_benchmarks_report_besides() -> None:
+    task = make_task("captions", "asked, CIDEr-D / 10", ("a", "b"), 20, Told)
+    whole, partly = (results.rows(task, make_runs(task, {"before": 0.2, "after": 0.5}, left))[0] for left in (0, 1))
+    for row, figures in ((whole, [".731", "1234.50"]), (partly, ["not scored", "not scored"])):
+        text = page.render(Report("R", "S", (), (row,), (), "f", "d", 3, "r"))
+        assert Page(text).open == [] and page_checks.faults(text) == []
+        body = text.split("<tbody>")[1].split("</tbody>")[0]
+        first, *more = [Page(line).words for line in body.strip().split("\n")]
+        assert first[0] == "asked, CIDEr-D / 10"
+        assert more == [["CIDEr <b>", figures[0]], ["MME score", figures[1]]]
+    assert "hare of right answers" not in text.split("Results")[1].split("what its benchmark reports besides")[0]
 
 
 def test_table_fits_a_narrow_terminal(made_up: Report) -> None:

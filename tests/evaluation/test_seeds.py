@@ -7,7 +7,8 @@ import pytest
 
 from isthmus.evaluation import seeds
 from isthmus.evaluation.answers import Prediction
-from isthmus.evaluation.seeds import Outcomes, adjust, critical, gap, holm, interval, level, p_value, student, verdict
+from isthmus.evaluation.seeds import Outcomes, adjust, gap, holm, interval, level, p_value, verdict
+from isthmus.evaluation.statistics import accuracy, critical, student
 from isthmus.types import DataError
 
 
@@ -185,3 +186,42 @@ def test_a_large_difference_is_decided_among_however_many() -> None:
     (found,) = [gap([ours], [theirs])]
     assert found.p_items < 1e-12 and found.p < 1e-4
     assert verdict(found.value, adjust([[found.p] * 100, [0.5]])[0][0]) == "better"
+
+
+def test_few_clusters_agree_by_chance() -> None:
+    """The sign test by hand: k clusters all for one side come up twice in 2^k; of one picture nothing follows."""
+    for clusters, p in ((1, 1.0), (3, 0.25), (7, 2 / 2**7)):
+        names = [f"picture {number % clusters}" for number in range(2 * clusters)]
+        ours, theirs = ([run([right] * len(names), names)] * 3 for right in (True, False))
+        assert gap([ours], [theirs]).p == p
+    one = [run(right, ["p", "p"]) for right in ([True, True], [True, False])]
+    assert gap([[one[0]] * 3], [[one[1]] * 3]).p == 1
+    whole = [Outcomes(("all",), (value,), (1.0,), (None,)) for value in (0.1, 0.101, 0.102, 0.3, 0.301, 0.303)]
+    assert gap([whole[:3]], [whole[3:]]).p == gap([whole[:3]], [whole[3:]]).p_seeds  # no items to choose
+
+
+def shares(right: list[bool], prefix: str) -> Outcomes:
+    ids = tuple(f"{prefix}{number}" for number in range(len(right)))
+    return Outcomes(ids, tuple(map(float, right)), (1.0,) * len(right), ids, shares=True)
+
+
+def test_draws_without_items_of_a_task_are_left_out() -> None:
+    """Two pictures of one task among 200 of another that shares one: many draws miss both, and counted as 0."""
+    large = [shares([number % 10 > 0 for number in range(200)], "p")] * 2
+    small = [Outcomes(("p0", "x"), (1.0, 1.0), (1.0, 1.0), ("p0", "x"), shares=True)] * 2
+    found = level([large, small])
+    assert found.value == pytest.approx(0.95)
+    # two equal seeds: t of one degree times half the error of the large task's share, the small one being always right
+    assert found.low == pytest.approx(0.95 - 12.7062 * np.sqrt(0.09 / 200) / 2, abs=0.015)
+    rare = [[Outcomes((f"p{n}",), (1.0,), (1.0,), (f"p{n}",), shares=True)] * 2 for n in range(3)]
+    none = [[Outcomes((f"p{n}",), (0.0,), (1.0,), (f"p{n}",), shares=True)] * 2 for n in range(3)]
+    # each of three pictures is in 63 % of the draws, all in fewer than half of them
+    assert gap([large, *rare], [[run([False] * 200, prefix="p")] * 2, *none]).p_items == 1
+
+
+def test_shares_without_exception_are_not_certain() -> None:
+    right, wrong = [shares([True] * 3, "p")] * 3, [shares([False] * 3, "p")] * 3
+    found, gained = level([right]), gap([right], [wrong])
+    assert found.items_low == pytest.approx(3 / (3 + 1.959964**2))  # three clusters, however many seeds
+    assert found.items_low == pytest.approx(accuracy([True] * 9, list("abc") * 3).low)
+    assert gained.items_low < 0.5 and gained.items_high == 1

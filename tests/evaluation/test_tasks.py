@@ -144,6 +144,61 @@ def test_predictions_are_kept_and_reused(model: VLM, tmp_path: Path, monkeypatch
     assert ran
 
 
+def test_predictions_of_other_items_are_set_aside_and_found_again(model: VLM, tmp_path: Path) -> None:
+    """Two files of one stem, or one under a limit, are tasks of one name: neither overwrites the other's answers."""
+    asked: list[int] = []
+    listener = scorer(model, lambda samples: [asked.append(1) or "yes" for _ in samples])  # type: ignore[func-returns-value]
+    whole, few = (Generate("t", items, (Cut("T"),)) for items in (ITEMS, ITEMS[:2]))
+    first = run(whole, listener, folder=tmp_path)
+    second = run(few, listener, folder=tmp_path)
+    assert len(asked) == 8 and answers.read(tmp_path / "t.jsonl")[1] == second
+    (aside,) = (tmp_path / "earlier").iterdir()
+    assert answers.read(aside)[1] == first and aside.name == f"t.{answers.read(aside)[0].fingerprint}.jsonl"
+    assert run(whole, listener, folder=tmp_path) == first and run(few, listener, folder=tmp_path) == second
+    assert len(asked) == 8 and answers.read(tmp_path / "t.jsonl")[1] == second
+    (tmp_path / "t.jsonl").write_text("half")  # nobody can use it: it goes
+    assert run(whole, listener, folder=tmp_path) == first
+    assert sorted(path.name for path in tmp_path.rglob("*.jsonl")) == ["t.jsonl"] and len(asked) == 8
+
+
+@pytest.mark.parametrize("kind", ["free", "choice", "joint alone"])
+def test_an_interrupted_task_goes_on_after_its_last_batch(kind: str, model: VLM, tmp_path: Path) -> None:
+    """Ctrl-C in the second of three batches, a line cut off in the middle: the first batch is not asked again."""
+    heard: list[str] = []
+
+    def reply(samples: Sequence[Sample]) -> list[str]:
+        heard.extend(one.id for one in samples)
+        return [f"no {one.id}" for one in samples]
+
+    def stop(done: int) -> None:
+        counted.append(done)
+        if len(counted) == 2:
+            raise KeyboardInterrupt
+
+    task = (Generate if kind == "free" else Choice)("t", ITEMS, (Cut("T"),))
+    control = "cosine" if kind == "joint alone" else None
+    counted: list[int] = []
+    listener = Scorer(model, reply=reply, batch_size=2)
+    wanted = [replace(one, seconds=0) for one in run(task, listener, control=control)]
+    heard.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(task, listener, control=control, folder=tmp_path, advance=stop)
+    (part,) = tmp_path.glob("t.*.part")
+    part.write_text(part.read_text()[:-3])
+    heard.clear()
+    ran: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        genuine = model.run
+        patch.setattr(model, "run", lambda batch, **how: ran.append(len(batch.ids)) or genuine(batch, **how))
+        found = run(task, listener, control=control, folder=tmp_path)
+    assert [replace(one, seconds=0) for one in found] == wanted
+    assert heard == (["s2", "s3", "s4", "s5"] if kind == "free" else [])
+    assert sum(ran) == (0 if kind == "free" else 4)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".jsonl"]
+    listener.likelihoods([one.question for one in ITEMS])  # not under a task: nothing is kept
+    assert [path.suffix for path in tmp_path.iterdir()] == [".jsonl"]
+
+
 def test_unknown_task_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'counting'"):
         named("countin")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from isthmus.cli.options import AsJson, Device
+
+if TYPE_CHECKING:
+    from isthmus.config import TaskConfig
 
 
 class EngineName(StrEnum):
@@ -74,7 +77,7 @@ def compare(
     from isthmus.cli.options import on, recipe_of
     from isthmus.comparing.compare import compare as carry_out
     from isthmus.comparing.table import markdown, tables
-    from isthmus.config import Source, TaskConfig, check
+    from isthmus.config import Source
 
     if not recipes:
         _refuse_settings(context)
@@ -89,9 +92,7 @@ def compare(
             baseline=baseline,
             factors=factors_of(grid) if search else (),
             share=share,
-            tasks=None
-            if tasks is None
-            else [check(TaskConfig, {"name": name}, "compare") for name in tasks.split(",")],
+            tasks=None if tasks is None else _tasks(tasks),
             limit=limit,
             data=[Source(name=str(file)) for file in data or []],
             overrides=overrides or [],
@@ -115,6 +116,27 @@ def compare(
     for sentence in outcome.advice:
         console.print(sentence)
     console.print(f"\nreport   {out / 'compare.html'}\nnumbers  {file}", soft_wrap=True)
+
+
+def _tasks(names: str) -> list[TaskConfig]:
+    """The tasks of these names.
+
+    Raises:
+        ConfigError: there is no such task, or it asks about a file, which a name alone does not tell.
+    """
+    from isthmus.cli.measure import listed
+    from isthmus.config import TaskConfig, check
+    from isthmus.errors import ConfigError
+    from isthmus.evaluation import catalogue
+
+    for name in listed(names):
+        catalogue.named(name)
+        if name in catalogue.ON_FILES or name in catalogue.ON_TEXTS:
+            raise ConfigError(
+                f"task {name} asks about a file of yours, which --tasks cannot name",
+                "name it under `eval` in the recipe of the baseline, with the file in its `options`",
+            )
+    return [check(TaskConfig, {"name": name}, "compare") for name in listed(names)]
 
 
 def _refuse_settings(context: typer.Context) -> None:

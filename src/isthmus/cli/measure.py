@@ -64,7 +64,7 @@ def evaluate(
     from isthmus.cli.options import on, remote_of
     from isthmus.config import TaskConfig, check
     from isthmus.errors import ConfigError
-    from isthmus.evaluation import baseline
+    from isthmus.evaluation import baseline, catalogue
     from isthmus.evaluation.measure import build, check_exchanges, measure, measure_alone, merge
     from isthmus.evaluation.report import cost_table, table_of
     from isthmus.evaluation.results import rows
@@ -73,10 +73,12 @@ def evaluate(
 
     console = Console(stderr=as_json, highlight=False)
     where = on(device)
-    chosen = [] if controls == "none" else controls.split(",")
+    chosen = [] if controls == "none" else listed(controls)
     asked = _options(data, images, layout, settings) | ({} if shots is None else {"shots": shots})
     common = {"limit": limit, "controls": chosen, "options": asked}
-    named = tasks.split(",") if tasks else [] if text else TASKS.split(",")
+    named = listed(tasks or ("" if text else TASKS))
+    for name in named:
+        catalogue.check_options(name, asked)
     wanted = [check(TaskConfig, {"name": name, **common}, "eval") for name in named]
     built = build(wanted, seed)
     check_exchanges(built)
@@ -109,6 +111,11 @@ def evaluate(
     if told:
         console.print(cost_table([row for row in found if row.task in texts]))
     console.print(f"predictions per item: {folder}")
+
+
+def listed(names: str) -> list[str]:
+    """`one, two` as names."""
+    return [name for each in names.split(",") if (name := each.strip())]
 
 
 def _options(data: Path | None, images: Path | None, layout: str | None, settings: list[str] | None) -> dict[str, Any]:

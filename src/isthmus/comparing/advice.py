@@ -34,9 +34,10 @@ def _mean(outcome: Outcome) -> str:
         return "There is one joint, so that there is nothing to compare it with."
     if len(outcome.seeds) < 2:
         best = _best(line, outcome.names)
+        most = "highest" if line.higher else "lowest"
         return (
             f"The data do not decide: every joint was trained once, and another seed makes another model. {best} has "
-            f"the highest {line.label}, {short(line.cells[best].level.value)}, which may be luck. Train with "
+            f"the {most} {line.label}, {short(line.cells[best].level.value)}, which may be luck. Train with "
             "--seeds 3 or more; the same command with more seeds goes on from here."
         )
     better = [name for name in outcome.names if line.cells[name].verdict == "better"]

@@ -17,9 +17,10 @@ from typing import Any
 
 from rich.console import Console
 
-from isthmus.comparing.engine import GLANCE, Tell, held, judged, prepared, spawn, threads_of
+from isthmus.comparing.engine import GLANCE, Tell, judged, prepared, spawn, threads_of
 from isthmus.comparing.plan import Job
 from isthmus.errors import ConfigError, IsthmusError
+from isthmus.training import locks
 from isthmus.training.signals import interrupts
 
 
@@ -92,7 +93,7 @@ def work(where: str, file: str, folder: str, device: str, threads: int) -> int:
     """
     os.chdir(where)
     place = Path(folder)
-    with held(place.with_name(place.name + ".lock"), lambda: None) as lock:
+    with locks.held(place.with_name(place.name + ".lock"), lambda: None) as lock:
         run = spawn(Path(file), place, device, threads, lock)
         try:
             while run.poll() is None:

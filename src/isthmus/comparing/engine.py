@@ -24,6 +24,7 @@ from rich.console import Console
 from isthmus.comparing.plan import Job
 from isthmus.errors import IsthmusError, NotFinite
 from isthmus.experiment import experiment
+from isthmus.training import locks
 from isthmus.training.checkpoint import write_text
 from isthmus.training.signals import interrupts
 
@@ -183,29 +184,10 @@ def diverged(job: Job) -> None:
 def locked(folder: Path, say: Callable[[str], None]) -> Iterator[int]:
     """The comparison's lock; waits while another process, or a child that outlived its parent, holds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with held(folder / "lock", lambda: say(f"{folder} is in use by another process or its runs; waiting")) as lock:
+    with locks.held(
+        folder / "lock", lambda: say(f"{folder} is in use by another process or its runs; waiting")
+    ) as lock:
         yield lock
-
-
-@contextlib.contextmanager
-def held(path: Path, wait: Callable[[], None]) -> Iterator[int]:
-    """The descriptor of a lock file that nobody else holds; `wait` is called where somebody still does."""
-    with path.open("w") as file:
-        if not _take(file.fileno()):
-            wait()
-            while not _take(file.fileno()):
-                time.sleep(1)
-        yield file.fileno()
-
-
-def _take(descriptor: int) -> bool:
-    import fcntl  # here, so that systems without it can import the package
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _last_words(log: Path) -> str:

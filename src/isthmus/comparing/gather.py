@@ -143,7 +143,17 @@ class Quality:
             seen=self._gap(looked, runs["blind"], one.task.unit) if looked else None,
             gap=None if name == self.baseline else self._gap(runs["after"], theirs, one.task.unit),
             unscored=unscored,
+            besides=self._besides(name, one) if len(asked) == 1 and not unscored else {},
         )
+
+    def _besides(self, name: str, question: Question) -> dict[str, float]:
+        """The task's further figures, the means over seeds, where it is the whole task that is asked."""
+        runs = [each["after"] for each in self.answers[name][question.task.name]]
+        ids = [item.prompt.id for item in question.task.items]
+        if question.cut.kinds is not None or any([one.id for one in run] != ids for run in runs):
+            return {}
+        found = [question.task.totals(run) for run in runs]
+        return {key: statistics.mean(each[key] for each in found) for key in found[0] if all(key in e for e in found)}
 
     def _level(self, tasks: Sequence[seeds.Runs], unit: str) -> Level:
         """With an interval over seeds that stays within what a share can be."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from PIL import Image as Pillow
@@ -34,6 +34,8 @@ class Cell:
     """The gap's p-value after correction for all that is compared."""
     verdict: Verdict | None = None
     unscored: int = 0
+    besides: Mapping[str, float] = field(default_factory=dict)
+    """Further figures of a benchmark, means over seeds; none where an item is not scored."""
 
 
 @dataclass(frozen=True)

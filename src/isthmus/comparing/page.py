@@ -89,7 +89,7 @@ def _quality(outcome: Outcome) -> str:
 <caption>{_quality_words(outcome)}</caption>
 <thead><tr><th scope="col">joint</th>{heads}</tr></thead>
 <tbody>{body}{_chance(outcome)}</tbody></table></div>
-{_differences(outcome)}"""
+{_differences(outcome)}{_besides(outcome)}"""
 
 
 def _mean_words(outcome: Outcome) -> str:
@@ -167,6 +167,29 @@ families together.</caption>
 </thead>
 <tbody>{body}</tbody></table></div></details>
 """
+
+
+def _besides(outcome: Outcome) -> str:
+    """What benchmarks report besides, a row for each figure."""
+    body = "".join(
+        f'<tr><th scope="row">{escape(figure)}<small>{escape(line.label)}</small></th>'
+        + "".join(f"<td>{_figure(line.cells[name], figure)}</td>" for name in outcome.names)
+        + "</tr>\n"
+        for line in outcome.lines
+        for figure in dict.fromkeys(figure for cell in line.cells.values() for figure in cell.besides)
+    )
+    if not body:
+        return ""
+    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in outcome.names)
+    return f"""<details><summary>Further figures of the benchmarks</summary>
+<div class="wide" tabindex="0"><table class="costs">
+<caption>After training, the means over seeds, without intervals; none where an answer was not scored.</caption>
+<thead><tr><th scope="col">figure and task</th>{heads}</tr></thead><tbody>{body}</tbody></table></div></details>
+"""
+
+
+def _figure(cell: Cell, figure: str) -> str:
+    return short(cell.besides[figure]) if figure in cell.besides else "·"
 
 
 def _paired_words(outcome: Outcome) -> str:

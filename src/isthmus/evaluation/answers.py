@@ -10,12 +10,15 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from isthmus.types import DataError
+
+SCORING = 1
+"""Raised whenever replies come to be scored otherwise under the same rule: files from before are not reused."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Header:
     fingerprint: str
     items: int
     settings: Mapping[str, Any] = field(default_factory=dict)
+    scoring: int = SCORING
 
 
 def write(path: Path, header: Header, predictions: Sequence[Prediction]) -> None:
@@ -69,7 +73,7 @@ def read(path: Path) -> tuple[Header, list[Prediction]]:
     """
     try:
         first, *rest = (json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line)
-        header = Header(**first)
+        header = Header(**{"scoring": 0, **first})
         predictions = [Prediction(**{**row, **_tuples(row)}) for row in rest]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path}: not a predictions file ({error})", "remove it and evaluate again") from None
@@ -88,7 +92,7 @@ def reusable(path: Path, fingerprint: str) -> list[Prediction] | None:
         header, predictions = read(path)
     except DataError:
         return None
-    return predictions if header.fingerprint == fingerprint else None
+    return predictions if (header.fingerprint, header.scoring) == (fingerprint, SCORING) else None
 
 
 def choose(choices: Sequence[str], scores: Sequence[float], answer: str) -> tuple[str | None, bool | None]:
@@ -125,17 +129,45 @@ def match(reply: str | None, answer: str, *, contains: bool = False) -> bool | N
 
 
 def normalise(text: str) -> str:
-    """Lower case without accents, punctuation, articles or doubled blanks; small number words become digits.
+    """Lower case without accents of Latin letters, punctuation, articles or doubled blanks; `two` becomes `2`.
 
-    An article that is all there is stays: it is a letter.
+    Letters, their marks in other scripts, numbers and symbols stay, wide and narrow forms made one (NFKC): `ガラス` is
+    not `カラス`, `C++` not `C`, `$5` and `5°` not `5`. So do `%`, a number's minus and point, and the `#` of `C#`.
+    Where nothing would be left, punctuation or an article stays: it is what was meant.
     """
-    folded = unicodedata.normalize("NFKD", text.casefold())
-    letters = "".join(c for c in folded if not unicodedata.combining(c))
-    words = re.sub(r"[^\w\s]|_", " ", letters).split()
+    visible = "".join(char for char in text if unicodedata.category(char) != "Cf")
+    folded = unicodedata.normalize("NFKC", visible).casefold().translate(_ALIKE)
+    whole = "".join(_plain(folded))
+    kept = {match.start() for match in _MEANT.finditer(whole)}
+    words = "".join(c if place in kept or _worded(c) else " " for place, c in enumerate(whole)).split()
+    words = words or whole.split()
     told = [word for word in words if word not in _ARTICLES] or words
     return " ".join(_DIGITS.get(word, word) for word in told)
 
 
+def _plain(text: str) -> Iterator[str]:
+    """Its characters without accents of Latin letters, and without marks that belong to no letter."""
+    marked = False
+    for char in text:
+        category = unicodedata.category(char)
+        if category[0] == "M":
+            yield char * marked
+        else:
+            latin = category[0] == "L" and unicodedata.name(char, "").startswith("LATIN")
+            marked = category[0] == "L" and not latin
+            yield unicodedata.normalize("NFD", char)[0] if latin else char
+
+
+def _worded(char: str) -> bool:
+    """Letters, marks, numbers, symbols other than bare accents, and the percent sign."""
+    category = unicodedata.category(char)
+    return char == "%" or (category[0] in "LMNS" and category != "Sk")
+
+
+_ALIKE = str.maketrans("\u2212\u2010\u2013\u2044", "---/")
+"""Minus, hyphen, dash and a fraction's stroke, as they are typed."""
+_MEANT = re.compile(r"(?<!\w)-(?=[.$£€¥]?\d)|(?<![^\W\d])(?<!\.)\.(?=\d)|(?<=[^\W\d_])#")
+"""The minus before a number, unless it joins words, a number's point, and a sharp."""
 _ARTICLES = {"a", "an", "the"}
 _DIGITS = {
     word: str(number)

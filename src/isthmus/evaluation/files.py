@@ -7,11 +7,11 @@ stands in the samples' `meta`, where `isthmus.data` puts it for the layouts that
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from isthmus.config import Frozen, OneSource, TaskConfig, check
 from isthmus.data import sets
@@ -23,6 +23,9 @@ from isthmus.evaluation.metrics import captions, judgements, vqa
 from isthmus.evaluation.score import Scorer
 from isthmus.evaluation.tasks import Advance, Builder, Cut, Free, Item
 from isthmus.types import Box, DataError, Medium, Sample
+
+Group: TypeAlias = Callable[[Sequence[Sample]], tuple[Sequence[Hashable], int]]
+"""The group of every sample, and how many questions each is."""
 
 
 class File(Frozen):
@@ -54,7 +57,10 @@ class Scored(Free):
 class Exact(Scored):
     """GQA's rule: the reply is the answer."""
 
-    rule = "free reply equals the answer, after case, accents, punctuation, articles and number words are evened out"
+    rule = (
+        "free reply equals the answer, after case, accents of Latin letters, punctuation, articles and number words "
+        "are evened out"
+    )
 
     def share(self, reply: str, item: Item) -> bool | None:
         return match(reply, item.answer)
@@ -72,7 +78,7 @@ class People(Scored):
 class YesNo(Scored):
     """POPE's and MME's questions."""
 
-    rule = "yes or no as a whole word of the free reply; neither, or both, is wrong"
+    rule = "yes or no as the free reply's first word, else as the one of both that it holds; neither, or both, is wrong"
 
     def share(self, reply: str, item: Item) -> bool:
         return judgements.judgement(reply) is judgements.judgement(item.answer)
@@ -145,7 +151,7 @@ def people(task: TaskConfig, seed: int) -> People:
 
 def yes_no(task: TaskConfig, seed: int) -> YesNo:
     """`yes-no`: POPE, MME, VSR; rows by the `category` of a question, where it has one."""
-    built = task_of(YesNo, "yes or no", task, check(File, task.options, "task yes-no"), seed)
+    built = task_of(YesNo, "yes or no", task, check(File, task.options, "task yes-no"), seed, group=_pairs)
     for item in built.items:
         if judgements.judgement(item.answer) is None:
             raise DataError(f"{item.prompt.id}: the answer is neither yes nor no: {item.answer[:40]!r}", "correct it")
@@ -184,8 +190,13 @@ def task_of(
     how: File,
     seed: int,
     read: Callable[[Sequence[Sample]], Sequence[Sample]] = tuple,
+    group: Group | None = None,
 ) -> Any:
     """A task over the items of a file, of which as many as the limit are drawn, the same ones for every seed.
+
+    Args:
+        read: what is asked of the file's samples; all of them as a rule.
+        group: which samples are drawn together, and how many questions such a group is; the rounds of a question else.
 
     Raises:
         DataError: the file is wrong, or holds no question.
@@ -198,23 +209,36 @@ def task_of(
         raise DataError(
             f"{source.name} has no item for task {config.name!r}", "`isthmus data stats` shows what it holds"
         )
-    items = tuple(item(samples[place]) for place in _drawn([sample.id for sample in samples], config.limit))
+    places = range(len(samples)) if config.limit is None else _drawn(*(group or _rounds)(samples), config.limit)
+    items = tuple(item(samples[place]) for place in places)
     label = f"{Path(source.name).stem}, {what}"
     kinds = sorted({item.kind for item in items})
     cuts = (Cut(label), *(Cut(f"{label}: {kind}", frozenset({kind})) for kind in kinds if len(kinds) > 1))
     return make(f"{config.name}-{Path(source.name).stem}", items, cuts)
 
 
-def _drawn(ids: Sequence[str], limit: int | None) -> list[int]:
-    """The places of `limit` questions, in order; one whose options are moved about comes with all of its rounds."""
+def _drawn(groups: Sequence[Hashable], questions: int, limit: int) -> list[int]:
+    """The places of up to `limit` questions, in order: whole groups, by the name of each place's, and one at least."""
+    places: dict[Hashable, list[int]] = {}
+    for place, name in enumerate(groups):
+        places.setdefault(name, []).append(place)
+    together = list(places.values())
+    chosen = drawn(len(together), min(max(1, limit // questions), len(together)))
+    return sorted(place for number in chosen for place in together[number])
+
+
+def _rounds(samples: Sequence[Sample]) -> tuple[list[Hashable], int]:
+    """Each by itself; a question whose options are moved about is one with all of its rounds."""
+    ids = [sample.id for sample in samples]
     moved = {name.partition(ROUND)[0] for name in ids if ROUND in name}
-    questions: dict[str | int, list[int]] = {}
-    for place, name in enumerate(ids):
-        own = name.partition(ROUND)[0]
-        questions.setdefault(own if own in moved else place, []).append(place)
-    groups = list(questions.values())
-    chosen = drawn(len(groups), min(limit or len(groups), len(groups)))
-    return sorted(place for number in chosen for place in groups[number])
+    names = (name.partition(ROUND)[0] for name in ids)
+    return [own if own in moved else place for place, own in enumerate(names)], 1
+
+
+def _pairs(samples: Sequence[Sample]) -> tuple[list[Hashable], int]:
+    """Two questions of one category about one picture, where there are two about every one, as MME has them."""
+    groups: list[Hashable] = [(_kind(sample), _picture(sample)) for sample in samples]
+    return (groups, 2) if set(Counter(groups).values()) == {2} else _rounds(samples)
 
 
 def item(sample: Sample) -> Item:
@@ -224,15 +248,23 @@ def item(sample: Sample) -> Item:
         DataError: it does not end with an answer.
     """
     bare = tasks.item(sample.but(meta={}))
-    picture = " ".join(_name(medium) for medium in sample.media)
     return replace(
         bare,
         prompt=bare.prompt.but(meta=sample.meta),
         choices=_texts(sample, "choices"),
         references=_texts(sample, "answers"),
-        cluster=picture or sample.id,
-        kind=str(sample.meta.get("category", "")),
+        cluster=_picture(sample),
+        kind=_kind(sample),
     )
+
+
+def _picture(sample: Sample) -> str:
+    """What tells the picture from others, or a sample that shows nothing."""
+    return " ".join(map(_name, sample.media)) or sample.id
+
+
+def _kind(sample: Sample) -> str:
+    return str(sample.meta.get("category", ""))
 
 
 def _name(medium: Medium) -> str:
@@ -265,8 +297,7 @@ def _gathered(samples: Sequence[Sample]) -> list[Sample]:
     """One sample per picture, the answers of all of its samples as its references."""
     by_picture: dict[str, list[Sample]] = {}
     for sample in samples:
-        name = " ".join(map(_name, sample.media)) or sample.id
-        by_picture.setdefault(name, []).append(sample)
+        by_picture.setdefault(_picture(sample), []).append(sample)
     return [
         same[0].but(meta={**same[0].meta, "answers": [one.turns[-1].text for one in same]})
         for name, same in by_picture.items()

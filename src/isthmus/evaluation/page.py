@@ -28,12 +28,12 @@ ROLES = {"encoder": "encoder", "joint": "joint", "llm": "language model", "adapt
 def render(report: Report) -> str:
     """The whole page."""
     sections = [
-        section("Results", _results(report)),
+        section("Results", _results(report)) if report.rows else "",
         section("What was joined", _parts(report)),
         section("Training", _curves(report)) if report.curves else "",
         section("Examples", _examples(report)) if report.examples else "",
         section("In its own words", _generations(report.generations)) if report.generations else "",
-        section("How it was measured", _method(report)),
+        section("How it was measured", _method(report)) if report.rows else "",
         section("Attribution and licences", credits_table(report.credits)) if report.credits else "",
     ]
     footer = (
@@ -80,15 +80,31 @@ def _units(rows: Sequence[Row]) -> str:
     """What the numbers are, and what the controls were."""
     parts = []
     if any(row.unit == "accuracy" for row in rows):
-        parts.append("Share of right answers (higher is better).")
+        parts.append(
+            "Mean score of an item from 0 to 1 (higher is better): where items are right or wrong, the share of right "
+            "ones."
+        )
     if any(row.unit != "accuracy" for row in rows):
-        parts.append("Captions: negative log-likelihood in nats per token (lower is better), on a scale of their own.")
+        parts.append("Nats per token: negative log-likelihood (lower is better), on a scale of its own.")
+    if any(row.besides for row in rows):
+        parts.append("Below a row, without marks: what its benchmark reports besides, after training.")
     parts.append(
         "Small figures are 95 % intervals. Blank and shuffled: after training, with a grey picture or another’s."
     )
     if any(row.fewest < row.n for row in rows):
         parts.append("Before, blank and shuffled were asked of some of the items, drawn among them.")
     return " ".join(parts)
+
+
+def _besides(row: Row, shown: Sequence[Column]) -> str:
+    """The row's further figures, each in a row of its own."""
+    found = ""
+    for name, value in row.besides.items():
+        told = '<small class="unscored">not scored</small>' if value is None else short(value)
+        cells = "".join(f'<td class="{column}">{told if column == "after" else ""}</td>' for column in shown)
+        found += f'<tr><th scope="row"><small>{escape(name)}</small></th><td class="figure"></td>{cells}'
+        found += '<td class="chance"></td></tr>\n'
+    return found
 
 
 def _row(row: Row, shown: Sequence[Column]) -> str:
@@ -100,6 +116,7 @@ def _row(row: Row, shown: Sequence[Column]) -> str:
     return (
         f'<tr><th scope="row">{escape(row.label)}<small>{groups}{unit}</small></th>'
         f'<td class="figure">{drawing.marks(row)}</td>{cells}<td class="chance">{chance}</td></tr>\n'
+        + _besides(row, shown)
     )
 
 

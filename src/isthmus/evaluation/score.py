@@ -15,6 +15,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from isthmus import sites
 from isthmus.data.collate import Look
 from isthmus.evaluation.controls import key
+from isthmus.evaluation.keeping import Answered
 from isthmus.model import VLM
 from isthmus.objectives.contrastive import late
 from isthmus.objectives.lm import supervised
@@ -82,7 +85,12 @@ class Scorer:
         look: how media become pixels or features; the processor's own by default.
         reply: free generation for samples that end with the user's turn; None where it failed.
         batch_size: prompts per forward.
+
+    Attributes:
+        part: what is known of the answers from an interrupted run, and takes those that come; `tasks.run` sets it.
     """
+
+    part = Answered()
 
     def __init__(
         self,
@@ -106,21 +114,28 @@ class Scorer:
             DataError: a sample cannot be rendered.
         """
         self.model.eval()
-        score = self._score_told if self.model.config.is_encoder_decoder else self._score
         found: list[Scores | None] = [None] * len(questions)
         for groups in self._batches(_groups(questions)):
-            start = time.perf_counter()
-            scores, tokens = score(groups)
-            done = sum(len(group.members) for group in groups)
-            seconds = (time.perf_counter() - start) / done
-            for group, values, counts in zip(groups, scores.tolist(), tokens.tolist()):
-                place = {choice: number for number, choice in enumerate(group.choices)}
-                for member in group.members:
-                    at = [place[choice] for choice in questions[member].choices]
-                    found[member] = Scores(tuple(values[k] for k in at), tuple(counts[k] for k in at), seconds)
+            members = [member for group in groups for member in group.members]
+            rows = self.part.batch(members, partial(self._told_apart, groups, questions))
+            for member, (values, tokens, seconds) in zip(members, rows):
+                found[member] = Scores(tuple(values), tuple(tokens), seconds)
             if advance is not None:
-                advance(done)
+                advance(len(members))
         return [scores for scores in found if scores is not None]
+
+    def _told_apart(self, groups: Sequence[Group], questions: Sequence[Question]) -> list[tuple[Any, ...]]:
+        """Scores, tokens and seconds of the groups' questions, in the order of their members."""
+        start = time.perf_counter()
+        scores, tokens = (self._score_told if self.model.config.is_encoder_decoder else self._score)(groups)
+        seconds = (time.perf_counter() - start) / sum(len(group.members) for group in groups)
+        found = []
+        for group, values, counts in zip(groups, scores.tolist(), tokens.tolist()):
+            place = {choice: number for number, choice in enumerate(group.choices)}
+            for member in group.members:
+                at = [place[choice] for choice in questions[member].choices]
+                found.append(([values[k] for k in at], [counts[k] for k in at], seconds))
+        return found
 
     def _batches(self, groups: Sequence[Group]) -> Iterator[list[Group]]:
         """Longest rows first: the worst memory shows at once, and rows of a batch are nearly as long."""
@@ -214,25 +229,37 @@ class Scorer:
         column = {name: m for m, name in enumerate(names)}
         found: list[Scores] = []
         for start in range(0, len(questions), self.batch_size):
-            clock = time.perf_counter()
-            part = questions[start : start + self.batch_size]
-            prompts = [question.sample for question in part]
-            batch = self.model.processor.prompts(prompts, self.look).to(self.model.device)
-            cosine_BM = _cosines(self.model.run(batch, need="connected"), batch, told)
-            spent = (time.perf_counter() - clock) / len(part)
-            for question, row in zip(part, cosine_BM.tolist()):
-                found.append(
-                    Scores(tuple(row[column[c]] for c in question.choices), (0,) * len(question.choices), spent)
-                )
+            asked = questions[start : start + self.batch_size]
+            rows = self.part.batch(range(start, start + len(asked)), partial(self._seen, asked, told))
+            for question, (row, seconds) in zip(asked, rows):
+                values = tuple(row[column[choice]] for choice in question.choices)
+                found.append(Scores(values, (0,) * len(values), seconds))
             if advance is not None:
-                advance(len(part))
+                advance(len(asked))
         return found
+
+    def _seen(self, asked: Sequence[Question], names: Sequence[Tensor]) -> list[tuple[list[float], float]]:
+        """Of each question, its picture's cosine with every name, and the seconds."""
+        clock = time.perf_counter()
+        prompts = [question.sample for question in asked]
+        batch = self.model.processor.prompts(prompts, self.look).to(self.model.device)
+        rows = _cosines(self.model.run(batch, need="connected"), batch, names).tolist()
+        return [(row, (time.perf_counter() - clock) / len(asked)) for row in rows]
 
     def _name(self, sample: Sample, name: str) -> Tensor:
         """The trained tokens of an answer, written as within a sentence, where most words have been seen."""
         rendered = self.renderer.render((*sample.turns, Turn.say("assistant", f" {name}")))
         ids = [token for token, trained in zip(rendered.ids, rendered.trained) if trained]
         return torch.tensor(ids, device=self.model.device)
+
+
+def timed(
+    reply: Callable[[Sequence[Sample]], Sequence[str | None]], asked: Sequence[Sample]
+) -> list[tuple[str | None, float]]:
+    """Replies, and the seconds that each took."""
+    clock = time.perf_counter()
+    replies = reply(asked)
+    return [(one, (time.perf_counter() - clock) / len(asked)) for one in replies]
 
 
 def _prompt_key(sample: Sample) -> Hashable:

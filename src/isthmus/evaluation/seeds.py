@@ -8,7 +8,9 @@ questions are asked of every difference, and a verdict needs both answers:
 - would other items? A bootstrap that draws seeds and, on its own, clusters of items (concepts, pictures) with
   replacement, the same clusters for all that is compared, and for tasks that share some (Owen 2007, "The pigeonhole
   bootstrap", for crossed factors). Where no draw is on the other side of 0, a normal distribution of their spread
-  tells how far away that is, since so many draws tell no p-value below 2 / (1 + draws).
+  tells how far away that is, since so many draws tell no p-value below 2 / (1 + draws). Few clusters may agree by
+  chance, too: p is never below that of a sign test in which all of them speak for one side, 1 with one cluster.
+  Draws that hold no item of some task or run are left out; where that is half of them or more, p is 1.
 
 The p-value of a difference is the larger of the two (an intersection-union test). Over many differences Holm (1979, "A
 simple sequentially rejective multiple test procedure") keeps the chance of one or more false verdicts at 5 %.
@@ -24,7 +26,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from isthmus.evaluation.answers import Prediction
-from isthmus.evaluation.statistics import LEVEL
+from isthmus.evaluation.statistics import LEVEL, Ends, apart, critical, student, together, within
 from isthmus.types import DataError
 
 Verdict: TypeAlias = Literal["better", "worse", "not decided"]
@@ -39,7 +41,10 @@ class Outcomes:
     totals: tuple[float, ...]
     weights: tuple[float, ...]
     clusters: tuple[Hashable, ...]
+    """None: there are no items to choose, such as for a figure of the whole run."""
     unscored: int = 0
+    shares: bool = False
+    """Whether totals are shares from 0 to 1, each of weight 1, whose intervals know what was not seen."""
 
     @classmethod
     def of(cls, predictions: Sequence[Prediction], unit: str) -> Outcomes:
@@ -51,7 +56,7 @@ class Outcomes:
             totals, weights = [-p.scores[-1] for p in predictions], [float(p.tokens) for p in predictions]
             unscored = 0
         ids, clusters = tuple(p.id for p in predictions), tuple(p.cluster for p in predictions)
-        return cls(ids, tuple(totals), tuple(weights), clusters, unscored)
+        return cls(ids, tuple(totals), tuple(weights), clusters, unscored, shares=unit == "accuracy")
 
     @property
     def mean(self) -> float:
@@ -74,7 +79,7 @@ class Level:
     """Student's t over the seeds: where the mean of many more trainings lies. None with one seed."""
     items_low: float
     items_high: float
-    """Bootstrap over seeds and clusters of items."""
+    """Bootstrap over seeds and clusters of items; of shares, at least as `statistics.within` knows from the items."""
 
     @property
     def ends(self) -> tuple[float, float]:
@@ -124,10 +129,11 @@ def level(tasks: Sequence[Runs], *, seed: int = 0, draws: int = DRAWS) -> Level:
     """
     _check(tasks)
     each = np.mean([[run.mean for run in runs] for runs in tasks], axis=0)
-    drawn_DS = np.mean(_resample(tasks, seed, draws), 0)
+    drawn_DS = _whole(np.mean(_resample(tasks, seed, draws), 0), each)
     low, high = interval(each.tolist(), _by_items(drawn_DS))
-    items = _percentiles(_over_seeds(drawn_DS, seed))
-    return Level(float(each.mean()), tuple(each.tolist()), low, high, *items)
+    drawn = _percentiles(_over_seeds(drawn_DS, seed))
+    seen = together([_seen(runs) for runs in tasks]) if _are_shares(tasks) else drawn
+    return Level(float(each.mean()), tuple(each.tolist()), low, high, *wider(*seen, *drawn))
 
 
 def gap(ours: Sequence[Runs], theirs: Sequence[Runs], *, seed: int = 0, draws: int = DRAWS) -> Gap:
@@ -144,18 +150,22 @@ def gap(ours: Sequence[Runs], theirs: Sequence[Runs], *, seed: int = 0, draws: i
         [[a.mean - b.mean for a, b in zip(mine, other, strict=True)] for mine, other in zip(ours, theirs)], axis=0
     )
     drawn = _resample([[*mine, *other] for mine, other in zip(ours, theirs)], seed, draws)
-    drawn_DS = np.mean([ratios_DR[:, :seeds] - ratios_DR[:, seeds:] for ratios_DR in drawn], axis=0)
+    drawn_DS = _whole(np.mean([ratios_DR[:, :seeds] - ratios_DR[:, seeds:] for ratios_DR in drawn], axis=0), each)
     differences_D, least = _over_seeds(drawn_DS, seed), _by_items(drawn_DS)
     low, high = interval(each.tolist(), least)
+    items = _percentiles(differences_D)
+    paired = all(a.ids == b.ids for mine, other in zip(ours, theirs) for a, b in zip(mine, other))
+    if paired and _are_shares([*ours, *theirs]):
+        items = wider(*items, *together([_seen(mine, other) for mine, other in zip(ours, theirs)]))
     return Gap(
         float(each.mean()),
         tuple(each.tolist()),
         low,
         high,
-        *_percentiles(differences_D),
+        *items,
         p_seeds=p_value(each.tolist(), least),
-        p_items=_p_items(differences_D),
-        paired=all(a.ids == b.ids for mine, other in zip(ours, theirs) for a, b in zip(mine, other)),
+        p_items=1.0 if 2 * len(differences_D) <= draws else max(_p_items(differences_D), _least_p([*ours, *theirs])),
+        paired=paired,
     )
 
 
@@ -201,28 +211,6 @@ def p_value(values: Sequence[float], least: float = 0.0) -> float | None:
     if error == 0:
         return 1.0 if mean == 0 else 0.0
     return max(0.0, 1 - student(abs(mean) / error, len(values) - 1))
-
-
-def student(t: float, freedom: int) -> float:
-    """P(|T| < t) for a whole number of degrees of freedom: Abramowitz and Stegun 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(freedom))
-    cosine, odd = math.cos(angle), freedom % 2
-    term, total = (cosine, cosine) if odd else (1.0, 1.0)
-    for number in range(2 + odd, freedom - 1, 2):
-        term *= cosine**2 * (number - 1) / number
-        total += term
-    if not odd:
-        return math.sin(angle) * total
-    return 2 / math.pi * (angle + (math.sin(angle) * total if freedom > 1 else 0.0))
-
-
-def critical(freedom: int) -> float:
-    """The t that a share `LEVEL` stays below in size, by bisection."""
-    low, high = 0.0, 1e4
-    while high - low > 1e-9 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if student(middle, freedom) < LEVEL else (low, middle)
-    return high
 
 
 def _mean_and_error(values: Sequence[float], least: float) -> tuple[float, float]:
@@ -277,7 +265,33 @@ def _over_seeds(values_DS: np.ndarray, seed: int) -> np.ndarray:
     """Each draw's mean over as many seeds as there are, drawn with replacement."""
     seeds = values_DS.shape[1]
     times_DS = np.random.default_rng((seed, 1 << 20)).multinomial(seeds, np.full(seeds, 1 / seeds), len(values_DS))
-    return (times_DS * np.nan_to_num(values_DS)).sum(1) / seeds
+    return (times_DS * values_DS).sum(1) / seeds
+
+
+def _whole(values_DS: np.ndarray, each: np.ndarray) -> np.ndarray:
+    """The draws that hold items of every task and run; what was measured where no draw does."""
+    whole = values_DS[np.isfinite(values_DS).all(1)]
+    return whole if len(whole) else each[None]
+
+
+def _seen(ours: Runs, theirs: Runs | None = None) -> tuple[float, Ends]:
+    """A task's share over all seeds, or its difference from others on the same items, and how far its items reach."""
+    values = np.concatenate([run.totals for run in ours])
+    clusters = [cluster for run in ours for cluster in run.clusters]
+    if theirs is None:
+        return float(values.mean()), within(values, clusters)
+    values = values - np.concatenate([run.totals for run in theirs])
+    return float(values.mean()), apart(values, clusters)
+
+
+def _are_shares(tasks: Sequence[Runs]) -> bool:
+    return all(run.shares for runs in tasks for run in runs)
+
+
+def _least_p(tasks: Sequence[Runs]) -> float:
+    """Two-sided p of the sign test if all clusters agree; 0 where there are no items to choose."""
+    clusters = {cluster for runs in tasks for run in runs for cluster in run.clusters} - {None}
+    return 2.0 ** (1 - len(clusters)) if clusters else 0.0
 
 
 def _p_items(differences_D: np.ndarray) -> float:
@@ -292,7 +306,7 @@ def _p_items(differences_D: np.ndarray) -> float:
 
 def _by_items(values_DS: np.ndarray) -> float:
     """The error of the mean over these very seeds that the choice of items alone makes."""
-    return float(np.nan_to_num(values_DS).mean(1).std())
+    return float(values_DS.mean(1).std())
 
 
 def _percentiles(values_D: np.ndarray) -> tuple[float, float]:

@@ -1,7 +1,14 @@
-"""Shares and means with percentile bootstrap intervals that resample whole clusters (concepts, pictures), not items.
+"""Shares and means with intervals whose unit is the whole cluster (concept, picture), not the item.
 
-Questions about one picture rise and fall together; resampling them one by one would claim more certainty than
-there is (Cameron, Gelbach and Miller 2008, "Bootstrap-based improvements for inference with clustered errors").
+Questions about one picture rise and fall together; taking them one by one would claim more certainty than there is
+(Cameron, Gelbach and Miller 2008, "Bootstrap-based improvements for inference with clustered errors"). A percentile
+bootstrap draws clusters. It knows only what was seen: of 3 right answers, or of one picture, it is too sure. So each
+end of an interval is the outer one of the bootstrap's and of a second interval that knows what was not seen:
+
+- shares: Wilson's (1927), with as many observations as the clusters are worth (Korn and Graubard 1998, "Confidence
+  intervals for proportions with small expected number of positive counts estimated from survey data");
+- differences of shares, and means of shares: the shares' intervals put together (Newcombe 1998, method 10);
+- other means: Student's t over the clusters. With one cluster there is none.
 
 Three states: an item is right, wrong or not scored. Where some are not scored, an estimate is a range: from all of
 them wrong to all of them right, and the interval covers both ends. `str(estimate)` never prints one bare number then.
@@ -9,8 +16,11 @@ them wrong to all of them right, and the interval covers both ends. `str(estimat
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from statistics import NormalDist
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,9 +29,12 @@ from isthmus.types import DataError
 
 Right: TypeAlias = float | None
 """How right an item is, from 0 (False) to 1 (True); None: not scored."""
+Ends: TypeAlias = tuple[float, float]
+"""The lower and the upper end of an interval."""
 
 DRAWS = 2000
 LEVEL = 0.95
+NORMAL = NormalDist().inv_cdf((1 + LEVEL) / 2)
 _BLOCK = 250
 """Draws that are made at once; bounds the memory of a test with thousands of clusters."""
 
@@ -57,7 +70,7 @@ def accuracy(right: Sequence[Right], clusters: Sequence[Hashable], *, seed: int 
         DataError: there is no item, or labels and items differ in number.
     """
     worst, best = _bounds(right)
-    return _estimate(worst, best, np.ones(len(worst)), right, clusters, seed, draws)
+    return _estimate(worst, best, np.ones(len(worst)), right, clusters, seed, draws, _of_items(within))
 
 
 def mean(
@@ -75,7 +88,7 @@ def mean(
     """
     top = np.asarray(totals, dtype=float)
     bottom = np.ones(len(top)) if weights is None else np.asarray(weights, dtype=float)
-    return _estimate(top, top, bottom, [True] * len(top), clusters, seed, draws)
+    return _estimate(top, top, bottom, [True] * len(top), clusters, seed, draws, _student)
 
 
 def difference(
@@ -96,9 +109,8 @@ def difference(
     our_worst, our_best = _bounds(ours)
     their_worst, their_best = _bounds(theirs)
     both = [None if a is None or b is None else a for a, b in zip(ours, theirs)]
-    return _estimate(
-        our_worst - their_best, our_best - their_worst, np.ones(len(our_worst)), both, clusters, seed, draws
-    )
+    worst, best = our_worst - their_best, our_best - their_worst
+    return _estimate(worst, best, np.ones(len(worst)), both, clusters, seed, draws, _of_items(apart))
 
 
 def macro(
@@ -122,7 +134,12 @@ def macro(
     sizes, lowest, highest = (_per_cluster(one_hot * x[:, None], clusters) for x in (np.ones(len(kind)), worst, best))
     drawn = [np.nanmean(share, axis=1) for share in _resample([lowest, highest], sizes, seed, draws)]
     ends = [float((total.sum(0) / sizes.sum(0)).mean()) for total in (lowest, highest)]
-    return _pack(drawn, ends, _scored(right, one_hot), right, len(sizes))
+    places = [np.flatnonzero(kind == number).tolist() for number in range(len(names))]
+    reach = [
+        together([(float(x[own].mean()), within(x[own], [clusters[place] for place in own])) for own in places])
+        for x in (worst, best)
+    ]
+    return _pack(drawn, reach, ends, _scored(right, one_hot), right, len(sizes))
 
 
 def by_kind(
@@ -147,8 +164,12 @@ def _estimate(
     clusters: Sequence[Hashable],
     seed: int,
     draws: int,
+    reach: Callable[[np.ndarray, np.ndarray, Sequence[Hashable]], Ends],
 ) -> Estimate:
-    """Ratio of sums with its interval, from the worst end's lower bound to the best end's upper bound."""
+    """Ratio of sums with its interval, from the worst end's lower bound to the best end's upper bound.
+
+    `reach(totals, weights, clusters)` is the second interval, which the bootstrap's is widened to.
+    """
     _check(len(worst), clusters)
     _check(len(worst), weights)
     lowest, highest, sizes = (_per_cluster(x[:, None], clusters) for x in (worst, best, weights))
@@ -156,14 +177,17 @@ def _estimate(
     ends = [float(worst.sum() / weights.sum()), float(best.sum() / weights.sum())]
     scored = np.asarray([x is not None for x in right])
     value = float(worst[scored].sum() / weights[scored].sum()) if scored.any() else float("nan")
-    return _pack(drawn, ends, value, right, len(sizes))
+    reached = [reach(x, weights, clusters) for x in (worst, best)]
+    return _pack(drawn, reached, ends, value, right, len(sizes))
 
 
-def _pack(drawn: list[np.ndarray], ends: list[float], value: float, right: Sequence[Right], clusters: int) -> Estimate:
+def _pack(
+    drawn: list[np.ndarray], reach: list[Ends], ends: list[float], value: float, right: Sequence[Right], clusters: int
+) -> Estimate:
     tail = 100 * (1 - LEVEL) / 2
-    low, high = np.nanpercentile(drawn[0], tail), np.nanpercentile(drawn[1], 100 - tail)
-    unscored = sum(x is None for x in right)
-    return Estimate(value, float(low), float(high), ends[0], ends[1], len(right), clusters, unscored)
+    low = min(reach[0][0], float(np.nanpercentile(drawn[0], tail)))
+    high = max(reach[1][1], float(np.nanpercentile(drawn[1], 100 - tail)))
+    return Estimate(value, low, high, ends[0], ends[1], len(right), clusters, sum(x is None for x in right))
 
 
 def _resample(totals: list[np.ndarray], sizes: np.ndarray, seed: int, draws: int) -> list[np.ndarray]:
@@ -176,6 +200,111 @@ def _resample(totals: list[np.ndarray], sizes: np.ndarray, seed: int, draws: int
         with np.errstate(invalid="ignore", divide="ignore"):  # a kind may be absent from a draw
             blocks.append([times @ total / (times @ sizes) for total in totals])
     return [np.concatenate(parts) for parts in zip(*blocks)]
+
+
+# ---------------------------------------------------------------------------------------------- what was not seen
+
+
+def within(values: np.ndarray, clusters: Sequence[Hashable]) -> Ends:
+    """Where the mean of so many values from 0 to 1 may lie: Wilson's interval; 0 to 1 with one cluster.
+
+    The values are worth p (1 - p) / v independent answers of right and wrong. v is their mean's variance over clusters,
+    not below that over items, with Student's t for the normal quantile. They are worth no fewer than if all of a
+    cluster's answers were the same, and just that many where no value differs: nothing is known of the variance then.
+    """
+    n, p = len(values), float(values.mean())
+    sums, sizes = _sums(values, np.ones(n), clusters)
+    if len(sizes) < 2:
+        return 0.0, 1.0
+    variance = max(_variance(sums, sizes, p), float(values.var()) / n)
+    known = p * (1 - p) / variance * (NORMAL / _factor(sizes)) ** 2 if variance > 1e-15 else 0.0
+    z = NORMAL**2 / max(known, _worth(sizes))
+    half = math.sqrt(p * (1 - p) * z + z**2 / 4)
+    return max(0.0, (p + z / 2 - half) / (1 + z)), min(1.0, (p + z / 2 + half) / (1 + z))
+
+
+def apart(values: np.ndarray, clusters: Sequence[Hashable]) -> Ends:
+    """The same of a mean of paired differences from -1 to 1: what speaks for one side less what speaks for the other.
+
+    It reaches no less far than Student's t, since the two sides exclude each other.
+    """
+    ours, theirs = np.maximum(values, 0), np.maximum(-values, 0)
+    (a, (a_low, a_high)), (b, (b_low, b_high)) = ((float(x.mean()), within(x, clusters)) for x in (ours, theirs))
+    low, high = _student(values, np.ones(len(values)), clusters)
+    low = min(low, a - b - math.hypot(a - a_low, b_high - b))
+    return max(-1.0, low), min(1.0, max(high, a - b + math.hypot(a_high - a, b - b_low)))
+
+
+def together(parts: Sequence[tuple[float, Ends]]) -> Ends:
+    """The same of the mean of several figures, each over items of its own, from every one and its interval."""
+    middle = sum(value for value, _ in parts) / len(parts)
+    below = math.hypot(*(value - low for value, (low, _) in parts)) / len(parts)
+    above = math.hypot(*(high - value for value, (_, high) in parts)) / len(parts)
+    return middle - below, middle + above
+
+
+def _of_items(
+    reach: Callable[[np.ndarray, Sequence[Hashable]], Ends],
+) -> Callable[[np.ndarray, np.ndarray, Sequence[Hashable]], Ends]:
+    """For means over items that weigh alike."""
+    return lambda values, weights, clusters: reach(values, clusters)
+
+
+def _student(totals: np.ndarray, weights: np.ndarray, clusters: Sequence[Hashable]) -> Ends:
+    """Student's t over clusters of a ratio of sums; the ratio alone with one cluster."""
+    ratio = float(totals.sum() / weights.sum())
+    sums, sizes = _sums(totals, weights, clusters)
+    if len(sizes) < 2:
+        return ratio, ratio
+    half = _factor(sizes) * math.sqrt(_variance(sums, sizes, ratio))
+    return ratio - half, ratio + half
+
+
+def _sums(totals: np.ndarray, weights: np.ndarray, clusters: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each cluster, the sum of its totals and that of its weights."""
+    return _per_cluster(totals[:, None], clusters)[:, 0], _per_cluster(weights[:, None], clusters)[:, 0]
+
+
+def _variance(sums: np.ndarray, sizes: np.ndarray, ratio: float) -> float:
+    """Of a ratio of sums over clusters that were drawn: linearised."""
+    count = len(sizes)
+    return float(count / (count - 1) * ((sums - ratio * sizes) ** 2).sum() / sizes.sum() ** 2)
+
+
+def _worth(sizes: np.ndarray) -> float:
+    """How many clusters of one size have as steady a mean: all of them where they are alike, fewer where not."""
+    return float(sizes.sum() ** 2 / (sizes**2).sum())
+
+
+def _factor(sizes: np.ndarray) -> float:
+    """How many standard errors an interval reaches: Student's t, by how many clusters of one size these are worth."""
+    return critical(max(1, round(_worth(sizes)) - 1))
+
+
+def student(t: float, freedom: int) -> float:
+    """P(|T| < t) for a whole number of degrees of freedom: Abramowitz and Stegun 26.7.3 and 26.7.4."""
+    angle = math.atan(t / math.sqrt(freedom))
+    cosine, odd = math.cos(angle), freedom % 2
+    term, total = (cosine, cosine) if odd else (1.0, 1.0)
+    for number in range(2 + odd, freedom - 1, 2):
+        term *= cosine**2 * (number - 1) / number
+        total += term
+    if not odd:
+        return math.sin(angle) * total
+    return 2 / math.pi * (angle + (math.sin(angle) * total if freedom > 1 else 0.0))
+
+
+@cache
+def critical(freedom: int) -> float:
+    """The t that a share `LEVEL` stays below in size, by bisection; from a thousand degrees on it hardly changes."""
+    low, high = 0.0, 1e4
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if student(middle, min(freedom, 1000)) < LEVEL else (low, middle)
+    return high
+
+
+# ---------------------------------------------------------------------------------------------- items and clusters
 
 
 def _per_cluster(values: np.ndarray, clusters: Sequence[Hashable]) -> np.ndarray:

@@ -1,17 +1,17 @@
 """What is asked: items, how they are answered (choice, likelihood, free generation), and the demo's tasks by name.
 
 A task asks each sample's last user turn and keeps the assistant's answer for the score. `run` measures one task under
-one condition and keeps every prediction in a file, which a later run with the same fingerprint reuses.
+one condition and keeps every prediction in a file, which a later run with the same fingerprint reuses (`keeping`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
@@ -21,7 +21,8 @@ from isthmus.data import boxes, sets
 from isthmus.evaluation import answers, controls
 from isthmus.evaluation.answers import Prediction
 from isthmus.evaluation.draw import drawn
-from isthmus.evaluation.score import COSINE_RULE, RULE, Question, Scorer
+from isthmus.evaluation.keeping import Answered, Place
+from isthmus.evaluation.score import COSINE_RULE, RULE, Question, Scorer, timed
 from isthmus.types import KIND, Box, ConfigError, DataError, Grounding, Part, Sample, Tag, Text
 
 Control: TypeAlias = Literal["blind", "shuffled", "cosine"]
@@ -188,16 +189,13 @@ class Free(Task):
             raise ConfigError(f"task {self.name!r} needs free replies", "give the scorer a `reply` function")
         found = []
         for start in range(0, len(prompts), scorer.batch_size):
-            asked, clock = prompts[start : start + scorer.batch_size], time.perf_counter()
-            replies = scorer.reply(asked)
-            seconds = (time.perf_counter() - clock) / len(asked)
-            for item, prompt, reply in zip(self.items[start : start + len(asked)], asked, replies, strict=True):
+            asked = prompts[start : start + scorer.batch_size]
+            replies = scorer.part.batch(range(start, start + len(asked)), partial(timed, scorer.reply, asked))
+            told = zip(self.items[start : start + len(asked)], asked, replies, strict=True)
+            for item, prompt, (reply, seconds) in told:
                 right, scores = self.score(scorer, item, prompt, reply)
-                found.append(
-                    self._prediction(
-                        item, prompt, choices=(), scores=scores, prediction=reply, right=right, seconds=seconds
-                    )
-                )
+                said = {"prediction": reply, "right": right, "seconds": seconds}
+                found.append(self._prediction(item, prompt, choices=(), scores=scores, **said))
             if advance is not None:
                 advance(len(asked))
         return found
@@ -236,8 +234,8 @@ def run(
     """Predictions of a task, or of one of its controls, one per item in the task's order.
 
     Args:
-        folder: where predictions are kept as `<task>[.<control>].jsonl`; a complete file with the same fingerprint
-            is read instead of asking the model.
+        folder: where predictions are kept as `<task>[.<control>].jsonl`; complete ones with the same fingerprint
+            are read instead of asking the model, and an interrupted run goes on after its last batch.
         settings: all else that the answers depend on: weights, template, decoding, picture size, dtype.
         seed: of the shuffled control.
 
@@ -250,17 +248,19 @@ def run(
         prompts = controls.CONTROLS[control](prompts, seed)
     rule = COSINE_RULE if control == "cosine" else task.rule
     fingerprint = _fingerprint(task, prompts, control, rule, settings or {})
-    path = folder / f"{task.name}{'.' + control if control else ''}.jsonl" if folder else None
-    if path and (known := answers.reusable(path, fingerprint)) is not None:
+    place = Place(folder, f"{task.name}{'.' + control if control else ''}", fingerprint) if folder else None
+    if place and (known := place.found()) is not None:
         if advance is not None:
             advance(len(known))
         return known
-    raw = task.joint_alone(scorer, advance) if control == "cosine" else task.predict(scorer, prompts, advance)
+    scorer.part = Answered.of(place.part) if place else Answered()
+    try:
+        raw = task.joint_alone(scorer, advance) if control == "cosine" else task.predict(scorer, prompts, advance)
+    finally:
+        scorer.part = Answered()
     found = [replace(prediction, control=control) for prediction in raw]
-    if path:
-        answers.write(
-            path, answers.Header(task.name, control, rule, fingerprint, len(found), dict(settings or {})), found
-        )
+    if place:
+        place.keep(answers.Header(task.name, control, rule, fingerprint, len(found), dict(settings or {})), found)
     return found
 
 

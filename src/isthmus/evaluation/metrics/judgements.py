@@ -3,12 +3,17 @@
 Li et al. 2023, arXiv 2305.10355; Fu et al. 2023, arXiv 2306.13394. Official code: RUCAIBox/POPE,
 BradyFU/Awesome-Multimodal-Large-Language-Models.
 
-Differs: POPE's code reads a reply's first sentence and takes it for a yes unless it holds no or not.
+Differs:
+    - POPE's code takes a reply for a no where no, No or not is a word of its first sentence (`Yes, there is no doubt`),
+      and for a yes otherwise: also an empty one, `maybe`, and `NO!`. Here what is neither is wrong, and not yes.
+    - MME's code looks for yes, then for no, in a reply's first four characters, whatever word they belong to (`Nobody`
+      is a no), and a reply that holds neither there is wrong (`There is not`). Here both are whole words, anywhere.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -22,9 +27,16 @@ MME = {
 """MME's sub-tasks by group: at most 2000 and 800."""
 
 
+FIRST = re.compile(r"[\W_]*(yes|no)\b(?!\s*(?:/|and\b|or\b)\s*(?:yes|no)\b)")
+"""Either word where a reply begins with it, unless it is `yes or no`."""
+
+
 def judgement(reply: str) -> bool | None:
-    """Yes (True), no (False), or None where a reply holds neither word, or both."""
-    words = set(re.findall(r"[a-z]+", reply.lower()))
+    """Yes (True), no (False), or None; a reply's first word, else the one of both that it holds anywhere."""
+    text = unicodedata.normalize("NFKC", reply).lower()
+    if first := FIRST.match(text):
+        return first.group(1) == "yes"
+    words = set(re.findall(r"[a-z]+", text))
     said = {"yes": "yes" in words, "no": bool(words & {"no", "not"})}
     return None if said["yes"] == said["no"] else said["yes"]
 

@@ -2,8 +2,16 @@
 
 Antol et al. 2015, arXiv 1505.00468; Goyal et al. 2017, arXiv 1612.00837. Official code: GT-Vision-Lab/VQA.
 
-Differs: answers are always normalised; the official code leaves both sides as they are where all ten people agree.
-Contractions are restored from a list of ordinary ones.
+Differs:
+    - Replies and people's answers are always normalised alike. The official code does so only where people differ, and
+      compares letter by letter where all agree (`Yes` is wrong where ten people said `yes`). An earlier version of it
+      normalises every reply, but takes no more than punctuation from people's answers, and that only where they differ:
+      who answers `two` or `the dog` as people did is wrong there.
+    - An answer of articles or punctuation alone stays as it is; the official code makes nothing of it, which an empty
+      reply equals.
+    - Contractions are restored from a list of ordinary ones.
+    - TextVQA's own code (M4C's) always normalises both, too; beforehand it deletes `,` and `?`, which else part two
+      letters between which they stand, and parts `'s` from its word.
 """
 
 from __future__ import annotations
@@ -28,10 +36,13 @@ ENOUGH = 3
 
 
 def normalise(answer: str) -> str:
-    """Lower case; punctuation and articles gone; number words as digits; apostrophes of contractions restored."""
-    words = _without_punctuation(" ".join(answer.split())).lower().split()
-    words = [NUMBERS.get(word, word) for word in words]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+    """Lower case; punctuation and articles gone, unless nothing else is there; number words as digits; apostrophes of
+    contractions restored.
+    """
+    whole = " ".join(answer.lower().split())
+    words = _without_punctuation(whole).split() or whole.split()
+    words = [word for word in words if word not in ARTICLES] or words
+    return " ".join(CONTRACTIONS.get(word, word) for word in (NUMBERS.get(word, word) for word in words))
 
 
 def _without_punctuation(text: str) -> str:
