@@ -19,6 +19,7 @@ from isthmus import compose, planning, recipes
 from isthmus.cli.app import app
 from isthmus.config import Recipe, Stage
 from isthmus.forecast import _mean, calibrate, forecast, kept, resident, was
+from isthmus.forecast.batches import draw
 from isthmus.forecast.trace import Ledger, Trace, in_dtype, trace
 from isthmus.training import optimizer
 from isthmus.training.run import Feed, mix_of, train
@@ -176,6 +177,29 @@ def _cut(recipe: Recipe) -> Recipe:
     """The first stage, on two layers."""
     llm = recipe.llm.but(architecture={**recipe.llm.architecture, "num_hidden_layers": 2})
     return recipe.but(llm=llm, stages=recipe.stages[:1], dtype="float32")
+
+
+PUBLISHED = [name for name, make in recipes.BOOK.items() if make().llm.architecture is not None]
+READERS = {"blip2-opt-2.7b": 1, "p-former-opt-2.7b": 0, "instructblip-vicuna-7b": 1}
+
+
+@pytest.mark.parametrize(("name", "media"), READERS.items())
+def test_what_connectors_read_is_assumed_too(name, media):
+    recipe = _cut(recipes.named(name))
+    step = Step(model := planning.outline(recipe), recipe.stages[0].objectives)
+    ((batch,),) = draw(recipe, recipe.stages[0], model, None).steps
+    assert all(term.count(batch) for term in step.terms.values())  # matching counts only texts that differ
+    (stage,) = forecast(recipe, CPU, 0).stages
+    assert stage.assumed and stage.sample["media"] == media and stage.flops > 1e12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_stage_of_every_published_recipe_is_planned(name):
+    recipe = recipes.named(name)
+    stages = forecast(recipe, CPU, 0).stages
+    assert [stage.name for stage in stages] == [stage.name for stage in recipe.stages]
+    assert all(stage.assumed and stage.flops > 1e13 for stage in stages)
 
 
 @pytest.mark.parametrize("name", ["{}/absent.parquet", "{}/absent.tar", "{}/absent.csv", "{}/absent", "documents"])

@@ -148,9 +148,11 @@ def prompt(model: VLM, kind: str | None) -> Batch:
         return batch
     first = torch.zeros(1, dtype=torch.long)
     media = Media(row_N=first, segment_N=first + 1, at_N=first + BEFORE, pixels=model.encoders[kind].blank())
-    reads = model.connectors[kind].reads_context
-    instruction = {kind: torch.zeros(1, TEXT, dtype=torch.long)} if reads else {}
-    return replace(batch, modality_BT=model.modality(ids_BT), media={kind: media}, extra_text=instruction)
+    batch = replace(batch, modality_BT=model.modality(ids_BT), media={kind: media})
+    reading = model.aligner.reading()
+    if reading is not None and reading.of == "question":  # an answer is not there yet
+        batch.extra_text = {kind: torch.zeros(1, min(TEXT, reading.length), dtype=torch.long)}
+    return batch
 
 
 def _places(model: VLM, kind: str) -> int:

@@ -21,8 +21,8 @@ import tiny
 from composed import picture, sample
 from isthmus import planning
 from isthmus.config import ObjectiveConfig, Recipe
-from isthmus.connectors.blip2_weights import take_over, theirs
 from isthmus.connectors.qformer import InstructedQFormer, QFormer, Shape
+from isthmus.connectors.qformer_weights import BLIP2, INSTRUCT, take_over
 from isthmus.model import VLM
 from isthmus.objectives import itc, itm, named
 from isthmus.objectives._captions import same
@@ -48,7 +48,8 @@ SAME = {
 
 def copy_weights(ours: QFormer, other: torch.nn.Module, instruct: bool) -> set[str]:
     """Give theirs our weights; the names of theirs that got none are returned."""
-    named = {theirs(name, instruct): parameter for name, parameter in ours.state_dict().items()}
+    table = INSTRUCT if instruct else BLIP2
+    named = {table.theirs(name) or name: parameter for name, parameter in ours.state_dict().items()}
     state = {name.removeprefix("qformer."): p for name, p in named.items() if name.startswith("qformer.")}
     missing = other.load_state_dict(state, strict=False)
     assert not missing.unexpected_keys

@@ -252,15 +252,16 @@ def test_free_learns_as_llava_and_answers_as_ee_mllm():
         close(logits(free, batch)[real], logits(composite_, batch)[real])
 
 
+@pytest.mark.parametrize("options", [{}, {"normalise": True, "words": 0.1}])
 @torch.no_grad()
-def test_a_trained_llava_opens_as_ee_mllm(tmp_path):
-    full = stir(composed.model())
+def test_a_trained_llava_opens_as_ee_mllm(tmp_path, options):
+    full = stir(composed.model("llama", "llava", options))
     full.save_pretrained(tmp_path, whole=True)
     config = json.loads((tmp_path / "config.json").read_text())
     config["aligner"]["name"] = "ee_mllm"
     (tmp_path / "config.json").write_text(json.dumps(config))
     batch = full.processor.collator()([MIX[2]])
-    close(logits(isthmus.load(tmp_path), batch), logits(grown(), batch))
+    close(logits(isthmus.load(tmp_path), batch), logits(grown(**options), batch))
 
 
 # ---------------------------------------------------------------------------------------------- cost

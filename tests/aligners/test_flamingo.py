@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -15,10 +16,11 @@ import composed
 from composed import MIX, picture, sample, stir
 from isthmus import parts, planning
 from isthmus.aligners.flamingo import Flamingo, Gated
-from isthmus.config import LLMConfig
+from isthmus.config import LLMConfig, ObjectiveConfig
 from isthmus.connectors.resampler import Perceiver
 from isthmus.graft import at
 from isthmus.recipes.flamingo import flamingo
+from isthmus.training.step import Step
 from isthmus.types import ConfigError, Context, Features, Side
 
 SMALL = {"latents": 4, "depth": 2, "heads": 2, "head_width": 8}
@@ -234,3 +236,16 @@ def test_published_parameters(size, blocks):
     (stage,) = plan.stages
     assert stage.trained == plan.parts["connectors.image"] + plan.parts["llm grafts"]
     assert plan.tokens == {"image": 64}
+
+
+def test_the_log_of_a_step_tells_how_far_each_gate_is_open():
+    model = newborn()
+    step = Step(model, [ObjectiveConfig(name="lm")])
+    assert set(step.figures().values()) == {0.0}
+    blocks = [block for module in model.llm.modules() for block in at(module).values() if isinstance(block, Gated)]
+    for number, block in enumerate(blocks):
+        torch.nn.init.constant_(block.attention_gate, 0.1 + number)
+        torch.nn.init.constant_(block.feed_gate, -0.2)
+    expected = {f"gate_attention_{number}": math.tanh(0.1 + number) for number in range(len(blocks))}
+    expected |= {f"gate_feed_{number}": math.tanh(-0.2) for number in range(len(blocks))}
+    assert step.figures() == pytest.approx(expected)

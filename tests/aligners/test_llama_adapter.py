@@ -219,3 +219,23 @@ def test_published_v2_counts_by_hand():
     connector = 10 * 768 + 1025 * 768 + 2 * 768 + 8 * block + 769 * 4096 + 2 * 4096
     assert released.parts["connectors.image"] == connector
     assert released.stages[1].trained == affine // 2 + 65 * 4096
+
+
+@pytest.mark.parametrize(
+    ("version", "rates"),
+    [("v1", [1.125e-3, 1.125e-3]), ("v2", [1.25e-5, 1.25e-4]), ("v2-released", [1.25e-5, 1.25e-4])],
+)
+def test_published_rates_are_the_scripts_base_rates_times_32_of_256(version, rates):
+    assert [stage.lr for stage in llama_adapter("published", version).stages] == pytest.approx(rates)
+
+
+def test_the_log_of_a_step_tells_how_far_gates_are_open_on_average():
+    model = composed.model("llama", "llama_adapter", {"fusion": "early", "lower": 1})
+    step = Step(model, [ObjectiveConfig(name="lm")])
+    last = len(sites.layers(model.llm).modules) - 1
+    assert step.figures() == {"gate_early_0": 0.0} | {f"gate_adapter_{index + 1}": 0.0 for index in range(last)}
+    for name, parameter in model.named_parameters():
+        if name.endswith("adapter.gate"):
+            with torch.no_grad():
+                parameter.copy_(torch.tensor([0.5, -0.5]).repeat(len(parameter) // 2))
+    assert step.figures()["gate_early_0"] == 0 and step.figures()["gate_adapter_1"] == pytest.approx(math.tanh(0.5))

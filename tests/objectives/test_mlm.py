@@ -11,8 +11,8 @@ import composed
 import tiny
 from composed import picture, sample
 from isthmus.config import ObjectiveConfig
-from isthmus.connectors.blip2_weights import theirs
 from isthmus.connectors.qformer import Shape
+from isthmus.connectors.qformer_weights import INSTRUCT
 from isthmus.model import VLM
 from isthmus.objectives import mlm, named
 from isthmus.training.step import Step
@@ -22,7 +22,11 @@ Q = 3
 SHAPE = Shape(queries=Q, layers=3, width=16, heads=2, inner=24, dropout=0.0, vocabulary=tiny.VOCAB + 1, positions=32)
 PAIRS = tuple(sample(picture(n), answer=text) for n, text in enumerate(["a cat", "the dog is here", "on the left"], 1))
 IDS = torch.tensor([[4, 7, 9, 11, 12, 13, 2], [4, 8, 2, -1, -1, -1, -1], [4, 2, -1, -1, -1, -1, -1]])
-NOTHING = Output(None, {}, None, None)  # type: ignore[arg-type]
+
+
+def nothing() -> Output:
+    """The output of a forward of which terms ask everything themselves."""
+    return Output(None, {}, None, None)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,7 @@ def test_the_loss_is_that_of_transformers_qformer_over_the_hidden_words(model: V
             max_position_embeddings=32,
         )
     ).eval()
-    state = {theirs(name, instruct=True): p for name, p in former.state_dict().items()}
+    state = {INSTRUCT.theirs(name) or name: p for name, p in former.state_dict().items()}
     other.load_state_dict({n.removeprefix("qformer."): p for n, p in state.items() if n.startswith("qformer.")})
     torch.manual_seed(5)
     hidden = mlm.draw(mlm.words(ids), 0.4)
@@ -92,7 +96,7 @@ def test_the_loss_is_that_of_transformers_qformer_over_the_hidden_words(model: V
         logits = former.words.word.weight @ state + former.heads.bias
         expected = expected - logits.log_softmax(0)[ids[text, place]]
     torch.manual_seed(5)
-    found = objective.loss(Step(model, [ObjectiveConfig(name="mlm")]), NOTHING, batch)
+    found = objective.loss(Step(model, [ObjectiveConfig(name="mlm")]), nothing(), batch)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
     assert objective.count(batch) == int(hidden.sum()) > 3
 
@@ -113,7 +117,7 @@ def test_berts_own_mask_can_be_named(model: VLM) -> None:
     with former.words.word.register_forward_pre_hook(lambda module, args: asked.append(args[0])):
         for options, entry in (({}, tiny.VOCAB), ({"mask": 103}, 103)):
             torch.manual_seed(0)
-            named("mlm", {"share": 0.9, **options}).loss(step, NOTHING, batch)
+            named("mlm", {"share": 0.9, **options}).loss(step, nothing(), batch)
             assert (asked[-1] == entry).sum() > 3
     assert not (asked[1] == tiny.VOCAB).any()
 
@@ -126,7 +130,7 @@ def test_validation_asks_the_data_alone(model: VLM) -> None:
 
     def loss(term: mlm.MLM) -> float:
         torch.manual_seed(0)
-        return term.loss(step, NOTHING, batch).item()
+        return term.loss(step, nothing(), batch).item()
 
     hard, soft = loss(named("mlm", {})), loss(objective)
     assert loss(objective.eval()) == hard != soft
@@ -137,7 +141,7 @@ def test_the_same_step_hides_the_same_words_and_a_batch_without_media_none(model
     found = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        found.append(named("mlm", {"share": 0.5}).loss(step, NOTHING, batch).item())
+        found.append(named("mlm", {"share": 0.5}).loss(step, nothing(), batch).item())
     assert found[0] == found[1] != found[2]
     batch.media, batch.extra_text = {}, {}
-    assert named("mlm", {}).count(batch) == 0 and named("mlm", {}).loss(step, NOTHING, batch) == 0
+    assert named("mlm", {}).count(batch) == 0 and named("mlm", {}).loss(step, nothing(), batch) == 0

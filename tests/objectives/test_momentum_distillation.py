@@ -19,7 +19,6 @@ from isthmus.training.momentum import Momentum
 from isthmus.types import IGNORE, Batch, Features, Media, Output
 
 N, Q, W = 3, 2, 4
-NOTHING = Output(None, {}, None, None)  # type: ignore[arg-type]
 IDS = torch.tensor([[1, 5, 2], [1, 6, 2], [1, 7, 2]])
 
 
@@ -62,6 +61,11 @@ def batch(ids: Tensor = IDS) -> Batch:
     return Batch(ids, torch.ones_like(ids), torch.zeros_like(ids), media=media, extra_text={"image": ids})
 
 
+def nothing() -> Output:
+    """The output of a forward of which terms ask everything themselves."""
+    return Output(None, {}, None, None)  # type: ignore[arg-type]
+
+
 def states(seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(N, Q, W, generator=generator), torch.randn(N, W, generator=generator)
@@ -88,7 +92,7 @@ def test_soft_targets_and_queue_are_albefs_formula() -> None:
     step = world(Former(q, t), Former(slow_q, slow_t), updates=5)
     itc.begin(step)
     itc.queues["image"].push(F.normalize(old_q, dim=-1)[:2], F.normalize(old_t, dim=-1)[:2], torch.tensor([91, 92]))
-    loss = itc.loss(step, NOTHING, batch())
+    loss = itc.loss(step, nothing(), batch())
     all_q, all_t = torch.cat([slow_q, old_q[:2]]), torch.cat([slow_t, old_t[:2]])
     to_text, soft_text = likeness(q, all_t), likeness(slow_q, all_t)
     to_picture, soft_picture = list(zip(*likeness(all_q, t))), list(zip(*likeness(all_q, slow_t)))
@@ -99,9 +103,9 @@ def test_soft_targets_and_queue_are_albefs_formula() -> None:
 
 def test_at_no_weight_and_a_copy_that_is_equal_it_is_plain_contrast() -> None:
     q, t = states(0)
-    plain = named("itc", {}).loss(world(Former(q, t)), NOTHING, batch())
+    plain = named("itc", {}).loss(world(Former(q, t)), nothing(), batch())
     itc = named("itc", {"alpha": 0.4, "ramp": 10})
-    found = itc.loss(world(Former(q, t), Former(q, t)), NOTHING, batch())
+    found = itc.loss(world(Former(q, t), Former(q, t)), nothing(), batch())
     torch.testing.assert_close(found, plain)
     assert named("itc", {"alpha": 0.0}).momentum is None and named("mlm", {}).momentum is None
 
@@ -112,16 +116,16 @@ def test_in_validation_contrast_is_plain_whatever_copy_and_queue_hold() -> None:
     step = world(former, slow)
     itc.begin(step)
     itc.queues["image"].push(*[torch.randn(2, Q, W), torch.randn(2, W), torch.tensor([91, 92])])
-    plain = named("itc", {}).loss(world(former), NOTHING, batch())
-    assert (itc.loss(step, NOTHING, batch()) - plain).abs() > 0.01
-    torch.testing.assert_close(itc.eval().loss(step, NOTHING, batch()), plain)
+    plain = named("itc", {}).loss(world(former), nothing(), batch())
+    assert (itc.loss(step, nothing(), batch()) - plain).abs() > 0.01
+    torch.testing.assert_close(itc.eval().loss(step, nothing(), batch()), plain)
 
 
 def test_no_gradient_reaches_what_the_copy_says() -> None:
     former, slow = Former(*states(0)), Former(*states(1))
     itc = named("itc", {"alpha": 0.4, "queue": 4})
     itc.begin(world(former, slow))
-    itc.loss(world(former, slow), NOTHING, batch()).backward()
+    itc.loss(world(former, slow), nothing(), batch()).backward()
     assert former.q_NQW.grad.any() and former.t_NW.grad.any() and former.heads.temperature.grad.any()
     assert all(p.grad is None for p in slow.parameters())
 
@@ -137,7 +141,7 @@ def test_equal_texts_in_the_queue_are_positives() -> None:
     target = torch.tensor([[0.5, 0, 0, 0.5], [0, 1, 0, 0], [0, 0, 1, 0]])
     sides = torch.tensor(likeness(q, all_t)), torch.tensor(likeness(all_q, t)).T
     expected = -sum((target * side.log_softmax(1)).sum() for side in sides) / 2
-    torch.testing.assert_close(itc.loss(step, NOTHING, batch()), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(itc.loss(step, nothing(), batch()), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_queue_keeps_the_last_ones_and_wraps_around() -> None:
@@ -165,7 +169,7 @@ def test_what_the_copy_saw_enters_the_queue_after_the_step() -> None:
     step = world(Former(*states(0)), slow)
     itc.begin(step)
     for _ in range(2):
-        itc.loss(step, NOTHING, batch())
+        itc.loss(step, nothing(), batch())
     assert itc.queues["image"].pushed == 0
     itc.after_step(step)
     picture, text, key = itc.queues["image"].held()
@@ -231,7 +235,7 @@ def test_contrast_of_one_vector_each_is_the_loss_of_transformers_clip(clip: Any)
     theirs.loss.backward()
     temperature = 1 / model.logit_scale.exp().item()
     former = Former(theirs.image_embeds.detach()[:, None], theirs.text_embeds.detach(), temperature)
-    loss = named("itc", {"smoothing": 0.0}).loss(world(former), NOTHING, batch(inputs["input_ids"]))
+    loss = named("itc", {"smoothing": 0.0}).loss(world(former), nothing(), batch(inputs["input_ids"]))
     torch.testing.assert_close(loss / 4, theirs.loss.detach(), atol=1e-6, rtol=1e-5)
     loss.backward()  # t = exp(-s)
     slope = -former.heads.temperature.grad / 4 * temperature
@@ -269,7 +273,7 @@ def test_a_temperature_that_leaves_its_range_is_put_back_and_has_a_gradient() ->
     itc = named("itc", {"temperature": (0.01, 0.5)})
     itc.after_step(world(former))
     assert former.heads.temperature.item() == pytest.approx(0.01)
-    itc.loss(world(former), NOTHING, batch()).backward()
+    itc.loss(world(former), nothing(), batch()).backward()
     assert former.heads.temperature.grad.abs() > 0
     nn.init.constant_(former.heads.temperature, 2.0)
     itc.after_step(world(former))

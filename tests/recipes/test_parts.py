@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from isthmus import recipes
 from isthmus.config import Source
 from isthmus.data.sets import Set, open_set
 from isthmus.recipes import parts
@@ -53,3 +54,10 @@ def test_no_two_settings_of_a_system_share_a_name() -> None:
     names = [recipe.name for recipe in made]
     assert len(set(names)) == len(names), names
     assert {"cogvlm", "flamingo", "openflamingo-9b", "ee-mllm", "naavit", "llama-adapter"} < set(names)
+
+
+def test_blip2s_published_batches_and_writing_are_the_papers() -> None:
+    first, second = recipes.named("blip2-flan-t5-xl").stages
+    assert (first.batch_size, second.batch_size, first.template, second.template) == (1680, 1520, "plain", "prefix")
+    assert recipes.named("blip2-opt-2.7b").stage("second").template == "plain"
+    assert recipes.named("instructblip-vicuna-7b").stage("sft").batch_size == 128

@@ -5,11 +5,12 @@ Li et al. 2023, arXiv 2301.12597. Official code: github.com/salesforce/LAVIS, `b
 Differs:
     - without `tokenizer`, the first stage reads and writes the LLM's own vocabulary with newborn embeddings; the
       paper's is BERT's;
-    - the Q-Former is newborn, the paper's begins as bert-base-uncased; both feed-forward halves begin alike in either;
+    - without `qformer` the Q-Former is newborn, with both feed-forward halves alike; the paper's begins as BERT, and so
+      do the published recipes;
     - a caption ends with the LLM's end token, not OPT's line break, and where the tokenizer begins texts with a token
       it stands before the soft tokens;
-    - an encoder-decoder's encoder reads the soft tokens alone and its decoder tells the whole caption; the paper gives
-      the encoder a prefix of the caption as well;
+    - where a caption is cut in two for an encoder-decoder (`template: prefix`), its words decide, alike in every epoch;
+      the paper draws the place;
     - with `text`, the text half stays in the model through the second stage, frozen; the paper drops it there.
 """
 
@@ -21,8 +22,8 @@ from pydantic import Field
 
 from isthmus import parts
 from isthmus.aligner import Aligner
-from isthmus.connectors import Connector
-from isthmus.connectors.qformer import QFormer, Shape
+from isthmus.connectors import Connector, qformer_weights
+from isthmus.connectors.qformer import Begun, QFormer
 from isthmus.encoders import Encoder
 from isthmus.types import Layout, Reading
 
@@ -36,7 +37,7 @@ class BLIP2(Aligner):
     name = "blip2"
     family = "perceiver"
 
-    class Options(Shape):
+    class Options(Begun):
         text: bool = False
         """Carry the text half, which the first stage trains and the second has no use for."""
         length: int = Field(32, ge=3)
@@ -54,13 +55,14 @@ class BLIP2(Aligner):
     def reading(self) -> Reading | None:
         if not self.options.text:
             return None
-        return Reading(self.options.length, "answer", parts.vocabulary(self.options.tokenizer))
+        return Reading(self.options.length, "answer", self.options.tokenizer)
 
     def birth(self, model: VLM) -> None:
-        """Nothing but a check.
+        """Take weights over, where some are named.
 
         Raises:
             ConfigError: the text half cannot hold the vocabulary that it reads, and the word that starts a caption.
         """
         if self.options.text:
             parts.check_vocabulary(model.llm, self.options.tokenizer, self.options.vocabulary, own=1)
+        qformer_weights.begin(model, self.options.qformer, parts.tensors)

@@ -26,6 +26,7 @@ from isthmus.aligner import Addition, Aligner
 from isthmus.config import Frozen
 from isthmus.connectors import Connector
 from isthmus.connectors.pool import Pool
+from isthmus.data.boxes import Brackets
 from isthmus.encoders import Encoder
 from isthmus.graft import Graft, at
 from isthmus.types import Context, Features, Layout, Side
@@ -188,6 +189,9 @@ class CogVLM(Aligner):
     def layout(self, kind: str, tokens: int) -> Layout:
         """Begin marker, picture, end marker, newline."""
         return Layout(tokens, after="\n")
+
+    def boxes(self) -> Brackets:
+        return Brackets()
 
     def positions(self, counted_BT: Tensor, segment_BT: Tensor, modality_BT: Tensor) -> Tensor | None:
         """All tokens between the markers share one position; what follows goes on behind it."""

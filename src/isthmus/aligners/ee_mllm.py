@@ -43,6 +43,8 @@ class EEMLLM(Aligner):
         """Average the encoder's grid to pool x pool tokens first."""
         normalise: bool = False
         """LayerNorm before, and output where the LLM's embeddings are."""
+        words: float | None = Field(None, gt=0)
+        """Temperature at which output leans towards the words that it is like, as in LLaVA; needs `normalise`."""
         visual: Literal["self", "ffn", "keys"] = "self"
         """What a layer does to media: attention to themselves and feed-forward; feed-forward alone; nothing."""
         compute: Literal["skip", "rule"] = "skip"
@@ -60,7 +62,7 @@ class EEMLLM(Aligner):
 
     def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
         depth = 1 if self.options.projector == "linear" else 2
-        return projector(encoder, width, depth, self.options.pool, self.options.normalise)
+        return projector(encoder, width, depth, self.options.pool, self.options.normalise, self.options.words)
 
     def grafts(self, llm: nn.Module, encoders: nn.ModuleDict, width: int) -> Iterator[Addition]:
         if self.options.compute == "rule":

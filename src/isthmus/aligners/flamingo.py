@@ -16,7 +16,7 @@ Differs:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
@@ -28,8 +28,11 @@ from isthmus.config import Frozen
 from isthmus.connectors import Connector
 from isthmus.connectors.resampler import CrossAttention, Perceiver, feed_forward
 from isthmus.encoders import Encoder
-from isthmus.graft import Graft, arithmetic
+from isthmus.graft import Graft, arithmetic, at
 from isthmus.types import ConfigError, Layout, Side
+
+if TYPE_CHECKING:
+    from isthmus.model import VLM
 
 MARKER = "<image>"
 """Stands in the text where a picture is, and is the first token that sees it."""
@@ -103,7 +106,7 @@ class Flamingo(Aligner):
         return Layout(count=0, after=MARKER)
 
     def grafts(self, llm: nn.Module, encoders: nn.ModuleDict, width: int) -> Iterator[Addition]:
-        stack = sites.layers(llm, "encoder" if llm.config.is_encoder_decoder else "decoder")  # type: ignore[union-attr]
+        stack = self._stack(llm)
         chosen = range(self.options.every - 1, len(stack.modules), self.options.every)
         if not chosen:
             raise ConfigError(
@@ -116,6 +119,19 @@ class Flamingo(Aligner):
     def media_mask(self, position_BT: Tensor, segment_BT: Tensor, media_at_BK: Tensor) -> Tensor:
         """Only the last medium that has appeared."""
         return fuse.last(super().media_mask(position_BT, segment_BT, media_at_BK), media_at_BK)
+
+    def figures(self, model: VLM) -> dict[str, Tensor]:
+        """How far the two gates before each layer are open, from -1 to 1."""
+        found = {}
+        for index, layer in enumerate(self._stack(model.llm).modules):
+            if isinstance(block := at(layer).get("gated"), Gated):
+                found[f"gate_attention_{index}"] = block.attention_gate.tanh()
+                found[f"gate_feed_{index}"] = block.feed_gate.tanh()
+        return found
+
+    def _stack(self, llm: Any) -> sites.Layers:
+        """The layers that the blocks stand before."""
+        return sites.layers(llm, "encoder" if llm.config.is_encoder_decoder else "decoder")
 
     def _read(self, encoders: nn.ModuleDict) -> int:
         """The width of the latents, which all encoders share."""

@@ -5,8 +5,8 @@ Dai et al. 2023, arXiv 2305.06500. Official code: github.com/salesforce/LAVIS, `
 Differs:
     - without `tokenizer`, the Q-Former reads the LLM's own vocabulary, and newborn embeddings; the paper's is BERT's;
     - in a conversation, a picture is read under the turn that holds it; the paper has one question per picture;
-    - the Q-Former's weights come from the `qformer` option; of a BLIP-2, which has no text half, that half stays
-      newborn, where the paper's is still BERT's;
+    - the Q-Former's weights come from the `qformer` option; a BLIP-2 has no text half, so name BERT before it, of which
+      that half then is, as the paper's;
     - the last layer's text feed-forward, which no gradient reaches, is left out (see `connectors.qformer`).
 """
 
@@ -18,8 +18,8 @@ from pydantic import Field
 
 from isthmus import parts
 from isthmus.aligner import Aligner
-from isthmus.connectors import Connector, blip2_weights
-from isthmus.connectors.qformer import InstructedQFormer, Shape
+from isthmus.connectors import Connector, qformer_weights
+from isthmus.connectors.qformer import Begun, InstructedQFormer
 from isthmus.encoders import Encoder
 from isthmus.types import Layout, Reading
 
@@ -34,13 +34,11 @@ class InstructBLIP(Aligner):
     family = "perceiver"
     also = "data"
 
-    class Options(Shape):
+    class Options(Begun):
         length: int = Field(128, ge=1)
         """Tokens of an instruction that the Q-Former reads, the last ones."""
         tokenizer: str | None = None
         """Whose vocabulary the Q-Former reads, as a folder or a hub name; None is the LLM's own."""
-        qformer: str | None = None
-        """A folder or hub name of transformers' BLIP-2 or InstructBLIP, whose Q-Former is taken over to begin with."""
 
     def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
         return InstructedQFormer(kind, encoder.width, width, self.options)
@@ -50,14 +48,13 @@ class InstructBLIP(Aligner):
         return Layout(tokens)
 
     def reading(self) -> Reading:
-        return Reading(self.options.length, tokenizer=parts.vocabulary(self.options.tokenizer))
+        return Reading(self.options.length, tokenizer=self.options.tokenizer)
 
     def birth(self, model: VLM) -> None:
-        """Take a trained Q-Former over, where one is named.
+        """Take weights over, where some are named.
 
         Raises:
             ConfigError: the Q-Former cannot hold the vocabulary that it reads.
         """
         parts.check_vocabulary(model.llm, self.options.tokenizer, self.options.vocabulary)
-        if self.options.qformer is not None:
-            blip2_weights.take_over(model.connectors["image"], parts.tensors(self.options.qformer))
+        qformer_weights.begin(model, self.options.qformer, parts.tensors)

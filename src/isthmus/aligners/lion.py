@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from isthmus import parts, sites, tokens
 from isthmus.aligner import Addition, Aligner
-from isthmus.connectors import Connector
+from isthmus.connectors import Connector, qformer_weights
 from isthmus.connectors.aggregator import Aggregation, Aggregator
 from isthmus.connectors.pool import Normalised, settle
-from isthmus.connectors.qformer import InstructedQFormer, Shape
+from isthmus.connectors.qformer import Begun, InstructedQFormer
 from isthmus.data.hints import Hints
 from isthmus.encoders import Encoder
 from isthmus.graft import Graft, arithmetic
@@ -198,7 +198,7 @@ class LION(Aligner):
         *(f"connectors.*.aggregator.*layers.*.{part}.*" for part in ("query", "key", "value", "expand")),
     )
 
-    class Options(Shape):
+    class Options(Begun):
         length: int = Field(128, ge=1)
         """Tokens of an instruction that the Q-Former reads, the last ones."""
         tokenizer: str | None = None
@@ -244,7 +244,7 @@ class LION(Aligner):
     def reading(self) -> Reading | None:
         if self.options.visual_input == "aggregator":
             return None
-        return Reading(self.options.length, tokenizer=parts.vocabulary(self.options.tokenizer))
+        return Reading(self.options.length, tokenizer=self.options.tokenizer)
 
     def new_tokens(self) -> tuple[str, ...]:
         return (HINT,) if self.options.tags == "soft" else ()
@@ -276,7 +276,8 @@ class LION(Aligner):
         return Mixture(width, self.options.bottleneck, self.options.mixture, heard)
 
     def birth(self, model: VLM) -> None:
-        """The learned word is drawn apart from the others; normalised branches start where words are.
+        """Weights are taken over, where some are named; the learned word is drawn apart from the others; normalised
+        branches start where words are.
 
         Raises:
             ConfigError: the Q-Former cannot hold the vocabulary that it reads.
@@ -286,3 +287,4 @@ class LION(Aligner):
         if self.options.tags == "soft":
             tokens.initialise(model.llm, "normal")
         settle(model.connectors, sites.words(model.llm))
+        qformer_weights.begin(model, self.options.qformer, parts.tensors)

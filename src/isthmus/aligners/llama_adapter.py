@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
@@ -27,8 +27,11 @@ from isthmus.aligner import Addition, Aligner
 from isthmus.config import Frozen
 from isthmus.connectors import Connector
 from isthmus.encoders import Encoder
-from isthmus.graft import Graft
+from isthmus.graft import Graft, at
 from isthmus.types import ConfigError, Context, Features, Side
+
+if TYPE_CHECKING:
+    from isthmus.model import VLM
 
 OUTPUTS = ("o_proj", "out_proj")
 """What families call the Linear behind their heads."""
@@ -274,3 +277,12 @@ class LLaMAAdapter(Aligner):
     def media_mask(self, position_BT: Tensor, segment_BT: Tensor, media_at_BK: Tensor) -> Tensor:
         """The last medium that has appeared, and no other: [B, T, K]."""
         return fuse.last(super().media_mask(position_BT, segment_BT, media_at_BK), media_at_BK)
+
+    def figures(self, model: VLM) -> dict[str, Tensor]:
+        """How far each layer's gates are open, from 0 to 1, over its heads."""
+        found = {}
+        for index, layer in enumerate(sites.layers(model.llm).modules):
+            for name, graft in at(sites.attention(layer)).items():
+                if isinstance(graft, Prompted):
+                    found[f"gate_{name}_{index}"] = graft.gate.tanh().abs()
+        return found

@@ -2,8 +2,8 @@
 
 Zhu et al. 2023, arXiv 2304.10592. Official code: github.com/Vision-CAIR/MiniGPT-4.
 
-Differs: the Q-Former's weights come from the `qformer` option, a directory of transformers' BLIP-2; without it, it is
-newborn, and a first stage must train it before it is frozen.
+Differs: the Q-Former's weights come from the `qformer` option; without it, it is newborn, and a first stage must train
+it before it is frozen.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from isthmus import parts
 from isthmus.aligner import Aligner
-from isthmus.connectors import Connector, blip2_weights
-from isthmus.connectors.qformer import QFormer, Shape
+from isthmus.connectors import Connector, qformer_weights
+from isthmus.connectors.qformer import Begun, QFormer
 from isthmus.encoders import Encoder
 from isthmus.types import Layout
 
@@ -27,9 +27,8 @@ class MiniGPT4(Aligner):
     name = "minigpt4"
     family = "perceiver"
 
-    class Options(Shape):
-        qformer: str | None = None
-        """A folder or hub name of transformers' BLIP-2, whose Q-Former is taken over."""
+    class Options(Begun):
+        """A Q-Former's; `qformer` is the trained one."""
 
     def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
         return QFormer(encoder.width, width, self.options)
@@ -38,5 +37,5 @@ class MiniGPT4(Aligner):
         return Layout(tokens, before="<Img>", after="</Img>")
 
     def birth(self, model: VLM) -> None:
-        if self.options.qformer is not None:
-            blip2_weights.take_over(model.connectors["image"], parts.tensors(self.options.qformer))
+        """Take weights over, where some are named."""
+        qformer_weights.begin(model, self.options.qformer, parts.tensors)

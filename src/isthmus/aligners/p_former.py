@@ -21,9 +21,9 @@ from torch import nn
 
 from isthmus import parts
 from isthmus.aligner import Aligner
-from isthmus.connectors import Connector
+from isthmus.connectors import Connector, qformer_weights
 from isthmus.connectors.prompt_teacher import PromptTeacher
-from isthmus.connectors.qformer import QFormer, Shape
+from isthmus.connectors.qformer import Begun, QFormer
 from isthmus.encoders import Encoder
 from isthmus.types import Layout, Reading
 
@@ -37,7 +37,7 @@ class PFormer(Aligner):
     name = "p_former"
     family = "perceiver"
 
-    class Options(Shape):
+    class Options(Begun):
         text: bool = True
         """Carry the Q-Former's text half and the prompt teacher, which training needs and answering does not."""
         length: int = Field(32, ge=3)
@@ -60,13 +60,14 @@ class PFormer(Aligner):
         """Captions, for teacher and text half."""
         if not self.options.text:
             return None
-        return Reading(self.options.length, "answer", parts.vocabulary(self.options.tokenizer))
+        return Reading(self.options.length, "answer", self.options.tokenizer)
 
     def birth(self, model: VLM) -> None:
-        """Nothing but a check.
+        """Take weights over, where some are named; of BERT's, the teacher begins with them too.
 
         Raises:
             ConfigError: there is no room for the vocabulary that is read, and one more entry.
         """
         if self.options.text:
             parts.check_vocabulary(model.llm, self.options.tokenizer, self.options.vocabulary, own=1)
+        qformer_weights.begin(model, self.options.qformer, parts.tensors)

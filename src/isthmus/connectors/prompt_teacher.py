@@ -5,7 +5,8 @@ Jian et al. 2023, arXiv 2307.07063. Official code: github.com/yiren-jian/BLIText
 Differs:
     - the number of prompt vectors is the configured number of queries; the released code takes it from the padded
       length of the text, so that both had to be 32;
-    - it is newborn and not BERT's, has no token types, and its vocabulary's last entry stands for a masked word.
+    - it is newborn unless the joint's `qformer` names BERT (see `connectors.qformer_weights`), has no token types, and
+      its vocabulary's last entry stands for a masked word.
 """
 
 from __future__ import annotations

@@ -48,6 +48,14 @@ class Shape(Frozen):
     """Width in which the first stage compares pictures and texts."""
 
 
+class Begun(Shape):
+    """Options of a joint with a Q-Former: its sizes, and what it begins as."""
+
+    qformer: str | tuple[str, ...] | None = None
+    """Folders or hub names of which weights are taken over before any training: BERT, transformers' BLIP-2 or
+    InstructBLIP, a model of Isthmus. Of several, the later stand over the earlier; None is newborn."""
+
+
 class Attention(nn.Module):
     """BERT's attention with its residual: x + what x finds in `source`, normalised after the sum.
 

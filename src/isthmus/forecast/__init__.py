@@ -24,8 +24,8 @@ from isthmus.model import VLM
 from isthmus.objectives.lm import NextToken
 from isthmus.training import loop, optimizer
 from isthmus.training.machine import arithmetic
-from isthmus.training.run import HELD_OUT
 from isthmus.training.step import Step
+from isthmus.training.validation import HELD_OUT
 
 FORWARD = 0.4
 """A validation's share of a step over the same samples, about."""

@@ -1,7 +1,8 @@
 """The batches that a stage would begin with, of its own data and without features; assumed where these are not here.
 
 A recipe in its authors' size names data and a tokenizer that are not on this machine. Its batches are then assumed: one
-picture per sample beside `costs.TEXT` text tokens, the latter half of which is learnt.
+picture per sample beside `costs.TEXT` text tokens, the latter half of which is learnt; no picture where all terms of
+the loss learn from samples without one.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers.image_processing_base import ImageProcessingMixin
 
-from isthmus import costs, parts
+from isthmus import costs, objectives, parts
 from isthmus.config import Recipe, Stage
 from isthmus.data import sets
 from isthmus.forecast.calibrate import now
 from isthmus.model import VLM
 from isthmus.objectives.lm import supervised
 from isthmus.processor import VLMProcessor
-from isthmus.training.run import Feed, mix_of
-from isthmus.types import IGNORE, Batch, Features, Media, Medium
+from isthmus.training.run import Feed, limits, mix_of
+from isthmus.types import IGNORE, Batch, Features, Media, Medium, Reading
 
 SAMPLES = 1024
 """How many samples are looked at, at most."""
@@ -76,7 +77,7 @@ def draw(recipe: Recipe, stage: Stage, model: VLM, steps: int | None, window: in
         encoder.processor = encoder.processor or ImageProcessingMixin()  # no picture is read for a plan
     model.processor = VLMProcessor.of(model, parts.tokenizer(recipe.llm), recipe.system)
     look = Hollow(model)
-    collate = model.processor.collator(look, stage.template, max_length=stage.max_length, overlong=stage.overlong)
+    collate = model.processor.collator(look, stage.template, **limits(stage))
     feed = Feed(stage, data, collate, recipe.seed)
     last = min(window, steps or window)
     stride = max(1, last * stage.batch_size // SAMPLES)
@@ -121,12 +122,9 @@ def _here(recipe: Recipe, stage: Stage) -> bool:
 
 def _assumed(model: VLM, stage: Stage) -> list[Batch]:
     rows = stage.batch_size // stage.accumulate
-    one = costs.prompt(model, "image")
-    media = one.media["image"]
-    features = None if _trains(model.encoders) else probe(model, "image").map(lambda x: x.expand(rows, *x.shape[1:]))
-    pixels = None if features is not None else media.pixels.to("meta").expand(rows, -1, -1, -1)  # type: ignore[union-attr]
-    row_N = torch.arange(rows)
-    shown = Media(row_N, torch.ones_like(row_N), media.at_N.expand(rows), pixels, features)
+    terms = (objectives.named(term.name, term.options) for term in stage.objectives)
+    kind = None if all(term.unpictured for term in terms) else "image"
+    one = costs.prompt(model, kind)
 
     def many(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.expand(rows, -1).contiguous()
@@ -135,6 +133,7 @@ def _assumed(model: VLM, stage: Stage) -> list[Batch]:
     told_BT = ids_BT
     if one.decoder_ids_BU is not None:
         told_BT = torch.zeros(rows, costs.TEXT // 2, dtype=torch.long)
+    reading = model.aligner.reading()
     labels_BT = torch.full_like(told_BT, IGNORE)
     labels_BT[:, -costs.TEXT // 2 :] = 0
     batch = replace(
@@ -144,11 +143,26 @@ def _assumed(model: VLM, stage: Stage) -> list[Batch]:
         modality_BT=one.modality_BT.expand(rows, -1).contiguous(),
         labels_BT=labels_BT,
         decoder_ids_BU=None if one.decoder_ids_BU is None else told_BT,
-        media={"image": shown},
-        extra_text={kind: text.expand(rows, -1).contiguous() for kind, text in one.extra_text.items()},
+        media={} if kind is None else {kind: _shown(model, one.media[kind], rows)},
+        extra_text={} if reading is None else {kind or "text": _read(reading, rows)},
         ids=tuple(map(str, range(rows))),
     )
     return [batch] * stage.accumulate
+
+
+def _shown(model: VLM, one: Media, rows: int) -> Media:
+    """A medium in every row at the same place: cached features, or pixels where an encoder trains."""
+    row_N = torch.arange(rows)
+    features = None if _trains(model.encoders) else probe(model, "image").map(lambda x: x.expand(rows, *x.shape[1:]))
+    pixels = None if features is not None else one.pixels.to("meta").expand(rows, -1, -1, -1)  # type: ignore[union-attr]
+    return Media(row_N, torch.ones_like(row_N), one.at_N.expand(rows), pixels, features)
+
+
+def _read(reading: Reading, rows: int) -> Tensor:
+    """What connectors read: as many ids as are asked or answered, and no two rows alike, so that terms can tell them
+    apart; no vocabulary is asked for them."""
+    said = costs.TEXT if reading.of == "question" else costs.TEXT // 2
+    return torch.arange(rows)[:, None].repeat(1, min(said, reading.length))
 
 
 def row_bytes(model: VLM) -> int:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from isthmus.config import Frozen, check, nearest
-from isthmus.types import Batch, ConfigError, Output
+from isthmus.config import Frozen, check
+from isthmus.registry import Registry
+from isthmus.types import Batch, Output
 
 if TYPE_CHECKING:  # what an objective may be handed; it imports types alone
     Step = Any
@@ -29,10 +28,13 @@ class Objective(nn.Module):
 
     name: ClassVar[str]
     """How recipes call it; the file in `objectives/` has the same name."""
-    needs: ClassVar[Literal["hidden", "connected"]] = "hidden"
-    """`connected` leaves the LLM out of the loop when no other objective needs its states."""
+    needs: ClassVar[Literal["hidden", "connected", "encoded"]] = "hidden"
+    """`connected` leaves the LLM out of the loop when no other objective needs its states; `encoded` leaves out the
+    connectors' forward too, for a term that asks its Q-Former itself."""
     splits: ClassVar[bool] = True
     """False for losses over in-batch negatives, which change when a step is split into micro-batches."""
+    unpictured: ClassVar[bool] = False
+    """True if samples without any medium are what it learns from."""
     unlabelled: ClassVar[bool] = False
     """True if samples without any supervised token teach something, such as pictures of which nothing is said."""
     share: float = 1.0
@@ -86,17 +88,14 @@ class Objective(nn.Module):
         """After every update of the weights. What it writes into buffers is saved and resumed."""
 
 
+TERMS = Registry("objective", Objective, "isthmus.objectives")
+
+
 def named(name: str, options: dict[str, Any]) -> Objective:
     """The objective of that name, with its options validated against its own schema.
 
     Raises:
         ConfigError: no such name, or no such option; the nearest is suggested.
     """
-    known = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
-    if name not in known:
-        raise ConfigError(f"no objective named {name!r}{nearest(name, known)}", f"there are {known}")
-    module = importlib.import_module(f"{__name__}.{name}")
-    for item in vars(module).values():
-        if isinstance(item, type) and issubclass(item, Objective) and item.__dict__.get("name") == name:
-            return item(check(item.Options, options, f"objective {name}"))
-    raise ConfigError(f"{module.__name__} has no Objective with name = {name!r}", "set `name` in its class")
+    kind = TERMS.find(name)
+    return kind(check(kind.Options, options, f"objective {name}"))

@@ -1,18 +1,19 @@
-"""What terms over pictures and their captions share: which texts there are, which of them are equal, and sums."""
+"""What terms over pictures and their captions share: texts, which of them are equal, one pass over both, and sums."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
-from isthmus.types import Batch, ConfigError, DataError
+from isthmus.types import Batch, ConfigError, DataError, Features, Output
 
 if TYPE_CHECKING:
-    from isthmus.objectives import VLM
+    from isthmus.objectives import VLM, Step
 
+Shared = TypeVar("Shared")
 NO_TEXT = "use aligner blip2 with aligner.options.text=true"
 
 
@@ -22,7 +23,6 @@ def reads_captions(vlm: VLM) -> None:
     Raises:
         ConfigError: the joint has no text half.
     """
-    # A joint's own `reading` would load its tokenizer, and a plan has no files to load.
     if not all(hasattr(former, "heads") and former.heads is not None for former in vlm.connectors.values()):
         raise ConfigError(f"the joint {vlm.aligner.name} reads no captions", NO_TEXT)
 
@@ -36,6 +36,34 @@ def captions(batch: Batch) -> dict[str, Tensor]:
     if batch.media and not batch.extra_text:
         raise DataError("no captions for the Q-Former's text half", NO_TEXT)
     return {kind: ids_NT for kind, ids_NT in batch.extra_text.items() if kind in batch.media}
+
+
+def features(step: Step, output: Output, batch: Batch, kind: str) -> Features:
+    """What the Q-Former of a kind reads of the batch's media."""
+    if kind not in output.encoded:
+        output.encoded[kind] = step.vlm.encode(kind, batch.media[kind])
+    return output.encoded[kind]
+
+
+def seen(step: Step, output: Output, batch: Batch, kind: str) -> list[Tensor]:
+    """The states of queries alone that enter every layer and leave the last, [N, Q, W]; all terms share one pass.
+
+    The first term that asks computes them, so no term asks without gradients. So too in `read`.
+    """
+    former = step.vlm.connectors[kind]
+    return _once(output, ("seen", kind), lambda: former.see(features(step, output, batch, kind)))
+
+
+def read(step: Step, output: Output, batch: Batch, kind: str) -> Tensor:
+    """The captions without the pictures, both ways, [N, T, W]; all terms share one pass."""
+    former = step.vlm.connectors[kind]
+    return _once(output, ("read", kind), lambda: former.read(batch.extra_text[kind]))
+
+
+def _once(output: Output, name: tuple[str, str], compute: Callable[[], Shared]) -> Shared:
+    if name not in output.shared:
+        output.shared[name] = compute()
+    return output.shared[name]  # type: ignore[no-any-return]
 
 
 def same(ids_NT: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Prompting(Objective):
     """A term over the prompts of a teacher, which lives in the model as `heads.teacher`."""
 
-    needs = "connected"
+    needs = "encoded"
 
     def check(self, vlm: VLM) -> None:
         """Refuse a joint without a prompt teacher."""
@@ -39,6 +39,7 @@ class Teaching(Prompting):
         """Share of a sentence's words that are hidden in training."""
 
     splits: ClassVar[bool] = True
+    unpictured: ClassVar[bool] = True
 
     def count(self, batch: Batch) -> int:
         return len(sentences(batch))

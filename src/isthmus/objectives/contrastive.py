@@ -48,7 +48,7 @@ class Contrastive(Objective):
         temperature: float = Field(TEMPERATURE, gt=0)
         """What cosines are divided by, at the start."""
         learned: bool = True
-        """Whether the temperature trains; kept, it makes connected tokens come closer to the words."""
+        """Whether the temperature trains."""
 
     name: ClassVar[str] = "contrastive"
     needs = "connected"

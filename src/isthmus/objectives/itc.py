@@ -12,7 +12,7 @@ Differs:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from isthmus.config import Frozen
 from isthmus.objectives import Objective
-from isthmus.objectives._captions import captions, reads_captions, same, shares, summed
+from isthmus.objectives._captions import captions, features, read, reads_captions, same, seen, shares, summed
 from isthmus.objectives._momentum import Distilled, Queue, keys, slow
 from isthmus.types import Batch, Features, Output
 
@@ -41,7 +41,7 @@ class ITC(Objective):
         """The range in which the learned temperature is kept: (0.001, 0.5) in ALBEF, at least 0.01 in CLIP."""
 
     name: ClassVar[str] = "itc"
-    needs = "connected"
+    needs = "encoded"
     splits = False
 
     def __init__(self, options: Frozen):
@@ -73,24 +73,28 @@ class ITC(Objective):
 
     def loss(self, step: Step, output: Output, batch: Batch) -> Tensor:
         self.seen.clear()
-        return summed((self._kind(step, kind, ids, batch) for kind, ids in captions(batch).items()), batch)
+        return summed((self._kind(step, output, kind, ids, batch) for kind, ids in captions(batch).items()), batch)
 
-    def _kind(self, step: Step, kind: str, ids_NT: Tensor, batch: Batch) -> Tensor:
-        former, features = step.vlm.connectors[kind], step.vlm.encode(kind, batch.media[kind])
-        picture_NQC, text_NC = directions(former, features, ids_NT)
+    def _kind(self, step: Step, output: Output, kind: str, ids_NT: Tensor, batch: Batch) -> Tensor:
+        heads = step.vlm.connectors[kind].heads
+        picture_NQC = heads.directions(seen(step, output, batch, kind)[-1])
+        text_NC = heads.direction(read(step, output, batch, kind)[:, 0])
         if self.momentum is not None and self.training:
-            return self._beside_slow(step, kind, picture_NQC, text_NC, features, ids_NT)
-        logits_NN = former.heads.compare(picture_NQC, text_NC).float()
+            shown = features(step, output, batch, kind)
+            return self._beside_slow(step, kind, picture_NQC, text_NC, shown, ids_NT)
+        logits_NN = heads.compare(picture_NQC, text_NC).float()
         target_NN = shares(same(ids_NT))
         return (self._entropy(logits_NN, target_NN) + self._entropy(logits_NN.T, target_NN)) / 2
 
     def _beside_slow(
-        self, step: Step, kind: str, picture_NQC: Tensor, text_NC: Tensor, features: Features, ids_NT: Tensor
+        self, step: Step, kind: str, picture_NQC: Tensor, text_NC: Tensor, shown: Features, ids_NT: Tensor
     ) -> Tensor:
         """Against what the slow copy sees of this batch and saw before; what it finds alike softens the targets."""
         compare, weight = step.vlm.connectors[kind].heads.compare, self.options.weight(slow(step).updates)
         with torch.no_grad():
-            slow_NQC, slow_NC = directions(slow(step).connectors[kind], features, ids_NT)
+            copy = slow(step).connectors[kind]
+            slow_NQC = copy.heads.directions(copy.see(shown)[-1])
+            slow_NC = copy.heads.direction(copy.read(ids_NT)[:, 0])
             now = slow_NQC.float(), slow_NC.float(), keys(ids_NT)
             all_MQC, all_MC, key_M = self._with_queue(kind, now)
             hard_NM = shares(now[2][:, None] == key_M)
@@ -109,8 +113,3 @@ class ITC(Objective):
 
     def _entropy(self, logits_NM: Tensor, target_NM: Tensor) -> Tensor:
         return F.cross_entropy(logits_NM, target_NM, reduction="sum", label_smoothing=self.options.smoothing)
-
-
-def directions(former: Any, features: Features, ids_NT: Tensor) -> tuple[Tensor, Tensor]:
-    """Pictures [N, Q, C] and texts [N, C] where the two are compared, each seen without the other."""
-    return former.heads.directions(former.see(features)[-1]), former.heads.direction(former.read(ids_NT)[:, 0])

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from isthmus.config import Frozen
 from isthmus.objectives import Objective
-from isthmus.objectives._captions import captions, reads_captions, summed
+from isthmus.objectives._captions import captions, reads_captions, seen, summed
 from isthmus.types import Batch, Output
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class ITG(Objective):
         """Share of the target that is spread over the vocabulary."""
 
     name: ClassVar[str] = "itg"
-    needs = "connected"
+    needs = "encoded"
 
     def check(self, vlm: VLM) -> None:
         reads_captions(vlm)
@@ -40,14 +40,13 @@ class ITG(Objective):
         return sum(int((ids_NT[:, 1:] >= 0).sum()) for ids_NT in captions(batch).values())
 
     def loss(self, step: Step, output: Output, batch: Batch) -> Tensor:
-        return summed((self._kind(step, kind, ids, batch) for kind, ids in captions(batch).items()), batch)
+        return summed((self._kind(step, output, kind, ids, batch) for kind, ids in captions(batch).items()), batch)
 
     def with_media(self, vlm: VLM, kind: str) -> Sequence[nn.Module]:
         return (vlm.connectors[kind],)
 
-    def _kind(self, step: Step, kind: str, ids_NT: Tensor, batch: Batch) -> Tensor:
-        former = step.vlm.connectors[kind]
-        states = former.see(step.vlm.encode(kind, batch.media[kind]))
+    def _kind(self, step: Step, output: Output, kind: str, ids_NT: Tensor, batch: Batch) -> Tensor:
+        former, states = step.vlm.connectors[kind], seen(step, output, batch, kind)
         begun_NT = ids_NT.clone()
         begun_NT[:, 0] = len(former.words.word.weight) - 1  # the last entry says that a caption is to be written
         t_NTW = former.read(begun_NT, behind=states)[:, :-1]

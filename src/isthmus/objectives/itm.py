@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from isthmus.objectives import Objective
-from isthmus.objectives._captions import captions, reads_captions, same, summed
+from isthmus.objectives._captions import captions, features, read, reads_captions, same, seen, summed
 from isthmus.types import Batch, Output
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class ITM(Objective):
     """Right pairs, pictures with a confusable wrong text, texts with a confusable wrong picture: three per picture."""
 
     name: ClassVar[str] = "itm"
-    needs = "connected"
+    needs = "encoded"
     splits = False
 
     def check(self, vlm: VLM) -> None:
@@ -40,19 +40,20 @@ class ITM(Objective):
         return sum(3 * len(ids) for ids in captions(batch).values() if drawable(ids))
 
     def loss(self, step: Step, output: Output, batch: Batch) -> Tensor:
-        terms = (self._kind(step, kind, ids, batch) for kind, ids in captions(batch).items() if drawable(ids))
+        terms = (self._kind(step, output, kind, ids, batch) for kind, ids in captions(batch).items() if drawable(ids))
         return summed(terms, batch)
 
-    def _kind(self, step: Step, kind: str, ids_NT: Tensor, batch: Batch) -> Tensor:
-        former, features = step.vlm.connectors[kind], step.vlm.encode(kind, batch.media[kind])
+    def _kind(self, step: Step, output: Output, kind: str, ids_NT: Tensor, batch: Batch) -> Tensor:
+        former, shown = step.vlm.connectors[kind], features(step, output, batch, kind)
+        q_NQW, t_NTW = seen(step, output, batch, kind)[-1], read(step, output, batch, kind)
         with torch.no_grad():
-            similarity_NN = former.heads.similarity(former.see(features)[-1], former.read(ids_NT)[:, 0]).float()
+            similarity_NN = former.heads.similarity(q_NQW, t_NTW[:, 0]).float()
         text_N, picture_N = negatives(similarity_NN, ids_NT)
         all_N = torch.arange(len(ids_NT), device=ids_NT.device)
         pictures_M, texts_M = torch.cat([all_N, all_N, picture_N]), torch.cat([all_N, text_N, all_N])
-        lengths_N = features.lengths_N
+        lengths_N = shown.lengths_N
         drawn = replace(
-            features.map(lambda x: x[pictures_M]), lengths_N=None if lengths_N is None else lengths_N[pictures_M]
+            shown.map(lambda x: x[pictures_M]), lengths_N=None if lengths_N is None else lengths_N[pictures_M]
         )
         q_MQW = former.see(drawn, ids_NT[texts_M])[-1][:, : len(former.queries)]
         logits_M2 = former.heads.match(q_MQW).float().mean(1)

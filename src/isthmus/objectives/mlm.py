@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from isthmus.config import Frozen
 from isthmus.objectives import Objective
-from isthmus.objectives._captions import captions, reads_captions, summed
+from isthmus.objectives._captions import captions, features, reads_captions, summed
 from isthmus.objectives._momentum import Distilled, slow
 from isthmus.types import Batch, Features, Output
 
@@ -44,7 +44,7 @@ class MLM(Objective):
         """The entry that stands for a hidden word (BERT's is 103); None is the vocabulary's last one."""
 
     name: ClassVar[str] = "mlm"
-    needs = "connected"
+    needs = "encoded"
 
     def __init__(self, options: Frozen):
         super().__init__(options)
@@ -57,22 +57,22 @@ class MLM(Objective):
         return sum(int(quota(words(ids), self.options.share).sum()) for ids in captions(batch).values())
 
     def loss(self, step: Step, output: Output, batch: Batch) -> Tensor:
-        return summed((self._kind(step, kind, ids, batch) for kind, ids in captions(batch).items()), batch)
+        return summed((self._kind(step, output, kind, ids, batch) for kind, ids in captions(batch).items()), batch)
 
     def with_media(self, vlm: VLM, kind: str) -> Sequence[nn.Module]:
         return (vlm.connectors[kind],)
 
-    def _kind(self, step: Step, kind: str, ids_NT: Tensor, batch: Batch) -> Tensor:
-        former, features = step.vlm.connectors[kind], step.vlm.encode(kind, batch.media[kind])
+    def _kind(self, step: Step, output: Output, kind: str, ids_NT: Tensor, batch: Batch) -> Tensor:
+        former, shown = step.vlm.connectors[kind], features(step, output, batch, kind)
         hidden_NT = draw(words(ids_NT), self.options.share)
         last = len(former.words.word.weight) - 1
         read_NT = replace(ids_NT, hidden_NT, last if self.options.mask is None else self.options.mask, last)
-        logits_MV = guess(former, features, read_NT, hidden_NT)
+        logits_MV = guess(former, shown, read_NT, hidden_NT)
         hard = F.cross_entropy(logits_MV, ids_NT[hidden_NT], reduction="sum")
         if self.momentum is None or not self.training:
             return hard
         with torch.no_grad():
-            soft_MV = guess(slow(step).connectors[kind], features, read_NT, hidden_NT).softmax(-1)
+            soft_MV = guess(slow(step).connectors[kind], shown, read_NT, hidden_NT).softmax(-1)
         soft = F.cross_entropy(logits_MV, soft_MV, reduction="sum")
         return torch.lerp(hard, soft, self.options.weight(slow(step).updates))
 
@@ -105,7 +105,7 @@ def replace(ids_NT: Tensor, hidden_NT: Tensor, mask: int, vocabulary: int) -> Te
     return torch.where(hidden_NT & (chance_NT >= MASKED) & (chance_NT < MASKED + RANDOM), random_NT, read_NT)
 
 
-def guess(former: Any, features: Features, read_NT: Tensor, hidden_NT: Tensor) -> Tensor:
+def guess(former: Any, shown: Features, read_NT: Tensor, hidden_NT: Tensor) -> Tensor:
     """Logits of the hidden words by a Q-Former that reads the text beside the picture, [M, vocabulary] in float32."""
-    t_NTW = former.see(features, read_NT)[-1][:, len(former.queries) :]
+    t_NTW = former.see(shown, read_NT)[-1][:, len(former.queries) :]
     return former.heads.write(t_NTW[hidden_NT], former.words).float()

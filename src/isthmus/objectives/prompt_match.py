@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from isthmus.objectives._captions import captions, summed
+from isthmus.objectives._captions import captions, seen, summed
 from isthmus.objectives._prompts import Prompting
 from isthmus.types import Batch, Output
 
@@ -29,10 +29,14 @@ class PromptMatch(Prompting):
         return sum(map(len, captions(batch).values()))
 
     def loss(self, step: Step, output: Output, batch: Batch) -> Tensor:
-        terms = (self._kind(step, output.connected[kind], ids) for kind, ids in captions(batch).items())
+        terms = (self._kind(step, output, kind, ids, batch) for kind, ids in captions(batch).items())
         return summed(terms, batch)
 
-    def _kind(self, step: Step, y_NQD: Tensor, ids_NT: Tensor) -> Tensor:
+    def _kind(self, step: Step, output: Output, kind: str, ids_NT: Tensor, batch: Batch) -> Tensor:
+        """Where the LLM is left out, the queries that other terms see are connected here."""
+        y_NQD = output.connected.get(kind)
+        if y_NQD is None:
+            y_NQD = step.vlm.connectors[kind].project(seen(step, output, batch, kind)[-1])
         with torch.no_grad():
             prompt_NQD = step.vlm.heads["teacher"](ids_NT).float()
         return F.mse_loss(y_NQD.float(), prompt_NQD, reduction="none").mean((1, 2)).sum()

@@ -72,13 +72,16 @@ def _published_v1() -> tuple[Stage, ...]:
     alpaca = (parts.file("alpaca_data_52k.json", "images"),)
     scienceqa = (parts.file("scienceqa_train.json", "scienceqa"),)
     return (
-        _stage("instruct", alpaca, LANGUAGE["v1"], 9e-3 * 32 / 256, 0.02, Budget(epochs=5), warmup=0.4),
-        _stage("multimodal", scienceqa, VISUAL["v1"], 9e-3 * 32 / 256, 0.02, Budget(epochs=5), warmup=0.4),
+        _stage("instruct", alpaca, LANGUAGE["v1"], 9e-3, 0.02, Budget(epochs=5), warmup=0.4),
+        _stage("multimodal", scienceqa, VISUAL["v1"], 9e-3, 0.02, Budget(epochs=5), warmup=0.4),
     )
 
 
 def _published_v2(version: Version, rounds: int) -> tuple[Stage, ...]:
-    """In turns; the released code has one turn, of many epochs on pictures and four on instructions."""
+    """In turns; the released code has one turn, of many epochs on pictures and four on instructions.
+
+    Its 150 epochs go over a list of data that each user writes, so how many steps the authors took is not known.
+    """
     captions = (parts.file("coco_captions_567k.json", "coco"),)
     instructions = (parts.file("alpaca_gpt4_52k.json", "images"),)
     epochs = (150.0, 4.0) if version == "v2-released" else (1.0 / rounds, 1.0 / rounds)
@@ -94,10 +97,12 @@ def _published_v2(version: Version, rounds: int) -> tuple[Stage, ...]:
 
 
 def _stage(
-    name: str, data: tuple[Any, ...], globs: tuple[str, ...], lr: float, decay: float, budget: Budget, **more: Any
+    name: str, data: tuple[Any, ...], globs: tuple[str, ...], base: float, decay: float, budget: Budget, **more: Any
 ) -> Stage:
-    train = {glob: Train(weight_decay=decay) for glob in globs}
-    return Stage(name=name, data=data, train=train, lr=lr, batch_size=32, max_length=512, budget=budget, **more)
+    """A stage at the scripts' base rate, which they scale by the samples per step over 256."""
+    train, batch = {glob: Train(weight_decay=decay) for glob in globs}, 32
+    lr = base * batch / 256
+    return Stage(name=name, data=data, train=train, lr=lr, batch_size=batch, max_length=512, budget=budget, **more)
 
 
 def embedded(version: Version, options: dict[str, Any], rounds: int = 1, minutes: float = 5.0) -> Recipe:

@@ -94,9 +94,7 @@ def warm(minutes: float) -> Stage:
             Source(name="easy-vqa", weight=0.7, limit=1000, options={"kinds": ["caption"]}),
         ),
         train={"connectors.*": Train()},
-        objectives=(
-            ObjectiveConfig(name="contrastive", options={"match": "late", "learned": False, "temperature": 0.15}),
-        ),
+        objectives=(ObjectiveConfig(name="contrastive", options={"match": "late", "temperature": 0.15}),),
         lr=3e-3,
         batch_size=128,
         budget=Budget(minutes=round(minutes, 3)),
