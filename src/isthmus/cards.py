@@ -6,6 +6,7 @@ report). Nothing of a card is read back by `load`; a README that somebody else w
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +20,9 @@ from huggingface_hub.file_download import repo_folder_name
 from isthmus.assets import packages
 from isthmus.config import Source, Stage
 from isthmus.data import sets
+from isthmus.data.containers import Container
+from isthmus.data.formats import Form
+from isthmus.errors import ConfigError
 
 NAME = "README.md"
 MARK = "<!-- Written by Isthmus at every save. Delete this line, and the text is yours and stays. -->"
@@ -38,6 +42,8 @@ class Trained:
     settings: Mapping[str, Any]
     steps: int | None
     data: Sequence[Mapping[str, Any]]
+    changed: Sequence[str] = ()
+    """What was set otherwise on the way."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class Lineage:
     fingerprint: str = ""
     stages: tuple[Trained, ...] = ()
     report: Mapping[str, Any] | None = None
+    start: str = ""
+    """The fingerprint of the model that the run began with, if it began with one."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +84,46 @@ class Export:
 
 
 def note_data(folder: Path, stage: Stage, opened: Sequence[sets.Card], seed: int) -> None:
-    """Write down what a stage's sources are at its beginning; a note that is there stays."""
+    """Write down what a stage's sources are at its beginning; from its first step on, a note stays.
+
+    Raises:
+        ConfigError: the stage has begun, and a source holds something else now.
+    """
     file = folder / DATA
-    if file.is_file():
+    noted = [_noted(source, card, seed) for source, card in zip(stage.data, opened, strict=True)]
+    if file.is_file() and (folder / STEPS).is_file():
+        for was, now in zip(json.loads(file.read_text()), noted, strict=True):
+            if was["size"] != now["size"] or was.get("content", now["content"]) != now["content"]:
+                raise ConfigError(
+                    f"{now['name']} has changed since stage {stage.name} began: "
+                    f"{was['size']:,} samples then, {now['size']:,} now",
+                    "put the old file back, or name another folder with --out",
+                )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    noted = [_noted(source, card, seed) for source, card in zip(stage.data, opened, strict=True)]
     _write(file, json.dumps(noted, indent=1))
 
 
 def _noted(source: Source, card: sets.Card, seed: int) -> dict[str, Any]:
-    return {**asdict(card), "split": source.split, "weight": source.weight, "hash": sets.stamp([source], seed)}
+    known = {"hash": sets.stamp([source], seed), "content": list(sets.each_state(source, seed, _content))}
+    return {**asdict(card), "split": source.split, "weight": source.weight, **known}
+
+
+SPOTS, SPOT = 64, 1 << 18
+"""Stretches of a file that are read to know it again, and their bytes: all of it up to 16 MiB, then evenly spaced."""
+
+
+def _content(form: Form, container: Container) -> str:
+    """Hex digits that change with the files' names, sizes and what is read of them, in milliseconds for any size."""
+    digest = hashlib.sha256()
+    for path in container.files():
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(SPOT, -(-size // SPOTS))):
+                file.seek(start)
+                digest.update(file.read(SPOT))
+    return digest.hexdigest()[:16]
 
 
 def lineage(folder: Path) -> Lineage:
@@ -99,13 +136,15 @@ def lineage(folder: Path) -> Lineage:
         return Lineage()
     done = recipe["stages"][: names.index(stage) + 1]
     report = _read(run / REPORT) if stage == names[-1] else {}
-    return Lineage(recipe, begun["fingerprint"], tuple(_trained(run, each) for each in done), report or None)
+    trained = tuple(_trained(run, each) for each in done)
+    return Lineage(recipe, begun["fingerprint"], trained, report or None, begun.get("start", ""))
 
 
 def _trained(run: Path, settings: Mapping[str, Any]) -> Trained:
     folder = run / settings["name"]
     noted = json.loads((folder / DATA).read_text()) if (folder / DATA).is_file() else settings["data"]
-    return Trained(settings, _read(folder / STEPS).get("steps"), noted)
+    begun = _read(folder / STEPS)
+    return Trained(settings, begun.get("steps"), noted, begun.get("changed", ()))
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -257,7 +296,11 @@ def _training(told: Lineage) -> str:
         losses = " + ".join(each["name"] for each in stage.settings["objectives"])
         rows.append((stage.settings["name"], trains, losses, "?" if stage.steps is None else stage.steps,
                      stage.settings["batch_size"], f"{stage.settings['lr']:g}"))  # fmt: skip
-    return "## Training\n\n" + _table(("stage", "what trains", "loss", "steps", "samples per step", "rate"), rows)
+    said = [f"Stage {each.settings['name']}, on the way: {text}." for each in told.stages for text in each.changed]
+    if told.start:
+        said.append(f"Begun with the model {_called(told.recipe['start'])}, fingerprint {told.start}.")
+    table = _table(("stage", "what trains", "loss", "steps", "samples per step", "rate"), rows)
+    return "\n\n".join(["## Training", table, *said])
 
 
 def _how(how: Mapping[str, Any]) -> str:

@@ -154,9 +154,10 @@ class Budget(Frozen):
         return self
 
 
-Writing: TypeAlias = Literal["chat", "plain", "documents"]
+Writing: TypeAlias = Literal["chat", "plain", "prefix", "documents"]
 """How a conversation is written: `chat` is the LLM's own template; `plain` is LLaVA's first stage, media, then the
-answer, then the end; `documents` has all turns in their order with nothing between."""
+answer, then the end; `prefix` is the same with the answer's first words given, to the encoder of an encoder-decoder;
+`documents` has all turns in their order with nothing between."""
 OneObjective: TypeAlias = Annotated[ObjectiveConfig, _named("name")]
 OneSource: TypeAlias = Annotated[Source, _named("name")]
 OneTrain: TypeAlias = Annotated[Train, _named("lr")]
@@ -261,6 +262,8 @@ class Recipe(Frozen):
     aligner: Annotated[AlignerConfig, _named("name")] = AlignerConfig()
     system: str | None = None
     """The system turn of conversations that have none; None leaves it to the LLM's chat template."""
+    start: str | None = Field(None, **LATER)
+    """A saved or imported model whose weights the first stage begins with; None composes it of the parts."""
     stages: tuple[Stage, ...] = ()
     eval: tuple[OneTask, ...] = ()
     engine: Engine = Engine()

@@ -10,22 +10,15 @@ import torch
 from torch.nn import functional as F
 
 import composed
+import test_contract  # noqa: F401 - registers its joints
 from composed import picture, sample, stir
-from isthmus import aligner as aligners
 from isthmus import graft, kernels, sites
 from isthmus.config import LoRA, ObjectiveConfig
 from isthmus.data.mix import Batches, Mix
 from isthmus.model import VLM
 from isthmus.training.step import Step
 from isthmus.types import IGNORE, Batch, Sample, Turn
-from test_contract import Aside
 from test_graft import Expert
-
-
-@pytest.fixture(autouse=True)
-def throw_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    genuine = aligners.named
-    monkeypatch.setattr(aligners, "named", lambda name: Aside if name == "aside" else genuine(name))
 
 
 def one(number: int) -> Sample:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import transformers
 from rich.console import Console
 
 from isthmus.config import Recipe
+from isthmus.training.loop import run_stage
 from isthmus.training.optimizer import PATIENCE, Watch, adamw, choose, rate, table
 from isthmus.training.step import Step
 from isthmus.types import ConfigError, IsthmusError
@@ -57,6 +60,16 @@ def test_lora_trains_exactly_its_own_parameters(recipe: Recipe) -> None:
     }
     assert [adapter["name"] for adapter in step.vlm.config.lora] == ["sft"]
     assert "llm.*" not in step.vlm.config.trained
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_what_an_objective_holds_still_stays_bit_equal(recipe: Recipe, tmp_path: Path, learned: bool) -> None:
+    options = {"match": "late", "learned": learned, "temperature": 0.15}
+    made, vlm = small.stage(objectives=[{"name": "contrastive", "options": options}]), small.build(recipe)
+    sharpness = lambda step: step.objectives["contrastive"].sharpness.item()  # noqa: E731
+    feed, quiet = small.Colours(vlm), small.quiet()
+    result = run_stage(vlm, made, feed, tmp_path, steps=3, validate=sharpness, console=quiet)
+    assert (result.at.validation_loss == float(torch.tensor(math.log(1 / 0.15)))) != learned
 
 
 def test_a_second_lora_gets_a_name_of_its_own(recipe: Recipe) -> None:

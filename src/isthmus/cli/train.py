@@ -97,7 +97,10 @@ def _experiment(recipe: Recipe, folder: Path, device: str, console: Console, as_
     if as_json:
         typer.echo(json.dumps(result.plain()))
         return
-    console.print(table(result))
+    if result.rows:
+        console.print(table(result))
+    else:
+        console.print("Nothing was measured: the recipe names no tasks. `isthmus eval` asks a finished model.")
     for example in result.examples:
         state = verdict(example.after.right)
         before = f", before: {example.before.prediction}" if example.before else ""

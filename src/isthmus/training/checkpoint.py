@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from isthmus.config import Engine, Stage
+from isthmus.training import agreement
 from isthmus.training.optimizer import Trained
 from isthmus.training.parallel import gathered, like
 from isthmus.training.step import Step
@@ -216,24 +217,26 @@ class Writer:
             pending.result()
 
 
-def begin(folder: Path, stage: Stage, seed: int, steps: Callable[[], int]) -> int:
+def begin(folder: Path, stage: Stage, seed: int, steps: Callable[[], int], say: Callable[[str], None]) -> int:
     """The number of steps of the stage in this folder: decided on the first call, read back ever after.
+
+    `say` is told of what differs from then and may; see `agreement`.
 
     Raises:
         ConfigError: the folder holds a run of another stage; what differs is named.
     """
     file = folder / MANIFEST
     wanted = {"seed": seed, **stage.model_dump(mode="json")}
-    if file.is_file():
-        manifest = _read_json(file)
-        changed = [f"{key} was {manifest['run'].get(key)}" for key in wanted if manifest["run"].get(key) != wanted[key]]
-        if changed:
-            raise ConfigError(
-                f"{folder} holds stage {stage.name} of another run: {'; '.join(changed[:3])}",
-                "name another output folder, or remove this one to start over",
-            )
-        return manifest["steps"]
-    manifest = {"run": wanted, "steps": steps()}
+    manifest: dict[str, Any] = _read_json(file) if file.is_file() else {"run": wanted, "steps": steps()}
+    wrong, said = agreement.of_stage(manifest["run"], wanted)
+    if wrong:
+        raise ConfigError(
+            f"{folder} holds stage {stage.name} of another run: {agreement.told(wrong)}",
+            "name another output folder, or remove this one to start over",
+        )
+    for text in said:
+        say(f"stage {stage.name}: {text}")
+    manifest |= {"run": wanted, **({"changed": [*manifest.get("changed", []), *said]} if said else {})}
     with writing(file):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(manifest, indent=1))

@@ -1,13 +1,20 @@
-"""Whether a recipe's joint, LLM, objectives and batching go together, told before anything runs."""
+"""Whether a recipe's joint, LLM, objectives and batching go together, told before anything runs; and whether a model
+that it starts with is made of the same."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
 import torch
 
-from isthmus import aligner, kernels, objectives
-from isthmus.config import Recipe, Stage
+from isthmus import aligner, kernels, objectives, parts
+from isthmus.config import EncoderConfig, LLMConfig, Recipe, Stage
 from isthmus.model import VLM
+from isthmus.training import agreement
 from isthmus.types import ConfigError
+
+Part = TypeVar("Part", EncoderConfig, LLMConfig)
 
 
 def check(recipe: Recipe, vlm: VLM, device: torch.device) -> None:
@@ -33,3 +40,49 @@ def _check_stage(stage: Stage, vlm: VLM, attention: str, device: torch.device) -
         raise ConfigError("an encoder-decoder cannot read packed rows", "use bucketed or shuffled batching")
     if stage.batching == "packed":
         kernels.check_packing(attention, device)
+
+
+def started(recipe: Recipe, dtype: torch.dtype) -> VLM:
+    """The model that a recipe starts with; a part that lies elsewhere is known by its weights.
+
+    Raises:
+        ConfigError: it has another encoder, LLM or joint than the recipe names.
+        IsthmusError: it cannot be loaded.
+    """
+    assert recipe.start is not None  # the caller asked
+    model = VLM.from_pretrained(recipe.start, dtype=dtype, attn_implementation=recipe.llm.attention)
+    config = model.config
+    llm, asked = LLMConfig(**config.llm["config"]), recipe.llm
+    if config.llm["weights"] and config.llm["weights"] == parts.fingerprint(parts.folder(asked.source, asked.revision)):
+        asked = _placed(asked, llm)
+    encoders, wanted = {kind: config.encoder(kind) for kind in config.encoders}, recipe.encoders
+    for kind in encoders.keys() & wanted.keys():
+        known = config.encoders[kind]["weights"]
+        if known and known == parts.encoder_fingerprint(wanted[kind]):
+            wanted[kind] = _placed(wanted[kind], encoders[kind])
+    joint = aligner.build(recipe.aligner.name, recipe.aligner.options)
+    if wrong := agreement.differing(_plain(llm, encoders, model.aligner), _plain(asked, wanted, joint)):
+        raise ConfigError(
+            f"{recipe.start} is made of other parts than the recipe names: {agreement.told(wrong)}",
+            "name the same encoder, LLM and aligner, with its options, as the recipe that made it",
+        )
+    if recipe.system is not None:
+        model.processor.system = recipe.system
+    return model
+
+
+def _plain(llm: LLMConfig, encoders: Mapping[str, EncoderConfig], joint: aligner.Aligner) -> dict[str, Any]:
+    """Parts as plain values, without what their sources tell anyway and how they compute."""
+    return {
+        "llm": llm.model_dump(mode="json", exclude={"architecture", "attention"}),
+        "encoder": {kind: each.model_dump(mode="json", exclude={"architecture"}) for kind, each in encoders.items()},
+        "aligner": {"name": joint.name, "options": joint.options.model_dump(mode="json")},
+    }
+
+
+def _placed(config: Part, like: Part) -> Part:
+    """A part's config, found where another has it that has the same weights."""
+    places: dict[str, Any] = {"source": like.source, "revision": like.revision}
+    if isinstance(config, EncoderConfig) and isinstance(like, EncoderConfig):
+        places["also"] = tuple(_placed(*pair) for pair in zip(config.also, like.also))
+    return config.but(**places)

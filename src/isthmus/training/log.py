@@ -115,8 +115,8 @@ class Progress:
 
 
 @contextlib.contextmanager
-def counting(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for work that reports (done, total known so far); nothing is shown before the first report."""
+def counting(console: Console, title: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar for work that reports (done, total known so far, or None); nothing is shown before the first report."""
     bar = Bar(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -127,7 +127,7 @@ def counting(console: Console, title: str) -> Iterator[Callable[[int, int], None
     )
     tasks: list[TaskID] = []
 
-    def report(done: int, total: int) -> None:
+    def report(done: int, total: int | None) -> None:
         if not tasks:
             tasks.append(bar.add_task(title, total=total))
             if not console.is_terminal:

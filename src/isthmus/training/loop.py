@@ -10,10 +10,10 @@ import hashlib
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 from rich.console import Console, RenderableType
@@ -30,6 +30,9 @@ from isthmus.types import IGNORE, Batch, ConfigError, IsthmusError, NotFinite
 
 WARM, TIMED, GLANCE = 2, 8, 0.05
 """Calibration runs 2 optimizer steps unmeasured and 8 measured, or as many as fit into 5 % of the budget."""
+
+
+Validate: TypeAlias = Callable[[Step], float | Mapping[str, float]]
 
 
 class Feed(Protocol):
@@ -71,7 +74,7 @@ def run_stage(
     *,
     steps: int | None = None,
     seed: int = 0,
-    validate: Callable[[Step], float] | None = None,
+    validate: Validate | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     console: Console | None = None,
@@ -86,7 +89,8 @@ def run_stage(
     Args:
         vlm: the model as the stage before left it, also when resuming.
         steps: how many; None measures once how many fit the budget's minutes.
-        validate: the loss on held-out data, see `step.held_out`.
+        validate: the loss on held-out data, see `step.held_out`; or several figures by name, of which
+            `validation_loss` decides.
         dtype: bfloat16 runs under autocast; what trains keeps float32 masters either way.
         sample: one rendered sample to show at the start.
         engine: how the machine does it, which changes nothing of what is learnt.
@@ -96,19 +100,21 @@ def run_stage(
     Raises:
         ConfigError: the stage does not fit the model, the feed or what the folder already holds.
         DataError: a step has nothing to learn from.
-        IsthmusError: a loss or gradient is not finite, a tensor cannot be reached, or the disk refuses.
+        IsthmusError: a loss or gradient is not finite, a tensor cannot be reached, memory ran out, or the disk refuses.
     """
     console = console or Console()
     torch.manual_seed(derive(seed, stage.name, "birth"))
     step = Step(vlm, stage.objectives, world)
     trained = optimizer.choose(step, stage)
-    step.to(device).accompany()
-    runner = _Runner(step, trained, stage, feed, folder, seed, validate, torch.device(device), dtype, engine)
-    console.print(log.first_lines(f"Stage {stage.name}", optimizer.table(step, runner.trained), sample))
-    if steps is None and not world.any((folder / checkpoint.MANIFEST).is_file()):
-        steps = runner.calibrate()
-    begun = steps or 0  # a manifest that is there already knows better
-    return runner.run(world.lead(lambda: checkpoint.begin(folder, stage, seed, lambda: begun)), console)
+    with machine.enough_memory(stage.name):
+        step.to(device).accompany()
+        runner = _Runner(step, trained, stage, feed, folder, seed, validate, torch.device(device), dtype, engine)
+        console.print(log.first_lines(f"Stage {stage.name}", optimizer.table(step, runner.trained), sample))
+        if steps is None and not world.any((folder / checkpoint.MANIFEST).is_file()):
+            steps = runner.calibrate()
+        begun = steps or 0  # a manifest that is there already knows better
+        say = lambda text: console.print(text, soft_wrap=True, markup=False)  # noqa: E731
+        return runner.run(world.lead(lambda: checkpoint.begin(folder, stage, seed, lambda: begun, say)), console)
 
 
 def derive(seed: int, *names: str | int) -> int:
@@ -128,7 +134,7 @@ class _Runner:
         feed: Feed,
         folder: Path,
         seed: int,
-        validate: Callable[[Step], float] | None,
+        validate: Validate | None,
         device: torch.device,
         dtype: torch.dtype,
         engine: Engine,
@@ -143,7 +149,7 @@ class _Runner:
             step.recompute()
         self.step, self.stage, self.feed, self.folder = step, stage, feed, folder
         self.seed, self.validate, self.device, self.dtype, self.engine = seed, validate, device, dtype, engine
-        self.world, self.agreed = step.world, True
+        self.world, self.sound = step.world, True
         self.spread = parallel.spread(
             step,
             step.units(),
@@ -198,14 +204,17 @@ class _Runner:
     def _advance(
         self, state: checkpoint.State, steps: int, saves: checkpoint.Checkpoints, say: Callable[[str], None]
     ) -> log.Row:
-        """One optimizer step and its row; a step that fails leaves a checkpoint of the one before."""
+        """One optimizer step and its row; a step that fails before its update leaves a checkpoint of the one before.
+
+        Of several processes, each knows of the others' errors where these are ours.
+        """
         began = time.perf_counter()
         try:
             batches = self._batches(state.step)
             waited = time.perf_counter() - began
             loss, shares, norms = self._learn(state.step, steps, batches, say)
-        except IsthmusError:
-            if state.step and self.agreed:
+        except Exception as error:
+            if state.step and self.sound and (self.world.size == 1 or isinstance(error, IsthmusError)):
                 saves.save(state)
             raise
         seconds = time.perf_counter() - began
@@ -232,25 +241,26 @@ class _Runner:
         }
 
     def _evaluate(self, state: checkpoint.State, metrics: log.Metrics, saves: checkpoint.Checkpoints) -> None:
-        loss = self._validate()
+        found = self._validate()
+        loss = found["validation_loss"]
         self.step.ready()
         if not math.isfinite(loss):  # of a number that is none, no later one would ever be the better
             raise NotFinite(
                 f"step {state.step}: the validation loss is not finite", "lower the learning rate, or look at the data"
             )
         state.validation_loss = loss
-        metrics.write({"step": state.step, "validation_loss": loss})
+        metrics.write({"step": state.step, **found})
         if state.improves(loss):
             state.best_step, state.best_loss = state.step, loss
             saves.save_best(state)
 
-    def _validate(self) -> float:
+    def _validate(self) -> Mapping[str, float]:
         assert self.validate is not None  # the callers asked
         torch.manual_seed(derive(self.seed, self.stage.name, "validation"))  # what is drawn in it is the same each time
         with self._autocast():
-            loss = self.validate(self.step)
+            found = self.validate(self.step)
         self.spread.rest()
-        return loss
+        return found if isinstance(found, Mapping) else {"validation_loss": found}
 
     def _hand_over(self) -> Path:
         """The Hugging Face directory of the finished stage, written once."""
@@ -297,9 +307,11 @@ class _Runner:
         factor = optimizer.rate(number, steps, self.stage.warmup, self.stage.schedule, self.stage.floor or 0.0)
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * factor
+        self.sound = False
         self.adamw.step()
         self.adamw.zero_grad()
         self.step.after_step()
+        self.sound = True
         return sum(values), dict(zip(shares, values)), sizes
 
     def _draw_and_backward(self, number: int, batches: list[Batch]) -> dict[str, Tensor]:
@@ -312,7 +324,7 @@ class _Runner:
         """Gradients of a whole optimizer step; each term's share of the loss."""
         scales = self.step.scales(batches)
         sums = {name: torch.zeros((), device=self.device) for name in scales}
-        self.agreed = self.world.size == 1  # a process that fails from here on cannot wait for the others
+        self.sound = self.world.size == 1  # a process that fails from here on cannot wait for the others
         for number, batch in enumerate(batches, start=1):
             with self.spread.micro(last=number == len(batches)):
                 with self._autocast():
@@ -321,7 +333,7 @@ class _Runner:
                     total.backward()
             for name, share in shares.items():
                 sums[name] += share
-        self.agreed = True
+        self.sound = True
         return sums
 
     def _autocast(self) -> torch.autocast:

@@ -1,17 +1,19 @@
-"""What this machine computes fastest in, asked once and then written down."""
+"""What this machine computes fastest in, asked once and then written down; and what to do where its memory ends."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from isthmus.training.checkpoint import write_text, writing
-from isthmus.types import ConfigError
+from isthmus.types import ConfigError, IsthmusError
 
 GAIN = 1.3
 """How much faster bfloat16 must be before it is chosen on a CPU."""
@@ -77,3 +79,27 @@ def measured_ceiling(device: torch.device, dtype: torch.dtype, threads: int, sec
             torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - start)
     return 2 * size**3 / min(times)
+
+
+SPENT = ("out of memory", "can't allocate memory")
+"""How PyTorch says on accelerators and on CPUs that memory has run out."""
+
+
+@contextlib.contextmanager
+def enough_memory(stage: str) -> Iterator[None]:
+    """Turns memory that ran out in a stage into a cause and a remedy.
+
+    Raises:
+        IsthmusError: instead of the allocator's own error.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        said = str(error).partition("\n")[0]
+        if not isinstance(error, MemoryError) and not any(words in said for words in SPENT):
+            raise
+        raise IsthmusError(
+            f"stage {stage}: memory ran out ({said[:200]})",
+            f"raise stages.{stage}.accumulate to a larger divisor of batch_size, or set stages.{stage}.recompute=true; "
+            "the same command goes on from the last checkpoint with either",
+        ) from error

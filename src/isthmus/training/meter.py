@@ -27,7 +27,8 @@ class Meter:
     """Measures a stage's steps.
 
     The LLM's cost follows from its parameters. A medium's cost is counted once, product by product, on the first
-    batch that has one of its kind: an encoder may be cached, convolutional or pooled, and each kind has one size.
+    batch that has one of its kind: an encoder may be cached, convolutional or pooled, and each kind has one size. What
+    terms ask of its connector is in it, be it about texts.
 
     Args:
         step: what trains, with its gradients chosen.
@@ -38,7 +39,7 @@ class Meter:
     def __init__(self, step: Step, ceiling: float, device: torch.device):
         self.ceiling, self.device = ceiling, device
         self.costs = llm_costs(step)
-        self.media = {kind: _MediumCost(step.vlm, kind) for kind in step.vlm.connectors}
+        self.media = {kind: _MediumCost(step, kind) for kind in step.vlm.connectors}
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
@@ -146,19 +147,18 @@ def _positions(segment_BT: Tensor) -> tuple[int, int]:
 
 
 class _MediumCost:
-    """Counts the products of the first forward of one kind's encoder and connector, then takes itself off."""
+    """Counts the products of one kind's encoder and connector in the first step that has one, then takes itself off."""
 
-    def __init__(self, vlm: VLM, kind: str):
-        self.each, self._sum = 0.0, 0.0
-        connector = vlm.connectors[kind]
+    def __init__(self, step: Step, kind: str):
+        self.kind, self.each, self._sum = kind, 0.0, 0.0
         counted = [
             (module, count)
-            for part in (vlm.encoders[kind], connector)
+            for part in (step.vlm.encoders[kind], step.vlm.connectors[kind])
             for module in part.modules()
             if (count := _counter(module)) is not None
         ]
         self._handles = [module.register_forward_hook(self._adding(count)) for module, count in counted]
-        self._handles.append(connector.register_forward_hook(self._finish))
+        self._handles.append(step.register_forward_hook(self._finish))
 
     def _adding(self, count: Callable[[Any, Tensor], float]) -> Callable[..., None]:
         def add(module: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -167,11 +167,12 @@ class _MediumCost:
 
         return add
 
-    def _finish(self, module: nn.Module, args: tuple[Any, ...], y_NQD: Tensor) -> None:
-        if not torch.is_grad_enabled() or not len(y_NQD):
-            self._sum = 0.0  # a validation
+    def _finish(self, step: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        media = args[0].media.get(self.kind)
+        if not torch.is_grad_enabled() or not media:
+            self._sum = 0.0  # a validation, or a blank for the others' sake
             return
-        self.each = self._sum / len(y_NQD)
+        self.each = self._sum / len(media)
         for handle in self._handles:
             handle.remove()
 

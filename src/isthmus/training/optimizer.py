@@ -55,8 +55,8 @@ class _Rule:
 def choose(step: Step, stage: Stage) -> list[Trained]:
     """Attach the stage's LoRA, freeze everything, and wake what the stage trains, as float32 masters.
 
-    The last glob that matches a parameter decides; what none matches is frozen. Objectives' own parameters train
-    at the stage's rate.
+    The last glob that matches a parameter decides; what none matches is frozen. Objectives' own parameters train at
+    the stage's rate, but for those that their objective holds still.
 
     Raises:
         ConfigError: a glob matches nothing (the nearest name is suggested), or nothing trains.
@@ -69,8 +69,9 @@ def choose(step: Step, stage: Stage) -> list[Trained]:
                 f"stage {stage.name}: {rule.glob!r} matches no parameter{nearest(rule.glob, _globs(names))}",
                 "globs go over parameter names, such as connectors.* and llm.*",
             )
+    own = list(_of_objectives(step, stage))
     step.requires_grad_(False)
-    chosen = [*_of_model(step, stage, rules), *_of_objectives(step, stage)]
+    chosen = [*_of_model(step, stage, rules), *own]
     if not chosen:
         raise ConfigError(f"stage {stage.name} trains nothing", "give at least one glob a rate: connectors.*: 1e-3")
     if packed := [each.name for each in chosen if not each.parameter.is_floating_point()]:
@@ -235,7 +236,8 @@ def let_rest(trained: Sequence[Trained], kinds: Set[str]) -> None:
 
 def _of_objectives(step: Step, stage: Stage) -> Iterator[Trained]:
     for name, parameter in step.objectives.named_parameters():
-        yield Trained(f"objectives.{name}", parameter, stage.lr, 0.0)
+        if parameter.requires_grad:
+            yield Trained(f"objectives.{name}", parameter, stage.lr, 0.0)
 
 
 def _free_name(stage: str, taken: Sequence[str]) -> str:

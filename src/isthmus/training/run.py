@@ -1,41 +1,44 @@
 """All stages of a recipe in one folder, each handed the model of the one before, each resumable.
 
-`runs/NAME/` holds `run.json` (recipe, dtype) and a folder per stage whose `model/` is a complete Hugging Face
-directory. A stage with a model is finished and is never run again. Features are cached in Isthmus's home, for all runs.
+`runs/NAME/` holds `run.json` (recipe, dtype, fingerprint of the model to start with) and a folder per stage whose
+`model/` is a complete Hugging Face directory. A stage with a model is finished and is never run again. Features are
+cached in Isthmus's home, for all runs.
 """
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
-from isthmus import assets, cards
+from isthmus import assets, cards, storage
 from isthmus.assembly import compose, load, rejoin
-from isthmus.config import Recipe, Source, Stage
+from isthmus.config import Recipe, Stage
 from isthmus.data import lottery, recent, sets
 from isthmus.data.collate import Collator, Look
-from isthmus.data.mix import Batches, Mix, Ref, by_size
+from isthmus.data.mix import Batches, Mix, Ref
 from isthmus.data.recent import Recent
 from isthmus.model import VLM
 from isthmus.prepare import codes, tags
 from isthmus.prepare.features import FeatureCache
-from isthmus.training import checkpoint, combination, log, loop
+from isthmus.training import agreement, checkpoint, combination, locks, log, loop, optimizer, validation
 from isthmus.training.machine import arithmetic
 from isthmus.training.parallel import World
 from isthmus.training.prefetch import Prefetched
-from isthmus.training.step import Step, dealt, held_out, mixed, unlabelled
+from isthmus.training.step import Step, dealt, mixed, unlabelled
 from isthmus.types import Batch, ConfigError, DataError, Medium, Sample
 
-HELD_OUT = 64
-"""Validation samples of a stage, as many from each of its sources."""
+NOTE = "run.json"
 REMEMBERED = 1 << 14
 """Samples and lengths that a stage keeps at hand: making and rendering them costs more than a small joint's step."""
 ROOM = 256 << 20
@@ -75,8 +78,12 @@ class Media(Iterable[Medium]):
 def mix_of(stage: Stage, seed: int) -> Data:
     """The training data of a stage."""
     opened = [tags.open_set(source, seed) for source in stage.data]
-    weights = [source.weight for source in stage.data]
-    return Data(opened, Mix(opened, by_size(weights, opened, stage.mixing or 0.0), seed))
+    return Data(opened, Mix(opened, validation.weights(stage, opened), seed))
+
+
+def limits(stage: Stage) -> dict[str, Any]:
+    """What a stage asks of the collator of its samples."""
+    return {"max_length": stage.max_length, "overlong": stage.overlong, "bare": unlabelled(stage.objectives)}
 
 
 class Feed:
@@ -149,7 +156,7 @@ class Run:
         world: the processes that run it together, on one folder that all of them see.
 
     Raises:
-        ConfigError: the folder belongs to another recipe.
+        ConfigError: the folder belongs to another recipe, or the model to start with is no longer the same.
     """
 
     def __init__(
@@ -162,36 +169,64 @@ class Run:
     ):
         self.recipe, self.folder, self.device, self.console, self.world = recipe, folder, device, console, world
         world.lead(self._begin)
-        self.dtype = arithmetic(json.loads((folder / "run.json").read_text())["dtype"], device)
+        self.dtype = arithmetic(json.loads((folder / NOTE).read_text())["dtype"], device)
 
     def _begin(self) -> None:
         """Leave a note of the recipe, or find the one that the first call left."""
-        note, recipe = self.folder / "run.json", self.recipe
-        if note.is_file():
+        note, recipe = self.folder / NOTE, self.recipe
+        told = {"fingerprint": recipe.fingerprint()}
+        if recipe.start is not None:
+            told["start"] = storage.fingerprint(recipe.start)
+        plain = recipe.model_dump(mode="json")
+        if note.is_file() and self._begun():
             known = json.loads(note.read_text())
-            if known["fingerprint"] != recipe.fingerprint():
+            if known.get("start") != told.get("start") and recipe.start == known["recipe"].get("start"):
                 raise ConfigError(
-                    f"{self.folder} holds a run of another recipe ({known['fingerprint']}, not {recipe.fingerprint()})",
+                    f"{recipe.start} is another model than the one that the run in {self.folder} began with",
+                    "put the old one back, or name another folder with --out",
+                )
+            if known["fingerprint"] == told["fingerprint"]:
+                return
+            was = known["recipe"]
+            begun = [one for one in was["stages"] if (self.folder / one["name"] / checkpoint.MANIFEST).is_file()]
+            if wrong := agreement.of_recipe(was | {"stages": begun}, plain):
+                raise ConfigError(
+                    f"{self.folder} holds a run of another recipe: {agreement.told(wrong)}",
                     "name another folder with --out, or delete that one",
                 )
-            return
-        dtype = arithmetic(recipe.dtype, self.device)
+            told["dtype"] = known["dtype"]
+        else:
+            told["dtype"] = str(arithmetic(recipe.dtype, self.device)).removeprefix("torch.")
         self.folder.mkdir(parents=True, exist_ok=True)
-        entry = {"fingerprint": recipe.fingerprint(), "dtype": str(dtype).removeprefix("torch.")}
-        checkpoint.write_text(note, json.dumps(entry | {"recipe": recipe.model_dump(mode="json")}, indent=1))
+        checkpoint.write_text(note, json.dumps(told | {"recipe": plain}, indent=1))
+
+    def _begun(self) -> bool:
+        """Whether anything was done in the folder; one with a note alone is as good as new."""
+        return any(path.name not in (NOTE, "lock") for path in self.folder.iterdir())
 
     def model_of(self, stage: Stage) -> Path:
         """Where a finished stage leaves its model."""
         return self.folder / stage.name / "model"
 
     def newborn(self) -> VLM:
-        """The model as it is composed, before any training.
+        """The model as it is composed, or as the recipe starts with it, before any training.
+
+        A fault of a later stage is told now: before the first one begins, data of all are opened, and globs of all
+        are looked up.
 
         Raises:
-            ConfigError: a part of it cannot do what a stage asks.
+            ConfigError: a part of it cannot do what a stage asks, or the model to start with has other parts.
+            DataError: a stage's data are not there, or wrong.
         """
-        model = compose(self.recipe, self.dtype)
+        recipe = self.recipe
+        if not self._begun():
+            for stage in recipe.stages:
+                mix_of(stage, recipe.seed)
+        model = compose(recipe, self.dtype) if recipe.start is None else combination.started(recipe, self.dtype)
         combination.check(self.recipe, model, self.device)
+        outline = _outline(model)
+        for stage in recipe.stages:
+            optimizer.choose(Step(outline, stage.objectives), stage)
         return model.to(self.device)  # type: ignore[arg-type]
 
     def look(self, model: VLM) -> Look:
@@ -229,12 +264,11 @@ class Run:
         if stage.joint:
             rejoin(model, stage.joint)
         data = mix_of(stage, self.recipe.seed)
-        if self.world.main:
-            cards.note_data(self.folder / stage.name, stage, [each.card for each in data.sets], self.recipe.seed)
+        opened = [each.card for each in data.sets]
+        self.world.lead(lambda: cards.note_data(self.folder / stage.name, stage, opened, self.recipe.seed))
         self._fill_once(look, stage, data)
         self._fit_codes(look, model, data)
-        limits = {"max_length": stage.max_length, "overlong": stage.overlong, "bare": unlabelled(stage.objectives)}
-        collator = model.processor.collator(look, stage.template, **limits)
+        collator = model.processor.collator(look, stage.template, **limits(stage))
         share = dealt(stage.objectives, self.world)
         own = Feed(stage, data, collator, self.recipe.seed, share)
         self.console.print(f"{stage.batching} {own.first()}", soft_wrap=True, markup=False)
@@ -246,7 +280,7 @@ class Run:
                 self.folder / stage.name,
                 steps=loop.steps_for(stage.budget, stage.batch_size, data.mix.epoch_length),
                 seed=self.recipe.seed,
-                validate=self._validation(stage, collator),
+                validate=validation.of(stage, data.sets, collator, self.recipe.seed),
                 device=self.device,
                 dtype=self.dtype,
                 console=self.console,
@@ -291,24 +325,20 @@ class Run:
             self.world.lead(lambda: codes.settle(model, look, media, self.recipe.seed))
             codes.settle(model, look, media, self.recipe.seed)
 
-    def _validation(self, stage: Stage, collator: Collator) -> Callable[[Step], float]:
-        """The stage's loss on samples held out of its own sources."""
-        count = -(-HELD_OUT // len(stage.data))
-        samples = [sample for source in stage.data for sample in self._held_out(source, count)]
-        size = stage.batch_size
-        return held_out([collator(samples[start : start + size]) for start in range(0, len(samples), size)])
-
-    def _held_out(self, source: Source, count: int) -> list[Sample]:
-        opened = tags.open_set(source.but(split="val", limit=None), self.recipe.seed)
-        spread = max(1, len(opened) // count)
-        return list(opened[::spread])[:count]
-
     def _encoder_trains(self, model: VLM) -> bool:
         # of parameters, and of modules: LoRA's globs name Linears
         named = [*model.named_parameters(), *model.named_modules()]
         names = [name for name, _ in named if name.startswith("encoders.")]
         globs = [glob for stage in self.recipe.stages for glob, how in stage.train.items() if how.mode != "frozen"]
         return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs)
+
+
+def _outline(model: VLM) -> VLM:
+    """A copy of a model whose tensors have shapes and no numbers; it shares what is no part of the network."""
+    memo: dict[int, Any] = {id(model.processor): model.processor}
+    memo |= {id(each): nn.Parameter(each.to("meta"), requires_grad=False) for each in model.parameters()}
+    memo |= {id(each): each.to("meta") for each in model.buffers()}
+    return copy.deepcopy(model, memo)
 
 
 def train(recipe: Recipe, folder: Path, device: torch.device, console: Console | None = None) -> VLM | None:
@@ -318,7 +348,7 @@ def train(recipe: Recipe, folder: Path, device: torch.device, console: Console |
         the model, or None if it was interrupted.
     """
     world = World.here()
-    with world.started(device):
+    with world.started(device), locks.alone(folder, world):
         run = Run(recipe, folder, world.device(device), console or Console(quiet=not world.main), world)
         model = run.newborn()
         return run.train(model, run.look(model))

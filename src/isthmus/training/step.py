@@ -17,8 +17,11 @@ from isthmus import graft, objectives, sites
 from isthmus.config import ObjectiveConfig
 from isthmus.model import VLM
 from isthmus.training.momentum import Momentum
-from isthmus.training.parallel import World
+from isthmus.training.parallel import World, whole
 from isthmus.types import IGNORE, Batch, ConfigError, DataError
+
+RUNGS = ("encoded", "connected", "hidden")
+"""What a term may need of the model, each with all before it."""
 
 
 class Step(nn.Module):
@@ -105,11 +108,11 @@ class Step(nn.Module):
 
     def forward(self, batch: Batch, scales: Mapping[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         """The scaled total to call backward on, and each term's scaled share of it (detached)."""
-        hidden = any(term.needs == "hidden" for term in self.terms.values())
+        need = max((term.needs for term in self.terms.values()), key=RUNGS.index)
         idle = self._idle(batch)
         read = {term.reads for term in self.terms.values() if term.reads is not None}
         with sites.states(self.vlm.llm, read) as states:
-            output = self.vlm.run(batch, need="hidden" if hidden else "connected", idle=idle)
+            output = self.vlm.run(batch, need=need, idle=idle)
         output.states = states
         losses = {name: term.loss(self, output, self._left(name, batch)) for name, term in self.terms.items()}
         shares = {name: loss * scales[name] for name, loss in losses.items()}
@@ -117,8 +120,10 @@ class Step(nn.Module):
         return total if idle is None else total + idle, {name: share.detach() for name, share in shares.items()}
 
     def figures(self) -> dict[str, float]:
-        """What terms measured in their last forward, in this process."""
-        return {f"{name}_{key}": value for name, term in self.terms.items() for key, value in term.figures().items()}
+        """What terms measured in their last forward, in this process, and what the joint tells; all have to ask."""
+        told = {f"{name}_{key}": value for name, term in self.terms.items() for key, value in term.figures().items()}
+        joint = self.vlm.aligner.figures(self.vlm)
+        return told | {name: float(whole(x.detach()).mean()) for name, x in joint.items()}
 
     def _left(self, name: str, batch: Batch) -> Batch:
         """The batch as a term sees it: without the labels of samples that another term has to itself.

@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 
 from isthmus.config import Engine, Recipe
-from isthmus.training import machine
+from isthmus.training import locks, machine
 from isthmus.training.log import read_rows
 from isthmus.training.parallel import World
 from isthmus.training.run import Run
@@ -209,7 +209,7 @@ def _train(recipe: Recipe, run: Path, rank: int = 0) -> NoReturn:
         run.mkdir(parents=True, exist_ok=True)
         os.environ["ISTHMUS_HOME"] = str(run / "home")
         cpu, world = torch.device("cpu"), World.here()
-        with world.started(cpu):
+        with world.started(cpu), locks.alone(run, world):
             training = Run(recipe, run, cpu, Console(quiet=True), world)
             model = training.newborn()
             training.train(model, training.look(model))
