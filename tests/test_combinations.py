@@ -28,9 +28,6 @@ from isthmus.training.step import Step
 from isthmus.types import Batch, ConfigError
 from tiny import ENCODER_DECODERS
 
-throw_away = contract.throw_away
-
-
 SAMPLES = (*MIX, sample("see", picture(4), "say it", answer="two dogs", route=1))
 TERMS = {
     "lm": ("lm",),

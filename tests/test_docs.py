@@ -58,6 +58,10 @@ RUNNABLE = [page for page in PAGES if any("run" in info.split() for info, _ in b
 def stand_ins(tmp_path_factory) -> Path:
     """A folder in which every name that the documents use is there: tiny models, a trained one, pictures, a file."""
     folder = tmp_path_factory.mktemp("documents")
+    (folder / "pages-1.0.dist-info").mkdir()
+    (folder / "pages-1.0.dist-info/METADATA").write_text("Name: pages\nVersion: 1.0\n")
+    points = "\n".join(["[isthmus.aligners]", *(f"{name} = {name}" for name in ADDED)])
+    (folder / "pages-1.0.dist-info/entry_points.txt").write_text(points)
     tiny.vision_folder(folder / "google/siglip2-base-patch16-224", "siglip")
     tiny.llm_folder(folder / "Qwen/Qwen3-0.6B", "qwen3")
     composed.model("llama").save_pretrained(folder / "runs/demo/sft/model")
@@ -70,12 +74,10 @@ def stand_ins(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def there(stand_ins, monkeypatch) -> Path:
-    """The documents' working directory, with joints that a page wrote into it found as an installed package's are."""
+    """The documents' working directory, in which joints that a page writes are those of an installed package."""
     monkeypatch.chdir(stand_ins)
     monkeypatch.setenv("ISTHMUS_HOME", str(stand_ins / "home"))
     monkeypatch.syspath_prepend(stand_ins)
-    inside = aligners.known()
-    monkeypatch.setattr(aligners, "known", lambda: {path.stem: path.stem for path in stand_ins.glob("*.py")} | inside)
     return stand_ins
 
 

@@ -98,6 +98,16 @@ def test_an_imported_llava_equals_transformers_own(tmp_path, vision, text, strat
     agree(isthmus.load(tmp_path / "ours"), reference, AutoProcessor.from_pretrained(source, backend="pil"))
 
 
+def test_an_imported_model_is_saved_again_with_its_base(tmp_path):
+    exporting.import_llava(theirs(tmp_path / "theirs"), tmp_path / "ours")
+    ours = isthmus.load(tmp_path / "ours")
+    ours.save_pretrained(tmp_path / "again")
+    again = isthmus.load(tmp_path / "again").state_dict()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in ours.state_dict().items())
+    with pytest.raises(ConfigError, match="its base weights are nowhere else"):
+        ours.save_pretrained(tmp_path / "delta", whole=False)
+
+
 @pytest.mark.parametrize(("vision", "text", "strategy"), CASES)
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "lora"])
 def test_an_exported_model_equals_ours(tmp_path, vision, text, strategy, adapted):

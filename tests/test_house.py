@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 import isthmus
+from isthmus import aligner, objectives
+from isthmus.types import ConfigError
 
 ROOT = Path(isthmus.__file__).parent
 
 FLOORS: list[set[str]] = [
-    {"types", "errors", "config", "overrides", "assets", "torchfile"},
+    {"types", "errors", "config", "overrides", "registry", "assets", "torchfile"},
     {
         "graft",
         "lora",
@@ -109,7 +115,7 @@ def test_no_cycles_between_files():
 
 
 def test_objectives_and_data_see_types_alone():
-    allowed = {"objectives", "data", "types", "errors", "config", "assets"}
+    allowed = {"objectives", "data", "types", "errors", "config", "registry", "assets"}
     for path in files():
         if room(dotted(path)) in {"objectives", "data"}:
             assert {room(target) for target in imports(path)} <= allowed, path
@@ -147,3 +153,61 @@ def test_every_file_says_what_it_is_and_stays_short():
         text = path.read_text()
         assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
         assert len(text.splitlines()) <= 400, f"{path} passes 400 lines: it is two files"
+
+
+def test_the_public_names_are_there_inside_the_command_too():
+    """There the package loads nothing before it is asked for, and another package imports from it all the same."""
+    code = "import sys; sys.argv = ['/bin/isthmus']; import isthmus; from isthmus import Recipe; "
+    code += "assert 'torch' not in sys.modules; print(Recipe.__module__)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout == "isthmus.config\n"
+    assert all(isthmus.__getattr__(name) is vars(isthmus)[name] for name in isthmus.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'Turns'"):
+        isthmus.Turns  # noqa: B018
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch) -> Path:
+    """A package that offers a joint, one that cannot be imported, a term of the loss, and a joint that we have."""
+    about = tmp_path / "mine-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Name: mine\nVersion: 1.0\n")
+    points = ["[isthmus.aligners]", "mine = my_joints:Mine", "gone = my_gone:Gone", "llava = my_joints:Mine"]
+    points += ["[isthmus.objectives]", "nought = my_joints:Nought"]
+    (about / "entry_points.txt").write_text("\n".join(points))
+    (tmp_path / "my_joints.py").write_text(
+        "from isthmus.aligner import Aligner\nfrom isthmus.objectives import Objective\n"
+        "class Mine(Aligner):\n    name = 'mine'\nclass Nought(Objective):\n    name = 'nought'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_joints", raising=False)
+    monkeypatch.delitem(aligner.JOINTS.session, "mine", raising=False)  # of a page whose code was run
+    return tmp_path
+
+
+def test_classes_come_from_installed_packages(installed):
+    assert aligner.named("mine").__module__ == type(objectives.named("nought", {})).__module__ == "my_joints"
+    with pytest.raises(ConfigError, match="aligner 'gone' cannot be imported from my_gone: No module named 'my_gone'"):
+        aligner.named("gone")
+    with pytest.raises(ConfigError, match="aligner 'llava' is isthmus's own, and my_joints offers another"):
+        aligner.named("llava")
+
+
+def test_classes_of_a_session_are_registered(installed):
+    session = dict(aligner.JOINTS.session)
+    first, second = (type("Own", (aligner.Aligner,), {"name": "own"}) for _ in range(2))
+    term = type("Term", (objectives.Objective,), {"name": "term"})
+    try:
+        assert isthmus.register(first) is first and aligner.named("own") is first
+        isthmus.register(second)  # the cell was run again
+        assert aligner.named("own") is second
+        assert type(objectives.named("term", {}) if isthmus.register(term) else None) is term
+        for wrong, why in (({"name": "llava"}, "'llava' is taken"), ({"name": "mine"}, "is taken"), ({}, "no name")):
+            with pytest.raises(ConfigError, match=f"Own cannot be registered: .*{why}"):
+                isthmus.register(type("Own", (aligner.Aligner,), wrong))
+        with pytest.raises(ConfigError, match="int is none of aligner, objective"):
+            isthmus.register(int)
+    finally:
+        aligner.JOINTS.session.clear()
+        aligner.JOINTS.session.update(session)
+        objectives.TERMS.session.clear()

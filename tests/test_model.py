@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import composed
 import isthmus
 import tiny
 from composed import MIX, picture, sample, stir
 from isthmus import parts, sites
-from isthmus.config import LLMConfig
+from isthmus.config import LLMConfig, ObjectiveConfig
 from isthmus.model import VLM, VLMConfig
-from isthmus.types import Batch, DataError, Features, Media, Sample, Turn
+from isthmus.training.step import Step
+from isthmus.types import IGNORE, Batch, DataError, Features, Media, Sample, Turn
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +207,19 @@ def test_the_loss_is_transformers_own_on_text(family):
 
 
 @torch.no_grad()
+def test_the_loss_behind_a_prefix_is_transformers_own():
+    model, llm = composed.model("t5"), bare("t5")
+    one = sample(picture(1), "what?", answer="the dog is on the left")
+    batch, whole = (model.processor.collator(template=way)([one]) for way in ("prefix", "plain"))
+    y_NQD = (connected := model.connect(batch))["image"]
+    embeds_BTD = model.embed(batch, connected)
+    theirs = llm(inputs_embeds=embeds_BTD, attention_mask=batch.segment_BT, labels=batch.labels_BT[:, 1:]).loss
+    step = Step(model, [ObjectiveConfig(name="lm")]).eval()
+    torch.testing.assert_close(step(batch, step.scales([batch]))[0], theirs, atol=1e-6, rtol=1e-6)
+    assert batch.labels_BT.shape[1] < whole.labels_BT.shape[1] and batch.input_ids_BT.shape[1] > len(y_NQD[0])
+
+
+@torch.no_grad()
 def test_forward_continues_a_cache_by_hand(model):
     inputs = model.processor(images=picture(1).source, text="<image>what is it?")
     mask = inputs["attention_mask"]
@@ -301,3 +316,43 @@ def test_conversations_with_pictures_in_several_turns():
     batch = model.processor.prompts([talk, sample("hi")])
     assert batch.media["image"].row_N.tolist() == [0, 0]
     assert model.generate(batch, max_new_tokens=2, do_sample=False).shape[1] == batch.input_ids_BT.shape[1] + 2
+
+
+@pytest.mark.parametrize("micros", [2, 4])
+def test_transformers_trainer_accumulates_to_the_same_step(tmp_path, micros):
+    """Labels differ in number between the samples, so that a mean of means would be another gradient."""
+    newborn = composed.model("llama")
+    items = []
+    for number in range(4):
+        inputs = newborn.processor(images=picture(number).source, text="a cat <image>" + " on the left" * 3)
+        labels = inputs["input_ids"].masked_fill(inputs["input_ids"] >= newborn.vocabulary, IGNORE)
+        labels[:, : 3 * number] = IGNORE
+        items.append(
+            {key: inputs[key][0] for key in ("input_ids", "attention_mask", "pixel_values")} | {"labels": labels[0]}
+        )
+
+    def trained(batch: int, accumulate: int) -> dict[str, torch.Tensor]:
+        model = copy.deepcopy(newborn)
+        arguments = TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulate,
+            max_steps=1,
+            learning_rate=1.0,
+            optim="sgd",
+            lr_scheduler_type="constant",
+            max_grad_norm=0,
+            report_to=[],
+            remove_unused_columns=False,
+            use_cpu=True,
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        Trainer(model, arguments, train_dataset=items).train()
+        return dict(model.connectors.named_parameters())
+
+    whole, split = trained(4, 1), trained(4 // micros, micros)
+    first = dict(newborn.connectors.named_parameters())
+    for name, parameter in whole.items():
+        assert (parameter - first[name]).norm() > 1e-3
+        torch.testing.assert_close(split[name], parameter, atol=1e-5, rtol=1e-4)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from transformers import AutoProcessor
 
 import composed
+import isthmus
 from composed import picture
 from isthmus.data import media
 from isthmus.processor import VLMProcessor
-from isthmus.types import DataError, Modality, Sample, Text, Turn
+from isthmus.types import ConfigError, DataError, Modality, Sample, Text, Turn
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +101,68 @@ def test_text_alone_has_no_pixels(processor):
 def test_markers_and_pictures_must_be_as_many(processor, images, text):
     with pytest.raises(DataError, match="markers for"):
         processor(images=images, text=text)
+
+
+def test_pictures_come_as_lists_per_string_as_arrays_and_as_tensors(processor):
+    expected = processor(images=[ONE.source, TWO.source, ONE.source], text=["<image>a<image>", "<image>b"])
+    levels = [np.array(each.source) for each in (ONE, TWO)]
+    turned = torch.from_numpy(levels[0]).permute(2, 0, 1)
+    found = processor(images=[[levels[0], TWO.source], [turned]], text=["<image>a<image>", "<image>b"])
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    with pytest.raises(DataError, match=r"1 \+ 1 <image> markers for 2 \+ 0 pictures"):
+        processor(images=[[ONE.source, TWO.source], []], text=["<image>a", "<image>b"])
+    for wrong in (turned / 255, levels[0][None], 3):
+        with pytest.raises(DataError, match="picture"):
+            processor(images=wrong, text="<image>a")
+    with pytest.raises(DataError, match="the text is a Image"):
+        processor("<image>a", ONE.source)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt"])
+def test_a_template_without_tokens_is_what_strings_are_made_of(family):
+    """As in the scripts of transformers: first the string, whose parts hold no pictures, then string and pictures."""
+    processor = composed.model(family).processor
+    pictures = [medium.source for sample in SAMPLES for medium in sample.media]
+    hollow = [
+        [
+            {
+                **message,
+                "content": [{"type": "image"} if part["type"] == "image" else part for part in message["content"]],
+            }
+            for message in messages
+        ]
+        for messages in MESSAGES
+    ]
+    strings = processor.apply_chat_template(hollow, tokenize=False)
+    found, expected = processor(images=pictures, text=strings), processor.apply_chat_template(MESSAGES)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    assert processor.apply_chat_template(hollow[0], tokenize=False) == strings[0]
+    assert torch.equal(processor.apply_chat_template(MESSAGES, return_dict=False), expected["input_ids"])
+
+
+def test_what_would_be_left_out_is_refused(processor, model):
+    for wrong in ({"padding": "max_length", "max_length": 9}, {"truncation": True}, {"add_special_token": True}):
+        for call in (partial(processor, ONE.source, "<image>a"), partial(processor.apply_chat_template, MESSAGES)):
+            with pytest.raises(ConfigError, match=f"does not take .*{list(wrong)[-1]}"):
+                call(**wrong)
+    inputs = processor(ONE.source, "<image>a", padding=True, truncation=False, return_token_type_ids=True)
+    with pytest.raises(ConfigError, match="forward of this model does not take output_hidden_states"):
+        model(**inputs, output_hidden_states=True)
+    with pytest.raises(DataError, match="there are no messages"):
+        processor.apply_chat_template([])
+    with pytest.raises(ConfigError, match="'llava' is no recipe"):
+        isthmus.compose("llava")
+
+
+def test_a_turn_holds_nothing_that_would_be_dropped():
+    for part in (ONE.source, Path("cat.png"), b"PNG"):
+        with pytest.raises(DataError, match="is no part of a turn\nwrap a picture or its path"):
+            Turn.say("user", part, "what is it?")
+    for part in (3, None):
+        with pytest.raises(DataError, match="is no part of a turn\nwrap it"):
+            Turn.say("user", part)
+    with pytest.raises(DataError, match="no role is called 'usr'"):
+        Turn.say("usr", "hi")
 
 
 def test_a_marker_that_a_user_typed_in_a_conversation_is_text(processor, model):

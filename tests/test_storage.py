@@ -17,7 +17,6 @@ import composed
 import isthmus
 import tiny
 from composed import MIX, stir
-from isthmus import aligner as aligners
 from isthmus import storage
 from isthmus.aligners.llava import LLaVA
 from isthmus.config import AlignerConfig, Budget, EncoderConfig, LLMConfig, LoRA, ObjectiveConfig, Recipe, Stage
@@ -168,6 +167,78 @@ def test_base_parameters_that_were_trained_are_in_the_delta(tmp_path, dtype):
         assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["delta", "whole"])
+def test_what_a_loop_of_ones_own_trains_is_saved(tmp_path, whole):
+    """Without a stage that chose it: whatever requires a gradient, and nothing else of the base."""
+    model = composed.model("llama")
+    model.llm.model.layers[1].requires_grad_(True)
+    with torch.no_grad():
+        for parameter in model.llm.model.layers[1].parameters():
+            parameter.add_(0.1)
+    model.save_pretrained(tmp_path / "one", whole=whole)
+    again = isthmus.load(tmp_path / "one")
+    assert torch.equal(logits(again), logits(model)) and again.config.whole is whole
+    again.save_pretrained(tmp_path / "two", whole=False)
+    assert torch.equal(logits(isthmus.load(tmp_path / "two")), logits(model))
+    mine = {key for key in load_file(tmp_path / "two/model.safetensors") if storage.is_base(key)}
+    assert mine == {key for key in model.state_dict() if key.startswith("llm.model.layers.1.")}
+
+
+def test_a_whole_model_stays_whole_even_over_itself(tmp_path):
+    model = composed.model("llama")
+    with torch.no_grad():
+        model.llm.model.layers[0].mlp.up_proj.weight.mul_(2)  # as nothing else knows it
+    model.save_pretrained(tmp_path, whole=True)
+    assert not model.config.whole, "a composed one is still referred to"
+    isthmus.load(tmp_path).save_pretrained(tmp_path)
+    assert torch.equal(logits(isthmus.load(tmp_path)), logits(model))
+
+
+def test_a_whole_model_without_its_base_is_not_saved_without_it(tmp_path):
+    isthmus.compose(own_parts(tmp_path)).save_pretrained(tmp_path / "whole", whole=True)
+    model = isthmus.load(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "delta", whole=False)
+    assert not any(map(storage.is_base, load_file(tmp_path / "delta/model.safetensors")))
+    tiny.llm_folder(tmp_path / "llm", "llama", seed=1)
+    with pytest.raises(IsthmusError, match="llm: the weights in .* are not those"):
+        model.save_pretrained(tmp_path / "other", whole=False)
+    assert not (tmp_path / "other").exists()
+
+
+def test_merged_lora_is_saved_with_its_hosts(tmp_path):
+    model = composed.model("llama")
+    model.add_lora(["llm.*.q_proj"], LoRA(r=2), "first")
+    model.add_lora(["llm.*.q_proj"], LoRA(r=2), "second")
+    stir(model)
+    paths = model.merge_lora("first")
+    assert [adapter["name"] for adapter in model.config.lora] == ["second"]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(isthmus.load(tmp_path)), logits(model))
+    mine = {key for key in load_file(tmp_path / "model.safetensors") if storage.is_base(key)}
+    assert mine == {f"{path}.weight" for path in paths}
+
+
+def test_arguments_of_transformers_are_heeded_or_refused(saved, tmp_path):
+    for load in (VLM.from_pretrained, AutoModel.from_pretrained):
+        again = load(saved, torch_dtype="bfloat16", attn_implementation="eager", token=None, trust_remote_code=False)
+        assert again.llm.dtype == torch.bfloat16 and again.llm.config._attn_implementation == "eager"
+        for name, value in (("device_map", "auto"), ("load_in_4bit", True), ("dtyp", torch.bfloat16)):
+            with pytest.raises(ConfigError, match=f"from_pretrained of this model does not take {name}"):
+                load(saved, **{name: value})
+    with pytest.raises(ConfigError, match="no dtype is named 'bf16'"):
+        isthmus.load(saved, dtype="bf16")
+    with pytest.raises(ConfigError, match="does not take push_to_hub"):
+        again.save_pretrained(tmp_path / "out", push_to_hub=True)
+    again.save_pretrained(tmp_path / "out", is_main_process=False, safe_serialization=True)
+    assert not (tmp_path / "out").exists()
+    gathered = {key: tensor + 1 for key, tensor in again.state_dict().items()}
+    again.save_pretrained(tmp_path / "out", state_dict=gathered)
+    written = load_file(tmp_path / "out/model.safetensors")
+    assert written and all(torch.equal(tensor, gathered[key]) for key, tensor in written.items())
+    with pytest.raises(ConfigError, match="state_dict lacks connectors"):
+        again.save_pretrained(tmp_path / "out", state_dict={})
+
+
 def test_lora_of_two_stages_survives(tmp_path):
     model = composed.model("llama")
     model.add_lora(["llm.*.q_proj"], LoRA(r=2), "first")
@@ -178,6 +249,7 @@ def test_lora_of_two_stages_survives(tmp_path):
     assert not any(".q_proj.weight" in key for key in load_file(tmp_path / "model.safetensors"))
 
 
+@isthmus.register
 class Worded(LLaVA):
     """LLaVA with two new tokens around each picture."""
 
@@ -188,9 +260,7 @@ class Worded(LLaVA):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "t5"])
-def test_new_tokens_survive_and_base_rows_stay(tmp_path, monkeypatch, family):
-    genuine = aligners.named
-    monkeypatch.setattr(aligners, "named", lambda name: Worded if name == "worded" else genuine(name))
+def test_new_tokens_survive_and_base_rows_stay(tmp_path, family):
     model = composed.model(family, "worded")
     assert model.vocabulary == tiny.VOCAB + 2 and model.placeholder("image") == tiny.VOCAB + 2
     stir(model).save_pretrained(tmp_path)
@@ -286,6 +356,11 @@ def test_a_file_that_the_manifest_lists_must_be_there(copy):
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(IsthmusError, match="no config.json"):
         isthmus.load(tmp_path)
+    (tmp_path / "run" / "sft" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "sft" / "model" / "config.json").write_text("{}")
+    with pytest.raises(IsthmusError) as told:
+        isthmus.load(tmp_path / "run")
+    assert told.value.remedy == f"name a model below it: {tmp_path / 'run' / 'sft' / 'model'}"
 
 
 def test_a_folder_of_another_kind_of_model_is_refused():

@@ -6,23 +6,20 @@ in which it differs; nothing else in the package changes.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Iterator
-from importlib.metadata import entry_points
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from isthmus.config import Frozen, check, nearest
+from isthmus.config import Frozen, check
 from isthmus.connectors import Connector
 from isthmus.data.boxes import BoxFormat, Decimals
 from isthmus.data.hints import Hints
 from isthmus.encoders import Encoder
 from isthmus.fuse import Rule
 from isthmus.graft import Graft
-from isthmus.types import ConfigError, Layout, Reading
+from isthmus.registry import Registry
+from isthmus.types import Layout, Reading
 
 if TYPE_CHECKING:
     from isthmus.model import VLM
@@ -74,7 +71,10 @@ class Aligner:
         return Layout(count=tokens if self.splices else 0, after="\n")
 
     def reading(self) -> Reading | None:
-        """Text that the connectors read beside features, as `Context.extra_text`; none by default."""
+        """Text that the connectors read beside features, as `Context.extra_text`; none by default.
+
+        A vocabulary of their own is named, a folder or hub name, and not opened: a plan has no files.
+        """
         return None
 
     def new_tokens(self) -> tuple[str, ...]:
@@ -121,32 +121,25 @@ class Aligner:
         """
         return (media_at_BK[:, None] >= 0) & (media_at_BK[:, None] <= position_BT[..., None])
 
+    def figures(self, model: VLM) -> dict[str, Tensor]:
+        """What the log of a run tells of the joint's state, such as how far gates are open: the mean of each tensor."""
+        return {}
+
     def birth(self, model: VLM) -> None:
         """Initialise from the base parts' own weights; runs once, when freshly composed, never on load."""
 
 
+JOINTS = Registry("aligner", Aligner, "isthmus.aligners")
+
+
 def known() -> dict[str, str]:
     """Every aligner's name and its module: files of `isthmus.aligners` and the entry-point group of that name."""
-    folder = Path(__file__).with_name("aligners")
-    inside = {module.name: f"isthmus.aligners.{module.name}" for module in pkgutil.iter_modules([str(folder)])}
-    outside = {point.name: point.value for point in entry_points(group="isthmus.aligners")}
-    return outside | inside
+    return JOINTS.known()
 
 
 def named(name: str) -> type[Aligner]:
-    """The aligner class of that name.
-
-    Raises:
-        ConfigError: no such name; the nearest is suggested.
-    """
-    modules = known()
-    if name not in modules:
-        raise ConfigError(f"no aligner named {name!r}{nearest(name, sorted(modules))}", f"there are {sorted(modules)}")
-    module = importlib.import_module(modules[name].partition(":")[0])
-    for item in vars(module).values():
-        if isinstance(item, type) and issubclass(item, Aligner) and item.__dict__.get("name") == name:
-            return item
-    raise ConfigError(f"{module.__name__} has no Aligner with name = {name!r}", "set `name` in its class")
+    """The aligner class of that name; errors as in `registry.Registry.find`."""
+    return JOINTS.find(name)
 
 
 def build(name: str, options: dict[str, Any]) -> Aligner:

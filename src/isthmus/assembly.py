@@ -25,6 +25,8 @@ def compose(recipe: Recipe, dtype: torch.dtype = torch.float32) -> VLM:
     Raises:
         ConfigError: a part cannot be found, or the parts and the joint do not fit, with the reason.
     """
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(f"{recipe!r} is no recipe", "compose(isthmus.recipes.named(...)), or a Recipe of your own")
     llm = parts.load_llm(recipe.llm, dtype)
     encoders = {kind: parts.load_encoder(config, dtype) for kind, config in recipe.encoders.items()}
     config = VLMConfig(

@@ -28,7 +28,7 @@ from isthmus.forecast import was
 from isthmus.model import VLM
 from isthmus.planning import count
 from isthmus.speakers.local import Local
-from isthmus.training import log
+from isthmus.training import locks, log
 from isthmus.training.checkpoint import write_text
 from isthmus.training.parallel import World
 from isthmus.training.run import Run
@@ -63,7 +63,13 @@ def experiment(
     What is finished is not done again: stages by their models, measurements by their prediction files. Of several
     processes in a started world the first one measures and reports; the others help to train, and return None.
     """
-    run = Run(recipe, folder, device, console, world)
+    with locks.alone(folder, world):
+        return _done(Run(recipe, folder, device, console, world))
+
+
+def _done(run: Run) -> Report | None:
+    """All of that, in a folder that nobody else works in."""
+    recipe, folder, console, world = run.recipe, run.folder, run.console, run.world
     model = run.newborn()
     look = run.look(model)
     tasks = build(recipe.eval, recipe.seed)

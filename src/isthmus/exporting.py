@@ -145,9 +145,7 @@ def export(source: str | Path, out: Path) -> Parity:
     _require_fit(ours)
     trial = Trial.of(ours)
     before = trial.logits(ours, ours.placeholder("image"))
-    quantised.dequantise(ours)
-    for name in adapters(ours):
-        lora.merge(ours, name)
+    dense(ours)
     theirs, processor = to_llava(ours)
     parity = Parity.between(before, trial.logits(theirs, theirs.config.image_token_id))
     parity.require(f"export of {source}")
@@ -362,6 +360,13 @@ def export_adapters(source: str | Path, out: Path) -> dict[Path, int]:
 _PEFT = """from peft import PeftModel
 
 model = PeftModel.from_pretrained(base, "path/to/this/directory")"""
+
+
+def dense(model: VLM) -> None:
+    """Make of a model what other formats can hold: parts in few bits become dense, and every LoRA is merged."""
+    quantised.dequantise(model)
+    for name in adapters(model):
+        model.merge_lora(name)
 
 
 def adapters(model: VLM) -> list[str]:

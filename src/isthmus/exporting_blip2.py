@@ -25,12 +25,12 @@ from transformers import (
     ProcessorMixin,
 )
 
-from isthmus import cards, lora, parts, quantised
-from isthmus.connectors.blip2_weights import theirs as named
+from isthmus import cards, parts
+from isthmus.connectors import qformer_weights
 from isthmus.connectors.qformer import EPSILON, QFormer, Shape
 from isthmus.encoders import hf
 from isthmus.encoders.hf import Transformer
-from isthmus.exporting import Parity, adapters, add_marker, marked, picture_processor
+from isthmus.exporting import Parity, add_marker, dense, marked, picture_processor
 from isthmus.model import VLM
 from isthmus.processor import MARKER
 from isthmus.types import ConfigError
@@ -72,9 +72,7 @@ def export(source: str | Path, out: Path, to: str) -> Parity:
     _require_fit(ours, native)
     trial = Trial.of(ours)
     before = trial.ours(ours)
-    quantised.dequantise(ours)
-    for name in adapters(ours):
-        lora.merge(ours, name)
+    dense(ours)
     theirs, processor = convert(ours, native)
     parity = Parity.between(before, trial.theirs(theirs, native.instructed))
     parity.require(f"export of {source}")
@@ -157,10 +155,11 @@ def _former(shape: Shape, former: QFormer, width: int) -> dict[str, Any]:
 def _fill(theirs: PreTrainedModel, former: QFormer, instructed: bool) -> None:
     """Give their Q-Former our weights; what we have not, no query hears of, and it is zero."""
     places = dict(theirs.named_parameters())
-    prefix = "" if "query_tokens" in places else "model."
+    prefix, table = "" if "query_tokens" in places else "model.", qformer_weights.BLIP2
+    table = qformer_weights.INSTRUCT if instructed else table
     left = {name for name in places if name.startswith(f"{prefix}qformer.")}
     for name, parameter in former.named_parameters():
-        place = f"{prefix}{named(name, instructed)}"
+        place = f"{prefix}{table.theirs(name)}"
         place = place if place in places else place.removeprefix(prefix)
         places[place].copy_(parameter.reshape(places[place].shape))
         left.discard(place)

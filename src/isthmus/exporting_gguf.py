@@ -17,13 +17,13 @@ import torch
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
 from torch import Tensor, nn
 
-from isthmus import cards, exporting_gguf_check, exporting_gguf_file, exporting_gguf_llm, lora, parts, quantised
+from isthmus import cards, exporting_gguf_check, exporting_gguf_file, exporting_gguf_llm, parts
 from isthmus.aligners.llava import LLaVA
 from isthmus.config import EncoderConfig
 from isthmus.connectors.mlp import MLP
 from isthmus.encoders import Encoder, state_index
 from isthmus.encoders.hf import Transformer
-from isthmus.exporting import Parity, Trial, adapters
+from isthmus.exporting import Parity, Trial, dense
 from isthmus.exporting_gguf_file import Content
 from isthmus.model import VLM
 from isthmus.types import ConfigError
@@ -70,9 +70,7 @@ def export(source: str | Path, out: Path) -> Written:
     exporting_gguf_llm.require_fit(ours)
     trial = Trial.of(ours)
     before = trial.logits(ours, ours.placeholder("image"))
-    quantised.dequantise(ours)
-    for name in adapters(ours):
-        lora.merge(ours, name)
+    dense(ours)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=".gguf-") as scratch:
         llm, sight = Path(scratch) / LLM, Path(scratch) / SIGHT

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isthmus import cards, graft, lora, parts, quantised, sites, tokens
+from isthmus import cards, graft, lora, parts, sites, tokens
 from isthmus.aligner import Aligner
 from isthmus.encoders.several import Several
-from isthmus.exporting import Parity, adapters, picture_processor
+from isthmus.exporting import Parity, dense, picture_processor
 from isthmus.model import VLM
 from isthmus.types import ConfigError, Context, IsthmusError, Media
 
@@ -61,9 +61,7 @@ def export(source: str | Path, out: Path) -> Parity:
     shown = [torch.randn(number, 3, size, size, generator=generator) for number in PROBE]
     with torch.no_grad():
         expected = [sight(pixels) for pixels in shown]
-    quantised.dequantise(ours)
-    for name in adapters(ours):
-        lora.merge(ours, name)
+    dense(ours)
     with TemporaryDirectory() as scratch:
         file = Path(scratch) / FILE
         _write(sight, shown[-1], file)

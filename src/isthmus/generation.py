@@ -1,4 +1,5 @@
-"""A VLM as transformers calls it: `forward` for logits and a loss, and `generate` with every decoding strategy.
+"""A VLM as transformers calls it: `forward` for logits and a loss, `generate` with every decoding strategy, and its
+directory.
 
 Media are connected once, before decoding starts. Each step then carries the row's full-length modality, since the
 joint's rule and positions are functions of whole rows and generate slices everything else to the current step.
@@ -7,19 +8,37 @@ joint's rule and positions are functions of whole rows and generate slices every
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
-from isthmus import sites
+from isthmus import sites, storage
+from isthmus.processor import refuse
 from isthmus.types import IGNORE, Batch, DataError, Media, Modality, Past
+
+if TYPE_CHECKING:
+    from isthmus.model import VLM, VLMConfig
+
+HUB = {"token", "cache_dir", "force_download", "local_files_only", "proxies"}
+"""How transformers looks a name up in a hub; ours are looked up by the environment's settings alone."""
+LOADING = HUB | {"adapter_kwargs", "_from_auto", "_from_pipeline", "_commit_hash", "trust_remote_code"}
+LOADING |= {"use_safetensors", "low_cpu_mem_usage"}
+"""Arguments of transformers' loader that change nothing here."""
+SAVING = {"safe_serialization", "max_shard_size", "save_function", "save_original_format", "token"}
+"""And of its `save_pretrained`."""
+STEPPING = {"return_dict", "position_ids", "cache_position", "is_first_iteration", "tokenizer", "assistant_tokenizer"}
+"""And what `generate` passes to `forward`, which knows it by itself."""
 
 
 class Generation(GenerationMixin):
     """The part of a VLM that speaks transformers' own conventions; `self` is the VLM."""
+
+    accepts_loss_kwargs = True
+    """To transformers' Trainer: `forward` divides by `num_items_in_batch`."""
 
     def forward(
         self: Any,
@@ -39,7 +58,8 @@ class Generation(GenerationMixin):
         media_at: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **unused: Any,
+        num_items_in_batch: int | Tensor | None = None,
+        **more: Any,
     ) -> CausalLMOutputWithPast:
         """Logits for ids and pictures, and the mean loss where labels are given.
 
@@ -59,7 +79,13 @@ class Generation(GenerationMixin):
                 that holds images.
             vision, media_at: connected media of a joint that keeps them aside.
             logits_to_keep: the last n positions, or a [T] index or mask.
+            num_items_in_batch: the labels of a whole optimizer step, of which these are a part; the loss is then their
+                sum divided by it.
+
+        Raises:
+            ConfigError: an argument of transformers that has no meaning here, such as `output_hidden_states`.
         """
+        refuse(more, "forward", "call model.run, or hook the layers, for what it does not return", STEPPING)
         if use_cache is False:
             past_key_values = None
         if self.config.is_encoder_decoder:
@@ -69,7 +95,7 @@ class Generation(GenerationMixin):
                 encoder_outputs = self._read(batch)
             read_BTD = encoder_outputs.last_hidden_state
             hidden_BTD = self.tell(decoder_input_ids, read_BTD, attention_mask, route, past_key_values)
-            return self._answer(hidden_BTD, labels, logits_to_keep, past_key_values)
+            return self._answer(hidden_BTD, labels, logits_to_keep, past_key_values, num_items_in_batch)
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         given: Any = input_ids if inputs_embeds is None else inputs_embeds
         rows, length = given.shape[:2]
@@ -89,18 +115,26 @@ class Generation(GenerationMixin):
         if modality is None:
             modality = torch.zeros_like(attention_mask)
         hidden_BTD, _, _ = self.think(inputs_embeds, segment_BS, modality, route, past)
-        return self._answer(hidden_BTD, labels, logits_to_keep, past_key_values)
+        return self._answer(hidden_BTD, labels, logits_to_keep, past_key_values, num_items_in_batch)
 
     def _answer(
-        self: Any, hidden_BTD: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor, cache: Cache | None
+        self: Any,
+        hidden_BTD: Tensor,
+        labels: Tensor | None,
+        logits_to_keep: int | Tensor,
+        cache: Cache | None,
+        items: int | Tensor | None,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the mean loss where labels are given."""
+        """Logits, and the loss where labels are given: its mean, or its sum divided by `items`."""
         kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep or None, None)
         logits = sites.head(self.llm)(hidden_BTD[:, kept])
         loss = None
         if labels is not None:
             flat = logits[:, :-1].flatten(0, 1).float()
-            loss = nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORE)
+            loss = nn.functional.cross_entropy(
+                flat, labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="mean" if items is None else "sum"
+            )
+            loss = loss if items is None else loss / items
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
     @torch.no_grad()
@@ -199,3 +233,56 @@ class Generation(GenerationMixin):
         segment_BT = torch.ones_like(ids_BT) if mask_BT is None else (mask_BT > 0).long()
         extra_text = {} if instruction_ids is None else {"image": instruction_ids}
         return Batch(ids_BT, segment_BT, modality_BT, media=media, extra_text=extra_text)
+
+    # ------------------------------------------------------------------------------------ its directory
+
+    def save_pretrained(
+        self: Any,
+        folder: str | Path,
+        whole: bool | None = None,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **more: Any,
+    ) -> None:
+        """Write a Hugging Face directory: config, weights, generation settings, processor.
+
+        Args:
+            whole: with the base parts' weights; otherwise those that were never trained stay where they are and are
+                referred to by source and fingerprint, and what was trained or added is written. None keeps the form
+                in which the model was loaded or imported; a freshly composed one is referred to.
+            is_main_process: False writes nothing, as one of several processes.
+            state_dict: tensors that were gathered elsewhere, in place of the model's own.
+
+        Raises:
+            ConfigError: base parts are to be referred to that are not there; or an argument of transformers that has
+                no meaning here.
+        """
+        refuse(more, "save_pretrained", "upload the folder with `hf upload` once it is written", SAVING)
+        if is_main_process:
+            storage.save(self, Path(folder), whole, state_dict)
+
+    @classmethod
+    def from_pretrained(
+        cls: Any,
+        folder: str | Path,
+        dtype: torch.dtype | str = "auto",
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        config: VLMConfig | None = None,
+        **more: Any,
+    ) -> VLM:
+        """A model from a directory (or hub name) that `save_pretrained` wrote, in eval mode.
+
+        Args:
+            dtype: of the base parts; `auto` is the one that they were saved in. `torch_dtype` is its older name.
+            attn_implementation: the LLM's attention kernel (`LLMConfig.attention`), in place of the model's own.
+            config: in place of the one in the directory, as the Auto classes pass it.
+
+        Raises:
+            IsthmusError: a key is missing or unexpected, a file is damaged, or a base part is not the one it was.
+            ConfigError: an argument of transformers that has no meaning here.
+        """
+        remedy = "place it with .to(device); fewer bits are composed with `bits` of the recipe"
+        refuse(more, "from_pretrained", remedy, LOADING)
+        return storage.load(cls, folder, torch_dtype or dtype, revision, attn_implementation, config)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,7 +27,7 @@ from transformers import (
 from transformers.configuration_utils import SubConfigSpec
 
 from isthmus import aligner as aligners
-from isthmus import fuse, graft, lora, sites, storage, tokens
+from isthmus import fuse, graft, lora, sites, tokens
 from isthmus.config import EncoderConfig, LoRA
 from isthmus.encoders import Encoder
 from isthmus.generation import Generation
@@ -46,7 +45,7 @@ class VLMConfig(PreTrainedConfig):
         aligner: name and options.
         surgery: dotted module path inside the LLM -> [out, in] of a Linear whose shape was changed (pruning).
         lora: LoRA grafts in order of attachment: {globs, name, r, alpha, dropout, dora}.
-        trained: globs of base parameters that were trained in full, and so are saved with the joint.
+        trained: globs of base parameters that were trained in full or merged into, and so are saved with the joint.
         whole: whether the checkpoint holds the base parts' weights too.
         template: how conversations are rendered (`chat`, `plain`).
     """
@@ -77,7 +76,7 @@ class VLMConfig(PreTrainedConfig):
         return EncoderConfig(**self.encoders[kind]["config"])
 
 
-class VLM(Generation, PreTrainedModel, GenerationMixin):
+class VLM(Generation, PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # saves and loads its own way
     """Encoder(s), connector(s) and LLM as one model that trains, generates, saves and loads like any other.
 
     Parameters are named `encoders.<kind>.*`, `connectors.<kind>.*`, `llm.*` and `heads.*`; what is added inside a
@@ -107,6 +106,7 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: VLMConfig, llm: PreTrainedModel, encoders: dict[str, Encoder]):
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # by which transformers' Trainer counts labels as `forward` does
         config.text_config = llm.config  # the LLM's own, with its attention kernel; ours was a copy
         self.aligner = aligners.build(config.aligner["name"], config.aligner.get("options", {}))
         if config.is_encoder_decoder and not self.aligner.encoder_decoder:
@@ -158,7 +158,7 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
         batch: Batch,
         past: Past | None = None,
         keep: bool = False,
-        need: Literal["hidden", "connected"] = "hidden",
+        need: Literal["hidden", "connected", "encoded"] = "hidden",
         idle: Tensor | None = None,
     ) -> Output:
         """From a batch to the LLM's states.
@@ -168,28 +168,31 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
                 cover the past ones too.
             past: what an earlier call with `keep` returned; its cache grows in place.
             keep: return `Output.past` for the next call.
-            need: `connected` stops before the LLM.
+            need: `connected` stops before the LLM, `encoded` before the connectors.
             idle: a zero added to the LLM's input, so that a gradient goes to what it depends on.
         """
-        connected = self.connect(batch)
-        if need == "connected":
-            return self._output(None, connected)
+        encoded = {kind: self.encode(kind, media) for kind, media in batch.media.items()}
+        connected = {} if need == "encoded" else self.connect(batch, encoded)
+        if need != "hidden":
+            return self._output(encoded, None, connected)
         embeds_BTD = self.embed(batch, connected)
         if idle is not None:
             embeds_BTD = embeds_BTD + idle.to(embeds_BTD.dtype)
         if self.config.is_encoder_decoder:
-            return self._run_encoder_decoder(batch, embeds_BTD, connected)
+            hidden_BUD = self._run_encoder_decoder(batch, embeds_BTD, connected)
+            return self._output(encoded, hidden_BUD, connected)
         if past is None:
             past = Past(DynamicCache(config=self.config.text_config) if keep else None)
         past = self.aside(batch, connected, past)
         hidden_BTD, side, positions_BT = self.think(
             embeds_BTD, batch.segment_BT, batch.modality_BT, batch.route_BT, past, batch.branch_BT
         )
-        return self._output(hidden_BTD, connected, positions_BT, side, past if keep else None)
+        return self._output(encoded, hidden_BTD, connected, positions_BT, side, past if keep else None)
 
-    def connect(self, batch: Batch) -> dict[str, Tensor]:
-        """Every kind of medium through its encoder (unless features were cached) and connector: y_NQD by kind."""
-        return {kind: self._connect(kind, media, batch) for kind, media in batch.media.items()}
+    def connect(self, batch: Batch, encoded: dict[str, Features] | None = None) -> dict[str, Tensor]:
+        """Every kind of medium through its encoder (unless it is `encoded`) and connector: y_NQD by kind."""
+        known = encoded or {}
+        return {kind: self._connect(kind, media, batch, known.get(kind)) for kind, media in batch.media.items()}
 
     def blank(self, kind: str, batch: Batch) -> Tensor:
         """An empty medium of a kind, connected as one of this batch's first segment: y_NQD with N = 1."""
@@ -209,10 +212,10 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
         weight = next(self.connectors[kind].parameters())
         return features.map(lambda x: x.to(weight.dtype))
 
-    def _connect(self, kind: str, media: Media, batch: Batch) -> Tensor:
+    def _connect(self, kind: str, media: Media, batch: Batch, features: Features | None = None) -> Tensor:
         route_N = None if batch.route_BT is None else _first(batch.route_BT, batch.segment_BT, media)
         context = Context(batch.extra_text, route_N, partial(sites.words, self.llm))
-        return self.connectors[kind](self.encode(kind, media), context)
+        return self.connectors[kind](self.encode(kind, media) if features is None else features, context)
 
     def embed(self, batch: Batch, connected: dict[str, Tensor]) -> Tensor:
         """Token embeddings, with connected media in place of their placeholders where the joint splices.
@@ -287,13 +290,12 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------------------------ encoder-decoders
 
-    def _run_encoder_decoder(self, batch: Batch, embeds_BTD: Tensor, connected: dict[str, Tensor]) -> Output:
+    def _run_encoder_decoder(self, batch: Batch, embeds_BTD: Tensor, connected: dict[str, Tensor]) -> Tensor:
         """The encoder reads prompt and media, the decoder writes the answer."""
         if batch.decoder_ids_BU is None:
             raise DataError("an encoder-decoder needs decoder_ids_BU", "collate with the model's own processor")
         states_BTD = self.read(batch, embeds_BTD, connected)
-        hidden_BUD = self.tell(batch.decoder_ids_BU, states_BTD, batch.segment_BT, batch.route_BT, None)
-        return self._output(hidden_BUD, connected)
+        return self.tell(batch.decoder_ids_BU, states_BTD, batch.segment_BT, batch.route_BT, None)
 
     def read(self, batch: Batch, embeds_BTD: Tensor, connected: dict[str, Tensor]) -> Tensor:
         """The encoder's states of prompt and media. Packing and a joint's rule and positions do not apply here."""
@@ -329,6 +331,7 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
 
     def _output(
         self,
+        encoded: dict[str, Features],
         hidden_BTD: Tensor | None,
         connected: dict[str, Tensor],
         positions_BT: Tensor | None = None,
@@ -336,9 +339,10 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
         past: Past | None = None,
     ) -> Output:
         embedding = sites.embedding(self.llm)
-        return Output(hidden_BTD, connected, sites.head(self.llm), embedding, positions_BT, side, past)
+        head = sites.head(self.llm)
+        return Output(hidden_BTD, connected, head, embedding, positions_BT, side, past, encoded=encoded)
 
-    # ------------------------------------------------------------------------------------ change and store
+    # ------------------------------------------------------------------------------------ adapters
 
     def add_lora(self, globs: list[str], how: LoRA, name: str) -> list[str]:
         """Attach LoRA to the Linears that the globs match, and remember it in the config; their names are returned."""
@@ -351,26 +355,16 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):
         how = LoRA(**{key: adapter[key] for key in LoRA.model_fields})
         return lora.attach(self, adapter["globs"], how, adapter["name"])
 
-    def save_pretrained(  # type: ignore[override]
-        self, folder: str | Path, whole: bool = False, **unused: Any
-    ) -> None:
-        """Write a Hugging Face directory: config, weights, generation settings, processor.
-
-        Without `whole`, base weights that were never trained stay where they are and are referred to by source
-        and fingerprint; what was trained or added is written.
-        """
-        storage.save(self, Path(folder), whole)
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, folder: str | Path, *unused: Any, dtype: torch.dtype | str = "auto", **more: Any
-    ) -> VLM:
-        """A model from a directory (or hub name) that `save_pretrained` wrote, in eval mode.
+    def merge_lora(self, name: str) -> list[str]:
+        """Fold the LoRA of that name into its hosts, which count as trained from then on; their names are returned.
 
         Raises:
-            IsthmusError: a key is missing or unexpected, a file is damaged, or a base part is not the one it was.
+            ConfigError: there is none, or it cannot be merged (see `lora.merge`); nothing is changed then.
         """
-        return storage.load(cls, folder, dtype, revision=more.get("revision"))
+        paths = lora.merge(self, name)
+        self.config.lora = [adapter for adapter in self.config.lora if adapter["name"] != name]
+        self.config.trained = list(dict.fromkeys([*self.config.trained, *(f"{path}.weight" for path in paths)]))
+        return paths
 
 
 def _learns(module: nn.Module) -> bool:

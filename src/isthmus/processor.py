@@ -6,26 +6,47 @@ It speaks two languages over one renderer: ours (`Sample`, `Batch`) and transfor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from PIL import Image as Pillow
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
+from isthmus import parts
 from isthmus.config import Writing
 from isthmus.data import chat, collate, formats, media, views
 from isthmus.data.boxes import Decimals, Regions
 from isthmus.data.hints import Hints
 from isthmus.data.reading import Reader, padded
+from isthmus.data.template import Template
 from isthmus.tokens import name_tokens
-from isthmus.types import Batch, DataError, Features, Image, Layout, Medium, Reading, Sample
+from isthmus.types import (
+    Batch,
+    ConfigError,
+    DataError,
+    Features,
+    Image,
+    Layout,
+    Medium,
+    Part,
+    Reading,
+    Sample,
+    Source,
+    Text,
+    Turn,
+)
 
 if TYPE_CHECKING:
     from isthmus.model import VLM
 
 MARKER = "<image>"
 """Where a picture goes in a plain string given to `__call__`; in conversations it is ordinary text."""
+IDLE = {"return_attention_mask", "return_token_type_ids", "return_mm_token_type_ids"}
+"""Arguments of transformers' processors that change nothing here."""
+PADDED = "leave it out: rows are padded on the left to the longest and never cut, pictures are the encoder's size"
 
 
 class VLMProcessor(ProcessorMixin):
@@ -35,7 +56,7 @@ class VLMProcessor(ProcessorMixin):
         layouts: per kind, the fields of `Layout`.
         placeholders: per kind, the token id that media vectors overwrite.
         aspect: how pictures become square.
-        template: `chat` or `plain` (see `Stage.template`).
+        template: how conversations are written (see `Stage.template`).
         system: the system turn of conversations that have none.
         decoder_start: the first id of an encoder-decoder's decoder; None for a decoder alone.
         reading: the fields of `Reading`, where connectors read text; else None.
@@ -81,7 +102,7 @@ class VLMProcessor(ProcessorMixin):
             aspect=model.config.encoder("image").aspect,
             system=system,
             decoder_start=model.config.text_config.decoder_start_token_id if model.config.is_encoder_decoder else None,
-            reading=None if reading is None else vars(reading),
+            reading=None if reading is None else vars(reading) | {"tokenizer": parts.vocabulary(reading.tokenizer)},
             boxes=model.aligner.boxes().model_dump(),
             hints=hints.model_dump(),
             chat_template=tokenizer.chat_template,
@@ -141,23 +162,41 @@ class VLMProcessor(ProcessorMixin):
     # ------------------------------------------------------------------------------------ transformers' language
 
     def __call__(
-        self, images: Any = None, text: str | Sequence[str] | None = None, return_tensors: str = "pt", **unused: Any
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        return_tensors: str = "pt",
+        padding: bool | str = True,
+        **more: Any,
     ) -> BatchFeature:
         """Strings with one `<image>` per picture -> input_ids, attention_mask, pixel_values, image_at, left-padded.
 
         `image_at` [N, 2] is the row and column of each picture. Where the connector reads the question,
         `instruction_ids` [N, L] are the string without its markers.
 
+        Args:
+            images: a picture, those of all strings, or a list of them per string; each any `Source`, or whole levels
+                as an array or tensor, [H, W, 3] or [3, H, W].
+
         Raises:
-            DataError: the number of markers and of pictures differ.
+            DataError: the number of markers and of pictures differ, or something is no picture.
+            ConfigError: an argument of transformers that has no meaning here, such as `truncation`.
         """
+        refuse(more | {"padding": padding == "max_length"}, "the processor", PADDED, IDLE)
+        if not isinstance(text, str | list | tuple | None):
+            raise DataError(f"the text is a {type(text).__name__}", "call processor(images=..., text=...)")
         texts = [text] if isinstance(text, str) else list(text or [""])
-        pictures = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
-        pictures = [] if images is None else pictures
-        markers = sum(string.count(MARKER) for string in texts)
-        if markers != len(pictures):
-            raise DataError(f"{markers} {MARKER} markers for {len(pictures)} pictures", "write one marker per picture")
-        renderer, left = self.renderer(), iter(pictures)
+        pictures = list(images) if isinstance(images, list | tuple) else [] if images is None else [images]
+        counts = [string.count(MARKER) for string in texts]
+        if pictures and all(isinstance(each, list | tuple) for each in pictures):
+            shown, wanted = [len(each) for each in pictures], counts
+            pictures = [picture for each in pictures for picture in each]
+        else:
+            shown, wanted = [len(pictures)], [sum(counts)]
+        if shown != wanted:
+            told = [" + ".join(map(str, each)) for each in (wanted, shown)]
+            raise DataError(f"{told[0]} {MARKER} markers for {told[1]} pictures", "write one marker per picture")
+        renderer, left = self.renderer(), map(_picture, pictures)
         rows = [renderer.render_string(_interleave(string, left)) for string in texts]
         width = max(len(row.ids) for row in rows)
         gaps = [width - len(row.ids) for row in rows]
@@ -176,10 +215,34 @@ class VLMProcessor(ProcessorMixin):
         return BatchFeature(inputs, tensor_type=return_tensors)
 
     def apply_chat_template(  # type: ignore[override]
-        self, conversation: Any, add_generation_prompt: bool = True, **unused: Any
-    ) -> BatchFeature:
-        """Messages in the common form (roles; text and image parts) -> model inputs, ending with the prompt."""
-        many = conversation if isinstance(conversation[0], list) else [conversation]
+        self,
+        conversation: Any,
+        add_generation_prompt: bool = True,
+        tokenize: bool = True,
+        return_dict: bool = True,
+        return_tensors: str = "pt",
+        padding: bool | str = True,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> Any:
+        """Messages in the common form (roles; text and image parts) -> model inputs, ending with the prompt.
+
+        Without `return_dict` their ids alone, and without `tokenize` the string that `__call__` reads, with `<image>`
+        for each picture, which may then be left out of its part.
+
+        Raises:
+            DataError: no messages, or see `data.formats.turns`.
+            ConfigError: an argument of transformers that has no meaning here.
+        """
+        more |= {**(processor_kwargs or {}), "padding": padding == "max_length"}
+        refuse(more, "apply_chat_template", PADDED, IDLE)
+        if not conversation:
+            raise DataError("there are no messages", "pass a list of {role, content}")
+        alone = isinstance(conversation[0], Mapping)
+        many = [conversation] if alone else conversation
+        if not tokenize:
+            strings = [self._string(messages, add_generation_prompt) for messages in many]
+            return strings[0] if alone else strings
         samples = [Sample(formats.turns(messages)) for messages in many]
         batch = self.collator(open_answer=add_generation_prompt, side="left")(samples)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids_BT, "attention_mask": (batch.segment_BT > 0).long()}
@@ -190,7 +253,25 @@ class VLMProcessor(ProcessorMixin):
             inputs |= {"pixel_values": images.pixels, "image_at": torch.stack([images.row_N, images.at_N], 1)}
         if "image" in batch.extra_text:
             inputs["instruction_ids"] = batch.extra_text["image"]
-        return BatchFeature(inputs)
+        features = BatchFeature(inputs, tensor_type=return_tensors)
+        return features if return_dict else features["input_ids"]
+
+    def _string(self, messages: Sequence[Mapping[str, Any]], open_answer: bool) -> str:
+        """A conversation as the LLM's own template writes it."""
+        if self.template != "chat" or self.decoder_start is not None:
+            raise ConfigError(
+                "this model's conversations are not written by a chat template", "leave tokenize=False out"
+            )
+        told = formats.turns([_stood_in(message) for message in messages])
+        if self.system is not None and told[0].role != "system":
+            told = (Turn.say("system", self.system), *told)
+        written = [{"role": turn.role, "content": "".join(map(_marked, turn.parts))} for turn in told]
+        jinja = Template(self.tokenizer).jinja
+        return str(
+            self.tokenizer.apply_chat_template(
+                written, chat_template=jinja, tokenize=False, add_generation_prompt=open_answer
+            )
+        )
 
     def decode(self, ids: Any, **options: Any) -> str:
         """Ids to text; media placeholders are left out."""
@@ -200,10 +281,52 @@ class VLMProcessor(ProcessorMixin):
         return [self.decode(row, **options) for row in rows]
 
 
+def refuse(given: Mapping[str, Any], where: str, remedy: str, idle: Set[str] = frozenset()) -> None:
+    """Let nothing be left out silently that transformers' users may ask for: what is off or idle passes.
+
+    Raises:
+        ConfigError: something else is asked for; it is named.
+    """
+    asked = [name for name, value in given.items() if name not in idle and value is not None and value is not False]
+    if asked:
+        raise ConfigError(f"{where} of this model does not take {', '.join(asked)}", remedy)
+
+
 def _interleave(string: str, pictures: Iterator[Any]) -> list[str | Image]:
     """The pieces of a string with the next pictures in place of its markers."""
     first, *others = string.split(MARKER)
-    return [first, *(part for piece in others for part in (Image(next(pictures)), piece))]
+    return [first, *(part for piece in others for part in (next(pictures), piece))]
+
+
+def _picture(given: Any) -> Image:
+    """What somebody calls a picture; levels in an array or tensor are made one."""
+    if isinstance(given, np.ndarray | Tensor):
+        levels = given.cpu().numpy() if isinstance(given, Tensor) else given
+        if levels.ndim == 3 and levels.shape[0] == 3 != levels.shape[2]:
+            levels = np.moveaxis(levels, 0, 2)
+        if levels.dtype != np.uint8 or levels.shape[2:] not in ((), (3,)):
+            raise DataError(
+                f"a picture is an array {list(levels.shape)} of {levels.dtype}",
+                "pass levels from 0 to 255 as uint8, [H, W, 3] or [3, H, W]",
+            )
+        return Image(Pillow.fromarray(levels))
+    if not isinstance(given, Source):
+        raise DataError(f"{type(given).__name__} is no picture", "give a path, bytes or an open picture")
+    return Image(given)
+
+
+def _stood_in(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message in whose image parts something stands, for where it does not matter what."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    parts = [{"type": "image", "image": MARKER} if part == {"type": "image"} else part for part in content]
+    return {**message, "content": parts}
+
+
+def _marked(part: Part) -> str:
+    """A part of a message in a string for `__call__`."""
+    return part.text if isinstance(part, Text) else MARKER
 
 
 def _list(ids: Any) -> list[int]:

@@ -11,6 +11,7 @@ import fnmatch
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -22,38 +23,51 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from isthmus import cards, parts, quantised, sites
-from isthmus.config import LLMConfig
+from isthmus import cards, parts, quantised
+from isthmus.config import LLMConfig, check
 from isthmus.processor import VLMProcessor
 from isthmus.types import ConfigError, IsthmusError
 
 if TYPE_CHECKING:
-    from isthmus.model import VLM
+    from isthmus.model import VLM, VLMConfig
 
 MANIFEST = "manifest.json"
 """Names and sha256 of the weight files beside it."""
 
 
-def save(model: VLM, folder: Path, whole: bool) -> None:
+def save(model: VLM, folder: Path, whole: bool | None = None, state: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write config, weights, generation settings, processor and a manifest of hashes.
 
     All of it is written beside the final place first, so that a full disk leaves an earlier save as it was.
 
+    Args:
+        whole: with all base weights, or without those that were never trained; None keeps the form of the model.
+        state: the model's tensors by key, where they are gathered already.
+
     Raises:
-        ConfigError: `whole`, while a base part is packed: codes are made anew from the source, never stored.
-        IsthmusError: the folder cannot be written.
+        ConfigError: `whole`, while a base part is packed: codes are made anew from the source, never stored; or not
+            whole, while there are no base parts to refer to; or `state` lacks a tensor.
+        IsthmusError: a base part is not the one it was, or the folder cannot be written.
     """
+    came, whole = model.config.whole, model.config.whole if whole is None else whole
     if whole and quantised.hosts(model):
         raise ConfigError(
             "a base part in 4 or 8 bits is referred to, not saved whole",
-            "save without whole=True, or make the parts dense with isthmus.quantised.dequantise(model)",
+            "save with whole=False, or make the parts dense with isthmus.quantised.dequantise(model)",
         )
+    if came and not whole:
+        _confirm(model.config)
+    _note_trained(model)
+    state = model.state_dict() if state is None else state
+    if lost := sorted((kept := stored(model, whole)) - set(state)):
+        raise ConfigError(f"state_dict lacks {lost[0]} and {len(lost) - 1} more", "pass the whole model's, or none")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for stray in folder.glob(".saving-*"):  # of a save that was killed
             shutil.rmtree(stray, ignore_errors=True)
         with TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
-            _write(model, Path(staging), whole)
+            model.config.whole = whole
+            _write(model, Path(staging), {key: tensor for key, tensor in state.items() if key in kept})
             if cards.ours(folder):
                 (Path(staging) / cards.NAME).write_text(_card(model, folder), encoding="utf-8")
             for old in folder.glob("model*.safetensors*"):
@@ -64,14 +78,39 @@ def save(model: VLM, folder: Path, whole: bool) -> None:
         raise IsthmusError(
             f"{folder}: cannot be written ({error})", "free some space or name another folder"
         ) from error
+    finally:
+        model.config.whole = came
 
 
-def _write(model: VLM, folder: Path, whole: bool) -> None:
-    model.config.whole = whole
+def _note_trained(model: VLM) -> None:
+    """Enter base weights that a loop of the user's own trains in `config.trained`, with the buffers beside them."""
+    kept = stored(model, False)
+    own = [name for name, each in model.named_parameters() if each.requires_grad and name not in kept]
+    beside = {name.rpartition(".")[0] for name in own}
+    own += [name for name, _ in model.named_buffers() if name not in kept and name.rpartition(".")[0] in beside]
+    model.config.trained = [*model.config.trained, *own]
+
+
+def _confirm(config: Any) -> LLMConfig:
+    """Whether the base parts that a delta refers to are there as they were; the LLM's config.
+
+    Raises:
+        ConfigError: a part came with another model, which is not a base to refer to.
+        IsthmusError: a part is not the one it was.
+    """
+    llm = LLMConfig(**config.llm["config"])
+    if config.llm["weights"] is None or any(entry["weights"] is None for entry in config.encoders.values()):
+        raise ConfigError("its base weights are nowhere else: it was imported whole", "save it with whole=True")
+    parts.confirm("llm", parts.folder(llm.source, llm.revision), config.llm["weights"])
+    for kind, entry in config.encoders.items():
+        parts.confirm_encoder(kind, config.encoder(kind), entry["weights"])
+    return llm
+
+
+def _write(model: VLM, folder: Path, state: dict[str, torch.Tensor]) -> None:
     model.config.architectures = [type(model).__name__]
-    model.config.dtype = sites.embedding(model.llm).weight.dtype
-    kept = stored(model, whole)
-    state = {key: tensor for key, tensor in model.state_dict().items() if key in kept}
+    base = [*model.llm.parameters(), *model.encoders.parameters()]  # what trained is float32 beside the others' dtype
+    model.config.dtype = min((each.dtype for each in base if each.is_floating_point()), key=lambda one: one.itemsize)
     save_torch_state_dict(state, folder, max_shard_size="5GB")
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
@@ -91,12 +130,23 @@ def fingerprint(source: str | Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
-def load(cls: type[VLM], source: str | Path, dtype: torch.dtype | str, revision: str | None = None) -> VLM:
-    """A model from a directory or hub name, in eval mode; every key is compared."""
+def load(
+    cls: type[VLM],
+    source: str | Path,
+    dtype: torch.dtype | str,
+    revision: str | None = None,
+    attention: str | None = None,
+    config: VLMConfig | None = None,
+) -> VLM:
+    """A model from a directory or hub name, in eval mode; every key is compared. `config` stands for the one there."""
     folder = parts.folder(str(source), revision)
     if not (folder / "config.json").is_file():
+        models = sorted(folder.glob("**/model/config.json"), key=lambda file: file.stat().st_mtime)
         raise IsthmusError(
-            f"{folder}: no config.json", "name a directory that `isthmus train` or save_pretrained wrote"
+            f"{folder}: no config.json",
+            f"name a model below it: {models[-1].parent}"
+            if models
+            else "name a directory that `isthmus train` or save_pretrained wrote",
         )
     kind = _read_json(folder / "config.json").get("model_type")
     if kind != cls.config_class.model_type:
@@ -104,24 +154,24 @@ def load(cls: type[VLM], source: str | Path, dtype: torch.dtype | str, revision:
             f"{folder} is a {kind} model, not a joint one",
             "name it as a recipe's llm or encoder, or read it with `isthmus import`",
         )
-    config = cls.config_class.from_pretrained(folder)
+    config = cls.config_class.from_pretrained(folder) if config is None else config
+    if attention := attention or config._attn_implementation_internal:
+        chosen = check(LLMConfig, config.llm["config"] | {"attention": attention}, "attn_implementation")
+        config.llm = config.llm | {"config": chosen.model_dump(mode="json")}
     if isinstance(dtype, str):
-        dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
-    assert isinstance(dtype, torch.dtype)
-    llm_config = LLMConfig(**config.llm["config"])
+        dtype = getattr(torch, dtype, dtype) if dtype != "auto" else config.dtype or torch.float32
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"no dtype is named {dtype!r}", "name bfloat16, float16, float32 or auto")
     if config.whole:
+        llm_config = LLMConfig(**config.llm["config"])
         llm = parts.empty_llm(config.text_config, llm_config.attention, dtype)
         encoders = {
             kind: parts.empty_encoder(config.encoder(kind), entry["architecture"], folder, dtype)
             for kind, entry in config.encoders.items()
         }
     else:
-        parts.confirm("llm", parts.folder(llm_config.source, llm_config.revision), config.llm["weights"])
-        llm = parts.load_llm(llm_config, dtype)
-        encoders = {}
-        for kind, entry in config.encoders.items():
-            parts.confirm_encoder(kind, config.encoder(kind), entry["weights"])
-            encoders[kind] = parts.load_encoder(config.encoder(kind), dtype)
+        llm = parts.load_llm(_confirm(config), dtype)
+        encoders = {kind: parts.load_encoder(config.encoder(kind), dtype) for kind in config.encoders}
     model = cls(config, llm, encoders)
     _fill(model, read_weights(folder), config.whole, folder)
     model.processor = VLMProcessor.from_pretrained(folder)
@@ -136,11 +186,12 @@ def stored(model: VLM, whole: bool) -> set[str]:
     Of tied weights only the first name is stored.
     """
     seen: dict[int, str] = {}
-    keys = set()
+    keys, names = set(), set(model.config.trained)
+    globs = [name for name in names if any(mark in name for mark in "*?[")]
     for key, tensor in model.state_dict(keep_vars=True).items():
         if seen.setdefault(id(tensor), key) != key:
             continue
-        if whole or not is_base(key) or any(fnmatch.fnmatch(key, glob) for glob in model.config.trained):
+        if whole or not is_base(key) or key in names or any(fnmatch.fnmatch(key, glob) for glob in globs):
             keys.add(key)
     return keys
 

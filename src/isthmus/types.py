@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import torch
 from PIL import Image as Pillow
@@ -31,6 +31,7 @@ IGNORE = -100
 """A label that carries no loss."""
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 class Modality(IntEnum):
@@ -122,6 +123,7 @@ class Grounding:
 
 
 Part: TypeAlias = Text | Image | Video | Audio | Tag | Box | Grounding
+PARTS: frozenset[type] = frozenset(get_args(Part))
 Medium: TypeAlias = Image | Video | Audio
 KIND: dict[type, str] = {Image: "image", Video: "video", Audio: "audio"}
 """The kind of a medium: the key of its encoder, connector and `Batch.media` entry."""
@@ -129,8 +131,22 @@ KIND: dict[type, str] = {Image: "image", Video: "video", Audio: "audio"}
 
 @dataclass(frozen=True)
 class Turn:
+    """What one role says.
+
+    Raises:
+        DataError: the role, or a part, is none of those above.
+    """
+
     role: Role
     parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise DataError(f"no role is called {self.role!r}", f"a turn is said by one of {', '.join(ROLES)}")
+        for part in self.parts:
+            if type(part) not in PARTS:
+                remedy = "a picture or its path as Image(...)" if isinstance(part, Source) else "it, as in Text(...)"
+                raise DataError(f"{type(part).__name__} is no part of a turn", f"wrap {remedy}")
 
     @classmethod
     def say(cls, role: Role, *parts: Part | str) -> Turn:
@@ -187,8 +203,8 @@ class Layout:
 class Reading:
     """Text that a connector reads beside features, at most `length` tokens per medium.
 
-    A question is the turn that holds the medium, an answer what is said next. `tokenizer` is the JSON of a vocabulary
-    of the connector's own; None is the LLM's.
+    A question is the turn that holds the medium, an answer what is said next. `tokenizer` is a vocabulary of
+    the connector's own, which a joint names and a processor keeps as JSON; None is the LLM's.
     """
 
     length: int
@@ -336,7 +352,8 @@ class Past:
 class Output:
     """What a VLM returns to objectives: states, not logits. `head` turns chosen states into logits.
 
-    `hidden_BTD` is None when the LLM was not run (a warm stage reads `connected` alone).
+    `hidden_BTD` is None when the LLM was not run (a warm stage reads `connected` alone), and `connected` is empty where
+    connectors were not run either.
     `embed` gives the LLM's input embeddings of token ids.
     """
 
@@ -350,3 +367,7 @@ class Output:
     past: Past | None = None
     states: dict[int, Tensor] = field(default_factory=dict)
     """States after so many layers [B, T, D], before any norm behind them: those that objectives read."""
+    encoded: dict[str, Features] = field(default_factory=dict)
+    """Per kind, what its connector reads."""
+    shared: dict[tuple[str, str], Any] = field(default_factory=dict)
+    """What an objective computed that others of this forward need too, by name and kind."""

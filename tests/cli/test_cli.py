@@ -14,6 +14,8 @@ from PIL import Image as Pillow
 import composed
 from isthmus import recipes
 from isthmus.cli import app
+from isthmus.config import read
+from isthmus.training.run import Run
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -97,6 +99,27 @@ def test_another_recipe_in_the_same_folder_is_refused(monkeypatch, capsys, tmp_p
 
 
 @pytest.mark.parametrize(
+    ("wrong", "cause"),
+    [
+        ("stages.sft.train={connector.*: 1e-3}", "stage sft: 'connector.*' matches no parameter"),
+        ("stages.sft.data=[nowhere.json]", "nowhere.json"),
+    ],
+    ids=["glob", "file"],
+)
+def test_a_fault_of_a_later_stage_is_told_first_and_locks_no_folder(
+    monkeypatch, capsys, tmp_path, recipe, wrong, cause
+):
+    out, trained = tmp_path / "run", []
+    monkeypatch.setattr(Run, "train", lambda self, model, look: trained.append(self.recipe))  # None: interrupted
+    command = ("train", str(recipe), "--out", str(out), "--device", "cpu")
+    assert run(monkeypatch, *command, wrong) in (2, 3)
+    assert cause in capsys.readouterr().err and trained == []
+    assert {path.name for path in out.iterdir()} <= {"run.json", "lock"}
+    assert run(monkeypatch, *command) == 130 and trained == [read(recipe)]
+    assert json.loads((out / "run.json").read_text())["fingerprint"] == trained[0].fingerprint()
+
+
+@pytest.mark.parametrize(
     ("words", "code", "cause", "remedy"),
     [
         (["plan", "lava"], 2, "did you mean 'llava'?", "isthmus recipes"),
@@ -148,7 +171,4 @@ def test_recipes_round_trip_through_what_is_shown(monkeypatch, capsys, tmp_path)
     assert run(monkeypatch, "recipes", "--show", "demo") == 0
     file = tmp_path / "demo.yaml"
     file.write_text(capsys.readouterr().out)
-    from isthmus import recipes
-    from isthmus.config import read
-
     assert read(file).fingerprint() == recipes.named("demo").fingerprint()

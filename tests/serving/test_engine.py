@@ -19,7 +19,7 @@ from isthmus.serving.engine import Engine, Sizes
 from isthmus.serving.sampling import Sampler, Settings
 from isthmus.speakers.local import Local
 from isthmus.types import ConfigError, Grounding, Turn
-from test_contract import SMALL_QUERIES, throw_away  # noqa: F401 - a fixture, for its joints
+from test_contract import SMALL_QUERIES
 from tiny import DECODERS
 
 JOINTS = {
