@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isthmus.connectors import Connector
+from isthmus.graft import arithmetic
 from isthmus.types import ConfigError, Context, Features
 
 HEAD_WIDTH = 128
@@ -56,7 +57,7 @@ class Codebook(nn.Module):
 
     def forward(self, x_ME: Tensor) -> Tensor:
         """Features [M, E] -> codes [M, L], in float32 whatever surrounds it: bfloat16 would mistake near ones."""
-        with torch.autocast(x_ME.device.type, enabled=False):
+        with arithmetic(x_ME.float()):
             rest_ME, codes = self.even(x_ME), []
             for book_KE in self.books_LKE.float():
                 codes.append(nearest(rest_ME, book_KE))

@@ -76,6 +76,6 @@ class PositionAware(Connector):
         if features.lengths_N is not None:
             raise DataError("pictures that differ in size have no common grid", "use an encoder of square pictures")
         x_NSD = self.norm_x(self.project(features.x_NSE))
-        asking_NQD = (self.norm_queries(self.queries) + self.place_QD).expand(x_NSD.shape[0], -1, -1)
-        seen_NQD, _ = self.attention(asking_NQD, x_NSD + self.place_SD, x_NSD, need_weights=False)
+        asking_NQD = (self.norm_queries(self.queries) + self.place_QD.to(x_NSD.dtype)).expand(x_NSD.shape[0], -1, -1)
+        seen_NQD, _ = self.attention(asking_NQD, x_NSD + self.place_SD.to(x_NSD.dtype), x_NSD, need_weights=False)
         return self.out(self.norm_out(seen_NQD))
