@@ -20,8 +20,8 @@ from isthmus.data.jsons import Place
 COLUMNS = 5
 """Of a row: shard, line, first byte, the byte behind the last, and which of the record's samples it is."""
 LOTS = 1 << 32
-FEW = 10
-"""Samples, below which none are held out."""
+LARGEST = 0.1
+"""The share of a small set that may be held out by its smallest lot."""
 MARK = 0x495354484D5553
 """The first number of a file; it spells the project's name."""
 
@@ -95,8 +95,8 @@ class Writer:
         self._stream.write(array("q", (place.shard, place.line, place.start, place.end, part)).tobytes())
 
     def finish(self) -> None:
-        """Write the end. Chance may spare all of a small set: the smallest lot is then held out, but of a handful."""
-        if not self._held and self.samples >= FEW and len(self._spare) < self.samples:
+        """Write the end. Chance may spare all of a small set: its smallest lot is held out then, if it is not much."""
+        if not self._held and len(self._spare) <= self.samples * LARGEST:
             self._held = self._spare
         self._stream.write(self._held.tobytes())
         names = json.dumps(list(self.splits)).encode()
