@@ -350,7 +350,7 @@ def _parts(item: Any, attached: Attached | InMemory) -> Sequence[Part]:
     if kind == "image_url":
         url = item.get("image_url")
         return [Image(attached.picture(url.get("url") if isinstance(url, Mapping) else url))]
-    if kind in KINDS:
+    if isinstance(kind, str) and kind in KINDS:
         given = next((item[key] for key in (kind, "url", "path") if item.get(key) is not None), None)
         if given is None:
             return [attached.next(KINDS[kind], item.get("index"))]
