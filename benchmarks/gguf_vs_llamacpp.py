@@ -36,10 +36,10 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 import harness
 import isthmus
-from isthmus import exporting_gguf
 from isthmus.config import AlignerConfig, EncoderConfig, LLMConfig, Recipe
 from isthmus.encoders import hf
-from isthmus.exporting_gguf_check import Sight
+from isthmus.exporting import gguf
+from isthmus.exporting.gguf_check import Sight
 from isthmus.model import VLM
 from isthmus.types import Context, Image, Media, Sample, Turn
 
@@ -150,6 +150,12 @@ def compare(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def shares(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """How many of the first words are the same, by what stands on our side."""
+    kinds = [how for how in ("plain", "class_token_misplaced") if how in rows[0]]
+    return {how: sum(row[how]["equal_greedy_tokens"] > 0 for row in rows) / len(rows) for how in kinds}
+
+
 def run(tower: str, count: int, llama: str) -> dict[str, Any]:
     """One tower from making the model to the comparison."""
     with tempfile.TemporaryDirectory(prefix="isthmus-bench-") as scratch:
@@ -157,12 +163,12 @@ def run(tower: str, count: int, llama: str) -> dict[str, Any]:
         model = built(tower, folder)
         model.save_pretrained(folder / "model")
         with hf.quiet():
-            written = exporting_gguf.export(folder / "model", folder / "gguf")
+            written = gguf.export(folder / "model", folder / "gguf")
         shown = pictures(count)
         job = {"folder": str(folder / "gguf"), "text": prompt(model), "marker": MARKER,
                "pictures": [_png(each) for each in shown], "words": WORDS, "likeliest": LIKELIEST}  # fmt: skip
         said = _llama(llama, folder, job)
-        misplaced = Misplaced(folder / "gguf" / exporting_gguf.SIGHT) if written.caveat else None
+        misplaced = Misplaced(folder / "gguf" / gguf.SIGHT) if written.caveat else None
         rows = []
         for picture, theirs in zip(shown, said["answers"], strict=True):
             row = {"size": picture.size, "plain": compare(ours(model, picture), theirs)}
@@ -201,6 +207,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for each in towers for row in each["rows"] for how in ("plain", "class_token_misplaced") if how in row
     ]  # fmt: skip
     print(harness.table(("tower", "our side", "picture", "ids", "log-probability", "greedy tokens"), lines))
+    for each in towers:
+        each["first_words_equal"] = shares(each["rows"][:-1])
+        print(f"{each['tower']}: first words that are equal, of pictures of its size: {each['first_words_equal']}")
     harness.save("gguf_vs_llamacpp", {"towers": towers, "machine": harness.machine()}, options)
     faithful = [row.get("class_token_misplaced", row["plain"]) for each in towers for row in each["rows"][:-1]]
     return int(any(row["equal_greedy_tokens"] < row["of"] or not row["token_ids_equal"] for row in faithful))

@@ -1,12 +1,16 @@
 """Requests per second and time to the first token of `isthmus serve`, and of `transformers serve` on the same weights.
 
-    python benchmarks/serving.py [--peer] [--clients 1 4 16] [--steps N] [--tokens N] [--json FILE]
+    python benchmarks/serving.py [--peer] [--llama PYTHON] [--clients 1 4 16] [--steps N] [--tokens N] [--json FILE]
 
 A random CLIP, a random two-layer projector and SmolLM2-135M (with `--tiny` a random Llama) are saved as ours and
-exported as transformers' LLaVA. Each server runs in a process of its own and answers the same streamed requests,
-greedily, every client one after the other: first each request with a picture of its own, then all with one picture.
-The answers to a few requests, asked one by one, must be the same from both, or no speed is told; each server's are then
-compared with what it says among many, and the share that differs is reported.
+exported as transformers' LLaVA. With `--llama`, an environment that has xllamacpp, llama.cpp's own server is measured
+too, on our GGUF files; the tower is then a SigLIP and pictures have its size, since llama.cpp misplaces CLIP's class
+token and scales pictures in its own way (`docs/export.md`).
+
+Each server runs in a process of its own and answers the same streamed requests, greedily, every client one after the
+other: first each request with a picture of its own, then all with one picture. The answers to a few requests, asked one
+by one, must be the same from all, or no speed is told; each server's are then compared with what it says among many,
+and the share that differs is reported.
 """
 
 from __future__ import annotations
@@ -40,21 +44,27 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import harness
 import isthmus
-from isthmus import exporting
+from isthmus.exporting import gguf, llava
 from isthmus.recipes import parts
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% else %}<image>\n{% endif %}{% endfor %}{% endif %}"
+    "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}"
+    "{% elif p.type == 'media_marker' %}{{ p.text }}\n{% else %}<image>\n{% endif %}{% endfor %}{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""ChatML that takes texts and parts, so that both servers make the same tokens of a request."""
+"""ChatML that takes texts and parts (llama.cpp's `media_marker` too), so that all servers make the same tokens."""
 TOWER = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6}
 TINY_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIDE = 224
+"""Of the pictures that the tower sees, in pixels."""
 CHECKED = 6
 AGREEING = 0.8
 """Of the answers that are checked: float32 sums differ between batch shapes, and a tie may fall either way."""
@@ -72,14 +82,17 @@ class Heard:
     whole: float
 
 
-def build(folder: Path, tiny: bool) -> tuple[Path, Path]:
-    """The same model as ours and as transformers' LLaVA."""
-    tower = CLIPVisionConfig(**(TINY_TOWER if tiny else TOWER), image_size=224, patch_size=32)
+def build(folder: Path, options: argparse.Namespace) -> dict[str, Path]:
+    """The same model in the form that each server reads."""
+    tiny, square = options.tiny, {"height": SIDE, "width": SIDE}
+    shape = (TINY_TOWER if tiny else TOWER) | {"image_size": SIDE, "patch_size": 32}
     torch.manual_seed(0)
-    CLIPVisionModel(tower).save_pretrained(folder / "clip")
-    CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}).save_pretrained(
-        folder / "clip"
-    )
+    if options.llama:
+        SiglipVisionModel(SiglipVisionConfig(**shape)).save_pretrained(folder / "tower")
+        SiglipImageProcessorPil(size=square).save_pretrained(folder / "tower")
+    else:
+        CLIPVisionModel(CLIPVisionConfig(**shape)).save_pretrained(folder / "tower")
+        CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=square).save_pretrained(folder / "tower")
     embedded = parts.embedded("bench", "", isthmus.config.AlignerConfig(name="llava"), ())
     llm = embedded.llm
     if tiny:
@@ -90,28 +103,33 @@ def build(folder: Path, tiny: bool) -> tuple[Path, Path]:
         ).save_pretrained(folder / "llm")
         tokenizer.save_pretrained(folder / "llm")
         llm = isthmus.config.LLMConfig(source=str(folder / "llm"))
-    encoder = isthmus.config.EncoderConfig(source=str(folder / "clip"), aspect="crop", layer=-2)
+    encoder = isthmus.config.EncoderConfig(source=str(folder / "tower"), aspect="crop", layer=-2)
     model = isthmus.compose(isthmus.Recipe(encoder=encoder, llm=llm, aligner=embedded.aligner))
     model.processor.tokenizer.chat_template = model.processor.chat_template = TEMPLATE
-    ours, theirs = folder / "ours", folder / "theirs"
-    model.save_pretrained(ours, whole=True)
-    exporting.export(ours, theirs)
-    (theirs / "chat_template.jinja").write_text(TEMPLATE)
-    return ours, theirs
+    made = {"isthmus": folder / "ours"}
+    model.save_pretrained(made["isthmus"], whole=True)
+    if options.peer:
+        made["transformers"] = folder / "theirs"
+        llava.export(made["isthmus"], made["transformers"])
+        (made["transformers"] / "chat_template.jinja").write_text(TEMPLATE)
+    if options.llama:
+        made["llama.cpp"] = folder / "gguf"
+        gguf.export(made["isthmus"], made["llama.cpp"])
+    return made
 
 
-def picture(seed: int) -> str:
+def picture(seed: int, size: tuple[int, int]) -> str:
     """Coarse noise as a data URL."""
     coarse = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
     raw = BytesIO()
-    Pillow.fromarray(coarse).resize((320, 240)).save(raw, "png")
+    Pillow.fromarray(coarse).resize(size).save(raw, "png")
     return "data:image/png;base64," + base64.b64encode(raw.getvalue()).decode()
 
 
-def request(number: int, seed: int, tokens: int) -> dict[str, Any]:
+def request(number: int, seed: int, tokens: int, size: tuple[int, int] = (320, 240)) -> dict[str, Any]:
     """Request `number` about the picture of `seed`."""
     question = f"Question {number}: what do you see in this picture, and what could it be used for?"
-    content = [{"type": "image_url", "image_url": {"url": picture(seed)}}, {"type": "text", "text": question}]
+    content = [{"type": "image_url", "image_url": {"url": picture(seed, size)}}, {"type": "text", "text": question}]
     return {
         "messages": [{"role": "user", "content": content}],
         "max_tokens": tokens,
@@ -122,16 +140,16 @@ def request(number: int, seed: int, tokens: int) -> dict[str, Any]:
 
 
 @contextmanager
-def served(kind: str, model: Path) -> Iterator[tuple[str, str]]:
+def served(kind: str, model: Path, llama: str = "") -> Iterator[tuple[str, str]]:
     """The address of a server in a process of its own, and the model's name there."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    script = Path(sys.executable).with_name("isthmus" if kind == "isthmus" else "transformers")
-    more = ["--dtype", "float32", "--device", "cpu"]
-    process = subprocess.Popen(
-        [script, "serve", str(model), "--port", port, *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    script = Path(sys.executable).with_name(kind)
+    command = [script, "serve", str(model), "--port", port, "--dtype", "float32", "--device", "cpu"]
+    if kind == "llama.cpp":
+        command = [llama, harness.HERE / "serving_llamacpp_worker.py", str(model), port, str(torch.get_num_threads())]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(1200):
@@ -144,7 +162,7 @@ def served(kind: str, model: Path) -> Iterator[tuple[str, str]]:
                 raise SystemExit(f"{kind} serve ended before it listened")
         else:
             raise SystemExit(f"{kind} serve did not listen in time")
-        yield address, model.name if kind == "isthmus" else str(model)
+        yield address, str(model) if kind == "transformers" else model.name
     finally:
         process.terminate()
         process.wait(30)
@@ -170,7 +188,8 @@ def ask(client: httpx2.Client, address: str, body: dict[str, Any]) -> Heard:
 
 def load(address: str, name: str, clients: int, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """All requests by so many clients, each one after the other."""
-    with httpx2.Client(timeout=600) as http, ThreadPoolExecutor(clients) as threads:
+    fresh = httpx2.Limits(max_keepalive_connections=0)  # llama.cpp closes connections that others keep
+    with httpx2.Client(timeout=600, limits=fresh) as http, ThreadPoolExecutor(clients) as threads:
         begun = time.perf_counter()
         heard = list(threads.map(lambda body: ask(http, address, {"model": name, **body}), bodies))
         seconds = time.perf_counter() - begun
@@ -185,8 +204,9 @@ def load(address: str, name: str, clients: int, bodies: Sequence[dict[str, Any]]
 
 def measure(kind: str, model: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Every case of one server; `answers` are those asked alone."""
-    with served(kind, model) as (address, name):
-        checked = [request(number, number, options.tokens) for number in range(CHECKED)]
+    size = (SIDE, SIDE) if options.llama else (320, 240)
+    with served(kind, model, options.llama) as (address, name):
+        checked = [request(number, number, options.tokens, size) for number in range(CHECKED)]
         result: dict[str, Any] = {"answers": load(address, name, 1, checked)["answers"], "cases": []}
         fresh = 1000
         for clients in options.clients:
@@ -194,7 +214,7 @@ def measure(kind: str, model: Path, options: argparse.Namespace) -> dict[str, An
             for repeated in (False, True):
                 seeds = [0 if repeated else fresh + number for number in range(amount)]
                 fresh += amount
-                bodies = [request(fresh + number, seed, options.tokens) for number, seed in enumerate(seeds)]
+                bodies = [request(fresh + number, seed, options.tokens, size) for number, seed in enumerate(seeds)]
                 case = load(address, name, clients, bodies) | {"clients": clients, "repeated": repeated}
                 case.pop("answers")
                 result["cases"].append(case)
@@ -204,18 +224,21 @@ def measure(kind: str, model: Path, options: argparse.Namespace) -> dict[str, An
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure in turns, print a table, write the numbers; 1 if the two servers do not say the same."""
+    """Measure in turns, print a table, write the numbers; 1 if the servers do not say the same."""
     options = parser().parse_args(arguments)
     where = harness.machine()
     with tempfile.TemporaryDirectory(prefix="isthmus-serving-") as folder:
-        ours, theirs = build(Path(folder), options.tiny)
-        kinds = {"isthmus": ours} | ({"transformers": theirs} if options.peer else {})
+        kinds = build(Path(folder), options)
         runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
         for _ in range(options.repeats):
             for kind, model in kinds.items():
                 runs[kind].append(measure(kind, model, options))
     agreeing = sum(len(set(answers)) == 1 for answers in zip(*(each[0]["answers"] for each in runs.values()))) / CHECKED
-    harness.save("serving", {"machine": where, "agreeing": agreeing, "runs": runs}, options)
+    harness.save(
+        "serving_llamacpp" if options.llama else "serving",
+        {"machine": where, "agreeing": agreeing, "runs": runs},
+        options,
+    )
     print(harness.in_words(where), f"\n{agreeing:.0%} of {CHECKED} answers are the same from {' and '.join(kinds)}")
     if agreeing < AGREEING:
         print("refused: no speed is told where the answers differ")
@@ -238,6 +261,7 @@ def lines(kind: str, runs: list[dict[str, Any]]) -> Iterator[list[str]]:
 def parser() -> argparse.ArgumentParser:
     made = harness.parser(__doc__, 4, "requests per client and case")
     made.add_argument("--peer", action="store_true", help="measure `transformers serve` too")
+    made.add_argument("--llama", default="", help="the Python of an environment with xllamacpp: measure llama.cpp too")
     made.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     made.add_argument("--tokens", type=int, default=32, help="longest answer")
     return made

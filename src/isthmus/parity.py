@@ -1,13 +1,16 @@
 """Whether two forms of one model are the same: what each makes of a question, compared step by step.
 
-A form is a directory of ours, a directory of a class of transformers, or an endpoint, which tells greedy text alone.
+A form is a model in memory or a directory of ours, a directory of a class of transformers, or an endpoint. An endpoint
+tells the greedy text and, where it can, how long the prompt was and how likely each token of the answer.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,14 +20,17 @@ from isthmus import parts
 from isthmus.config import check
 from isthmus.data.media import MOST_PIXELS, open_image
 from isthmus.encoders import hf
+from isthmus.exporting import TOLERANCE
 from isthmus.model import VLM, VLMConfig
 from isthmus.processor import MARKER
+from isthmus.speakers.endpoint import Endpoint
 from isthmus.speakers.remote import Remote
 from isthmus.speakers.settings import RemoteConfig
-from isthmus.types import ConfigError, Image, Sample, Turn
+from isthmus.speakers.usage import Meter
+from isthmus.speakers.wire import messages
+from isthmus.types import ConfigError, Image, IsthmusError, Sample, Turn
 
-TOLERANCE = 1e-4
-"""Largest difference of float32 logits that counts as equal."""
+Found = TypeVar("Found")
 EXACT = 1e-5
 """Of prepared pictures."""
 LONGEST = 64
@@ -47,17 +53,21 @@ class Question:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a form made of a question; an endpoint tells `text` alone.
+    """What a form made of a question; an endpoint tells `text`, and perhaps `length` and `logprobs`.
 
     Attributes:
         pixels: the prepared picture.
         ids: the prompt's tokens, `PICTURE` where the picture stands.
+        length: how many they are.
         logits: at every position of the prompt, [T, V].
         tokens: the greedy answer.
+        logprobs: of each of its tokens.
         text: the same in words.
     """
 
     text: str
+    length: int | None = None
+    logprobs: tuple[float, ...] | None = None
     ids: tuple[int, ...] | None = None
     logits: Tensor | None = None
     tokens: tuple[int, ...] | None = None
@@ -84,7 +94,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Ours:
-    """A directory that `save_pretrained` or `isthmus train` wrote."""
+    """A model in memory, in evaluation mode, or a directory that `save_pretrained` or `isthmus train` wrote."""
 
     model: VLM
 
@@ -95,10 +105,19 @@ class Ours:
         output = self.model.run(batch)
         assert output.hidden_BTD is not None  # every joint with an LLM has states
         ids = batch.input_ids_BT.masked_fill(batch.modality_BT > 0, PICTURE)[0]
-        told = self.model.generate(batch, max_new_tokens=LONGEST, do_sample=False, pad_token_id=processor.pad)[0]
-        answer = told if self.model.config.is_encoder_decoder else told[len(ids) :]
+        told = self.model.generate(
+            batch,
+            max_new_tokens=LONGEST,
+            do_sample=False,
+            pad_token_id=processor.pad,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        answer = told.sequences[0] if self.model.config.is_encoder_decoder else told.sequences[0, len(ids) :]
         return Seen(
             processor.decode(answer, skip_special_tokens=True).strip(),
+            len(ids),
+            _logprobs(answer, told.logits),
             tuple(ids.tolist()),
             output.head(output.hidden_BTD)[0].float(),
             tuple(answer.tolist()),
@@ -125,6 +144,8 @@ class Native:
         answer = told[len(ids) :]
         return Seen(
             tokenizer.decode(answer, skip_special_tokens=True).strip(),
+            len(ids),
+            None,  # they are shares of a vocabulary that has markers in it
             tuple(ids.masked_fill(ids == self.model.config.image_token_id, PICTURE).tolist()),
             logits,
             tuple(answer.tolist()),
@@ -160,7 +181,22 @@ class Served:
 
     def see(self, question: Question) -> Seen:
         with self.remote as remote:
-            return Seen(remote.say([question.turn]))
+            text = remote.say([question.turn])
+        return Seen(text, *self._weighed(question))
+
+    def _weighed(self, question: Question) -> tuple[int | None, tuple[float, ...] | None]:
+        """The prompt's length and the answer's log-probabilities; None of what the endpoint does not tell."""
+        config = self.remote.config
+        body = config.request() | {"messages": messages([question.turn], config.picture), "logprobs": True}
+        with closing(Endpoint(config, Meter(config))) as endpoint:
+            try:
+                reply = json.loads(endpoint.fetch(body))
+            except (IsthmusError, ValueError):  # it has just answered: it takes no `logprobs`
+                return None, None
+        return (
+            _found(lambda: int(reply["usage"]["prompt_tokens"])),
+            _found(lambda: tuple(float(each["logprob"]) for each in reply["choices"][0]["logprobs"]["content"])),
+        )
 
 
 def form(source: str, name: str | None = None, key_env: str | None = None) -> Form:
@@ -206,9 +242,10 @@ def compare(one: Form, other: Form, question: Question) -> list[Check]:
     a, b = one.see(question), other.see(question)
     return [
         _numbers("prepared picture", a.pixels, b.pixels, EXACT),
-        _sequence("token ids of the prompt", a.ids, b.ids),
+        _prompt(a, b),
         _logits(a, b),
         _sequence(f"first {LONGEST} greedy tokens", a.tokens, b.tokens),
+        _answer(a, b),
         Check("greedy text", a.text == b.text, "" if a.text == b.text else f"{a.text!r} and {b.text!r}"),
     ]
 
@@ -226,8 +263,45 @@ def _numbers(what: str, a: Tensor | None, b: Tensor | None, tolerance: float) ->
         return Check(what, None, UNTOLD)
     if a.numel() != b.numel():
         return Check(what, False, f"{list(a.shape)} and {list(b.shape)}")
+    if not a.numel():
+        return Check(what, True, "none")
     difference = (a.flatten().float() - b.flatten().float()).abs().max().item()
     return Check(what, difference <= tolerance, f"largest difference {difference:.1e}")
+
+
+def _prompt(a: Seen, b: Seen) -> Check:
+    """The prompt's tokens, or how many they are, where an endpoint tells no more."""
+    found = _sequence("token ids of the prompt", a.ids, b.ids)
+    if found.equal is not None or a.length is None or b.length is None:
+        return found
+    if a.length != b.length:
+        return Check(found.what, False, f"{a.length} and {b.length} of them")
+    return Check(found.what, None, f"{a.length} in both, {UNTOLD} which")
+
+
+def _answer(a: Seen, b: Seen) -> Check:
+    """How likely each token of the answer was; an endpoint leaves out the one that ends it."""
+    what = "its log-probabilities"
+    if a.logprobs is None or b.logprobs is None:
+        return Check(what, None, UNTOLD)
+    if a.text != b.text:
+        return Check(what, None, "of different answers, not compared")
+    count = min(len(a.logprobs), len(b.logprobs))
+    return _numbers(what, torch.tensor(a.logprobs[:count]), torch.tensor(b.logprobs[:count]), TOLERANCE)
+
+
+def _logprobs(answer_T: Tensor, logits: Sequence[Tensor]) -> tuple[float, ...]:
+    """Of the tokens that were generated, whatever an encoder-decoder's answer begins with."""
+    ids_U = answer_T[len(answer_T) - len(logits) :]
+    return tuple(float(one_1V[0].float().log_softmax(-1)[token]) for one_1V, token in zip(logits, ids_U))
+
+
+def _found(read: Callable[[], Found]) -> Found | None:
+    """A value of a reply, or None where the reply has another shape."""
+    try:
+        return read()
+    except (KeyError, IndexError, TypeError, ValueError):
+        return None
 
 
 def _sequence(what: str, a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> Check:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
+import os
+import re
+import shutil
 import socket
+import subprocess
 import threading
 import time
+from pathlib import Path
 
 import httpx2
 import openai
@@ -97,6 +103,18 @@ def test_whole_and_streamed_answers_are_the_models_own(number, client, model):
     assert chunks[-1].choices[0].finish_reason == reply.choices[0].finish_reason and last.choices == []
     assert last.usage.completion_tokens == reply.usage.completion_tokens
     assert last.usage.prompt_tokens_details.cached_tokens > 0  # the same prompt was read a moment ago
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on this machine")
+def test_the_documents_curl_is_answered(served, client, tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    (command,) = re.findall(r"```bash\n(curl .*?)```", page, re.DOTALL)
+    (tmp_path / "cat.png").write_bytes(base64.b64decode(encoded(1).partition(",")[2]))
+    command = command.replace("http://127.0.0.1:8000", served[1]).replace('"demo"', f'"{NAME}", "max_tokens": 12')
+    script = ["bash", "-c", command]
+    told = subprocess.run(script, cwd=tmp_path, env={**os.environ, "SERVER_KEY": KEY}, capture_output=True, check=True)
+    expected = ask(client, user(shown(1), said("What is this?"))).choices[0].message.content
+    assert json.loads(told.stdout)["choices"][0]["message"]["content"] == expected
 
 
 def test_a_typed_placeholder_or_control_token_is_text(client, model):

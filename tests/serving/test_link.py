@@ -58,6 +58,18 @@ def test_what_comes_to_no_request_is_closed(served, first, drip):
     assert 0.3 < closed_after(served[1], first, drip) < 4
 
 
+def test_pieces_of_a_stream_are_sent_at_once(served, monkeypatch):
+    told, made = [], Link.connection_made
+
+    def note(link, transport):
+        made(link, transport)
+        told.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    monkeypatch.setattr(Link, "connection_made", note)
+    httpx2.get(f"{served[1]}/health")
+    assert told == [1]
+
+
 def test_an_answer_may_take_longer_and_a_connection_is_used_again(served):
     server, address = served
     right = server.engine.pool.step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -86,6 +87,7 @@ def test_facts_and_maps_want_the_key(address):
     assert httpx2.post(address + "/page/attention", json={}).status_code == 401
     told = httpx2.get(address + "/page/facts", headers=WITH_KEY).json()
     assert told["model"] == NAME and told["attention"] and told["aspect"] == "pad" and told["facts"]["Joint"] == "llava"
+    assert told["facts"]["Language model"].startswith("llm-llama (") and "/" not in "".join(told["facts"].values())
 
 
 def test_maps_are_those_of_the_model_alone(address, model):
@@ -175,20 +177,85 @@ def test_asking_about_a_picture(page, tmp_path, address):
 @pytest.mark.timeout(120)
 def test_attention_is_drawn_over_the_picture_and_taken_away(page, tmp_path):
     with_key(page)
-    page.click("#settings-open")
-    page.check("input[name=attention]")
-    page.keyboard.press("Escape")
     attach(page, tmp_path, size=(160, 80))
     page.fill("#question", "what?")
     page.click("#send")
+    switch = page.get_by_role("button", name="Where it looked")
+    switch.click()
     canvas = page.locator(".picture canvas")
     canvas.wait_for()
     assert "looked at it" in canvas.get_attribute("aria-label")
     drawn, seen = canvas.bounding_box(), page.locator(".picture img").bounding_box()
     assert drawn["width"] == drawn["height"] == pytest.approx(seen["width"])  # the square with its margins
     assert drawn["y"] + drawn["height"] / 2 == pytest.approx(seen["y"] + seen["height"] / 2)
-    page.click("text=Hide where it looked")
-    assert canvas.count() == 0
+    assert switch.get_attribute("aria-pressed") == "true"
+    page.fill("#question", "and again?")
+    page.press("#question", "Enter")
+    switch.nth(1).click()  # of the same picture by a later answer: one map is shown at a time
+    page.wait_for_function("() => document.querySelectorAll('.look')[1].ariaPressed === 'true'")
+    assert canvas.count() == 1 and switch.nth(0).get_attribute("aria-pressed") == "false"
+    switch.nth(1).click()
+    assert canvas.count() == 0 and switch.nth(1).get_attribute("aria-pressed") == "false"
+
+
+def streamed(text):
+    """A stream of one event, as the server would send it."""
+    event = {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": "stop"}]}
+    return {"content_type": "text/event-stream", "body": f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n"}
+
+
+@pytest.mark.timeout(120)
+def test_the_end_of_a_long_answer_stands_above_the_composer_unless_one_reads_further_up(page):
+    with_key(page)
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(**streamed("a line\n" * 200)))
+    page.fill("#question", "much?")
+    page.press("#question", "Enter")
+    page.locator(".assistant .tools").wait_for()
+    gap = """() => document.querySelector('#composer').getBoundingClientRect().top
+      - document.querySelector('#log').lastElementChild.getBoundingClientRect().bottom"""
+    page.wait_for_function(f"() => ({gap})() >= 0")
+    page.mouse.wheel(0, -600)
+    page.wait_for_function(f"() => ({gap})() < -300")
+    place = page.evaluate("() => window.scrollY")
+    page.evaluate("() => { document.querySelector('.assistant .said').textContent += 'more\\n'.repeat(50); }")
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    assert page.evaluate("() => window.scrollY") == place
+
+
+@pytest.mark.timeout(120)
+def test_markdown_becomes_elements_and_html_stays_text(page):
+    with_key(page)
+    text = (
+        "# Cats\n\n**Two** cats, *one* mat, 2 * 3 * 4, `a*b*c` <img src=x onerror=alert(1)>\nsecond line\n"
+        "- a [link](http://x.y)\n- b **c\n\n3. three\n4. four\n```python\n# not a **heading**\n- nor a list\n"
+    )
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(**streamed(text)))
+    page.fill("#question", "what?")
+    page.press("#question", "Enter")
+    page.locator(".assistant .tools").wait_for()
+    said = page.locator(".assistant .said")
+    assert said.evaluate("(node) => [...node.children].map((each) => each.tagName)") == ["H3", "P", "UL", "OL", "PRE"]
+    assert said.locator("p").inner_html() == (
+        "<strong>Two</strong> cats, <em>one</em> mat, 2 * 3 * 4, <code>a*b*c</code> "
+        "&lt;img src=x onerror=alert(1)&gt;\nsecond line"
+    )
+    assert said.locator("ul li").all_inner_texts() == ["a [link](http://x.y)", "b **c"]
+    assert said.locator("ol").get_attribute("start") == "3"
+    assert said.locator("pre").text_content() == "# not a **heading**\n- nor a list\n"
+
+
+@pytest.mark.timeout(120)
+def test_an_answer_is_copied_and_nothing_is_not_sent(page):
+    with_key(page)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    assert page.is_disabled("#send")
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(**streamed("a cat\non a mat")))
+    page.fill("#question", "what?")
+    page.click("#send")
+    page.click("text=Copy")
+    page.locator("#status", has_text="Copied").wait_for()
+    assert page.evaluate("() => navigator.clipboard.readText()") == "a cat\non a mat"
+    assert page.is_disabled("#send")
 
 
 @pytest.mark.timeout(120)

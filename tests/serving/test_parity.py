@@ -13,18 +13,23 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
+import chat_server
 import composed
 import tiny
 from composed import picture, stir
-from isthmus import exporting, parity, storage
+from isthmus import parity, storage
 from isthmus.cli.app import app
+from isthmus.config import LoRA
 from isthmus.data.media import open_image
 from isthmus.data.template import FALLBACK
+from isthmus.exporting import llava
+from isthmus.files import sha256
 from isthmus.speakers.wire import messages
-from isthmus.types import ConfigError
+from isthmus.types import ConfigError, Sample
 
 ASKED = parity.Question("what is it?", picture(1))
-STEPS = ["prepared picture", "token ids of the prompt", "logits", "first 64 greedy tokens", "greedy text"]
+STEPS = ["prepared picture", "token ids of the prompt", "logits", "first 64 greedy tokens"]
+STEPS += ["its log-probabilities", "greedy text"]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model of ours, and its export."""
     folder = tmp_path_factory.mktemp("forms")
     stir(composed.model("llama", aspect="crop")).save_pretrained(folder / "ours")
-    exporting.export(folder / "ours", folder / "theirs")
+    llava.export(folder / "ours", folder / "theirs")
     return folder / "ours", folder / "theirs"
 
 
@@ -46,7 +51,7 @@ def compared(one: Path | str, other: Path | str, question: parity.Question = ASK
 def test_a_saved_model_equals_its_export(folders: tuple[Path, Path], asked: parity.Question) -> None:
     found = compared(*folders, asked)
     assert found["prepared picture"] is (True if asked.image else None)
-    assert [found[step] for step in STEPS[1:]] == [True] * 4
+    assert [found[step] for step in STEPS[1:]] == [True, True, True, None, True]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
@@ -54,10 +59,10 @@ def test_a_model_without_a_chat_template_of_its_own_equals_its_export(tmp_path: 
     model = stir(composed.model(family, aspect="crop"))
     model.processor.tokenizer.chat_template = model.processor.chat_template = None
     model.save_pretrained(tmp_path / "ours")
-    exporting.export(tmp_path / "ours", tmp_path / "theirs")
+    llava.export(tmp_path / "ours", tmp_path / "theirs")
     for asked in (ASKED, parity.Question("hi there")):
         found = compared(tmp_path / "ours", tmp_path / "theirs", asked)
-        assert [found[step] for step in STEPS[1:]] == [True] * 4
+        assert [found[step] for step in STEPS[1:]] == [True, True, True, None, True]
     assert FALLBACK in AutoTokenizer.from_pretrained(tmp_path / "theirs").chat_template
 
 
@@ -116,12 +121,53 @@ def test_a_server_equals_the_directory_it_serves(folders: tuple[Path, Path], mon
     assert isinstance(form, parity.Ours)
     monkeypatch.setenv("PARITY_KEY", KEY)
     with running(form.model) as (_, address):
-        found = compared(folders[0], f"{address}/v1", name=NAME, key_env="PARITY_KEY")
+        checks = parity.compare(form, parity.form(f"{address}/v1", NAME, "PARITY_KEY"), ASKED)
         other = parity.Ours(stir(composed.model("llama", aspect="crop", options={"projector": "linear"})))
         served = parity.form(f"{address}/v1", NAME, "PARITY_KEY")
         apart = parity.compare(other, served, ASKED)[-1]
-    assert [found[step] for step in STEPS] == [None] * 4 + [True]
+    assert [each.what for each in checks] == STEPS and [each.equal for each in checks] == [None] * 4 + [True] * 2
+    assert checks[1].note.startswith(f"{form.see(ASKED).length} in both")
     assert apart.equal is False and " and " in apart.note
+
+
+def test_an_endpoint_that_answers_alike_and_weighs_otherwise_is_found(folders: tuple[Path, Path]) -> None:
+    form = parity.form(str(folders[0]))
+    seen = form.see(ASKED)
+    with chat_server.running() as server:
+        server.reply = lambda body: seen.text
+        server.usage = {"prompt_tokens": seen.length + 1, "completion_tokens": 1}
+        served = parity.form(server.endpoint, NAME)
+        untold = parity.compare(form, served, ASKED)
+        content = [{"token": "", "logprob": value + 0.01} for value in seen.logprobs]
+        choice = {"message": {"content": seen.text}, "logprobs": {"content": content}}
+        server.acts = [chat_server.Act(), chat_server.Act(body={"choices": [choice]})]
+        apart = parity.compare(form, parity.form(server.endpoint, NAME), ASKED)
+    assert [each.equal for each in untold] == [None, False, None, None, None, True]
+    assert [each.equal for each in apart] == [None, None, None, None, False, True]
+    assert "1.0e-02" in apart[4].note
+
+
+def test_a_trained_model_equals_what_was_saved_exported_and_served_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = stir(composed.model("llama", aspect="crop"))
+    model.add_lora(["llm.*.q_proj"], LoRA(r=2), "mine")
+    learner = torch.optim.SGD(model.requires_grad_(True).train().parameters(), lr=0.1)
+    batch = model.processor.prompts([Sample((ASKED.turn,))])
+    for _ in range(2):  # so that LoRA's B leaves zero
+        output = model.run(batch)
+        output.head(output.hidden_BTD).square().mean().backward()
+        learner.step()
+    trained = parity.Ours(model.eval())
+    model.save_pretrained(tmp_path / "saved")
+    llava.export(tmp_path / "saved", tmp_path / "exported")
+    monkeypatch.setenv("PARITY_KEY", KEY)
+    with running(model) as (_, address):
+        served = parity.form(f"{address}/v1", NAME, "PARITY_KEY")
+        assert [each.equal for each in parity.compare(trained, served, ASKED)] == [None] * 4 + [True] * 2
+    saved, exported = (parity.form(str(tmp_path / folder)) for folder in ("saved", "exported"))
+    assert [each.equal for each in parity.compare(trained, saved, ASKED)] == [True] * 6
+    assert [each.equal for each in parity.compare(trained, exported, ASKED)] == [True] * 4 + [None, True]
 
 
 def test_a_large_picture_reaches_a_server_in_its_own_size(
@@ -153,7 +199,7 @@ def test_the_verb_tells_and_its_exit_code_says_whether_they_are_equal(
     weights = load_file(file)
     weights["connectors.image.layers.0.weight"][0] += 1
     save_file(weights, file)
-    (ours / storage.MANIFEST).write_text(json.dumps({file.name: storage.sha256(file)}))
+    (ours / storage.MANIFEST).write_text(json.dumps({file.name: sha256(file)}))
     result = CliRunner().invoke(app, ["parity", str(folders[0]), str(ours), *words[3:], "--json"])
     told = {each["what"]: each["equal"] for each in json.loads(result.output)}
     assert result.exit_code == 1 and told["logits"] is False and told["token ids of the prompt"] is True

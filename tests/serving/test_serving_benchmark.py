@@ -33,7 +33,7 @@ def test_both_servers_are_measured_on_the_same_answers(serving, tmp_path, capsys
 
 
 def test_no_speed_is_told_where_answers_differ(serving, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(serving, "build", lambda folder, tiny: (folder, folder))
+    monkeypatch.setattr(serving, "build", lambda folder, _: dict.fromkeys(("isthmus", "transformers"), folder))
 
     def measure(kind, model, options):
         return {"answers": [kind] * serving.CHECKED, "cases": [], "flipped": 0.0}

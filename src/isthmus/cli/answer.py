@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +30,14 @@ def chat(
     image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="Pictures of the first question.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask once, print the answer, leave.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Only the likeliest tokens that together have this probability.", min=0.01, max=1)
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the draws above temperature 0.  \\[default: another each time]")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="The system turn.  \\[default: the model's own]")] = None,
     device: Device = "auto",
     dtype: DType = "float32",
     endpoint: Endpoint = None,
@@ -39,25 +47,32 @@ def chat(
     """Talk to a model in the terminal; pictures by path, answers streamed.
 
     In the conversation, `/image PATH` shows a picture with the next question, `/new` starts afresh, `/quit` leaves.
+    Ctrl-C stops an answer.
     """
     from rich.console import Console
 
     console = Console(highlight=False)
-    conversation = Conversation(list(image or []))
+    conversation = Conversation(list(image or []), system)
     if endpoint is not None:
         from isthmus.cli.options import remote_of
 
-        limits = {"max_tokens": max_tokens, "temperature": temperature}
+        limits: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        limits |= {"options": {"top_p": top_p}} if top_p < 1 else {}
         with remote_of(model, endpoint, key_env, remote, **limits) as far:
             _talk(console, far, conversation, prompt, model)
             typer.echo(str(far.usage), err=True)
         return
 
+    import torch
+
     from isthmus.assembly import load
     from isthmus.cli.options import on
     from isthmus.speakers.local import Local
 
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
+    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    sampling: dict[str, Any] = drawn if temperature else {}
+    if seed is not None:
+        torch.manual_seed(seed)
     near = Local(load(model, dtype, on(device)), max_new_tokens=max_tokens, **sampling)
     _talk(console, near, conversation, prompt, model)
 
@@ -69,7 +84,9 @@ def _talk(console, speaker, conversation: Conversation, prompt: str | None, name
     if prompt is not None:
         _reply(console, speaker, conversation, prompt)
         return
-    console.print(f"[dim]{name}. /image PATH shows a picture, /new starts afresh, /quit leaves.[/dim]")
+    console.print(
+        f"[dim]{name}. /image PATH shows a picture, /new starts afresh, Ctrl-C stops an answer, /quit leaves.[/dim]"
+    )
     while True:
         try:
             said = console.input("[bold cyan]you[/bold cyan] ").strip()
@@ -78,23 +95,29 @@ def _talk(console, speaker, conversation: Conversation, prompt: str | None, name
         if said == "/quit":
             break
         if said == "/new":
-            conversation = Conversation([])
+            conversation = Conversation([], conversation.system)
         elif said.startswith("/image "):
             conversation.show(console, Path(said.removeprefix("/image ").strip()).expanduser())
         elif said.startswith("/"):
             console.print(f"[red]no such command: {escape(said)}[/red]\n[yellow]/image PATH, /new, /quit[/yellow]")
         elif said:
-            _reply(console, speaker, conversation, said)
+            try:
+                _reply(console, speaker, conversation, said)
+            except KeyboardInterrupt:
+                conversation.stop()
+                console.print("\n[dim]stopped[/dim]")
 
 
 class Conversation:
-    """The turns so far, and pictures that wait for the next question."""
+    """The turns so far, pictures that wait for the next question, and the pieces of the answer that is being given."""
 
-    def __init__(self, waiting: list[Path]):
+    def __init__(self, waiting: list[Path], system: str | None = None):
         from isthmus.types import Turn
 
-        self.turns: list[Turn] = []
-        self.waiting = waiting
+        self.turns: list[Turn] = [] if system is None else [Turn.say("system", system)]
+        self.waiting, self.system = waiting, system
+        self.shown: list[Path] = []
+        self.pieces: list[str] = []
 
     def show(self, console, path: Path) -> None:
         """Keep a picture for the next question, if it can be read."""
@@ -112,23 +135,32 @@ class Conversation:
         from isthmus.types import Image, Turn
 
         self.turns.append(Turn.say("user", *(Image(path) for path in self.waiting), said))
-        self.waiting = []
+        self.shown, self.waiting, self.pieces = self.waiting, [], []
 
-    def hear(self, answer: str) -> None:
+    def hear(self) -> None:
+        """The answer is as whole as it will be."""
         from isthmus.types import Turn
 
-        self.turns.append(Turn.say("assistant", answer))
+        self.turns.append(Turn.say("assistant", "".join(self.pieces).strip()))
+
+    def stop(self) -> None:
+        """What was said so far is the answer; where nothing was, the question is as if it had not been asked."""
+        if "".join(self.pieces).strip():
+            self.hear()
+        else:
+            self.turns.pop()
+            self.waiting = [*self.shown, *self.waiting]
 
 
 def _reply(console, speaker, conversation: Conversation, said: str) -> None:
     """Ask, print the answer as it comes, and remember it."""
     conversation.ask(said)
-    pieces = []
-    for piece in speaker.stream(conversation.turns):
-        pieces.append(piece)
-        console.print(piece, end="", markup=False)
+    with closing(speaker.stream(conversation.turns)) as pieces:
+        for piece in pieces:
+            conversation.pieces.append(piece)
+            console.print(piece, end="", markup=False)
     console.print()
-    conversation.hear("".join(pieces).strip())
+    conversation.hear()
 
 
 def import_(
@@ -141,14 +173,14 @@ def import_(
     name: Annotated[str, typer.Option(help="What the adapter is called in the model.")] = "adapter",
 ) -> None:
     """Bring an existing model in, and check that its logits are the same; or put a peft adapter onto a model."""
-    from isthmus.exporting import import_adapter, import_llava
+    from isthmus.exporting import llava, peft
 
     if onto is not None:
-        hosts = import_adapter(source, onto, out, part, name)
+        hosts = peft.import_adapter(source, onto, out, part, name)
         typer.echo(f"{out}: {onto} with LoRA {name!r} on {len(hosts)} Linears of {part}")
         return
     _check_no_adapter(source)
-    report = import_llava(source, out)
+    report = llava.import_llava(source, out)
     typer.echo(f"{out}: largest difference of logits {report.difference:.2e}")
 
 
@@ -160,33 +192,29 @@ def export(
     ] = Target.llava,
 ) -> None:
     """Write a model as a class of transformers, GGUF or ONNX, LoRA merged, its numbers checked; or LoRA for peft."""
-    from isthmus.exporting import export as to_llava
-    from isthmus.exporting import export_adapters
-    from isthmus.exporting_blip2 import export as to_blip2
-    from isthmus.exporting_gguf import export as to_gguf
-    from isthmus.exporting_onnx import export as to_onnx
+    from isthmus.exporting import blip2, gguf, llava, onnx, peft
 
     if to is Target.peft:
-        for folder, hosts in export_adapters(model, out).items():
+        for folder, hosts in peft.export_adapters(model, out).items():
             typer.echo(f"{folder}: LoRA on {hosts} Linears")
         return
     if to is Target.onnx:
-        report = to_onnx(model, out)
+        report = onnx.export(model, out)
         typer.echo(f"{out}: encoder and joint, largest difference of vectors {report.difference:.2e}")
         return
     if to is Target.gguf:
-        written = to_gguf(model, out)
+        written = gguf.export(model, out)
         typer.echo(f"{out}: largest difference of logits {written.parity.difference:.2e}")
         for note in written.notes:
             typer.echo(f"note: {note}")
         return
-    report = to_llava(model, out) if to is Target.llava else to_blip2(model, out, to.value)
+    report = llava.export(model, out) if to is Target.llava else blip2.export(model, out, to.value)
     typer.echo(f"{out}: largest difference of logits {report.difference:.2e}")
 
 
 def _check_no_adapter(source: Path) -> None:
     from isthmus.errors import ConfigError
-    from isthmus.lora import CONFIG
+    from isthmus.exporting.peft_file import CONFIG
 
     if (source / CONFIG).is_file():
         raise ConfigError(f"{source} is an adapter of peft, not a model", "say which model it goes on: --onto MODEL")

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import Response
 
+from isthmus import cards
 from isthmus.evaluation.gap import states
 from isthmus.model import VLM
 from isthmus.serving.refusals import Refusal, invalid
@@ -24,6 +25,7 @@ POLICY = (
 TYPES = {
     "index.html": "text/html; charset=utf-8",
     "chat.js": "text/javascript; charset=utf-8",
+    "markdown.js": "text/javascript; charset=utf-8",
     "style.css": "text/css; charset=utf-8",
     "icon.svg": "image/svg+xml",
 }
@@ -55,16 +57,22 @@ def _read(name: str) -> bytes:
 
 
 def facts(model: VLM) -> dict[str, str]:
-    """Of what the model is made, as a reader would ask."""
-    encoders = [f"{kind}: {model.config.encoder(kind).source}" for kind in model.config.encoders]
+    """Of what the model is made, as a reader would ask; where its parts lie on the server's disk is not told."""
+    named = {kind: cards.called(model.config.encoder(kind).source) for kind in model.config.encoders}
+    encoders = list(named.values()) if len(named) == 1 else [f"{kind}: {name}" for kind, name in named.items()]
     parameters = sum(each.numel() for each in model.parameters())
     joint = sum(each.numel() for each in model.connectors.parameters())
     return {
-        "Language model": str(model.config.llm["config"]["source"]),
+        "Language model": cards.called(model.config.llm["config"]["source"]),
         "Encoder": ", ".join(encoders) or "none",
         "Joint": model.aligner.name,
-        "Parameters": f"{parameters / 1e6:,.0f} M, of which {joint / 1e6:,.1f} M join the two",
+        "Parameters": f"{_millions(parameters)}, of which {_millions(joint)} join the two",
     }
+
+
+def _millions(count: int) -> str:
+    """Two digits or more."""
+    return f"{count / 1e6:,.0f} M" if count >= 1e7 else f"{count / 1e6:.2g} M" if count >= 1e5 else f"{count:,}"
 
 
 def has_maps(model: VLM) -> bool:

@@ -49,12 +49,16 @@ def serving(server: Server, host: str = "127.0.0.1", port: int = 0) -> Iterator[
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens; port 0 is any free one.
 
+    It names its protocol: asyncio sends small pieces at once (TCP_NODELAY) over those alone that say TCP, and of the
+    others each token of a stream waits for the client's delayed acknowledgement of the last, up to 40 ms.
+
     Raises:
         ConfigError: the address is not this machine's, or taken.
     """
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
     except OSError as error:

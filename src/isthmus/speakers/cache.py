@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from isthmus.config import Frozen
-from isthmus.training.checkpoint import write_text, writing
+from isthmus.files import write_text
+from isthmus.training.checkpoint import writing
 
 
 class Answer(Frozen):

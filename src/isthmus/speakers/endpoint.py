@@ -71,11 +71,15 @@ class Endpoint:
             Refused: a filter stopped the request.
             IsthmusError: anything else that went wrong, after the retries that it allows.
         """
-        response = self._persist(lambda: self._send(body))
+        text = self.fetch(body)
         with self.meter.replying() as whole, self._strict():
-            answer = replies.answer(replies.read(Reply, response.text))
+            answer = replies.answer(replies.read(Reply, text))
             whole(answer)
         return answer
+
+    def fetch(self, body: dict[str, Any]) -> str:
+        """The reply as it came. Raises as `ask`, but for what the reply says."""
+        return self._persist(lambda: self._send(body)).text
 
     def stream(self, body: dict[str, Any]) -> Generator[str, None, Answer]:
         """Pieces of the answer as they come; returns the whole. Attempts end with the first piece.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
-from transformers import TextIteratorStreamer
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from isthmus.data.collate import Look
 from isthmus.model import VLM
@@ -39,24 +40,41 @@ class Local:
         return [text.strip() for text in self.model.processor.batch_decode(ids[:, start:], skip_special_tokens=True)]
 
     def stream(self, turns: Sequence[Turn]) -> Iterator[str]:
-        """The answer in pieces as it is generated; an error in the model is raised here."""
+        """The answer in pieces as it is generated; an error in the model is raised here.
+
+        Whoever stops listening (closes the iterator) stops the model before its next token.
+        """
         streamer = TextIteratorStreamer(self.model.processor.tokenizer, skip_special_tokens=True)
-        batch, failed = self._prompt([Sample(tuple(turns))]), []
+        batch, failed, left = self._prompt([Sample(tuple(turns))]), [], Event()
+        stopping = StoppingCriteriaList([_Left(left)])
 
         def generate() -> None:
             try:
-                self.model.generate(batch, streamer=streamer, **self.decode)
+                self.model.generate(batch, streamer=streamer, stopping_criteria=stopping, **self.decode)
             except BaseException as error:
                 failed.append(error)
                 streamer.end()
 
         thread = Thread(target=generate, daemon=True)
         thread.start()
-        yield from streamer
-        thread.join()
+        try:
+            yield from streamer
+        finally:
+            left.set()
+            thread.join()
         if failed:
             raise failed[0]
 
     def _prompt(self, samples: Sequence[Sample]) -> Batch:
         with torch.inference_mode():
             return self.model.processor.prompts(samples, self.look).to(self.model.device)
+
+
+class _Left(StoppingCriteria):
+    """Ends every row once nobody listens."""
+
+    def __init__(self, left: Event):
+        self.left = left
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **unused: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.left.is_set(), dtype=torch.bool, device=input_ids.device)

@@ -1,9 +1,11 @@
 // The chat page: one conversation, kept in this tab, spoken over the server's own OpenAI-like endpoint.
 
+import { rendered } from "./markdown.js";
+
 const $ = (id) => document.getElementById(id);
 const LARGEST = 7_000_000; // bytes of a picture: base64 makes it a third longer, and the server takes 10 MB
 
-const state = { turns: [], tray: [], running: null, aspect: null };
+const state = { turns: [], tray: [], running: null, aspect: null, attention: false, following: true };
 
 // ------------------------------------------------------------------------------------------------ building the page
 
@@ -25,13 +27,12 @@ function picture(url, name) {
 }
 
 function showTurn(turn) {
-  const said = make("p", { className: "said", textContent: turn.text });
+  const said = make("div", { className: "said", textContent: turn.text });
   const pictures = make("div", { className: "pictures" }, ...turn.pictures.map((each) => picture(each.url, each.name)));
   const who = make("span", { className: "hidden", textContent: turn.role === "user" ? "You:" : "Model:" });
   const item = make("li", { className: turn.role }, who, ...(turn.pictures.length ? [pictures] : []), said);
   $("welcome").hidden = true;
   $("log").append(item);
-  item.scrollIntoView({ block: "end" });
   return { item, said };
 }
 
@@ -47,6 +48,12 @@ function showTray() {
       return make("li", {}, make("img", { src: each.url, alt: each.name }), remove);
     }),
   );
+  ready();
+}
+
+// Nothing can be sent while there is nothing to send.
+function ready() {
+  $("send").disabled = !$("question").value.trim() && !state.tray.length;
 }
 
 // ------------------------------------------------------------------------------------------------ pictures
@@ -74,6 +81,18 @@ async function add(files) {
   $("question").focus();
 }
 
+// The end of the conversation stays in view while it grows, unless the reader has scrolled up.
+function follow() {
+  let last = 0;
+  const end = () => document.documentElement.scrollHeight - window.innerHeight;
+  new ResizeObserver(() => state.following && window.scrollTo(0, end())).observe($("log"));
+  window.addEventListener("scroll", () => {
+    if (window.scrollY < last) state.following = false;
+    if (window.scrollY > end() - 40) state.following = true;
+    last = window.scrollY;
+  });
+}
+
 const filesOf = (transfer) => [...(transfer?.files ?? [])];
 
 // ------------------------------------------------------------------------------------------------ asking
@@ -85,15 +104,15 @@ function headers() {
   return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
 }
 
-function messages() {
+function messages(turns = state.turns) {
   const { system } = settings();
-  const turns = state.turns.map((turn) => ({
+  const told = turns.map((turn) => ({
     role: turn.role,
     content: turn.pictures.length
       ? [...turn.pictures.map((each) => ({ type: "image_url", image_url: { url: each.url } })), { type: "text", text: turn.text }]
       : turn.text,
   }));
-  return system ? [{ role: "system", content: system }, ...turns] : turns;
+  return system ? [{ role: "system", content: system }, ...told] : told;
 }
 
 function request() {
@@ -162,8 +181,7 @@ async function answer() {
       if (piece) {
         first ??= performance.now();
         turn.text += piece;
-        said.textContent = turn.text;
-        item.scrollIntoView({ block: "end" });
+        said.replaceChildren(...rendered(turn.text));
       }
     }
   } catch (error) {
@@ -178,8 +196,8 @@ async function answer() {
     takeBack(wrong);
   } else {
     state.turns.push(turn);
-    item.append(make("div", { className: "tools" }, again(item), make("span", { textContent: facts(usage, begun, first, stopped) })));
-    if (settings().attention) attend(item);
+    const told = make("span", { textContent: facts(usage, begun, first, stopped) });
+    item.append(make("div", { className: "tools" }, ...copy(turn), again(item), ...look(item), told));
   }
   $("question").focus();
 }
@@ -203,6 +221,16 @@ function facts(usage, begun, first, stopped) {
   return parts.join(" · ");
 }
 
+// Browsers give pages the clipboard over https and from this machine alone.
+function copy(turn) {
+  if (!navigator.clipboard) return [];
+  const button = make("button", { type: "button", textContent: "Copy" });
+  button.addEventListener("click", () => navigator.clipboard.writeText(turn.text).then(
+    () => say("Copied."), () => say("The browser did not let it be copied."),
+  ));
+  return [button];
+}
+
 function again(item) {
   const button = make("button", { type: "button", textContent: "Try again" });
   button.addEventListener("click", () => {
@@ -218,24 +246,34 @@ function again(item) {
 
 // ------------------------------------------------------------------------------------------------ where it looked
 
-async function attend(item) {
-  const asked = messages().slice(0, -1); // without the answer: what counts is where it was begun
+// A switch beside an answer, if there are pictures it could have looked at.
+function look(item) {
+  const turns = state.turns.slice(0, [...$("log").children].indexOf(item)); // the answer was begun after these
+  if (!state.attention || !turns.some((turn) => turn.pictures.length)) return [];
+  const button = make("button", { type: "button", className: "look", textContent: "Where it looked", ariaPressed: "false" });
+  button.addEventListener("click", async () => {
+    const shown = button.ariaPressed === "true";
+    $("log").querySelectorAll("canvas").forEach((canvas) => canvas.remove());
+    $("log").querySelectorAll(".look").forEach((each) => { each.ariaPressed = "false"; });
+    if (shown) return;
+    button.disabled = true;
+    await attend(turns, button).finally(() => { button.disabled = false; });
+  });
+  return [button];
+}
+
+async function attend(turns, button) {
   const response = await fetch("/page/attention", {
-    method: "POST", headers: headers(), body: JSON.stringify({ model: state.model, messages: asked }),
+    method: "POST", headers: headers(), body: JSON.stringify({ model: state.model, messages: messages(turns) }),
   }).catch(() => null);
   if (!response?.ok) {
     say(response ? await failure(response) : "The server cannot be reached.");
     return;
   }
   const { maps } = await response.json();
-  const figures = [...$("log").querySelectorAll(".user .picture")];
-  figures.forEach((figure, index) => maps[index] && overlay(figure, maps[index]));
-  const hide = make("button", { type: "button", textContent: "Hide where it looked" });
-  hide.addEventListener("click", () => {
-    figures.forEach((figure) => figure.querySelector("canvas")?.remove());
-    hide.remove();
-  });
-  item.querySelector(".tools").append(hide);
+  [...$("log").querySelectorAll(".user .picture")].slice(0, maps.length).forEach((figure, index) => overlay(figure, maps[index]));
+  button.ariaPressed = "true";
+  say("The brighter a place, the more the model looked at it as it began to answer.");
 }
 
 // Darkens what the answer looked at least; rows x columns of weights, the largest stays clear.
@@ -275,7 +313,9 @@ async function submit(event) {
   state.tray = [];
   showTray();
   $("question").value = "";
+  ready();
   say("");
+  state.following = true;
   state.turns.push(turn);
   showTurn(turn);
   await answer();
@@ -300,16 +340,15 @@ async function introduce() {
   const { model, facts: known, attention, aspect, max_tokens } = await response.json();
   state.model = model;
   state.aspect = aspect;
+  state.attention = attention;
   $("model").textContent = model;
   document.title = `${model} · Isthmus`;
   $("facts").replaceChildren(
     ...Object.entries(known).flatMap(([name, value]) => [make("dt", { textContent: name }), make("dd", { textContent: value })]),
   );
-  const form = $("settings").querySelector("form");
-  const longest = form.elements.max_tokens;
+  const longest = $("settings").querySelector("form").elements.max_tokens;
   longest.max = max_tokens;
   if (Number(longest.value) > max_tokens) longest.value = max_tokens; // else the settings would not close
-  form.elements.attention.closest("label").hidden = !attention;
 }
 
 function showValues() {
@@ -325,6 +364,7 @@ $("files").addEventListener("change", async (event) => {
   await add([...event.target.files]);
   event.target.value = "";
 });
+$("question").addEventListener("input", ready);
 $("question").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);
 });
@@ -354,5 +394,7 @@ $("settings-open").addEventListener("click", () => $("settings").showModal());
 $("settings").addEventListener("input", showValues);
 $("settings").addEventListener("close", () => state.model || introduce());
 showValues();
+follow();
+ready();
 introduce();
 $("question").focus();

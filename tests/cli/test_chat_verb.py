@@ -1,0 +1,69 @@
+"""`isthmus chat` in a terminal: stopping an answer, sampling, and the system turn."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import composed
+from isthmus.cli import answer
+from isthmus.cli.app import app
+from isthmus.speakers.local import Local
+from isthmus.types import Turn
+
+
+class Interrupted:
+    """A speaker whose answers end in Ctrl-C after so many pieces; None lets one end by itself."""
+
+    def __init__(self, *after: int | None):
+        self.after, self.heard = list(after), []
+
+    def stream(self, turns):
+        self.heard.append(list(turns))
+        after = self.after.pop(0)
+        for number, piece in enumerate(["a ", "b ", "c"]):
+            if number == after:
+                raise KeyboardInterrupt
+            yield piece
+
+
+def test_an_answer_that_is_stopped_stays_and_a_question_without_one_is_as_if_not_asked(tmp_path, monkeypatch):
+    composed.picture(1).source.save(tmp_path / "one.png")
+    said = iter([f"/image {tmp_path / 'one.png'}", "what?", "this?", "and?", "/new", "again?", "/quit"])
+    monkeypatch.setattr("rich.console.Console.input", lambda *_: next(said))
+    speaker, console = Interrupted(0, 2, None, None), Console(file=io.StringIO())
+    answer._talk(console, speaker, answer.Conversation([], "be brief"), None, "tiny")
+    assert console.file.getvalue().count("stopped") == 2
+    told = [[(turn.role, turn.text) for turn in turns] for turns in speaker.heard]
+    system = ("system", "be brief")
+    assert told[0] == [system, ("user", "what?")] and told[1] == [system, ("user", "this?")]
+    assert told[2] == [system, ("user", "this?"), ("assistant", "a b"), ("user", "and?")]
+    assert told[3] == [system, ("user", "again?")]
+    assert [len(turns[1].media) for turns in speaker.heard] == [1, 1, 1, 0]  # the picture waited for the next question
+
+
+def test_ctrl_c_at_a_single_question_ends_the_command():
+    with pytest.raises(KeyboardInterrupt):
+        answer._talk(Console(file=io.StringIO()), Interrupted(1), answer.Conversation([]), "what?", "tiny")
+
+
+def test_draws_are_repeated_by_their_seed_and_narrowed_by_top_p(tmp_path):
+    model = composed.stir(composed.model("llama"))
+    model.save_pretrained(tmp_path / "m", whole=True)
+    greedy = Local(model, max_new_tokens=12)
+
+    def chat(*words):
+        asked = ["chat", str(tmp_path / "m"), "-p", "hi", "--max-tokens", "12", "--device", "cpu", *words]
+        told = CliRunner().invoke(app, asked)
+        assert told.exit_code == 0, told.output
+        return told.output.strip()
+
+    warm = ["--temperature", "1.5", "--seed"]
+    first = chat(*warm, "3")
+    assert first == chat(*warm, "3") != chat(*warm, "4")
+    assert chat(*warm, "4", "--top-p", "0.01") == greedy.say([Turn.say("user", "hi")])
+    turns = [Turn.say("system", "be odd"), Turn.say("user", "hi")]
+    assert chat("--system", "be odd") == greedy.say(turns) != chat()
