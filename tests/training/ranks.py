@@ -105,13 +105,6 @@ def learn(
         run_stage(vlm, stage, share, folder, **common)  # type: ignore[arg-type]
 
 
-class Undealt(Share):
-    """Every process gets all rows."""
-
-    def __call__(self, step: int, micro: int) -> Batch:
-        return Share(self.vlm, self.size, self.micros)(step, micro)
-
-
 class Stopped(Share):
     """SIGTERM comes to the last process alone, while it prepares the third step."""
 

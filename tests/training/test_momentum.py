@@ -18,6 +18,7 @@ from isthmus.config import Engine, Recipe, Stage
 from isthmus.model import VLM
 from isthmus.recipes.albef import albef
 from isthmus.training import checkpoint
+from isthmus.training.log import read_rows
 from isthmus.training.optimizer import choose
 from isthmus.training.step import Step, held_out
 from isthmus.types import ConfigError
@@ -104,12 +105,17 @@ SILENT = {
 
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_several_processes_keep_one_slow_copy_and_one_queue(recipe: Recipe, tmp_path: Path, parallel: str) -> None:
-    chosen = stage(save_every=1 / 6)
+    """Beside each other, in the order of one process; what validation draws is the same, too."""
+    recipe = recipe.but(aligner={"name": "blip2", "options": {**OPTIONS, "dropout": 0.0}})  # drawn by each for itself
+    chosen = stage([*ALBEF[:2], "itg"], save_every=1 / 6)
     engine = Engine(keep=6, parallel=parallel)
-    assert ranks.start(2, ranks.learn, recipe, chosen, tmp_path, engine, ranks.Undealt) == [0, 0]
+    assert ranks.start(2, ranks.learn, recipe, chosen, tmp_path, engine) == [0, 0]
     follows(tmp_path, small.build(recipe))
     alone = tmp_path / "alone"
     ranks.learn(ranks.World(), recipe, chosen, alone, Engine(keep=6))
+    rows = (read_rows(folder / "metrics.jsonl") for folder in (tmp_path, alone))
+    shown, wanted = ([row["validation_loss"] for row in each if "validation_loss" in row] for each in rows)
+    assert shown == pytest.approx(wanted, rel=1e-4) and len(shown) == 1
     together, expected = (saved(folder, 6, checkpoint.DRIFTING) for folder in (tmp_path, alone))
     assert together.keys() == expected.keys()
     for name, tensor in expected.items():

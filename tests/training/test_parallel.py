@@ -191,18 +191,12 @@ def _hundred(*arguments: Any) -> None:
     ranks.learn(*arguments, steps=100, silent=tuple(range(100)))
 
 
-def test_a_loss_that_compares_the_samples_of_a_batch_is_computed_whole_by_every_process(
-    recipe: Recipe, tmp_path: Path
-) -> None:
+def test_a_loss_that_compares_the_samples_of_a_batch_is_that_of_one_process(recipe: Recipe, tmp_path: Path) -> None:
     made = stage(train={"connectors.*": 1e-3}, objectives=["contrastive"])
-    one = alone(recipe, made, tmp_path / "one", steps=4)
-    assert ranks.start(2, _undealt, recipe, made, tmp_path / "two", ENGINES["fsdp"]) == [0, 0]
+    one = alone(recipe, made, tmp_path / "one", steps=4, texts=(1, 3))
+    assert ranks.start(2, _mixed, recipe, made, tmp_path / "two", ENGINES["fsdp"]) == [0, 0]
     same(one, tmp_path / "two")
     assert [checkpoint_state(tmp_path / run)["samples"] for run in ("one", "two")] == [16, 16]
-
-
-def _undealt(world: World, *arguments: Any) -> None:
-    ranks.learn(world, *arguments, feed=ranks.Undealt, steps=4)
 
 
 def checkpoint_state(folder: Path) -> dict[str, Any]:

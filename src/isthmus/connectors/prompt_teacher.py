@@ -65,10 +65,9 @@ class PromptTeacher(nn.Module):
             t_NTW = layer(t_NTW, real_N1T)
         return t_NTW[:, 0]
 
-    def similarity(self, ids_NT: Tensor) -> Tensor:
-        """Sentences against each other, over the temperature, [N, N]."""
-        sentence_NC = F.normalize(self.contrast(self.read(ids_NT)), dim=-1)
-        return sentence_NC @ sentence_NC.T / self.temperature
+    def direction(self, ids_NT: Tensor) -> Tensor:
+        """What sentences stand for where they are compared with each other, of length 1, [N, C]."""
+        return F.normalize(self.contrast(self.read(ids_NT)), dim=-1)
 
     def mask(self, ids_NT: Tensor, share: float) -> Tensor:
         """The ids with about a `share` of the words hidden; never the first one, which gathers, nor padding."""

@@ -16,6 +16,16 @@ if TYPE_CHECKING:  # what an objective may be handed; it imports types alone
     VLM = Any
 
 
+class Alone:
+    """One process, which compares its samples with no other's; `training.parallel.World` has the same for several."""
+
+    rank, size = 0, 1
+
+    def all_gather(self, rows: Tensor, fill: float = 0) -> Tensor:
+        """The rows as they are."""
+        return rows
+
+
 class Objective(nn.Module):
     """One term of the loss, with the parameters it owns (a temperature, a head).
 
@@ -32,7 +42,8 @@ class Objective(nn.Module):
     """`connected` leaves the LLM out of the loop when no other objective needs its states; `encoded` leaves out the
     connectors' forward too, for a term that asks its Q-Former itself."""
     splits: ClassVar[bool] = True
-    """False for losses over in-batch negatives, which change when a step is split into micro-batches."""
+    """False for losses over in-batch negatives, which change when a step is split into micro-batches. Processes share
+    the batch all the same: such a term asks its `peers` for the rows of the others."""
     unpictured: ClassVar[bool] = False
     """True if samples without any medium are what it learns from."""
     unlabelled: ClassVar[bool] = False
@@ -48,10 +59,21 @@ class Objective(nn.Module):
     momentum: float | None = None
     """Share of itself that the slow copy of the connectors keeps at every step, for a term that learns from one: it is
     `step.companions["momentum"]`, and the same for all terms."""
+    world: Any = Alone()
+    """The processes that share the batches; the step says it."""
 
     def __init__(self, options: Frozen):
         super().__init__()
         self.options: Any = options
+
+    @property
+    def peers(self) -> Any:
+        """The processes with whose samples the term compares its own. In validation each has batches to itself.
+
+        All of them have to ask for rows, also those that have none, equally often and in the same order. What every
+        process computes of all rows alike, each divides by `peers.size`, so that their sums add up to it.
+        """
+        return self.world if self.training else Alone()
 
     def check(self, vlm: VLM) -> None:
         """Before anything runs: whether this joint and this LLM can carry the term; by default all can.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from isthmus.types import Batch, ConfigError, DataError, Features, Output
 if TYPE_CHECKING:
     from isthmus.objectives import VLM, Step
 
+PAD = -1
+"""Behind the ids of a text."""
 Shared = TypeVar("Shared")
 NO_TEXT = "use aligner blip2 with aligner.options.text=true"
 
@@ -38,6 +40,12 @@ def captions(batch: Batch) -> dict[str, Tensor]:
     return {kind: ids_NT for kind, ids_NT in batch.extra_text.items() if kind in batch.media}
 
 
+def spoken(batch: Batch, kind: str) -> Tensor:
+    """What is said of the media of a kind, ids [N, T]; no row where a batch has none of them."""
+    none_NT = torch.zeros(0, 1, dtype=torch.long, device=batch.segment_BT.device)
+    return captions(batch).get(kind, none_NT)
+
+
 def features(step: Step, output: Output, batch: Batch, kind: str) -> Features:
     """What the Q-Former of a kind reads of the batch's media."""
     if kind not in output.encoded:
@@ -58,6 +66,34 @@ def read(step: Step, output: Output, batch: Batch, kind: str) -> Tensor:
     """The captions without the pictures, both ways, [N, T, W]; all terms share one pass."""
     former = step.vlm.connectors[kind]
     return _once(output, ("read", kind), lambda: former.read(batch.extra_text[kind]))
+
+
+def directions(step: Step, output: Output, batch: Batch, kind: str) -> tuple[Tensor, Tensor]:
+    """Where pictures [N, Q, C] and their captions [N, C] are compared, in float32; all terms share one pass."""
+    former = step.vlm.connectors[kind]
+
+    def compute() -> tuple[Tensor, Tensor]:
+        picture_NQW, text_NTW = seen(step, output, batch, kind)[-1], read(step, output, batch, kind)
+        return former.heads.directions(picture_NQW).float(), former.heads.direction(text_NTW[:, 0]).float()
+
+    return _once(output, ("directions", kind), compute) if kind in batch.media else nowhere(former)
+
+
+def everywhere(peers: Any, step: Step, output: Output, batch: Batch, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The captions of all processes, ids [M, T], and `directions` of their pictures and of these captions."""
+
+    def compute() -> tuple[Tensor, Tensor, Tensor]:
+        picture_NQC, text_NC = directions(step, output, batch, kind)
+        ids_MT = peers.all_gather(spoken(batch, kind), PAD)
+        return ids_MT, peers.all_gather(picture_NQC), peers.all_gather(text_NC)
+
+    return _once(output, ("everywhere", kind), compute)
+
+
+def nowhere(former: Any) -> tuple[Tensor, Tensor]:
+    """`directions` of a process without media of a kind."""
+    width = former.heads.picture.out_features
+    return former.queries.new_zeros(0, len(former.queries), width), former.queries.new_zeros(0, width)
 
 
 def _once(output: Output, name: tuple[str, str], compute: Callable[[], Shared]) -> Shared:

@@ -84,7 +84,7 @@ class Queue(nn.Module):
 
 def keys(ids_NT: Tensor) -> Tensor:
     """A number for every text, the same for the same words whatever padding follows them, [N]."""
-    return ((ids_NT + 1) * torch.full_like(ids_NT[0], SPREAD).cumprod(0)).sum(1)
+    return ((ids_NT + 1) * ids_NT.new_full(ids_NT.shape[1:], SPREAD).cumprod(0)).sum(1)
 
 
 def slow(step: Any) -> Any:

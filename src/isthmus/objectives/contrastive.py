@@ -75,16 +75,21 @@ class Contrastive(Objective):
         return sum(len(media) for media in batch.media.values())
 
     def loss(self, step: Step, output: Output, batch: Batch) -> Tensor:
-        if not self.count(batch):
+        own = [text for kind in output.connected for text in _texts(batch, kind)]
+        none_T = batch.segment_BT.new_zeros(0, dtype=torch.long)
+        ids_NT = pad_sequence([*own, none_T], batch_first=True, padding_value=IGNORE)[: len(own)]
+        ids_MT = self.peers.all_gather(ids_NT, IGNORE)
+        if not len(ids_MT):
             return self.sharpness.new_zeros(()) * self.sharpness
-        texts = [text for kind in output.connected for text in _texts(batch, kind)]
+        texts = [ids_T[:length] for ids_T, length in zip(ids_MT, (ids_MT != IGNORE).sum(1).tolist())]
         match = late if self.options.match == "late" else mean
-        similarity_NN = torch.cat([match(y_NQD, texts, output.embed) for y_NQD in output.connected.values()])
-        logits_NN = self.sharpness.exp().clamp(max=SHARPEST) * similarity_NN
-        target_NN = shares(same(pad_sequence(texts, batch_first=True, padding_value=IGNORE)))
-        to_text = F.cross_entropy(logits_NN, target_NN, reduction="sum")
-        to_media = F.cross_entropy(logits_NN.T, target_NN, reduction="sum")
-        return (to_text + to_media) / 2
+        rows = [match(y_NQD, texts, output.embed).float() for y_NQD in output.connected.values()]
+        similarity_NM = torch.cat([*rows, self.sharpness.new_zeros(0, len(texts))])
+        logits_MM = self.sharpness.exp().clamp(max=SHARPEST) * self.peers.all_gather(similarity_NM)
+        target_MM = shares(same(ids_MT))
+        to_text = F.cross_entropy(logits_MM, target_MM, reduction="sum")
+        to_media = F.cross_entropy(logits_MM.T, target_MM, reduction="sum")
+        return (to_text + to_media) / 2 / self.peers.size
 
 
 def _misplaced() -> ConfigError:

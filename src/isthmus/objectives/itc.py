@@ -12,6 +12,7 @@ Differs:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -21,9 +22,20 @@ from torch.nn import functional as F
 
 from isthmus.config import Frozen
 from isthmus.objectives import Objective
-from isthmus.objectives._captions import captions, features, read, reads_captions, same, seen, shares, summed
+from isthmus.objectives._captions import (
+    captions,
+    directions,
+    everywhere,
+    features,
+    nowhere,
+    reads_captions,
+    same,
+    shares,
+    spoken,
+    summed,
+)
 from isthmus.objectives._momentum import Distilled, Queue, keys, slow
-from isthmus.types import Batch, Features, Output
+from isthmus.types import Batch, Output
 
 if TYPE_CHECKING:
     from isthmus.objectives import VLM, Step
@@ -48,7 +60,7 @@ class ITC(Objective):
         super().__init__(options)
         self.momentum = self.options.decay if self.options.alpha or self.options.queue else None
         self.queues = nn.ModuleDict()
-        self.seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # by the slow copy in this step
+        self.seen: dict[str, tuple[Tensor, ...]] = {}  # by the slow copy in this step
 
     def check(self, vlm: VLM) -> None:
         reads_captions(vlm)
@@ -73,38 +85,49 @@ class ITC(Objective):
 
     def loss(self, step: Step, output: Output, batch: Batch) -> Tensor:
         self.seen.clear()
-        return summed((self._kind(step, output, kind, ids, batch) for kind, ids in captions(batch).items()), batch)
+        beside_slow = self.momentum is not None and self.training
+        compare = self._with_slow if beside_slow else self._with_each_other
+        return summed((compare(step, output, batch, kind) for kind in step.vlm.connectors), batch)
 
-    def _kind(self, step: Step, output: Output, kind: str, ids_NT: Tensor, batch: Batch) -> Tensor:
-        heads = step.vlm.connectors[kind].heads
-        picture_NQC = heads.directions(seen(step, output, batch, kind)[-1])
-        text_NC = heads.direction(read(step, output, batch, kind)[:, 0])
-        if self.momentum is not None and self.training:
-            shown = features(step, output, batch, kind)
-            return self._beside_slow(step, kind, picture_NQC, text_NC, shown, ids_NT)
-        logits_NN = heads.compare(picture_NQC, text_NC).float()
-        target_NN = shares(same(ids_NT))
-        return (self._entropy(logits_NN, target_NN) + self._entropy(logits_NN.T, target_NN)) / 2
+    def with_media(self, vlm: VLM, kind: str) -> Sequence[nn.Module]:
+        return (vlm.connectors[kind],)
 
-    def _beside_slow(
-        self, step: Step, kind: str, picture_NQC: Tensor, text_NC: Tensor, shown: Features, ids_NT: Tensor
-    ) -> Tensor:
+    def _with_each_other(self, step: Step, output: Output, batch: Batch, kind: str) -> Tensor:
+        """The pictures and texts of all processes, by each of them alike."""
+        ids_MT, picture_MQC, text_MC = everywhere(self.peers, step, output, batch, kind)
+        if not len(ids_MT):
+            return text_MC.sum()
+        logits_MM = step.vlm.connectors[kind].heads.compare(picture_MQC, text_MC).float()
+        target_MM = shares(same(ids_MT))
+        whole = (self._entropy(logits_MM, target_MM) + self._entropy(logits_MM.T, target_MM)) / 2
+        return whole / self.peers.size
+
+    def _with_slow(self, step: Step, output: Output, batch: Batch, kind: str) -> Tensor:
         """Against what the slow copy sees of this batch and saw before; what it finds alike softens the targets."""
         compare, weight = step.vlm.connectors[kind].heads.compare, self.options.weight(slow(step).updates)
+        picture_NQC, text_NC = directions(step, output, batch, kind)
         with torch.no_grad():
-            copy = slow(step).connectors[kind]
-            slow_NQC = copy.heads.directions(copy.see(shown)[-1])
-            slow_NC = copy.heads.direction(copy.read(ids_NT)[:, 0])
-            now = slow_NQC.float(), slow_NC.float(), keys(ids_NT)
-            all_MQC, all_MC, key_M = self._with_queue(kind, now)
-            hard_NM = shares(now[2][:, None] == key_M)
+            own = slow_NQC, slow_NC, key_N = self._slowly(step, output, batch, kind)
+            all_MQC, all_MC, key_M = self._with_queue(kind, tuple(map(self.peers.all_gather, own)))
+            if not len(key_N):
+                return text_NC.sum()
+            hard_NM = shares(key_N[:, None] == key_M)
             soft_text_NM = compare(slow_NQC, all_MC).float().softmax(1)
             soft_picture_NM = compare(all_MQC, slow_NC).T.float().softmax(1)
         to_text = self._entropy(compare(picture_NQC, all_MC).float(), torch.lerp(hard_NM, soft_text_NM, weight))
         to_picture = self._entropy(compare(all_MQC, text_NC).T.float(), torch.lerp(hard_NM, soft_picture_NM, weight))
         return (to_text + to_picture) / 2
 
-    def _with_queue(self, kind: str, now: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    def _slowly(self, step: Step, output: Output, batch: Batch, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+        """`directions` as the slow copy has them, and a key for every text."""
+        ids_NT, copy = spoken(batch, kind), slow(step).connectors[kind]
+        if not len(ids_NT):
+            return *nowhere(copy), keys(ids_NT)
+        picture_NQC = copy.heads.directions(copy.see(features(step, output, batch, kind))[-1])
+        text_NC = copy.heads.direction(copy.read(ids_NT)[:, 0])
+        return picture_NQC.float(), text_NC.float(), keys(ids_NT)
+
+    def _with_queue(self, kind: str, now: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What the slow copy sees now, and behind it what is in the queue, which takes it up after the step."""
         if kind not in self.queues:
             return now

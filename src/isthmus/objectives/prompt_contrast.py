@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from isthmus.objectives._captions import same, shares
+from isthmus.objectives._captions import PAD, same, shares
 from isthmus.objectives._prompts import Teaching, sentences
 from isthmus.types import Batch, Output
 
@@ -33,6 +33,8 @@ class PromptContrast(Teaching):
 
     def loss(self, step: Step, output: Output, batch: Batch) -> Tensor:
         teacher = step.vlm.heads["teacher"]
-        logits_NN = teacher.similarity(self.read(teacher, batch)).float()
-        target_NN = shares(same(sentences(batch)))
-        return F.cross_entropy(logits_NN, target_NN, reduction="sum", label_smoothing=self.options.smoothing)
+        sentence_MC = self.peers.all_gather(teacher.direction(self.read(teacher, batch)).float())
+        logits_MM = (sentence_MC @ sentence_MC.T / teacher.temperature).float()
+        target_MM = shares(same(self.peers.all_gather(sentences(batch), PAD)))
+        whole = F.cross_entropy(logits_MM, target_MM, reduction="sum", label_smoothing=self.options.smoothing)
+        return whole / self.peers.size

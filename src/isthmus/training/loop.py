@@ -94,8 +94,7 @@ def run_stage(
         dtype: bfloat16 runs under autocast; what trains keeps float32 masters either way.
         sample: one rendered sample to show at the start.
         engine: how the machine does it, which changes nothing of what is learnt.
-        world: the processes that train this stage together; `feed` gives this one's share of every batch, or all of
-            it where `step.dealt` says so.
+        world: the processes that train this stage together; `feed` gives this one's share of every batch.
 
     Raises:
         ConfigError: the stage does not fit the model, the feed or what the folder already holds.
@@ -218,11 +217,10 @@ class _Runner:
                 saves.save(state)
             raise
         seconds = time.perf_counter() - began
-        samples, tokens, supervised = self.step.dealt.total(_sizes(batches))
+        samples, tokens, supervised = self.world.total(_sizes(batches))
         state.step += 1
         state.samples += samples
         state.tokens += tokens
-        state.supervised_tokens += supervised
         state.seconds += seconds
         state.loss = loss
         return {
@@ -248,7 +246,6 @@ class _Runner:
             raise NotFinite(
                 f"step {state.step}: the validation loss is not finite", "lower the learning rate, or look at the data"
             )
-        state.validation_loss = loss
         metrics.write({"step": state.step, **found})
         if state.improves(loss):
             state.best_step, state.best_loss = state.step, loss
@@ -316,7 +313,7 @@ class _Runner:
 
     def _draw_and_backward(self, number: int, batches: list[Batch]) -> dict[str, Tensor]:
         """The gradients of a step with the randomness that belongs to it."""
-        own = [self.step.dealt.rank] if self.step.dealt.rank else []  # the first draws as one process alone would
+        own = [self.world.rank] if self.world.rank else []  # the first draws as one process alone would
         torch.manual_seed(derive(self.seed, self.stage.name, number, *own))
         return self._backward(batches)
 

@@ -97,6 +97,15 @@ class World:
         dist.all_reduce(sums)
         return [type(count)(each) for count, each in zip(counts, sums.tolist())]
 
+    def all_gather(self, rows: Tensor, fill: float = 0) -> Tensor:
+        """The rows of all processes: the first of each, then the second of each, as batches are dealt out.
+
+        Some may have fewer rows, or none. Where they differ in another size, `fill` stands behind what is shorter.
+        Backward gives every process the gradient of its own rows, times the number of processes: it is for losses of
+        which every process computes the whole and returns its share, and so needs no word from the others.
+        """
+        return rows if self.size == 1 else _AllGather.apply(rows, self, fill)
+
     def any(self, flag: bool) -> bool:
         """Whether it is true in any process."""
         return self.total([int(flag)])[0] > 0
@@ -127,6 +136,33 @@ class World:
     def barrier(self) -> None:
         """Wait until every process is here."""
         self.total([0])
+
+
+class _AllGather(torch.autograd.Function):
+    """`World.all_gather` of several processes."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, world: World, fill: float) -> Tensor:
+        shapes = _from_all(torch.tensor(rows.shape, device=rows.device), world)
+        padded = rows.new_full(torch.stack(shapes).amax(0).tolist(), fill)
+        padded[tuple(map(slice, rows.shape))] = rows
+        real = torch.arange(len(padded))[:, None] < torch.stack(shapes)[:, 0]  # [rows, processes]
+        ctx.shape, ctx.size = rows.shape, world.size
+        ctx.own = real.nonzero()[:, 1] == world.rank
+        return torch.stack(_from_all(padded, world), 1)[real]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        own = gradient[ctx.own]
+        return own[tuple(map(slice, ctx.shape))] * ctx.size, None, None
+
+
+def _from_all(tensor: Tensor, world: World) -> list[Tensor]:
+    """A tensor of equal shape from every process."""
+    found = [torch.empty_like(tensor) for _ in range(world.size)]
+    if tensor.numel():
+        dist.all_gather(found, tensor)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- DDP and FSDP2

@@ -30,8 +30,7 @@ class Step(nn.Module):
     Args:
         vlm: the model.
         terms: the stage's objectives with their weights and options.
-        world: the processes that train together. A batch is dealt out to them, unless a term compares its samples
-            with each other: then each computes all of it.
+        world: the processes that train together, to which every batch is dealt out.
 
     Raises:
         ConfigError: an objective is unknown, named twice, or not for this model.
@@ -46,8 +45,9 @@ class Step(nn.Module):
         self.objectives = nn.ModuleDict({term.name: objectives.named(term.name, term.options) for term in terms})
         self.companions = nn.ModuleDict()
         self.weights = {term.name: term.weight for term in terms}
-        self.world, self.dealt = world, dealt(terms, world)
+        self.world = world
         for term in self.terms.values():
+            term.world = world
             term.check(vlm)
 
     @property
@@ -64,14 +64,14 @@ class Step(nn.Module):
         """
         batches = list(batches)
         own = [sum(term.count(self._left(name, batch)) for batch in batches) for name, term in self.terms.items()]
-        counts = dict(zip(self.terms, self.dealt.total(own)))
+        counts = dict(zip(self.terms, self.world.total(own)))
         if not any(counts.values()):
             ids = [sample for batch in batches for sample in batch.ids]
             raise DataError(
                 f"nothing to learn from in samples {ids[:8]}: no token is supervised",
                 "`isthmus data preview` shows what is trained in each sample",
             )
-        size = self.dealt.size
+        size = self.world.size
         return {name: self.weights[name] * size / count if count else 0.0 for name, count in counts.items()}
 
     def accompany(self) -> None:
@@ -174,11 +174,12 @@ class Step(nn.Module):
         return found
 
     def ready(self) -> None:
-        """Train mode where something trains; a part without a trainable parameter stays in eval mode.
+        """Train mode where something trains, and for terms; else a part without a trainable parameter is in eval mode.
 
         Layers that recompute need their own flag up even when frozen; what is inside them keeps its mode.
         """
         _settle(self)
+        self.objectives.train()
         for module in self.modules():
             if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
                 module.training = True
@@ -252,11 +253,6 @@ def _set_recompute(layer: nn.Module, how: _Again) -> None:
     setattr(layer, "_gradient_checkpointing_func", how)  # noqa: B010
 
 
-def dealt(terms: Sequence[ObjectiveConfig], world: World) -> World:
-    """The world that the batches of these objectives are dealt out to: all of it, or each process for itself."""
-    return world if all(objectives.named(term.name, term.options).splits for term in terms) else World()
-
-
 def mixed(terms: Sequence[ObjectiveConfig]) -> Literal["sample", "batch"] | None:
     """By what objectives that are about a share of the samples draw it; None if there is none.
 
@@ -279,16 +275,21 @@ def held_out(batches: Sequence[Batch]) -> Callable[[Step], float]:
     """A validation for `run_stage`: the stage's own loss over fixed batches, in eval mode and without gradient.
 
     Processes that train together share the batches out; all run the same number, if need be one that counts nothing.
+    What terms draw in a batch does not depend on who runs it.
     """
 
     @torch.no_grad()
     def validate(step: Step) -> float:
         step.eval()
         device = next(step.parameters()).device
-        mine = batches[step.dealt.rank :: step.dealt.size]
-        scales = step.scales(mine)
-        loss = sum((float(step(batch.to(device), scales)[0]) for batch in mine), 0.0)
-        if len(mine) * step.dealt.size < len(batches):
+        seeds = torch.randint(2**62, (len(batches),)).tolist()
+        mine = range(step.world.rank, len(batches), step.world.size)
+        scales = step.scales([batches[number] for number in mine])
+        loss = 0.0
+        for number in mine:
+            torch.manual_seed(seeds[number])
+            loss += float(step(batches[number].to(device), scales)[0])
+        if len(mine) * step.world.size < len(batches):
             step(batches[0].to(device), scales)
         return step.world.total([loss])[0] / step.world.size
 
