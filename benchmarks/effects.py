@@ -23,6 +23,7 @@ import harness
 from isthmus.evaluation.answers import Prediction
 from isthmus.evaluation.measure import Measured
 from isthmus.evaluation.seeds import Gap, Level, Outcomes, gap, holm, level
+from isthmus.files import write_text
 
 Rows: TypeAlias = dict[str, Outcomes]
 """One cell's results by the label of their row."""
@@ -71,9 +72,7 @@ def alone(value: float) -> Outcomes:
 def keep(file: Path, rows: Rows, asked: Mapping[str, Any], **more: Any) -> None:
     """Leave a cell's figures, and what they depend on; whole or not at all."""
     told = {"asked": dict(asked), **more, "rows": {label: asdict(each) for label, each in rows.items()}}
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(told) + "\n", encoding="utf-8")
-    partial.replace(file)
+    write_text(file, json.dumps(told) + "\n")
 
 
 def read(file: Path, asked: Mapping[str, Any]) -> Rows:

@@ -4,7 +4,8 @@
 
 Runs `isthmus train NAME --minutes 1` for one recipe after another into `runs/every/NAME`, with few questions of its
 first task, then loads the model that is left in a process of its own and asks it something. A recipe that came through
-is not run again, one that was interrupted goes on, and `--collect` only reads what is there. A minute is too short to
+is not run again, one that was interrupted goes on, and `--collect` only reads what is there. With `--recipes`, what the
+file of numbers holds of others stays. A minute is too short to
 learn much: what is shown is that every recipe works, and what a minute of it holds on this machine.
 """
 
@@ -15,7 +16,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,12 @@ def collect(folders: Sequence[Path]) -> list[dict[str, Any]]:
     return [json.loads(file.read_text()) for file in files if file.is_file()]
 
 
+def others(file: Path, folders: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """The outcomes of other recipes that an earlier call wrote down."""
+    known = json.loads(file.read_text())["recipes"] if file.is_file() else []
+    return [found for found in known if found["recipe"] not in folders]
+
+
 def lines(found: dict[str, Any]) -> list[list[str]]:
     """The rows of a recipe: one per stage."""
     if found["exit"]:
@@ -96,9 +103,12 @@ def main(arguments: list[str] | None = None) -> int:
         (folder / OUTCOME).write_text(json.dumps(found, indent=1))
         print(f"{name}: exit code {found['exit']} after {found['minutes']:.1f} minutes", flush=True)
     outcomes = collect(list(folders.values()))
+    places = {name: place for place, name in enumerate(names())}
+    kept = others(options.json or harness.RESULTS / "every_recipe.json", folders) if options.recipes else []
+    every = sorted([*kept, *outcomes], key=lambda found: places.get(found["recipe"], len(places)))
     print(harness.in_words(where), f"{options.minutes:g} minutes of training each\n", sep="\n")
-    print(harness.table(HEADER, [line for found in outcomes for line in lines(found)]))
-    print(harness.save("every_recipe", {"machine": where, "minutes": options.minutes, "recipes": outcomes}, options))
+    print(harness.table(HEADER, [line for found in every for line in lines(found)]))
+    print(harness.save("every_recipe", {"machine": where, "minutes": options.minutes, "recipes": every}, options))
     return int(len(outcomes) < len(folders) or any(found["exit"] for found in outcomes))
 
 

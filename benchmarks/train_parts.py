@@ -47,12 +47,12 @@ WARMUP, BETAS, CLIP = 0.1, (0.9, 0.999), 1.0
 
 def prepare(job: dict[str, Any]) -> dict[str, Any]:
     """Write `theirs/`, `ours/`, the batches and the newborn adapter into the folder, weights equal in both forms."""
-    from isthmus import exporting
+    from isthmus.exporting import llava
 
     folder = Path(job["folder"])
     theirs, processor = build(job["size"])
-    ours = exporting.from_llava(theirs, processor, "benchmark")
-    difference = exporting.compare(ours, theirs)
+    ours = llava.from_llava(theirs, processor, "benchmark")
+    difference = llava.compare(ours, theirs)
     difference.require("the two forms of the model")
     theirs.save_pretrained(folder / "theirs")
     ours.save_pretrained(folder / "ours", whole=True)

@@ -18,6 +18,7 @@ import composed
 from isthmus import compose, planning, recipes
 from isthmus.cli.app import app
 from isthmus.config import Recipe, Stage
+from isthmus.costs import costs
 from isthmus.forecast import _mean, calibrate, forecast, kept, resident, was
 from isthmus.forecast.batches import draw
 from isthmus.forecast.trace import Ledger, Trace, in_dtype, trace
@@ -162,6 +163,17 @@ def test_what_the_formula_of_recompute_does_to_memory(data):
     assert again.memory["activations"] < plain.memory["activations"] and again.flops > 1.2 * plain.flops
 
 
+def test_encoding_in_every_step_takes_the_encoder_and_no_room_for_features(data):
+    recipe = staged(data, {"connectors.*": 1e-3})
+    (stage,), encoder = recipe.stages, 4 * costs(recipe).encoder
+    later = stage.but(name="later", train={"encoders.*": {"lr": 1e-4}})
+    (once,), (anew,) = (forecast(recipe.but(engine={"cache": choice}), CPU, 0).stages for choice in (None, False))
+    assert once.memory["features"] > 0 == anew.memory["features"]
+    assert anew.flops - once.flops == pytest.approx(encoder)
+    first, second = forecast(recipe.but(stages=(stage, later)), CPU, 0).stages  # one that trains it, and all do
+    assert (first.flops, first.memory["features"]) == (anew.flops, 0) and second.flops > anew.flops
+
+
 def test_published_recipes_are_planned_with_assumed_samples():
     (stage,) = forecast(_cut(recipes.named("llava-1.5-7b")), CPU, 0).stages
     assert stage.assumed and stage.sample["tokens"] == 640 and stage.steps is None and stage.seconds is None
@@ -170,7 +182,10 @@ def test_published_recipes_are_planned_with_assumed_samples():
     # two layers: forward and input gradients of the frozen matrices, attention twice that; the head is frozen too
     llm = 2 * 2 * positions * 2 * layer + 3 * 2 * 4 * 256 * 640**2 * 4096
     joint = 256 * 576 * (4 * 1024 * 4096 + 6 * 4096 * 4096)
-    assert stage.flops == pytest.approx(llm + joint + 4 * supervised * 4096 * 32000, rel=0.01)
+    block = 577 * (8 * 1024**2 + 4 * 1024 * 4096) + 4 * 577**2 * 1024
+    encoder = 256 * (24 * block + 2 * 576 * 1024 * 3 * 14**2)  # in every step, as the authors do
+    assert stage.memory["features"] == 0
+    assert stage.flops == pytest.approx(llm + joint + encoder + 4 * supervised * 4096 * 32000, rel=0.01)
 
 
 def _cut(recipe: Recipe) -> Recipe:

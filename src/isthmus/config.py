@@ -196,6 +196,9 @@ class Stage(Frozen):
     max_media: int | None = Field(None, ge=1, **LATER)
     """Pictures that a packed row holds, beside its `max_length` tokens; None is no limit."""
     template: Writing = "chat"
+    after_media: bool | None = Field(None, **LATER)
+    """Nothing is learnt before a sample's first picture, as in OpenFlamingo; a sample without one is learnt whole. None
+    is no."""
     evaluate_every: float | None = Field(0.25, gt=0, le=1)
     """Validation loss after this share of the stage; None only at its end."""
     save_every: float | None = Field(0.25, gt=0, le=1)
@@ -215,6 +218,9 @@ class Stage(Frozen):
 class Engine(Frozen):
     """How the machine does the work. Nothing here changes what is learnt, so a run may go on with other values."""
 
+    cache: bool | None = Field(None, **LATER)
+    """Keep the features of an encoder that no stage trains, so that each picture is encoded once; None is yes. Without
+    it pictures are encoded in every step: for sets whose features no disk holds."""
     workers: int = Field(0, ge=0)
     """Processes that prepare batches ahead; 0 prepares them between steps."""
     keep: int = Field(2, ge=1)

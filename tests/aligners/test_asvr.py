@@ -179,10 +179,11 @@ def test_the_published_size_has_no_codes_of_looks() -> None:
         asvr("published", of="looks")
 
 
-def test_codebooks_stay_the_same_in_all_stages(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache", [None, False], ids=["cached features", "encoded in every step"])
+def test_codebooks_stay_the_same_in_all_stages(tmp_path: Path, cache: bool | None) -> None:
     changes = {"data": (str(composed.questions(tmp_path, 8)),), "budget": {"steps": 2}, "batch_size": 4}
     legs = [stage.but(**changes) for stage in asvr().stages[1:]]
-    made = composed.recipe("llama", "asvr", OPTIONS).but(stages=legs, dtype="float32")
+    made = composed.recipe("llama", "asvr", OPTIONS).but(stages=legs, dtype="float32", engine={"cache": cache})
     assert train(made, tmp_path / "run", torch.device("cpu")) is not None
     first, second = (isthmus.load(tmp_path / "run" / leg.name / "model").connectors["image"] for leg in legs)
     assert first.codebook.fitted and not torch.equal(first.inner.layers[0].weight, second.inner.layers[0].weight)

@@ -215,25 +215,32 @@ def test_contrast_is_the_published_formula(first_stage):
 def test_equal_texts_are_positives_in_contrast_and_never_negatives_in_matching():
     ids = torch.tensor([[1, 2], [1, 3], [1, 2], [1, 4]])
     assert same(ids).int().tolist() == [[1, 0, 1, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
+    matching, likely = named("itm", {}), torch.zeros(4, 4)
+    likely[0, 2] = 50.0
     torch.manual_seed(0)
-    draws = [torch.stack(itm.negatives(torch.zeros(4, 4), ids)) for _ in range(200)]
-    for draw in draws:
-        for drawn in draw:
-            assert all(ids[own].tolist() != ids[other].tolist() for own, other in enumerate(drawn.tolist()))
-    likely = torch.zeros(4, 4)
-    likely[0, 3] = likely[3, 1] = 50.0
-    texts, pictures = itm.negatives(likely, ids)
-    assert texts[0] == 3 and texts[3] == 1 and pictures[3] == 0 and pictures[1] == 3
+    for _ in range(200):
+        drawn = itm.hard(likely, ~same(ids), matching.chance(4)[0]).tolist()
+        assert all(ids[own].tolist() != ids[other].tolist() for own, other in enumerate(drawn))
+
+
+def test_wrong_pairs_are_drawn_by_the_softmax_of_their_likeness():
+    torch.manual_seed(0)
+    likely, wrong = torch.tensor([0.5, 9.0, -1.0, 2.0]).expand(2000, 4), torch.tensor([True, False, True, True])
+    chance = named("itm", {}).chance(2000)[1, :, :4]
+    shares = itm.hard(likely, wrong.expand(2000, 4), chance).bincount(minlength=4) / 2000
+    expected = torch.where(wrong, likely[0].exp(), 0) / likely[0, wrong].exp().sum()
+    torch.testing.assert_close(shares, expected, atol=0.03, rtol=0)
 
 
 def test_matching_has_one_right_pair_in_three_and_refuses_a_batch_of_one_text(first_stage):
-    collate, matching = first_stage.processor.collator(), named("itm", {})
+    collate, step = first_stage.processor.collator(), step_of(first_stage, "itm")
+    matching = step.terms["itm"]
     assert matching.count(collate(PAIRS)) == 9
     assert matching.count(collate([PAIRS[0], PAIRS[0]])) == 0
     with torch.no_grad():  # a head that always says "right" by a margin of 4 is wrong in two of three
         first_stage.connectors["image"].heads.match.weight.zero_()
         first_stage.connectors["image"].heads.match.bias.copy_(torch.tensor([0.0, 4.0]))
-    loss = matching.loss(step_of(first_stage, "itm"), Output(None, {}, None, None), collate(PAIRS))
+    loss = matching.loss(step, Output(None, {}, None, None), collate(PAIRS))
     right, wrong = torch.tensor([0.0, 4.0]).log_softmax(0).neg().flip(0)
     torch.testing.assert_close(loss, 3 * right + 6 * wrong)
 

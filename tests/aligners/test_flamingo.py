@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -16,12 +17,14 @@ import composed
 from composed import MIX, picture, sample, stir
 from isthmus import parts, planning
 from isthmus.aligners.flamingo import Flamingo, Gated
-from isthmus.config import LLMConfig, ObjectiveConfig
+from isthmus.config import LLMConfig, ObjectiveConfig, Source
 from isthmus.connectors.resampler import Perceiver
+from isthmus.data.sets import open_set
 from isthmus.graft import at
 from isthmus.recipes.flamingo import flamingo
+from isthmus.training.run import limits
 from isthmus.training.step import Step
-from isthmus.types import ConfigError, Context, Features, Side
+from isthmus.types import IGNORE, ConfigError, Context, Features, Side
 
 SMALL = {"latents": 4, "depth": 2, "heads": 2, "head_width": 8}
 IDEFICS = {
@@ -157,6 +160,15 @@ def test_gates_learn_first_and_wake_what_is_behind_them():
 
 
 @torch.no_grad()
+def test_gates_that_begin_open_let_a_newborn_look():
+    model = newborn(gate=1.0)
+    gates = {name: gate for name, gate in model.named_parameters() if "_gate" in name}
+    assert gates and all(torch.equal(gate, torch.ones(1)) for gate in gates.values())
+    red, blue = (logits(model, model.processor.collator()([sample(picture(seed), "?")])) for seed in (1, 2))
+    assert not torch.allclose(red, blue)
+
+
+@torch.no_grad()
 def test_words_without_a_picture_pass_the_feed_forward_network_once_it_is_open():
     model = newborn()
     batch = model.processor.collator()([MIX[1]])
@@ -236,6 +248,23 @@ def test_published_parameters(size, blocks):
     (stage,) = plan.stages
     assert stage.trained == plan.parts["connectors.image"] + plan.parts["llm grafts"]
     assert plan.tokens == {"image": 64}
+
+
+@pytest.mark.parametrize("size", ["published", "published-4b"])
+def test_published_pages_are_learnt_from_their_first_picture_on(size, tmp_path):
+    composed.picture(1).source.save(tmp_path / "a.png")
+    shown = {"image_name": "a.png", "matched_text_index": 1}
+    page = {"text_list": ["a heading", "a fox"], "image_info": [shown]}
+    (tmp_path / "mmc4.jsonl").write_text(json.dumps(page) + "\n")
+    (stage,) = flamingo(size).stages
+    (one,) = open_set(Source(name=str(tmp_path / "mmc4.jsonl"), images=tmp_path), seed=0)
+    model = newborn()
+    batch = model.processor.collator(template=stage.template, **limits(stage))([one])
+    read, learnt = (
+        model.processor.tokenizer.decode(ids)
+        for ids in (batch.input_ids_BT[batch.modality_BT == 0], batch.labels_BT[batch.labels_BT != IGNORE])
+    )
+    assert "a heading" in read and learnt == "a fox" + model.processor.tokenizer.eos_token
 
 
 def test_the_log_of_a_step_tells_how_far_each_gate_is_open():

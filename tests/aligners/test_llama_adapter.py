@@ -82,6 +82,17 @@ def test_the_gate_learns_first_and_then_what_is_behind_it(version):
     assert all(parameter.grad.any() for parameter in behind)
 
 
+@every_version
+@torch.no_grad()
+def test_gates_that_begin_open_are_the_same_newborn_with_its_gates_opened(version):
+    batch = model(version).processor.collator()([TALK])
+    shut, ajar = model(version), model(version, gate=0.5)
+    assert not torch.allclose(logits(shut, batch), logits(ajar, batch))
+    for each in prompted(shut).values():
+        each.gate.fill_(0.5)
+    assert torch.equal(logits(shut, batch), logits(ajar, batch))
+
+
 # ---------------------------------------------------------------------------------------------- the formula
 
 

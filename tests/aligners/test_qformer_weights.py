@@ -14,7 +14,14 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedModel
 import composed
 import isthmus
 import tiny
+from isthmus import planning
+from isthmus.config import Recipe
+from isthmus.connectors.qformer import QFormer
+from isthmus.connectors.qformer_weights import take_over
 from isthmus.model import VLM
+from isthmus.recipes.blip2 import BERT as BERT_SOURCE
+from isthmus.recipes.blip2 import blip2, instructblip
+from isthmus.recipes.lion import lion
 from isthmus.types import ConfigError
 
 SHAPE: dict[str, Any] = {
@@ -154,3 +161,29 @@ def test_what_cannot_be_taken_over_is_named(tmp_path: Path) -> None:
     assert "tokenizer" in refused.value.remedy
     with pytest.raises(ConfigError, match="no Q-Former to begin as"):
         newborn("lion", {**SHAPE, "visual_input": "aggregator"}, folder)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (blip2(), instructblip()),
+        (blip2(), instructblip(aware=False)),
+        (blip2().override(["encoder.layer=head"]), lion()),
+    ],
+    ids=lambda recipe: recipe.name,
+)
+def test_embedded_recipes_take_the_first_stage_of_blip2_as_their_pages_say(first: Recipe, then: Recipe) -> None:
+    trained = {
+        name: each for name, each in planning.outline(first).state_dict().items() if name.startswith("connectors.")
+    }
+    (queries,) = (module for module in planning.outline(then).modules() if isinstance(module, QFormer))
+    taken = take_over(queries, trained)
+    assert taken == {name for name, _ in queries.named_parameters() if not name.startswith("project.")}
+    assert {"queries", "layers.0.cross.key.weight"} <= taken
+
+
+def test_published_recipes_that_hear_begin_as_bert_under_a_blip2() -> None:
+    """As LAVIS does: a BLIP-2's second stage has no text half, BERT gives it."""
+    for recipe, former in ((instructblip("published"), "blip2-opt-2.7b"), (lion("published"), "blip2-flan-t5-xl")):
+        options = recipe.aligner.options
+        assert options["qformer"] == [BERT_SOURCE, f"Salesforce/{former}"] and options["tokenizer"] == BERT_SOURCE

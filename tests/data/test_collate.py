@@ -161,6 +161,28 @@ def test_a_sample_with_nothing_to_learn_is_refused_by_name():
         collator(template="plain")([Sample((Turn.say("user", "hm"),), "mute")])
 
 
+@pytest.mark.parametrize("template", ["chat", "documents"])
+def test_before_the_first_picture_nothing_is_learnt_where_only_what_follows_it_is_asked_for(template):
+    before = (Turn.say("user", "a word first?"), Turn.say("assistant", "a long introduction"))
+    behind = (Turn.say("user", picture(3)), Turn.say("assistant", "a fox"))
+    make = collator(template=template, after_media=True)
+
+    def learnt(*turns):
+        batch = make([Sample(turns, "one")])
+        assert batch.input_ids_BT.tolist() == collator(template=template)([Sample(turns, "one")]).input_ids_BT.tolist()
+        return make.renderer.tokenizer.decode(batch.labels_BT[batch.labels_BT != IGNORE])
+
+    assert learnt(*before, *behind) == learnt(*behind)
+    assert "fox" in learnt(*behind) and "introduction" in learnt(*before), "without a picture all is learnt"
+    packed = make.rows([[Sample((*before, *behind), "one"), Sample(before, "two")]])
+    told = make.renderer.tokenizer.decode(packed.labels_BT[packed.labels_BT != IGNORE])
+    assert told == learnt(*behind) + learnt(*before)
+    pair = Renderer(unigram(), {"image": Layout(2)}, {"image": IMAGE}, decoder_start=0)
+    asked = sample("what?", "a fox", picture(1))
+    labels = [Collator(pair, look, PAD, after_media=chosen)([asked]).labels_BT for chosen in (False, True)]
+    assert torch.equal(*labels), "a decoder of its own has every picture before it"
+
+
 def test_what_was_read_must_be_what_was_placed():
     short = collator(reader=lambda kind, media: (torch.zeros(1, 3, 2, 2), None))
     with pytest.raises(DataError, match="samples long: 2 images, but 1 were read"):

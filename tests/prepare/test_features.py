@@ -15,10 +15,11 @@ import torch
 import composed
 from composed import picture
 from isthmus import parts
-from isthmus.config import EncoderConfig, ObjectiveConfig
+from isthmus.config import EncoderConfig, ObjectiveConfig, Stage
 from isthmus.encoders import Encoder
 from isthmus.prepare import features as prepare
 from isthmus.prepare.features import FeatureCache
+from isthmus.training.run import train
 from isthmus.training.step import Step
 from isthmus.types import DataError, Image, IsthmusError
 
@@ -232,6 +233,22 @@ def test_the_training_loss_through_the_cache_is_the_same(tmp_path, family):
         assert (batch.media["image"].pixels is None) == (look is found)
         losses.append(step(batch, step.scales([batch]))[0])
     torch.testing.assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-6)
+
+
+def test_a_run_that_encodes_in_every_step_learns_the_same_and_keeps_nothing(tmp_path, monkeypatch):
+    fields = {"name": "align", "data": [str(composed.questions(tmp_path, 8))], "train": {"connectors.*": 1e-2}}
+    stage = Stage.model_validate({**fields, "budget": {"steps": 2}, "batch_size": 4})
+    learnt = {}
+    for choice in (None, False):
+        home = tmp_path / f"home-{choice}"
+        monkeypatch.setenv("ISTHMUS_HOME", str(home))
+        recipe = composed.recipe("llama").but(stages=(stage,), dtype="float32", engine={"cache": choice})
+        trained = train(recipe, tmp_path / f"run-{choice}", torch.device("cpu"))
+        assert trained is not None and bool(list(home.rglob("rows.bin"))) == (choice is None)
+        learnt[choice] = trained.connectors.state_dict()
+    newborn = composed.model("llama").connectors.state_dict()
+    assert not any(torch.equal(tensor, newborn[name]) for name, tensor in learnt[None].items())
+    torch.testing.assert_close(learnt[False], learnt[None], atol=1e-5, rtol=1e-5)
 
 
 def test_a_batch_hashes_each_picture_once(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -108,3 +108,45 @@ def test_descriptions_are_curated() -> None:
     assert curated("Short.") == "too short"
     said = [Sample((Turn.say("user", "x"), Turn.say("assistant", text))) for text in (good, "Short.")]
     assert [uncurated(sample) for sample in said] == [0, 1]
+
+
+class Describing:
+    """A speaker that sees: half of a description at first, and the other half when it is asked to go on."""
+
+    def __init__(self) -> None:
+        self.asked: list[Sample] = []
+
+    def say(self, turns: Sequence[Turn]) -> str:
+        return self.say_all([Sample(tuple(turns))])[0]
+
+    def say_all(self, samples: Sequence[Sample]) -> list[str]:
+        self.asked += samples
+        return [self._half(sample) for sample in samples]
+
+    def stream(self, turns: Sequence[Turn]) -> Iterator[str]:
+        yield self.say(turns)
+
+    @staticmethod
+    def _half(sample: Sample) -> str:
+        where = 7 if len(sample.turns) > 1 else 0
+        broken_off = sample.media == (Image(Path("wolf.png")),) and where == 7
+        told = " ".join(f"Tree number {n} stands beside house {n * 3}." for n in range(where, where + 7))
+        return told.rstrip(".") if broken_off else told
+
+
+def test_a_model_that_sees_describes_and_is_asked_to_go_on_where_it_is_short() -> None:
+    """MiniGPT-4's second stage: descriptions of pictures of which nothing is said, continued, and curated."""
+    samples = [
+        Sample((Turn.say("user", Image(Path(name)), "?"), Turn.say("assistant", "No.")), name)
+        for name in ("fox.png", "wolf.png")
+    ]
+    assert instructions.gathered(samples) == []
+    seen, made, speaker = instructions.gathered(samples, bare=True), Made(), Describing()
+    (fox,) = instructions.make(seen, ("description",), speaker, made)
+    assert made.samples == 1 and made.refused == {"breaks off": 1}
+    assert fox.media == (Image(Path("fox.png")),) and fox.turns[1].text.endswith(
+        "Tree number 13 stands beside house 39."
+    )
+    first, again = speaker.asked[0], speaker.asked[2]
+    assert first.media == again.media == fox.media and again.turns[2].text == "Go on." and len(speaker.asked) == 4
+    assert curated(fox.turns[1].text) == "" and fox.turns[0].text.strip() != first.turns[0].text  # a request of many

@@ -45,9 +45,9 @@ def test_no_two_settings_of_a_system_share_a_name() -> None:
     """Runs, tables and comparisons go by the name."""
     made = [
         *(cogvlm(**chosen) for chosen in ({}, {"every": 4}, {"where": "ffn"}, {"start": "random"})),
-        *(flamingo(**chosen) for chosen in ({}, {"every": 2})),
+        *(flamingo(**chosen) for chosen in ({}, {"every": 2}, {"gate": 1.0})),
         *(flamingo("published", **chosen) for chosen in ({}, {"every": 2}, {"tower": "nfnet-f6"})),
-        *(llama_adapter(**chosen) for chosen in ({}, {"lower": 10}, {"version": "v2", "rounds": 2})),
+        *(llama_adapter(**chosen) for chosen in ({}, {"lower": 10}, {"gate": 1.0}, {"version": "v2", "rounds": 2})),
         *(ee_mllm(visual=visual, free=free) for visual in ("self", "ffn", "keys") for free in (False, True)),
         *(instructblip(aware=aware) for aware in (True, False)),
     ]
@@ -61,3 +61,9 @@ def test_blip2s_published_batches_and_writing_are_the_papers() -> None:
     assert (first.batch_size, second.batch_size, first.template, second.template) == (1680, 1520, "plain", "prefix")
     assert recipes.named("blip2-opt-2.7b").stage("second").template == "plain"
     assert recipes.named("instructblip-vicuna-7b").stage("sft").batch_size == 128
+
+
+def test_published_recipes_encode_in_every_step_and_embedded_ones_once() -> None:
+    for name, build in recipes.BOOK.items():
+        recipe = build()
+        assert recipe.engine.cache is (None if recipe.llm.architecture is None else False), name

@@ -11,16 +11,15 @@ Differs:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from isthmus import sites
 from isthmus.aligner import Aligner
-from isthmus.config import Frozen
 from isthmus.connectors import Connector
 from isthmus.connectors.codebook import Codebook, Coded, Teller
-from isthmus.connectors.pool import projector, settle
+from isthmus.connectors.pool import Projected, settle
 from isthmus.encoders import Encoder
 from isthmus.types import ConfigError
 
@@ -35,8 +34,7 @@ class ASVR(Aligner):
     family = "converter"
     also = "data"
 
-    class Options(Frozen):
-        projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
+    class Options(Projected):
         tokenizer: str | None = "features"
         """What codes are of: the encoder's `features`, or one of its taps by name, of which a shallow one has the look
         of things rather than their meaning. None carries neither codes nor head: training needs them, answering does
@@ -48,10 +46,6 @@ class ASVR(Aligner):
         """Of the head."""
         depth: int = Field(3, ge=1)
         """Layers of the head."""
-        pool: int | None = Field(None, ge=1)
-        """Average the encoder's grid to pool x pool tokens first."""
-        normalise: bool = False
-        """LayerNorm before, and output where the LLM's embeddings are."""
 
     def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
         """The projector, with codes and head where there is a tokenizer.
@@ -60,7 +54,7 @@ class ASVR(Aligner):
             ConfigError: the encoder has no tap of the tokenizer's name.
         """
         o = self.options
-        inner = projector(encoder, width, 1 if o.projector == "linear" else 2, o.pool, o.normalise)
+        inner = o.connector(encoder, width)
         if o.tokenizer is None:
             return Coded(inner, "features", None, None)
         widths = {"features": encoder.width, **encoder.tap_widths}

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from isthmus import sites
 from isthmus.aligner import Addition, Aligner
-from isthmus.config import Frozen
 from isthmus.connectors import Connector, composite
-from isthmus.connectors.pool import projector, settle
+from isthmus.connectors.pool import Projected, settle
 from isthmus.encoders import Encoder
 from isthmus.fuse import Rule
 from isthmus.types import ConfigError, Modality
@@ -37,12 +36,7 @@ class EEMLLM(Aligner):
     family = "converter"
     encoder_decoder = False
 
-    class Options(Frozen):
-        projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
-        pool: int | None = Field(None, ge=1)
-        """Average the encoder's grid to pool x pool tokens first."""
-        normalise: bool = False
-        """LayerNorm before, and output where the LLM's embeddings are."""
+    class Options(Projected):
         words: float | None = Field(None, gt=0)
         """Temperature at which output leans towards the words that it is like, as in LLaVA; needs `normalise`."""
         visual: Literal["self", "ffn", "keys"] = "self"
@@ -61,8 +55,7 @@ class EEMLLM(Aligner):
             return self
 
     def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
-        depth = 1 if self.options.projector == "linear" else 2
-        return projector(encoder, width, depth, self.options.pool, self.options.normalise, self.options.words)
+        return self.options.connector(encoder, width, self.options.words)
 
     def grafts(self, llm: nn.Module, encoders: nn.ModuleDict, width: int) -> Iterator[Addition]:
         if self.options.compute == "rule":

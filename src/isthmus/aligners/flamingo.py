@@ -7,8 +7,8 @@ Differs:
     - `<image>` is written with the LLM's own tokens, and the end of an answer is the LLM's own end token: there are
       no new rows to train;
     - keys and values of the latents are computed again at every decoded token instead of kept;
-    - text before the first picture carries loss like any other, so the embedded recipe has none without a picture; the
-      authors' code leaves it out;
+    - a sample without a picture is learnt whole, so the embedded recipe has none; before a first picture nothing is
+      learnt where a stage says `after_media`, as the published recipes do;
     - a picture belongs to the text behind it (the paper draws preceding or following in its documents);
     - `inner` is ours: a narrower resampler for wide encoders.
 """
@@ -46,14 +46,15 @@ class Gated(Graft):
         read: width of the media's vectors.
         heads: attention heads.
         head_width: width of one head.
+        gate: what both gates begin with.
     """
 
-    def __init__(self, width: int, read: int, heads: int, head_width: int):
+    def __init__(self, width: int, read: int, heads: int, head_width: int, gate: float = 0.0):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.attention = CrossAttention(width, read, heads, head_width)
         self.feed = feed_forward(width)
-        self.attention_gate, self.feed_gate = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        self.attention_gate, self.feed_gate = (nn.Parameter(torch.full((1,), gate)) for _ in range(2))
 
     def forward(self, host: Any, base: Callable[..., Any], x: Tensor, *args: Any, side: Side | None, **kw: Any) -> Any:
         with arithmetic(x):
@@ -95,6 +96,8 @@ class Flamingo(Aligner):
         head_width: int = Field(64, ge=1)
         inner: int | None = Field(None, ge=1)
         """Width of the resampler; None is the encoder's."""
+        gate: float = 0.0
+        """What gates begin with, before their tanh. Other than 0 is the ablation: a newborn is then not the LLM."""
 
     def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
         options = self.options
@@ -113,7 +116,8 @@ class Flamingo(Aligner):
                 f"a gated block every {self.options.every} layers of {len(stack.modules)} is none", "lower `every`"
             )
         for index in chosen:
-            block = Gated(width, self._read(encoders), self.options.heads, self.options.head_width)
+            options = self.options
+            block = Gated(width, self._read(encoders), options.heads, options.head_width, options.gate)
             yield Addition(f"llm.{stack.path}.{index}", "gated", block)
 
     def media_mask(self, position_BT: Tensor, segment_BT: Tensor, media_at_BK: Tensor) -> Tensor:

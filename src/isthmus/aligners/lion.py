@@ -12,7 +12,8 @@ Differs:
     - the learned word is drawn like the LLM's words; the release draws it with a deviation of 1;
     - both branches live in one model, and a stage chooses with `shown` which of them the LLM sees; the release trains
       two models and merges them;
-    - without `tokenizer`, the Q-Former reads the LLM's own vocabulary (see `instructblip`);
+    - without `tokenizer`, the Q-Former reads the LLM's own vocabulary, and without `qformer` it is newborn (see
+      `instructblip`);
     - `normalise` is ours, off by default (see `connectors.pool`).
 """
 

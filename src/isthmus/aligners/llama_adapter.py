@@ -120,17 +120,18 @@ class Prompted(Graft):
         width: D.
         prompts: P learnt prompts; 0 for pictures alone.
         pictures: whether a picture's vectors are added to the prompts, or are the prompts where there are none.
+        gate: what the gates begin with.
 
     Raises:
         ConfigError: the attention is not made of separate query, key, value and output Linears.
     """
 
-    def __init__(self, host: Any, width: int, prompts: int, pictures: bool):
+    def __init__(self, host: Any, width: int, prompts: int, pictures: bool, gate: float):
         super().__init__()
         _check(host)
         self.pictures = pictures
         self.prompts = nn.Parameter(torch.randn(prompts, width)) if prompts else None
-        self.gate = nn.Parameter(torch.zeros(host.q_proj.out_features // host.head_dim))
+        self.gate = nn.Parameter(torch.full((host.q_proj.out_features // host.head_dim,), gate))
 
     def forward(self, host: Any, base: Callable[..., Any], x: Tensor, *args: Any, side: Side | None, **kw: Any) -> Any:
         output, *rest = base(x, *args, **kw)
@@ -244,6 +245,8 @@ class LLaMAAdapter(Aligner):
         """Width of those blocks."""
         heads: int = Field(16, ge=1)
         """Attention heads of those blocks."""
+        gate: float = 0.0
+        """What gates begin with, before their tanh. Other than 0 is the ablation: a newborn is then not the LLM."""
 
     def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
         chosen = self.options
@@ -266,10 +269,10 @@ class LLaMAAdapter(Aligner):
             attention = sites.attention(layer)
             name = next(name for name, module in layer.named_modules() if module is attention)
             if index >= self.options.lower:
-                prompted = Prompted(attention, width, self.options.prompts, not early)
+                prompted = Prompted(attention, width, self.options.prompts, not early, self.options.gate)
                 yield Addition(f"{path}.{name}", "adapter", prompted)
             elif early:
-                yield Addition(f"{path}.{name}", "early", Prompted(attention, width, 0, True))
+                yield Addition(f"{path}.{name}", "early", Prompted(attention, width, 0, True, self.options.gate))
             if self.options.tune != "none":
                 for linear, host in sites.linears(layer).items():
                     yield Addition(f"{path}.{linear}", "affine", Affine(host, self.options.tune == "scale"))

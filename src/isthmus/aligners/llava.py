@@ -11,15 +11,14 @@ authors' first stage crops them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from isthmus import sites
 from isthmus.aligner import Aligner
-from isthmus.config import Frozen
 from isthmus.connectors import Connector
-from isthmus.connectors.pool import projector, settle
+from isthmus.connectors.pool import Projected, settle
 from isthmus.encoders import Encoder
 
 if TYPE_CHECKING:
@@ -33,19 +32,12 @@ class LLaVA(Aligner):
     family = "converter"
     also = "data"
 
-    class Options(Frozen):
-        projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
-        """`linear` is LLaVA, `mlp2x_gelu` is LLaVA-1.5."""
-        pool: int | None = Field(None, ge=1)
-        """Average the encoder's grid to pool x pool tokens first."""
-        normalise: bool = False
-        """LayerNorm before, and output where the LLM's embeddings are."""
+    class Options(Projected):
         words: float | None = Field(None, gt=0)
         """Temperature at which output leans towards the words that it is like, after AlignVLM; needs `normalise`."""
 
     def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
-        depth = 1 if self.options.projector == "linear" else 2
-        return projector(encoder, width, depth, self.options.pool, self.options.normalise, self.options.words)
+        return self.options.connector(encoder, width, self.options.words)
 
     def birth(self, model: VLM) -> None:
         settle(model.connectors, sites.words(model.llm))

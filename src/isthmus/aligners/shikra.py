@@ -13,9 +13,8 @@ from pydantic import Field
 
 from isthmus import sites
 from isthmus.aligner import Aligner
-from isthmus.config import Frozen
 from isthmus.connectors import Connector
-from isthmus.connectors.pool import projector, settle
+from isthmus.connectors.pool import Projected, settle
 from isthmus.data.boxes import Decimals
 from isthmus.encoders import Encoder
 from isthmus.types import Layout
@@ -33,18 +32,13 @@ class Shikra(Aligner):
     family = "converter"
     also = "data"
 
-    class Options(Frozen):
+    class Options(Projected):
         projector: Literal["linear", "mlp2x_gelu"] = "linear"
-        pool: int | None = Field(None, ge=1)
-        """Average the encoder's grid to pool x pool tokens first."""
-        normalise: bool = False
-        """LayerNorm before, and output where the LLM's embeddings are."""
         digits: int = Field(3, ge=1)
         """Decimals of a coordinate."""
 
     def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
-        depth = 1 if self.options.projector == "linear" else 2
-        return projector(encoder, width, depth, self.options.pool, self.options.normalise)
+        return self.options.connector(encoder, width)
 
     def layout(self, kind: str, tokens: int) -> Layout:
         return Layout(tokens, before=START, after=END)

@@ -6,11 +6,14 @@ The last is after AlignVLM (Masry et al. 2025, arXiv 2502.01341), whose connecto
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from isthmus.config import Frozen
 from isthmus.connectors import Connector
 from isthmus.connectors.mlp import MLP
 from isthmus.encoders import Encoder
@@ -121,6 +124,21 @@ def projector(
             "pool: the encoder's tokens are no grid, one for the picture is kept", "set class_token: drop"
         )
     return Pool(joint, encoder.grid, pool) if pool else joint
+
+
+class Projected(Frozen):
+    """Options of joints that project every encoder token, as LLaVA does."""
+
+    projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
+    """`linear` is LLaVA, `mlp2x_gelu` is LLaVA-1.5."""
+    pool: int | None = Field(None, ge=1)
+    """Average the encoder's grid to pool x pool tokens first."""
+    normalise: bool = False
+    """LayerNorm before, and output where the LLM's embeddings are."""
+
+    def connector(self, encoder: Encoder, out: int, words: float | None = None) -> Connector:
+        """What these options ask for: see `projector`."""
+        return projector(encoder, out, 1 if self.projector == "linear" else 2, self.pool, self.normalise, words)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -49,6 +49,7 @@ class Collator:
         open_answer: rows end where the assistant is to speak, without labels, padded on the left. An answer at the
             end of a sample is left out; an overlong prompt is always refused.
         bare: media of which nothing is said are samples too, for a stage that can learn from them.
+        after_media: nothing is learnt before a sample's first medium.
         reader: makes the ids of what connectors read beside features; None where they read nothing.
 
     Attributes:
@@ -66,11 +67,12 @@ class Collator:
         open_answer: bool = False,
         reader: Reader | None = None,
         bare: bool = False,
+        after_media: bool = False,
     ) -> None:
         self.renderer, self.look, self.pad_id = renderer, look, pad_id
         self.max_length, self.overlong = max_length, "error" if open_answer else overlong
         self.side = "left" if open_answer else side
-        self.open_answer, self.bare = open_answer, bare
+        self.open_answer, self.bare, self.after_media = open_answer, bare, after_media
         self.reader = None if open_answer and reader and reader.reading.of == "answer" else reader
         self.dropped: set[str] = set()
         self.shortened: set[str] = set()
@@ -137,10 +139,10 @@ class Collator:
         silent = self.bare and not any(turn.role == "assistant" for turn in turns)
         try:
             rendered = self.renderer.render(turns, self.open_answer or silent)
-            if not sample.branches:
-                return rendered
-            others = [self.renderer.render(branch, self.open_answer) for branch in sample.branches]
-            return share([rendered, *others], self.open_answer)
+            if sample.branches:
+                others = [self.renderer.render(branch, self.open_answer) for branch in sample.branches]
+                rendered = share([rendered, *others], self.open_answer)
+            return _from_first_medium(rendered) if self.after_media else rendered
         except DataError as error:
             raise DataError(f"sample {sample.id}: {error.cause}", error.remedy) from None
 
@@ -265,6 +267,14 @@ def route_of(sample: Sample) -> int:
     if not isinstance(route, int):
         raise DataError(f"sample {sample.id}: its route is not a whole number", "number the task kinds from 0")
     return route
+
+
+def _from_first_medium(rendered: Rendered) -> Rendered:
+    """The same, with nothing to learn before the first medium; a decoder of its own has all media before it."""
+    if not rendered.spans or rendered.decoder_ids is not None:
+        return rendered
+    first = rendered.spans[0][0]
+    return replace(rendered, trained=[False] * first + rendered.trained[first:])
 
 
 def _learns(rendered: Rendered) -> bool:

@@ -24,6 +24,7 @@ from isthmus.model import VLM
 from isthmus.objectives.lm import NextToken
 from isthmus.training import loop, optimizer
 from isthmus.training.machine import arithmetic
+from isthmus.training.run import encodes_anew
 from isthmus.training.step import Step
 from isthmus.training.validation import HELD_OUT
 
@@ -115,10 +116,10 @@ def _stage(
     weights = _weights(step, dtype)
     with in_dtype(step, dtype):
         traces = {number: trace(step, drawn.steps[number]) for number in _chosen(drawn.volumes)}
-        row = row_bytes(model)
+        row = 0 if encodes_anew(recipe, model) else row_bytes(model)
     flops = _mean(drawn.volumes, {number: float(each.flops) for number, each in traces.items()})
-    memory = weights | _step_memory(step, stage, drawn, traces, trained, dtype)
-    took = _seconds(drawn, traces, flops, trained, stage, recipe, device, seconds) if seconds else None
+    memory = weights | _step_memory(step, drawn, traces, trained, dtype)
+    took = _seconds(drawn, traces, flops, trained, recipe, device, seconds) if seconds else None
     if steps is None and took is not None and stage.budget.minutes is not None:
         steps = max(1, int(60 * stage.budget.minutes / _with_validation(stage, sum(took.values()))))
     shown = (drawn.epoch or stage.batch_size) if steps is None else steps * stage.batch_size
@@ -180,7 +181,7 @@ def _weights(step: Step, dtype: torch.dtype) -> dict[str, int]:
 
 
 def _step_memory(
-    step: Step, stage: Stage, drawn: Drawn, traces: dict[int, Trace], trained: int, dtype: torch.dtype
+    step: Step, drawn: Drawn, traces: dict[int, Trace], trained: int, dtype: torch.dtype
 ) -> dict[str, int]:
     """Bytes of activations, of a block of logits, and of what lives for a moment, at the largest batch."""
     largest = max(traces, key=lambda number: drawn.volumes[number])
@@ -217,7 +218,6 @@ def _seconds(
     traces: dict[int, Trace],
     flops: float,
     trained: int,
-    stage: Stage,
     recipe: Recipe,
     device: torch.device,
     budget: float,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.image_processing_base import ImageProcessingMixin
 
 from isthmus import costs, objectives, parts
@@ -22,7 +22,7 @@ from isthmus.forecast.calibrate import now
 from isthmus.model import VLM
 from isthmus.objectives.lm import supervised
 from isthmus.processor import VLMProcessor
-from isthmus.training.run import Feed, limits, mix_of
+from isthmus.training.run import Feed, encodes_anew, limits, mix_of
 from isthmus.types import IGNORE, Batch, Features, Media, Medium, Reading
 
 SAMPLES = 1024
@@ -70,13 +70,14 @@ def draw(recipe: Recipe, stage: Stage, model: VLM, steps: int | None, window: in
     Raises:
         ConfigError, DataError, IsthmusError: its data are there but wrong, or not fetched.
     """
+    anew = encodes_anew(recipe, model)
     if not _here(recipe, stage):
-        return Drawn([_assumed(model, stage)], None, 0.0)
+        return Drawn([_assumed(model, stage, anew)], None, 0.0)
     data = mix_of(stage, recipe.seed)
     for encoder in model.encoders.values():
         encoder.processor = encoder.processor or ImageProcessingMixin()  # no picture is read for a plan
     model.processor = VLMProcessor.of(model, parts.tokenizer(recipe.llm), recipe.system)
-    look = Hollow(model)
+    look = Hollow(model, anew)
     collate = model.processor.collator(look, stage.template, **limits(stage))
     feed = Feed(stage, data, collate, recipe.seed)
     last = min(window, steps or window)
@@ -89,16 +90,15 @@ def draw(recipe: Recipe, stage: Stage, model: VLM, steps: int | None, window: in
 
 
 class Hollow:
-    """A collator's `look` that gives features, or pixels where an encoder trains, without numbers."""
+    """A collator's `look` that gives features, or pixels where they are encoded in every step, without numbers."""
 
-    def __init__(self, model: VLM):
-        self.model = model
+    def __init__(self, model: VLM, anew: bool):
+        self.model, self.anew = model, anew
         self.features: dict[str, Features] = {}
 
     def __call__(self, kind: str, media: Sequence[Medium]) -> tuple[Tensor | None, Features | None]:
-        encoder = self.model.encoders[kind]
-        if _trains(encoder):
-            return encoder.blank().to("meta").expand(len(media), -1, -1, -1).clone(), None
+        if self.anew:
+            return self.model.encoders[kind].blank().to("meta").expand(len(media), -1, -1, -1).clone(), None
         if kind not in self.features:
             self.features[kind] = probe(self.model, kind)
         one = self.features[kind]
@@ -120,7 +120,7 @@ def _here(recipe: Recipe, stage: Stage) -> bool:
     return not described and all(map(sets.here, stage.data))
 
 
-def _assumed(model: VLM, stage: Stage) -> list[Batch]:
+def _assumed(model: VLM, stage: Stage, anew: bool) -> list[Batch]:
     rows = stage.batch_size // stage.accumulate
     terms = (objectives.named(term.name, term.options) for term in stage.objectives)
     kind = None if all(term.unpictured for term in terms) else "image"
@@ -143,17 +143,17 @@ def _assumed(model: VLM, stage: Stage) -> list[Batch]:
         modality_BT=one.modality_BT.expand(rows, -1).contiguous(),
         labels_BT=labels_BT,
         decoder_ids_BU=None if one.decoder_ids_BU is None else told_BT,
-        media={} if kind is None else {kind: _shown(model, one.media[kind], rows)},
+        media={} if kind is None else {kind: _shown(model, one.media[kind], rows, anew)},
         extra_text={} if reading is None else {kind or "text": _read(reading, rows)},
         ids=tuple(map(str, range(rows))),
     )
     return [batch] * stage.accumulate
 
 
-def _shown(model: VLM, one: Media, rows: int) -> Media:
-    """A medium in every row at the same place: cached features, or pixels where an encoder trains."""
+def _shown(model: VLM, one: Media, rows: int, anew: bool) -> Media:
+    """A medium in every row at the same place: cached features, or pixels where they are encoded in every step."""
     row_N = torch.arange(rows)
-    features = None if _trains(model.encoders) else probe(model, "image").map(lambda x: x.expand(rows, *x.shape[1:]))
+    features = None if anew else probe(model, "image").map(lambda x: x.expand(rows, *x.shape[1:]))
     pixels = None if features is not None else one.pixels.to("meta").expand(rows, -1, -1, -1)  # type: ignore[union-attr]
     return Media(row_N, torch.ones_like(row_N), one.at_N.expand(rows), pixels, features)
 
@@ -166,15 +166,9 @@ def _read(reading: Reading, rows: int) -> Tensor:
 
 
 def row_bytes(model: VLM) -> int:
-    """Bytes of one medium's cached features, of all kinds together, in the weights' dtype; 0 if an encoder trains."""
-    if _trains(model.encoders):
-        return 0
+    """Bytes of one medium's cached features, of all kinds together, in the weights' dtype."""
     every = [probe(model, kind) for kind in model.encoders]
     return sum(x.nbytes for one in every for x in (one.x_NSE, *one.taps.values()))
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _volume(batch: Batch) -> int:

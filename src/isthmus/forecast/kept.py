@@ -17,8 +17,8 @@ import torch
 from isthmus import assets
 from isthmus.config import Recipe
 from isthmus.data import sets
+from isthmus.files import write_text
 from isthmus.forecast import forecast
-from isthmus.training.checkpoint import write_text
 from isthmus.training.machine import arithmetic
 
 SOFTWARE = ("isthmus", "torch", "transformers")

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from isthmus.config import Recipe
+from isthmus.files import write_text
 from isthmus.forecast import kept
-from isthmus.training.checkpoint import write_text
 from isthmus.training.log import read_rows
 
 PLAN, BOTH = "plan.json", "planned.json"

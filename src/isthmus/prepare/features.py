@@ -202,7 +202,7 @@ class FeatureCache:
         except OSError as error:
             raise IsthmusError(
                 f"{self.folder}: features cannot be written ({error.strerror})",
-                "free some space, or set ISTHMUS_HOME to a larger disk; what was cached is kept",
+                "free some space, set ISTHMUS_HOME to a larger disk, or engine.cache=false; what was cached is kept",
             ) from None
         self._index_bytes += len(lines)
         self._place |= {key: start + row for row, key in enumerate(keys)}

@@ -43,13 +43,12 @@ def asvr(
 def _published(weight: float, shift: Literal[0, 1]) -> Recipe:
     """Parts, data and rates of the released scripts; the rest is LLaVA-1.5's (spec B10.4)."""
     align, sft = parts.llava_stages(_joint(weight))
-    return Recipe(
+    return parts.published(
         name="asvr-7b" if weight else "asvr-7b-without",
         about="ASVR 7B: LLaVA-1.5 on SigLIP, whose states at a picture's places tell its codes",
         encoder=EncoderConfig(source="google/siglip-so400m-patch14-384", layer=-2, architecture=SIGLIP_SO400M_384),
         llm=LLMConfig(source="lmsys/vicuna-7b-v1.5", architecture=parts.VICUNA_7B),
         aligner=AlignerConfig(name="asvr", options={} if weight else {"tokenizer": None}),
-        dtype="bfloat16",
         stages=(_told(align, weight, shift), _told(sft, weight, shift)),
     )
 

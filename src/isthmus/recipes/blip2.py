@@ -71,13 +71,12 @@ def blip2(
     name, about = (name, "three objectives, then generation") if first else (f"{name}-second", "generation alone")
     if size == "published":
         options: dict[str, Any] = {"qformer": BERT, **({"text": True, "tokenizer": BERT} if first else {})}
-        return Recipe(
+        return parts.published(
             name=name,
             about=f"BLIP-2 as published, {llm}: {about}",
             encoder=_encoder(llm),
             llm=LLMS[llm],
             aligner=AlignerConfig(name="blip2", options=options),
-            dtype="bfloat16",
             stages=tuple(_published(first, llm)),
         )
     options = {**SMALL, **({"text": True, "vocabulary": WORDS + 1} if first else {})}
@@ -106,13 +105,12 @@ def instructblip(
     if size == "published":
         former = "Salesforce/blip2-opt-2.7b"
         hears = AlignerConfig(name="instructblip", options={"tokenizer": BERT, "qformer": [BERT, former]})
-        return Recipe(
+        return parts.published(
             name=f"instructblip{end}-vicuna-7b",
             about="InstructBLIP 7B as published: " + ("instruction-aware" if aware else "blind") + " Q-Former",
             encoder=_encoder("opt-2.7b"),
             llm=LLMConfig(source="lmsys/vicuna-7b-v1.1", architecture=parts.VICUNA_7B),
             aligner=hears if aware else AlignerConfig(name="blip2", options={"qformer": former}),
-            dtype="bfloat16",
             stages=(
                 Stage(
                     name="sft",
@@ -169,13 +167,12 @@ def minigpt4(size: Literal["embedded", "published"] = "embedded", curated: bool 
             warmup=200 / 1000,
             budget=Budget(steps=1000),
         )
-        return Recipe(
+        return parts.published(
             name=f"{name}-7b",
             about="MiniGPT-4 7B as published: frozen Q-Former, one Linear, a short curated second stage",
             encoder=_encoder("flan-t5-xxl"),
             llm=LLMConfig(source="lmsys/vicuna-7b-v1.1", architecture=parts.VICUNA_7B),
             aligner=AlignerConfig(name="minigpt4", options={"qformer": "Salesforce/blip2-flan-t5-xxl"}),
-            dtype="bfloat16",
             stages=(one, two) if curated else (one,),
         )
     only = {"connectors.*.project.*": Train()}

@@ -36,13 +36,12 @@ def published(options: dict[str, Any]) -> Recipe:
     What the spec marks as not verified is a hint: steps, batch sizes and rates of all three stages.
     """
     vision = Train(lr=1e-6)
-    return Recipe(
+    return parts.published(
         name="cogvlm-17b",
         about="CogVLM 17B as published: EVA2-CLIP-E at 490 px, experts on every Linear of Vicuna 7B",
         encoder=EVA2_CLIP_E,
         llm=LLMConfig(source="lmsys/vicuna-7b-v1.5", architecture=parts.VICUNA_7B),
         aligner=AlignerConfig(name="cogvlm", options={**options, "idle": True}),
-        dtype="bfloat16",
         stages=(
             Stage(
                 name="align",

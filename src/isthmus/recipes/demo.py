@@ -6,7 +6,7 @@ from isthmus.config import Recipe, Train
 from isthmus.recipes import parts
 from isthmus.recipes.llava import embedded
 
-BASELINES = 150
+BASELINES = 100
 """Items per task for the measure before training and for the controls: of ten minutes, most should be training."""
 
 

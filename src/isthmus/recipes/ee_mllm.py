@@ -21,13 +21,12 @@ def published(visual: Visual, free: bool) -> Recipe:
     The authors' own resolutions (672 and 980 pixels) and data were not at hand (spec B7.1).
     """
     name, about = _title(visual, free)
-    return Recipe(
+    return parts.published(
         name=f"{name}-7b",
         about=f"{about}, 7B: LLaVA-1.5's parts and values",
         encoder=EncoderConfig(source="openai/clip-vit-large-patch14-336", layer=-2, architecture=parts.CLIP_L_336),
         llm=LLMConfig(source="lmsys/vicuna-7b-v1.5", architecture=parts.VICUNA_7B),
         aligner=AlignerConfig(name="ee_mllm", options=_options(visual, free)),
-        dtype="bfloat16",
         stages=parts.llava_stages({"connectors.*": Train()}),
     )
 

@@ -59,13 +59,22 @@ def flamingo(
     size: Literal["embedded", "published", "published-4b"] = "embedded",
     every: int | None = None,
     tower: Literal["clip-l", "nfnet-f6"] = "clip-l",
+    gate: float = 0.0,
 ) -> Recipe:
-    """OpenFlamingo; `every` is the ablation of how densely gated blocks stand, `tower` of the published encoder."""
+    """OpenFlamingo.
+
+    Args:
+        size: `embedded`, or one of the published ones.
+        every: the ablation of how densely gated blocks stand; None is the size's own.
+        tower: the ablation of the published encoder.
+        gate: the ablation of gates that do not begin shut: their value before the tanh.
+    """
     usual = {"embedded": 5, "published": 4, "published-4b": 2}[size]
     recipe = {"embedded": embedded, "published": published_9b, "published-4b": published_4b}[size](every or usual)
     if tower != "clip-l" and size != "embedded":
         recipe = recipe.but(encoder=NFNET_F6, name=f"{recipe.name}-{tower}")
-    return parts.ablated(recipe, {"every": every or usual}, {"every": usual})
+    chosen = {"every": every or usual, "gate": gate}
+    return parts.ablated(parts.gated(recipe, gate), chosen, {"every": usual, "gate": 0.0})
 
 
 def published_9b(every: int = 4) -> Recipe:
@@ -85,7 +94,7 @@ def _published(name: str, about: str, llm: LLMConfig, every: int) -> Recipe:
 
     Where the authors add two losses per step, ours draws pairs and documents in the same proportion.
     """
-    return Recipe(
+    return parts.published(
         name=name,
         about=about,
         encoder=EncoderConfig(
@@ -96,7 +105,6 @@ def _published(name: str, about: str, llm: LLMConfig, every: int) -> Recipe:
         ),
         llm=llm,
         aligner=AlignerConfig(name="flamingo", options={"every": every}),
-        dtype="bfloat16",
         stages=(
             Stage(
                 name="align",
@@ -105,6 +113,7 @@ def _published(name: str, about: str, llm: LLMConfig, every: int) -> Recipe:
                     parts.file("mmc4.jsonl", "mmc4").but(weight=1.0),
                 ),
                 template="documents",
+                after_media=True,
                 train={"connectors.*": Train(), "llm.*.grafts.gated.*": Train(weight_decay=0.1, decay_all=True)},
                 lr=1e-4,
                 batch_size=1536,

@@ -34,7 +34,7 @@ def published() -> Recipe:
     The LLM has no checkpoint apart from Kosmos-2's own, so this is a recipe to count with and to start from.
     """
     decayed = Train(weight_decay=0.01)
-    return Recipe(
+    return parts.published(
         name="kosmos2-1.7b",
         about="Kosmos-2 as published: CLIP ViT-L/14 at 224 px, 64 latents, 1024 location tokens, a 1.3 B LLM",
         encoder=EncoderConfig(
@@ -46,7 +46,6 @@ def published() -> Recipe:
         ),
         llm=LLMConfig(source="facebook/opt-1.3b", architecture=MAGNETO),
         aligner=AlignerConfig(name="kosmos2"),
-        dtype="bfloat16",
         stages=(
             Stage(
                 name="pretrain",

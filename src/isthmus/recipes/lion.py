@@ -131,17 +131,19 @@ def _published(
     name: str, options: dict[str, Any], train: dict[str, Mapping[str, Train]], stages: str, aggregator: bool
 ) -> Recipe:
     """LION-4B. Which data belong to which stage is the paper's, rates and steps are InstructBLIP's: the authors'
-    code holds neither."""
+    first release holds neither. The Q-Former begins as InstructBLIP's, with BERT's text half under BLIP-2's weights;
+    what the authors' began as is not said there."""
     image, region = parts.file("lion_image_level.json", "images"), parts.file("visual_genome_regions.json", "images")
     data: dict[str, tuple[Source, ...]] = {"image": (image.but(route=0),), "region": (region.but(route=1),)}
     data["all"] = (*data["image"], *data["region"])
     shown = {"image": "qformer", "region": "aggregator", "all": "both"}
     chosen = tuple(data) if stages == "stagewise" else ("all",)
-    return Recipe(
+    blip2 = "Salesforce/blip2-flan-t5-xl"
+    return parts.published(
         name=name.replace("lion", "lion-4b", 1),
         about="LION-4B as published: EVA ViT-g, FlanT5-XL, 289 visual tokens, two adapters and a router",
         encoder=EncoderConfig(
-            source="Salesforce/blip2-flan-t5-xl",
+            source=blip2,
             layer=-1,
             class_token="keep",
             taps=(29, 19) if aggregator else (),
@@ -149,8 +151,7 @@ def _published(
             architecture=EVA_G,
         ),
         llm=LLMS["flan-t5-xl"],
-        aligner=AlignerConfig(name="lion", options={**options, "tokenizer": BERT}),
-        dtype="bfloat16",
+        aligner=AlignerConfig(name="lion", options={**options, "tokenizer": BERT, "qformer": [BERT, blip2]}),
         stages=tuple(
             Stage(
                 name=leg,

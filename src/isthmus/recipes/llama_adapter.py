@@ -38,6 +38,7 @@ def llama_adapter(
     version: Version = "v1",
     lower: int | None = None,
     rounds: int = 1,
+    gate: float = 0.0,
 ) -> Recipe:
     """LLaMA-Adapter in one of its versions.
 
@@ -46,16 +47,18 @@ def llama_adapter(
         version: V1; V2 as in its paper; V2 as its multimodal code was released.
         lower: layers from below without learnt prompts, the paper's ablation; None is the version's own number.
         rounds: how often V2's paper takes turns between pictures and instructions.
+        gate: what gates begin with, before their tanh; other than 0 is the ablation of zero-initialised attention.
     """
     options = OPTIONS[version] if lower is None else {**OPTIONS[version], "lower": lower}
     recipe = embedded(version, options, rounds) if size == "embedded" else published(version, options, rounds)
-    return parts.ablated(recipe, {"lower": options["lower"], "rounds": rounds}, {**OPTIONS[version], "rounds": 1})
+    chosen = {"lower": options["lower"], "rounds": rounds, "gate": gate}
+    return parts.ablated(parts.gated(recipe, gate), chosen, {**OPTIONS[version], "rounds": 1, "gate": 0.0})
 
 
 def published(version: Version, options: dict[str, Any], rounds: int) -> Recipe:
     """As the official scripts train LLaMA 7B (spec B6); learning rates are their base rates times batch / 256."""
     taps = (8, 16) if version == "v1" else ()
-    return Recipe(
+    return parts.published(
         name=f"llama-adapter-{version}-7b",
         about=f"LLaMA-Adapter {version} 7B as published: zero-init gated prompts in a frozen LLaMA",
         encoder=EncoderConfig(
@@ -63,7 +66,6 @@ def published(version: Version, options: dict[str, Any], rounds: int) -> Recipe:
         ),
         llm=LLMConfig(source="huggyllama/llama-7b", architecture={**parts.VICUNA_7B, "max_position_embeddings": 2048}),
         aligner=AlignerConfig(name="llama_adapter", options=options),
-        dtype="bfloat16",
         stages=_published_v1() if version == "v1" else _published_v2(version, rounds),
     )
 

@@ -25,13 +25,12 @@ def published(projector: str) -> Recipe:
     if first:
         smaller = {**parts.CLIP_L_336, "image_size": 224}
         encoder = EncoderConfig(source="openai/clip-vit-large-patch14", layer=-2, architecture=smaller, aspect="crop")
-    return Recipe(
+    return parts.published(
         name="llava-v1-7b" if first else "llava-1.5-7b",
         about=f"LLaVA{'' if first else '-1.5'} 7B as published: {projector} projector, two stages",
         encoder=encoder,
         llm=LLMConfig(source="lmsys/vicuna-7b-v1.5", architecture=parts.VICUNA_7B),
         aligner=AlignerConfig(name="llava", options={"projector": projector}),
-        dtype="bfloat16",
         stages=(
             Stage(
                 name="align",

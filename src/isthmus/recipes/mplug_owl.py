@@ -15,7 +15,7 @@ def mplug_owl(size: Literal["embedded", "published"] = "embedded") -> Recipe:
 
 def published() -> Recipe:
     """The second stage is the official script's (spec B4.3); the first one's values and LoRA's are recalled."""
-    return Recipe(
+    return parts.published(
         name="mplug-owl-7b",
         about="mPLUG-Owl 7B as published: CLIP ViT-L/14, 64 queries and an end vector, LLaMA 7B, two stages",
         encoder=EncoderConfig(
@@ -27,7 +27,6 @@ def published() -> Recipe:
         ),
         llm=LLMConfig(source="huggyllama/llama-7b", architecture=parts.VICUNA_7B),
         aligner=AlignerConfig(name="mplug_owl"),
-        dtype="bfloat16",
         stages=(
             Stage(
                 name="pretrain",

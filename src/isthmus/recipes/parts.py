@@ -10,6 +10,7 @@ from isthmus.config import (
     AlignerConfig,
     Budget,
     EncoderConfig,
+    Engine,
     LoRA,
     ObjectiveConfig,
     Recipe,
@@ -143,11 +144,25 @@ def embedded(name: str, about: str, aligner: AlignerConfig, stages: tuple[Stage,
     )
 
 
+def published(name: str, about: str, **more: Any) -> Recipe:
+    """A system as its authors trained it: in bfloat16, and pictures are encoded in every step.
+
+    Kept features would take 0.7 MB a picture of BLIP-2's 129 million, 1.2 MB of LLaVA-1.5's 1.2 million.
+    """
+    return Recipe(name=name, about=about, dtype="bfloat16", engine=Engine(cache=False), **more)
+
+
 def ablated(recipe: Recipe, chosen: Mapping[str, Any], usual: Mapping[str, Any]) -> Recipe:
     """The recipe with what was chosen otherwise than usual in its name, so that no two settings share one."""
     return recipe.but(
         name="-".join([recipe.name, *(f"{key}-{chosen[key]}" for key in chosen if chosen[key] != usual[key])])
     )
+
+
+def gated(recipe: Recipe, gate: float) -> Recipe:
+    """The recipe whose joint's gates begin with `gate`, before their tanh; at 0 as published."""
+    joint = recipe.aligner
+    return recipe.but(aligner=joint.but(options={**joint.options, "gate": gate})) if gate else recipe
 
 
 def file(name: str, images: str) -> Source:

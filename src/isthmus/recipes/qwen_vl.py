@@ -43,7 +43,7 @@ def published(positions: bool = True) -> Recipe:
     All stages see 448 pixels (the first one's 224 would be another encoder), and no rate decays with the ViT's depth.
     """
     vision, joint, llm = ({glob: Train(weight_decay=0.05)} for glob in ("encoders.*", "connectors.*", "llm.*"))
-    return Recipe(
+    return parts.published(
         name="qwen-vl-7b",
         about="Qwen-VL as published: OpenCLIP bigG at 448 px, 256 position-aware queries, Qwen 7B, three stages",
         encoder=EncoderConfig(
@@ -55,7 +55,6 @@ def published(positions: bool = True) -> Recipe:
         ),
         llm=LLMConfig(source="Qwen/Qwen1.5-7B", architecture=QWEN_7B),
         aligner=AlignerConfig(name="qwen_vl", options={"positions": positions}),
-        dtype="bfloat16",
         stages=(
             Stage(
                 name="pretrain",

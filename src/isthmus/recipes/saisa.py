@@ -18,13 +18,12 @@ def saisa(size: Literal["embedded", "published"] = "embedded") -> Recipe:
 
 def published() -> Recipe:
     """As the authors describe it on 7B: LLaVA-1.5's data and values in both stages (spec B7.3)."""
-    return Recipe(
+    return parts.published(
         name="saisa-7b",
         about="SAISA 7B as published: an MLP per layer, media as keys and values alone, two stages",
         encoder=EncoderConfig(source="openai/clip-vit-large-patch14-336", layer=-2, architecture=parts.CLIP_L_336),
         llm=LLMConfig(source="lmsys/vicuna-7b-v1.5", architecture=parts.VICUNA_7B),
         aligner=AlignerConfig(name="saisa"),
-        dtype="bfloat16",
         stages=parts.llava_stages(JOINT),
     )
 

@@ -17,7 +17,7 @@ def shikra(size: Literal["embedded", "published"] = "embedded") -> Recipe:
 def published() -> Recipe:
     """Rates and batch are the official configuration's (spec B3.4); the numbers of steps are recalled, not checked."""
     trained = {"connectors.*": Train(), "llm.*": Train()}
-    return Recipe(
+    return parts.published(
         name="shikra-7b",
         about="Shikra 7B as published: CLIP ViT-L/14 at 224 px, a linear projector, Vicuna 7B, decimals as boxes",
         encoder=EncoderConfig(
@@ -28,7 +28,6 @@ def published() -> Recipe:
         ),
         llm=LLMConfig(source="lmsys/vicuna-7b-v1.5", architecture=parts.VICUNA_7B),
         aligner=AlignerConfig(name="shikra"),
-        dtype="bfloat16",
         stages=(
             Stage(
                 name="pretrain",

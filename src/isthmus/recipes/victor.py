@@ -49,13 +49,12 @@ def _published(weight: float) -> Recipe:
     comprehend = _comprehend(weight, {"encoders.*": tower, "connectors.*": rest, "llm.*": rest}, Budget(epochs=1)).but(
         data=(parts.file("cc3m_recaptioned.json", "cc3m"),), lr=1e-3, batch_size=4 * 4 * 8, recompute=True
     )
-    return Recipe(
+    return parts.published(
         name="victor-7b",
         about="ViCToR 7B: Qwen2.5 tells three quarters of a picture's vectors that a pool has replaced",
         encoder=EncoderConfig(source="openai/clip-vit-large-patch14-336", layer=-2, architecture=parts.CLIP_L_336),
         llm=LLMConfig(source="Qwen/Qwen2.5-7B-Instruct", architecture=QWEN25_7B),
         aligner=AlignerConfig(name="victor"),
-        dtype="bfloat16",
         stages=(align, comprehend, sft.but(train={**WHOLE, "llm.*": Train()}, lr=1e-5)),
     )
 

@@ -28,6 +28,7 @@ from isthmus.data import lottery, recent, sets
 from isthmus.data.collate import Collator, Look
 from isthmus.data.mix import Batches, Mix, Ref
 from isthmus.data.recent import Recent
+from isthmus.files import write_text
 from isthmus.model import VLM
 from isthmus.prepare import codes, tags
 from isthmus.prepare.features import FeatureCache
@@ -35,7 +36,7 @@ from isthmus.training import agreement, checkpoint, combination, locks, log, loo
 from isthmus.training.machine import arithmetic
 from isthmus.training.parallel import World
 from isthmus.training.prefetch import Prefetched
-from isthmus.training.step import Step, dealt, mixed, unlabelled
+from isthmus.training.step import Step, mixed, unlabelled
 from isthmus.types import Batch, ConfigError, DataError, Medium, Sample
 
 NOTE = "run.json"
@@ -83,7 +84,25 @@ def mix_of(stage: Stage, seed: int) -> Data:
 
 def limits(stage: Stage) -> dict[str, Any]:
     """What a stage asks of the collator of its samples."""
-    return {"max_length": stage.max_length, "overlong": stage.overlong, "bare": unlabelled(stage.objectives)}
+    return {
+        "max_length": stage.max_length,
+        "overlong": stage.overlong,
+        "bare": unlabelled(stage.objectives),
+        "after_media": bool(stage.after_media),
+    }
+
+
+def encodes_anew(recipe: Recipe, model: VLM) -> bool:
+    """Whether pictures are encoded in every step: no cache is wished for, or an encoder trains in some stage."""
+    return recipe.engine.cache is False or _encoder_trains(recipe, model)
+
+
+def _encoder_trains(recipe: Recipe, model: VLM) -> bool:
+    # of parameters, and of modules: LoRA's globs name Linears
+    named = [*model.named_parameters(), *model.named_modules()]
+    names = [name for name, _ in named if name.startswith("encoders.")]
+    globs = [glob for stage in recipe.stages for glob, how in stage.train.items() if how.mode != "frozen"]
+    return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs)
 
 
 class Feed:
@@ -198,7 +217,7 @@ class Run:
         else:
             told["dtype"] = str(arithmetic(recipe.dtype, self.device)).removeprefix("torch.")
         self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(note, json.dumps(told | {"recipe": plain}, indent=1))
+        write_text(note, json.dumps(told | {"recipe": plain}, indent=1))
 
     def _begun(self) -> bool:
         """Whether anything was done in the folder; one with a note alone is as good as new."""
@@ -230,10 +249,8 @@ class Run:
         return model.to(self.device)  # type: ignore[arg-type]
 
     def look(self, model: VLM) -> Look:
-        """How media reach the model: cached features, or pixels where an encoder trains in some stage."""
-        if self._encoder_trains(model):
-            return model.processor.look
-        return FeatureCache(model.encoders["image"], assets.home() / "features")
+        """How media reach the model: cached features, or pixels where they are encoded in every step."""
+        return model.processor.look if encodes_anew(self.recipe, model) else _cache(model)
 
     def fill(self, look: Look, media: Iterable[Medium]) -> None:
         """Cache what is missing of these media's features, each process its share, with a progress bar.
@@ -269,8 +286,7 @@ class Run:
         self._fill_once(look, stage, data)
         self._fit_codes(look, model, data)
         collator = model.processor.collator(look, stage.template, **limits(stage))
-        share = dealt(stage.objectives, self.world)
-        own = Feed(stage, data, collator, self.recipe.seed, share)
+        own = Feed(stage, data, collator, self.recipe.seed, self.world)
         self.console.print(f"{stage.batching} {own.first()}", soft_wrap=True, markup=False)
         with Prefetched(own, self.recipe.engine.workers) as feed:
             result = loop.run_stage(
@@ -310,27 +326,25 @@ class Run:
         self.fill(look, data.media())
         if self.world.main:
             with checkpoint.writing(note):
-                checkpoint.write_text(note, str(len(look)))
+                write_text(note, str(len(look)))
 
     def _fit_codes(self, look: Look, model: VLM, data: Data) -> None:
         """Fill the codebooks that a joint may have, from the first stage's pictures; one process fits them for all."""
         if codes.empty(model):
-            if not isinstance(look, FeatureCache):
+            if _encoder_trains(self.recipe, model):
                 raise ConfigError(
                     "codes are of features that never change, and here an encoder trains in some stage",
                     "leave `encoders.*` out of `train`, or take the recipe without codes",
                 )
             media = data.some_media(codes.PICTURES)
             self.console.print("fitting codebooks to the encoder's features, once")
-            self.world.lead(lambda: codes.settle(model, look, media, self.recipe.seed))
-            codes.settle(model, look, media, self.recipe.seed)
+            cache = look if isinstance(look, FeatureCache) else _cache(model)
+            self.world.lead(lambda: codes.settle(model, cache, media, self.recipe.seed))
+            codes.settle(model, cache, media, self.recipe.seed)
 
-    def _encoder_trains(self, model: VLM) -> bool:
-        # of parameters, and of modules: LoRA's globs name Linears
-        named = [*model.named_parameters(), *model.named_modules()]
-        names = [name for name, _ in named if name.startswith("encoders.")]
-        globs = [glob for stage in self.recipe.stages for glob, how in stage.train.items() if how.mode != "frozen"]
-        return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs)
+
+def _cache(model: VLM) -> FeatureCache:
+    return FeatureCache(model.encoders["image"], assets.home() / "features")
 
 
 def _outline(model: VLM) -> VLM:
