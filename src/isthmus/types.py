@@ -86,6 +86,8 @@ class Video:
     source: str | Path | bytes
     frames: int | None = None
     """How many frames to sample; None leaves it to the encoder."""
+    span: tuple[float, float] | None = None
+    """The stretch that is shown, in seconds from the beginning; None is all of it."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from PIL import Image as Pillow
 from isthmus.data import formats
 from isthmus.data.formats import FileOptions
 from isthmus.data.media import open_image
-from isthmus.types import Image, Sample
+from isthmus.types import Image, Sample, Video
 
 ONE = FileOptions(instructions="one")
 
@@ -137,8 +137,10 @@ def test_seed_bench_from_its_file_and_from_rows(tmp_path: Path) -> None:
     kinds = {"Scene Understanding": 1, "Instances Counting": 5, "Action Recognition": 10}
     path = tmp_path / "SEED-Bench.json"
     path.write_text(json.dumps({"question_type": kinds, "questions": [entry, film]}, indent=1))
+    (fault,) = formats.check(path)  # the videos are not there
+    assert "no video v.webm" in fault.message
     for format in (None, "seed-bench"):
-        (sample,) = read(path, format=format)
+        (sample,) = read(path, format=format, rows=("image",))
         assert (sample.id, sample.turns[1].text, sample.meta["category"]) == ("101669", "C", "Instances Counting")
         assert len(shown(sample)) == 1 and "A. one\nB. two\nC. three\nD. four" in sample.turns[0].text
     row = {**entry, "image": [{"bytes": png(2), "path": None}]}
@@ -147,13 +149,31 @@ def test_seed_bench_from_its_file_and_from_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_file_of_seed_bench_s_videos_alone_says_so(tmp_path: Path, whole: bool) -> None:
-    film = {"question": "What next?", "choice_a": "x", "choice_b": "y", "answer": "A", "question_id": "v1962"}
-    film |= {"data_type": "video", "data_id": "P03/P03_24.MP4", "question_type_id": 11, "segment": [648.0, 658.0]}
+def test_seed_bench_s_segments_are_stretches_of_videos(tmp_path: Path, whole: bool) -> None:
+    """As in its DATASET.md: kind 10 has whole videos, kind 11 seconds, kind 12 frames, 15 a second."""
+    film = {"question": "What next?", "choice_a": "x", "choice_b": "y", "answer": "A", "data_type": "video"}
+    segments = {10: None, 11: [648.0, 658.0], 12: [18, 166]}
+    names = {10: "94328.webm", 11: "P03/P03_24.MP4", 12: "P06/cam01/P06_cereals.avi"}
+    rows = [
+        {**film, "question_id": f"v{kind}", "question_type_id": kind, "data_id": names[kind]}
+        | ({"segment": segment} if segment else {})
+        for kind, segment in segments.items()
+    ]
+    for name in names.values():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
     path = tmp_path / "SEED-Bench.json"
-    path.write_text(json.dumps({"question_type": {"Action Prediction": 11}, "questions": [film]} if whole else [film]))
+    path.write_text(json.dumps({"question_type": {"Action Prediction": 11}, "questions": rows} if whole else rows))
+    found = read(path)
+    videos = [next(part for part in sample.turns[0].parts if isinstance(part, Video)) for sample in found]
+    assert [video.source for video in videos] == [tmp_path / name for name in names.values()]
+    assert [video.span for video in videos] == [None, (648, 658), (18 / 15, 166 / 15)]
+    assert found[1].meta["group"] == "video" and found[1].meta["split"] == "video"
+    assert found[1].meta["category"] == ("Action Prediction" if whole else "type 11")
+    rows[1]["segment"] = [658.0, 648.0]
+    path.write_text(json.dumps(rows))
     (fault,) = formats.check(path)
-    assert "about a video: P03/P03_24.MP4" in fault.message and "frames as pictures" in fault.remedy
+    assert "no stretch of time: [658.0, 648.0]" in fault.message
 
 
 def test_mmmu_puts_pictures_where_they_are_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import Image as Pillow
 from typer.testing import CliRunner
 
 from isthmus.cli.app import app
-from isthmus.data import formats, video
+from isthmus.data import formats, video, writers
 from isthmus.data.media import content_key, open_image
 from isthmus.data.records import Records, found
 from isthmus.training.run import Run
@@ -75,6 +75,38 @@ def test_frames_are_those_in_the_middle_of_equal_stretches(format: str, codec: s
 def near(seen: Sequence[int], expected: Sequence[int]) -> bool:
     """Nearer than the next step is."""
     return len(seen) == len(expected) and max(abs(a - b) for a, b in zip(seen, expected)) < 7
+
+
+def test_a_stretch_shows_the_frames_of_its_own_seconds(tmp_path: Path) -> None:
+    """Of 16 frames, 10 a second, those from 0.5 to 1.3 seconds: the sixth to the thirteenth."""
+    data = film(STEPS)
+    seen = greys(video.decoded(data, 8, (0.5, 1.3)))
+    assert near(seen, STEPS[5:13]), seen
+    shown = video.frames(data, 20, fps=10, span=(0.5, 1.3))
+    assert near(greys([open_image(image.source) for image in shown]), STEPS[5:13])
+    whole, cut = video.frames(data, 4)[0].source, video.frames(data, 4, span=(0.5, 1.3))[0].source
+    assert content_key(whole) != content_key(cut)  # features of the one are not those of the other
+    with pytest.raises(DataError, match=r"lasts 1\.6 seconds, and 1 to 9 are to be shown"):
+        video.decoded(data, 2, (1, 9))
+
+
+def test_a_record_names_a_stretch_which_is_written_and_read_again(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(film(STEPS))
+    said = [{"role": "user", "content": "<video>What?"}, {"role": "assistant", "content": "It brightens."}]
+    record = {"id": "1", "videos": [{"path": "a.mp4", "span": [0.5, 1.3]}], "messages": said}
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(record))
+    (sample,) = formats.load(path)
+    assert sample.media == (Video(tmp_path / "a.mp4", span=(0.5, 1.3)),)
+    for to, name in (("messages", "again.jsonl"), ("webdataset", "tars")):
+        writers.write([sample], tmp_path / name, to)  # type: ignore[arg-type]
+        (medium,) = formats.load(tmp_path / name)[0].media
+        assert isinstance(medium, Video) and medium.span == (0.5, 1.3)
+    (shown,) = formats.load(path, options=formats.FileOptions(frames=8))
+    assert near(greys([open_image(image.source) for image in shown.media]), STEPS[5:13])  # type: ignore[arg-type]
+    path.write_text(json.dumps({**record, "videos": [{"path": "a.mp4", "span": [1.0, 9.0]}]}))
+    (fault,) = [one for one in found(formats.Form(path)) if isinstance(one, formats.Fault)]
+    assert "lasts 1.6 seconds" in fault.message
 
 
 def test_a_leap_finds_the_frames_that_a_walk_finds(monkeypatch: pytest.MonkeyPatch) -> None:

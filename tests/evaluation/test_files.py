@@ -55,8 +55,14 @@ def task(name: str, path: Path, limit: int | None = None, **options: Any) -> Tas
 
 def answered(asked: Task, model: VLM, say: Callable[[Sample], str | None]) -> tuple[list[Any], results.Row]:
     """Predictions when every prompt gets the reply that `say` has for it, and the row of the whole file."""
-    given = run(asked, Scorer(model, reply=lambda prompts: [say(prompt) for prompt in prompts], batch_size=3))
+    told = {item.prompt.id: say(item.prompt) for item in asked.items}  # in the order of the file
+    given = run(asked, Scorer(model, reply=lambda prompts: [told[prompt.id] for prompt in prompts], batch_size=3))
     return given, results.rows(asked, {"after": given})[0]
+
+
+def besides(row: results.Row) -> dict[str, float]:
+    """A benchmark's further figures without their intervals."""
+    return {name: estimate.value for name, estimate in row.besides.items() if estimate is not None}
 
 
 def in_turn(*replies: str | None) -> Callable[[Sample], str | None]:
@@ -118,8 +124,9 @@ def test_yes_no_reports_pope_and_mme(tmp_path, model):
     asked = task("yes-no", questions(tmp_path, ["yes", "no", "yes", "no"], category=kinds))
     found, row = answered(asked, model, in_turn("Yes", "Yes", "yes, it is", "No"))
     assert [one.right for one in found] == [True, False, True, True]
-    assert row.besides["POPE recall"] == 1 and row.besides["POPE precision"] == pytest.approx(2 / 3)
-    assert row.besides["MME score"] == pytest.approx(75 + 50)
+    figures = besides(row)
+    assert figures["POPE recall"] == 1 and figures["POPE precision"] == pytest.approx(2 / 3)
+    assert figures["MME score"] == pytest.approx(75 + 50)
     assert row.besides["MME existence"] == row.besides["MME score"]
 
 
@@ -133,7 +140,7 @@ def test_popes_own_layout(tmp_path, model):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found, row = answered(task("yes-no", path), model, lambda prompt: "yes")
     assert [one.right for one in found] == [True, False]
-    assert (row.besides["POPE yes"], row.besides["POPE f1"]) == (1.0, pytest.approx(2 / 3))
+    assert (besides(row)["POPE yes"], besides(row)["POPE f1"]) == (1.0, pytest.approx(2 / 3))
 
 
 def test_yes_no_refuses_other_answers(tmp_path):
@@ -171,7 +178,7 @@ def test_circular_evaluation_turns_options_and_letter_together(tmp_path, model):
 
     found, row = answered(asked, model, one_place_wrong)
     assert sum(one.right for one in found) == 5
-    assert row.besides["circular accuracy"] == 0.5 and row.clusters == 2
+    assert besides(row)["circular accuracy"] == 0.5 and row.clusters == 2
 
 
 def test_captions_of_one_picture_are_its_references(tmp_path, model):
@@ -191,7 +198,7 @@ def test_captions_of_one_picture_are_its_references(tmp_path, model):
     tokens = [[captions.tokens(text) for text in texts] for texts in said.values()]
     scores = captions.cider([["a", "red", "cat", "sits"], ["a", "boat"]], tokens)
     assert [one.right for one in found] == pytest.approx([score / 10 for score in scores])
-    assert row.besides["CIDEr"] == pytest.approx(sum(scores) / 2) and row.besides["CIDEr"] > 0
+    assert besides(row)["CIDEr"] == pytest.approx(sum(scores) / 2) and besides(row)["CIDEr"] > 0
 
 
 def test_a_limit_draws_the_same_items_each_time(tmp_path):
@@ -262,7 +269,7 @@ def test_mmbench_wants_every_round_right_and_tells_categories(tmp_path, model):
 
     _, row = answered(asked, model, one_round_wrong)
     assert row.cells["after"].value == pytest.approx(4 / 5)
-    assert row.besides == {
+    assert besides(row) == {
         "circular accuracy": 0.5,
         "circular accuracy: perception": 0.0,
         "circular accuracy: reasoning": 1.0,
@@ -273,6 +280,22 @@ def test_mmbench_wants_every_round_right_and_tells_categories(tmp_path, model):
         " kind 3, options in every order",
         " kind 8, options in every order",
     ]
+
+
+def test_the_circular_interval_is_over_pictures_and_not_over_rounds(tmp_path, model):
+    """Ten pictures with two questions each, three rounds a question; those about seven are right in every round."""
+    pictures(tmp_path, *(f"{place}.png" for place in range(10)))
+    asks = {"question": "Which?", "choices": ["cat", "owl", "dog"], "answer": 1}
+    rows = [{**asks, "id": f"{place}", "image": f"{place // 2}.png"} for place in range(20)]
+    asked = task("options", write(tmp_path, rows), circular=True)
+    truths = {item.prompt.id: item.answer for item in asked.items}
+    wrong = {f"{place}#round-2" for place in range(14, 20)}
+    _, row = answered(asked, model, lambda prompt: "none" if prompt.id in wrong else truths[prompt.id])
+    circular = row.besides["circular accuracy"]
+    assert circular is not None and circular.value == pytest.approx(0.7)
+    assert row.cells["after"].value == pytest.approx(54 / 60) and (circular.n, circular.clusters) == (20, 10)
+    assert circular.low == pytest.approx(0.3968, abs=1e-4)  # Wilson's of 7 right among 10
+    assert 0.8922 - 1e-4 < circular.high <= 1
 
 
 def test_a_limit_counts_questions_and_keeps_their_rounds(tmp_path):
@@ -310,8 +333,9 @@ def test_pope_by_setting(tmp_path, model):
     kinds = ["random", "random", "popular", "popular"]
     path = questions(tmp_path, ["yes", "no", "yes", "no"], category=kinds)
     _, row = answered(task("yes-no", path), model, in_turn("yes", "no", "yes", "yes"))
-    assert row.besides["POPE f1, random"] == 1 and row.besides["POPE f1, popular"] == pytest.approx(2 / 3)
-    assert row.besides["POPE f1, mean of settings"] == pytest.approx(5 / 6)
+    figures = besides(row)
+    assert figures["POPE f1, random"] == 1 and figures["POPE f1, popular"] == pytest.approx(2 / 3)
+    assert figures["POPE f1, mean of settings"] == pytest.approx(5 / 6)
 
 
 def test_mme_sums_its_groups(tmp_path, model):
@@ -323,7 +347,7 @@ def test_mme_sums_its_groups(tmp_path, model):
     pictures(tmp_path, *(f"{place}.png" for place in range(4)))
     asked = task("yes-no", write(tmp_path, records))
     _, row = answered(asked, model, in_turn("Yes", "Yes", *["Yes", "No"] * 3))
-    assert row.besides["MME cognition"] == row.besides["MME score"] == 50 + 3 * 200
+    assert besides(row)["MME cognition"] == besides(row)["MME score"] == pytest.approx(50 + 3 * 200)
     assert "MME perception" not in row.besides
 
 
@@ -339,8 +363,8 @@ def test_a_limit_keeps_mmes_two_questions_about_a_picture_together(tmp_path, mod
     for limit, asked in ((1, 2), (4, 4), (5, 4), (100, 8)):
         built = task("yes-no", path, limit=limit)
         _, row = answered(built, model, lambda prompt: "Yes")
-        assert len(built.items) == asked and row.besides["MME score"] in (50, 100)  # half right, no picture wholly
-    assert row.besides["MME existence"] == row.besides["MME count"] == 50
+        assert len(built.items) == asked and besides(row)["MME score"] in (50, 100)  # half right, no picture wholly
+    assert besides(row)["MME existence"] == besides(row)["MME count"] == 50
     assert len(task("yes-no", write(tmp_path, records[:-1]), limit=5).items) == 5  # one picture has one question
 
 
@@ -356,7 +380,7 @@ def test_seed_bench_of_frames_tells_pictures_from_videos(tmp_path, model):
     built = task("options", write(tmp_path, rows))
     assert [len(item.prompt.media) for item in built.items] == [1, 3]
     _, row = answered(built, model, in_turn("b.", "C"))
-    assert row.besides == {"accuracy: image": 1.0, "accuracy: video": 0.0}
+    assert besides(row) == {"accuracy: image": 1.0, "accuracy: video": 0.0}
 
 
 def test_open_questions_of_mmmu_take_numbers_and_phrases(tmp_path, model):

@@ -18,6 +18,7 @@ from isthmus.evaluation.grounding import Locate, truth
 from isthmus.evaluation.score import Scorer
 from isthmus.evaluation.tasks import Choice, Cut, Item, run
 from isthmus.model import VLM
+from isthmus.speakers.local import Local
 from isthmus.types import Box, ConfigError, Grounding, Image, Sample, Turn
 
 BOX = (0.2, 0.4, 0.6, 0.8)
@@ -70,15 +71,16 @@ def test_rec_asks_for_what_is_there_once_and_the_answer_is_right(model: VLM, mon
     task = named("rec")(TaskConfig(name="rec", limit=8), 0)
     assert isinstance(task, Locate) and len(task.items) == 8
     answers = [f"there: {Decimals().write([truth(item)])}" for item in task.items]
+    place = {item.prompt.id: place for place, item in enumerate(task.items)}
 
     def reply(prompts: Sequence[Sample]) -> list[str | None]:
         assert all(prompt.turns[-1].role == "user" for prompt in prompts)
-        return [answers[place] for place, item in enumerate(task.items) if item.prompt in prompts]
+        return [answers[place[prompt.id]] for prompt in prompts]
 
     found = run(task, Scorer(model, reply=reply, batch_size=3))
     assert all(prediction.right and prediction.scores[0] > 0.95 for prediction in found)
     swapped = answers[1:] + answers[:1]
-    wrong = run(task, Scorer(model, reply=lambda prompts: [swapped.pop(0) for _ in prompts], batch_size=3))
+    wrong = run(task, Scorer(model, reply=lambda prompts: [swapped[place[one.id]] for one in prompts], batch_size=3))
     expected = [overlap(truth(a), truth(b)) for a, b in zip(task.items, [*task.items[1:], task.items[0]])]
     assert [prediction.scores[0] for prediction in wrong] == pytest.approx(expected, abs=0.05)
 
@@ -97,8 +99,9 @@ def test_reg_chooses_among_ten_names_with_the_others_of_the_picture(model: VLM) 
 def test_measured_replies_are_long_enough_for_a_box(model: VLM, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int] = []
 
-    class Silent:
+    class Silent(Local):
         def __init__(self, model: VLM, look: Callable[..., Any] | None, max_new_tokens: int) -> None:
+            super().__init__(model, look, max_new_tokens=max_new_tokens)
             lengths.append(max_new_tokens)
 
         def say_all(self, asked: Sequence[Sample]) -> list[str]:

@@ -19,6 +19,7 @@ import page_checks
 from isthmus.evaluation import drawing, escaping, page, report, results
 from isthmus.evaluation.answers import Prediction
 from isthmus.evaluation.report import Credit, Curve, Example, Generation, Part, Report
+from isthmus.evaluation.statistics import Estimate
 from isthmus.evaluation.tasks import Choice, Cut, Item, Likelihood, Task
 from isthmus.types import Image, Sample, Turn
 
@@ -295,20 +296,24 @@ def test_unscored_items_never_leave_a_bare_number(made_up: Report) -> None:
 class Told(Choice):
     """A task of a benchmark with figures of its own."""
 
-    def totals(self, predictions: Sequence[Prediction]) -> dict[str, float]:
-        return {"CIDEr <b>": 0.731, "MME score": 1234.5}
+    def totals(self, predictions: Sequence[Prediction]) -> dict[str, Estimate]:
+        def told(value: float, low: float, high: float) -> Estimate:
+            return Estimate(value, low, high, value, value, len(predictions), len(predictions))
+
+        return {"CIDEr <b>": told(0.731, 0.64, 0.82), "MME score": told(1234.5, 1200, 1300)}
 
 
 def test_the_page_shows_what_benchmarks_report_besides() -> None:
     task = make_task("captions", "asked, CIDEr-D / 10", ("a", "b"), 20, Told)
     whole, partly = (results.rows(task, make_runs(task, {"before": 0.2, "after": 0.5}, left))[0] for left in (0, 1))
-    for row, figures in ((whole, [".731", "1234.50"]), (partly, ["not scored", "not scored"])):
+    shown = [[".731", ".64–.82"], ["1234.50", "1200.00–1300.00"]]
+    for row, figures in ((whole, shown), (partly, [["not scored"], ["not scored"]])):
         text = page.render(Report("R", "S", (), (row,), (), "f", "d", 3, "r"))
         assert Page(text).open == [] and page_checks.faults(text) == []
         body = text.split("<tbody>")[1].split("</tbody>")[0]
         first, *more = [Page(line).words for line in body.strip().split("\n")]
         assert first[0] == "asked, CIDEr-D / 10"
-        assert more == [["CIDEr <b>", figures[0]], ["MME score", figures[1]]]
+        assert more == [["CIDEr <b>", *figures[0]], ["MME score", *figures[1]]]
     assert "hare of right answers" not in text.split("Results")[1].split("what its benchmark reports besides")[0]
 
 

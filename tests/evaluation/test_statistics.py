@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from isthmus.evaluation.statistics import Estimate, accuracy, by_kind, difference, macro, mean
+from isthmus.evaluation.statistics import Estimate, accuracy, by_kind, difference, macro, mean, of_sums
 from isthmus.types import DataError
 
 
@@ -126,6 +126,18 @@ def test_mean_weighs_items_by_their_tokens() -> None:
     assert (estimate.low, estimate.high) == pytest.approx((2 - 12.7062 / 3, 2 + 12.7062 / 3), abs=1e-4)
     alike = mean([4.0, 2.0, 6.0], "abc", weights=[2, 1, 3])
     assert (alike.low, alike.high) == (2.0, 2.0)
+
+
+def test_a_figure_of_sums_is_as_sure_as_the_mean_that_it_may_be() -> None:
+    """A share written as a ratio of sums has the bootstrap's ends; the jackknife of a mean is Student's t."""
+    right = [1.0] * 12 + [0.0] * 8
+    clusters = [place // 2 for place in range(20)]
+    shared = of_sums([(x, 1) for x in right], lambda sums: sums[0] / sums[1], clusters)
+    level = mean(right, clusters)
+    assert [shared.value, shared.low, shared.high] == pytest.approx([level.value, level.low, level.high], abs=1e-9)
+    squared = of_sums([(x, 1) for x in right], lambda sums: (sums[0] / sums[1]) ** 2, clusters)
+    assert squared.value == pytest.approx(0.36) and squared.low < 0.36 < squared.high
+    assert level.through(lambda x: 10 * x).high == pytest.approx(10 * level.high)
 
 
 def test_macro_weighs_kinds_equally() -> None:

@@ -17,7 +17,7 @@ from isthmus.data import sets
 from isthmus.evaluation import answers, catalogue, tasks
 from isthmus.evaluation.catalogue import named
 from isthmus.evaluation.score import RULE, Scorer
-from isthmus.evaluation.tasks import Choice, Cut, Generate, Likelihood, item, plain, run
+from isthmus.evaluation.tasks import Choice, Cut, Generate, Item, Likelihood, item, plain, run
 from isthmus.model import VLM
 from isthmus.types import Box, ConfigError, DataError, Image, Sample, Tag, Turn
 
@@ -122,6 +122,22 @@ def test_generate_scores_free_replies_in_three_states(model: VLM) -> None:
     assert [p.right for p in run(task, scorer(model, reply))] == [True, True, False, None, False, True]
     with pytest.raises(ConfigError, match="free replies"):
         run(task, scorer(model))
+
+
+def test_free_replies_are_asked_longest_first_and_told_in_order(model: VLM) -> None:
+    asked: list[list[str]] = []
+    words = ("What?", "What is there? Look once more.", "What is it?", "Where? " * 9)
+    items = tuple(
+        Item(Sample((Turn.say("user", said),), id=f"p{place}"), "no", (), "", "") for place, said in enumerate(words)
+    )
+
+    def reply(samples: Sequence[Sample]) -> list[str]:
+        asked.append([one.id for one in samples])
+        return [f"no {one.id}" for one in samples]
+
+    found = run(Generate("t", items, (Cut("T"),)), Scorer(model, reply=reply, batch_size=2))
+    assert asked == [["p3", "p1"], ["p2", "p0"]]
+    assert [one.prediction for one in found] == ["no p0", "no p1", "no p2", "no p3"]
 
 
 def test_predictions_are_kept_and_reused(model: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import composed
 from isthmus.config import LoRA, TaskConfig
-from isthmus.evaluation import measure, prose, results, text
+from isthmus.evaluation import measure, prose, results, tasks, text
 from isthmus.evaluation.catalogue import named
 from isthmus.evaluation.report import cost_table
 from isthmus.evaluation.score import Scorer
@@ -94,7 +94,10 @@ def test_a_frozen_llm_has_lost_nothing_and_a_changed_one_something(tmp_path: Pat
     nll, chosen = rows(tmp_path / "frozen")
     assert nll.gains["before"].low == nll.gains["before"].high == 0 and nll.n == len(tasks[0][0].items) > 3
     assert chosen.gains["before"].value == 0 and chosen.chance == 0.25
-    assert nll.besides["perplexity"] == pytest.approx(math.exp(nll.cells["after"].value))
+    told, level = nll.besides["perplexity"], nll.cells["after"]
+    assert [told.value, told.low, told.high] == pytest.approx(
+        [math.exp(x) for x in (level.value, level.low, level.high)]
+    )
     model.add_lora(["llm.*"], LoRA(r=4), "told")
     composed.stir(model)
     nll, chosen = rows(tmp_path / "changed")
@@ -103,6 +106,39 @@ def test_a_frozen_llm_has_lost_nothing_and_a_changed_one_something(tmp_path: Pat
     assert gain.low < gain.value < gain.high and gain.low * gain.high > 0  # the interval leaves 0 out
     console_rows = cost_table([nll, chosen]).columns
     assert [column.header for column in console_rows] == ["text", "LLM alone", "aligned", "difference"]
+
+
+@pytest.mark.parametrize("name", ["perplexity", "next-sentence"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_interrupted_text_goes_on_after_its_last_batch(
+    name: str, alone: bool, model: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the third batch: what the first two told is not asked again, and all is as without a break."""
+    path = tmp_path / "own.txt"
+    path.write_text(TEXT)
+    monkeypatch.setattr(text, "PIECE", 300)
+    monkeypatch.setattr(prose, "WINDOW", 64)  # several rows of one piece
+    asked: list[int] = []
+    genuine, stop = prose.Prose._values, [0]
+
+    def counted(self: prose.Prose, batch: list[prose.Row]) -> list[list[float]]:
+        asked.append(len(batch))
+        if len(asked) == stop[0]:
+            raise KeyboardInterrupt
+        return genuine(self, batch)
+
+    monkeypatch.setattr(prose.Prose, "_values", counted)
+    task = built(name, path, limit=4)
+    scorer = prose.alone(model, torch.float32, 2) if alone else Scorer(model, batch_size=2)
+    wanted, whole = tasks.run(task, scorer), sum(asked)
+    asked.clear()
+    stop[0] = 3
+    with pytest.raises(KeyboardInterrupt):
+        tasks.run(task, scorer, folder=tmp_path / "kept")
+    asked.clear()
+    stop[0] = 0
+    assert tasks.run(task, scorer, folder=tmp_path / "kept") == wanted
+    assert sum(asked) == whole - 4 and not list((tmp_path / "kept").glob("*.part"))
 
 
 def test_another_base_is_not_taken_for_the_llm_alone() -> None:
@@ -117,7 +153,7 @@ def test_bits_per_byte_by_hand(tmp_path: Path, model: VLM) -> None:
     path.write_text("Ein Käse.")
     task = built("perplexity", path)
     (told,) = task.predict(Scorer(model), [item.prompt for item in task.items], None)
-    assert task.totals([told])["bits per byte"] == pytest.approx(-told.scores[0] / math.log(2) / 10)
+    assert task.totals([told])["bits per byte"].value == pytest.approx(-told.scores[0] / math.log(2) / 10)
 
 
 PUBLISHED: dict[str, tuple[dict[str, Any], str, tuple[str, ...], str]] = {
@@ -179,7 +215,7 @@ def test_the_two_accuracies_by_hand(tmp_path: Path) -> None:
     scorer.prose = Fixed()
     (told,) = task.predict(scorer, [item.prompt for item in task.items], None)
     assert told.scores == (-1.0, -3.0) and told.right is True
-    assert task.totals([told]) == {"accuracy by the whole probability": 0.0}
+    assert {name: told.value for name, told in task.totals([told]).items()} == {"accuracy by the whole probability": 0}
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,10 @@ def evaluate(
     shots: Annotated[int | None, typer.Option(min=0, help="Demonstrations before each question.")] = None,
     seed: Annotated[int, typer.Option(help="Draws items, demonstrations and the exchange of pictures.")] = 0,
     out: Folder = None,
+    golden: Annotated[
+        Path | None,
+        typer.Option(help="A folder that --out wrote: name the items answered otherwise; exit code 1 if any is."),
+    ] = None,
     device: Device = "auto",
     dtype: DType = "auto",
     endpoint: Endpoint = None,
@@ -63,8 +67,9 @@ def evaluate(
     from isthmus.assembly import load
     from isthmus.cli.options import on, remote_of
     from isthmus.config import TaskConfig, check
-    from isthmus.errors import ConfigError
+    from isthmus.errors import ConfigError, IsthmusError
     from isthmus.evaluation import baseline, catalogue
+    from isthmus.evaluation import golden as kept
     from isthmus.evaluation.measure import build, check_exchanges, measure, measure_alone, merge
     from isthmus.evaluation.report import cost_table, table_of
     from isthmus.evaluation.results import rows
@@ -86,6 +91,8 @@ def evaluate(
     if told and endpoint is not None:
         raise ConfigError("--text reads log-probabilities of raw text; an endpoint gives replies", "leave --text away")
     folder = out or Path("runs") / "eval" / _short(model)
+    if golden is not None and golden.resolve() == folder.resolve():
+        raise ConfigError(f"{folder} is to be written and compared with", "name another folder with --out")
     with log.counting(console, "measuring") as progress:
 
         def advance(what: str, done: int, total: int) -> None:
@@ -102,15 +109,23 @@ def evaluate(
             if told:
                 measured |= merge(measure_alone(loaded, told, seed, folder, progress=advance), _of(measured, told))
     found = [row for task, runs in measured.values() for row in rows(task, runs, seed)]
+    if not as_json:
+        texts = {task.name for task, _ in told}
+        if built:
+            console.print(table_of([row for row in found if row.task not in texts]))
+        if told:
+            console.print(cost_table([row for row in found if row.task in texts]))
+        console.print(f"predictions per item: {folder}")
+    changes = [] if golden is None else kept.compare(measured, golden)
     if as_json:
-        typer.echo(json.dumps([asdict(row) for row in found], indent=2))
-        return
-    texts = {task.name for task, _ in told}
-    if built:
-        console.print(table_of([row for row in found if row.task not in texts]))
-    if told:
-        console.print(cost_table([row for row in found if row.task in texts]))
-    console.print(f"predictions per item: {folder}")
+        plain = [asdict(row) for row in found]
+        typer.echo(
+            json.dumps({"rows": plain, "golden": [asdict(one) for one in changes]} if golden else plain, indent=2)
+        )
+    elif golden is not None:
+        console.print(kept.table(changes))
+    if count := sum(one.differing for one in changes):
+        raise IsthmusError(f"{count} items are asked or answered otherwise than in {golden}", f"compare with {folder}")
 
 
 def listed(names: str) -> list[str]:

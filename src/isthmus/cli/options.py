@@ -112,5 +112,6 @@ def form_of(path: Path, images: Path | None, settings: list[str] | None) -> Form
     """
     from isthmus.config import check as validated
     from isthmus.data.formats import FileOptions, Form
+    from isthmus.data.hub import located
 
-    return Form(path, images, validated(FileOptions, pairs(settings), "--set"))
+    return Form(located(path), images, validated(FileOptions, pairs(settings), "--set"))

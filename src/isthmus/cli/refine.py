@@ -24,6 +24,7 @@ from isthmus.cli.options import (
     RecipeName,
     Settings,
     form_of,
+    pairs,
 )
 from isthmus.errors import ConfigError
 
@@ -32,9 +33,11 @@ if TYPE_CHECKING:
     from isthmus.data.records import Records
     from isthmus.data.writers import To
     from isthmus.prepare.filters import Measure
+    from isthmus.speakers import Speaker
     from isthmus.types import Sample
 
 Item = TypeVar("Item")
+KINDS = "conversation,detail,reasoning"
 QUICK = 2.0
 """Seconds that work may take before a bar tells how far it is."""
 
@@ -95,7 +98,9 @@ def make(
     ],
     out: Target,
     model: Annotated[str, typer.Argument(help="A directory that `isthmus train` wrote; a name at --endpoint.")],
-    kinds: Annotated[str, typer.Option(help="Of conversation, detail, reasoning.")] = "conversation,detail,reasoning",
+    kinds: Annotated[
+        str, typer.Option(help="Of conversation, detail, reasoning; description by a model that sees.")
+    ] = KINDS,
     limit: Annotated[int | None, typer.Option(help="At most so many pictures.")] = None,
     images: Images = None,
     options: FileSettings = None,
@@ -104,7 +109,7 @@ def make(
     remote: Settings = None,
     device: Device = "auto",
 ) -> None:
-    """Have a language model write conversations from captions and regions; -r cache=FOLDER makes it resumable."""
+    """Have a model write conversations from captions, or describe pictures; -r cache=FOLDER makes it resumable."""
     from isthmus.cli.options import remote_of
     from isthmus.data import writers
     from isthmus.prepare import instructions
@@ -114,23 +119,41 @@ def make(
         raise ConfigError(f"cannot make {kinds}", f"kinds are {', '.join(instructions.REQUESTS)}")
     found = [opened(form_of(path, images, options)) for path in paths]
     with watched("gathering", sum(map(len, found))) as passing:
-        seen = instructions.gathered(passing(chain.from_iterable(map(every, found))), limit)
+        bare = set(wanted) == {"description"}
+        seen = instructions.gathered(passing(chain.from_iterable(map(every, found))), limit, bare)
     made = instructions.Made()
     if endpoint is not None:
         with remote_of(model, endpoint, key_env, remote, max_tokens=1024) as far, watched("asking", len(seen)) as asked:
             writers.write(instructions.make(asked(seen), wanted, far, made), out, kind)
         typer.echo(str(far.usage), err=True)
     else:
-        from isthmus.assembly import load
-        from isthmus.cli.options import on
-        from isthmus.speakers.local import Local
-
-        near = Local(load(model, "auto", on(device)), max_new_tokens=512)
+        near = _near(model, device, pairs(remote))
         with watched("asking", len(seen)) as asked:
             writers.write(instructions.make(asked(seen), wanted, near, made), out, kind)
     for rule, count in made.refused.most_common():
         typer.echo(f"{count:,} left out: {rule}")
     typer.echo(f"{out}: {made.samples:,} samples about {len(seen):,} pictures")
+
+
+def _near(model: str, device: str, given: dict[str, Any]) -> Speaker:
+    """A model in this process, whose answers are kept where `cache` says.
+
+    Raises:
+        ConfigError: another setting is given, which only an endpoint has.
+    """
+    from isthmus import storage
+    from isthmus.assembly import load
+    from isthmus.cli.options import on
+    from isthmus.speakers.kept import Kept
+    from isthmus.speakers.local import Local
+
+    if foreign := sorted(set(given) - {"cache"}):
+        raise ConfigError(f"{', '.join(foreign)}: settings of an endpoint", "name it with --endpoint; here only cache")
+    near = Local(load(model, "auto", on(device)), max_new_tokens=512)
+    if "cache" not in given:
+        return near
+    identity = {"weights": storage.fingerprint(model), "decoding": near.decode, "dtype": str(near.model.dtype)}
+    return Kept(near, Path(str(given["cache"])), identity, _tell)
 
 
 def probe(

@@ -6,7 +6,7 @@ import base64
 import binascii
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os.path import normpath
 from pathlib import Path, PurePath
@@ -105,10 +105,11 @@ class InMemory:
             raise Wrong("an image part holds no picture", "give a path, bytes, a data URL or an open picture")
         return given
 
-    def video(self, given: Any) -> str | Path | bytes:
-        if not isinstance(given, str | Path | bytes):
+    def video(self, given: Any) -> Video:
+        source = given.get("path") if isinstance(given, Mapping) else given
+        if not isinstance(source, str | Path | bytes):
             raise Wrong("a video part holds no video", "give a path or bytes")
-        return given
+        return Video(source, span=_span(given))
 
     def region(self, item: Mapping[str, Any]) -> Box:
         return _box(item.get("box"), item.get("label", ""), item.get("unit", "shares"), None)
@@ -123,7 +124,10 @@ class Attached:
         self.shelf = shelf
         self.last: Source | None = None
         """The latest picture: the one that regions are in."""
-        find = {IMAGE: self.picture, VIDEO: self.video}
+        find: dict[str, Callable[[Any], Image | Video]] = {
+            IMAGE: lambda given: Image(self.picture(given)),
+            VIDEO: self.video,
+        }
         self._listed = {
             marker: [find[marker](given) for given in _several(record, *keys)] for marker, (_, *keys) in LISTS.items()
         }
@@ -192,8 +196,8 @@ class Attached:
         self.last = found
         return found
 
-    def video(self, given: Any) -> Path | bytes:
-        return self.shelf.find(given, "video")
+    def video(self, given: Any) -> Video:
+        return Video(self.shelf.find(given, "video"), span=_span(given))
 
     def region(self, item: Mapping[str, Any]) -> Box:
         """A region that is a part of a message's content."""
@@ -205,16 +209,16 @@ class Attached:
 
     def _medium(self, marker: str) -> Part:
         listed, place = self._listed[marker], self._next(marker)
-        source = listed[place] if place < len(listed) else b""
-        self.last = source
-        return Image(source) if marker == IMAGE else Video(source)
+        part = listed[place] if place < len(listed) else Image(b"")
+        self.last = part.source
+        return part
 
     def _box(self, place: int) -> Box:
         if place >= len(self._regions.boxes):
             return Box((0, 0, 0, 0))
         xyxy, unit, picture = self._regions.box(place)
         pictures = self._listed[IMAGE]
-        source = self.last if picture is None else pictures[picture] if picture < len(pictures) else None
+        source = self.last if picture is None else pictures[picture].source if picture < len(pictures) else None
         return _box(xyxy, "", unit, source)
 
 
@@ -260,6 +264,20 @@ class _Objects:
                     f"{placed} {marker} in the text, {len(listed)} in objects",
                     f"write {marker} once per {'bbox' if marker == REGION else 'ref'}, in their order",
                 )
+
+
+def _span(given: Any) -> tuple[float, float] | None:
+    """The seconds of a video that are meant, where a record says `{"path": …, "span": [start, end]}`."""
+    said = given.get("span") if isinstance(given, Mapping) else None
+    if said is None:
+        return None
+    try:
+        start, end = (float(number) for number in said)
+    except (TypeError, ValueError):
+        start, end = 0.0, 0.0
+    if not 0 <= start < end < math.inf:
+        raise Wrong(f"the span of a video is no stretch of time: {str(said)[:60]}", "write [start, end] in seconds")
+    return start, end
 
 
 def corners(numbers: Any) -> tuple[float, float, float, float]:

@@ -28,6 +28,8 @@ REFERENCE = 64
 """MMBench's column `image`: what is not longer is the index of the row whose picture it is."""
 MARKER = re.compile(r"<image\s?(\d)>")
 """Where MMMU's questions and options show a picture."""
+BREAKFAST, RATE = "12", 15
+"""SEED-Bench's kind of question about the videos of Breakfast, in which it counts frames, and how many a second has."""
 DOMAINS = {
     "Art and Design": ("Art", "Art_Theory", "Design", "Music"),
     "Business": ("Accounting", "Economics", "Finance", "Manage", "Marketing"),
@@ -103,33 +105,39 @@ def science(record: Raw, name: str) -> dict[str, Any]:
     return asked(name, text(record, "question"), _list(record["choices"]), record["answer"], meta, hint, **shown)
 
 
-def is_still(record: Raw) -> bool:
-    """Whether a question of SEED-Bench is about pictures; a video's frames are, where the row brings them."""
-    kind = record.get("data_type", "image")
-    return kind == "image" or (kind == "video" and record.get("image") is not None)
-
-
 def seed(record: Raw, kinds: Mapping[Any, str]) -> dict[str, Any]:
     """SEED-Bench's `choice_a` to `choice_d`, the picture by `data_id` or in the record; kinds by their number.
 
+    A question about a video shows the frames that its row brings, or the video `data_id`, or `segment` of it. The kind
+    of medium is its publisher's split: `rows: image` takes the questions about pictures alone.
+
     Raises:
-        Wrong: it is about a video, or about something that SEED-Bench has not.
+        Wrong: it is about something that SEED-Bench has not, or its segment is no stretch of time.
     """
-    if not is_still(record):
-        what = str(record["data_type"])[:40]
-        raise Wrong(
-            f"the question is about a {what}: {str(record.get('data_id'))[:60]}",
-            'give its frames as pictures, {"image": ["1.png", …]}, or leave it out (options: {faults: skip})',
-        )
+    medium = record.get("data_type", "image")
+    if medium not in ("image", "video"):
+        remedy = "leave it out (options: {faults: skip})"
+        raise Wrong(f"the question is about a {str(medium)[:40]}: {str(record.get('data_id'))[:60]}", remedy)
     options = [record[key] for key in ("choice_a", "choice_b", "choice_c", "choice_d") if record.get(key) is not None]
     number = record.get("question_type_id")
     number = number if isinstance(number, int | str) else None
     category = kinds.get(number, "" if number is None else f"type {number}")
-    meta = {"category": category, "group": record.get("data_type")}
+    meta = {"category": category, "group": record.get("data_type"), "split": record.get("data_type")}
+    name, question = str(record.get("question_id", record.get("data_id", ""))), text(record, "question")
+    if medium == "video" and record.get("image") is None:
+        film = {"path": record.get("data_id"), "span": _seconds(record)}
+        return asked(name, question, options, record.get("answer"), meta, video=film)
     pictures = record.get("image", record.get("data_id"))
     marks = "".join("<image>" for _ in (pictures if isinstance(pictures, list) else [pictures]))
-    name, question = str(record.get("question_id", record.get("data_id", ""))), text(record, "question")
     return asked(name, question, options, record.get("answer"), meta, marks, images=pictures)
+
+
+def _seconds(record: Raw) -> Any:
+    """SEED-Bench's segment in seconds: that of Epic-Kitchens is such; that of Breakfast is in frames."""
+    segment = record.get("segment")
+    if str(record.get("question_type_id")) != BREAKFAST or not isinstance(segment, list):
+        return segment
+    return [end / RATE if isinstance(end, int | float) else end for end in segment]
 
 
 # ---------------------------------------------------------------------------------------------- records

@@ -300,7 +300,7 @@ def _pictured(turn: Turn, options: FileOptions) -> Turn:
     if options.frames is None or not any(isinstance(part, Video) for part in turn.parts):
         return turn
     parts = (
-        video.frames(part.source, options.frames, options.fps) if isinstance(part, Video) else (part,)
+        video.frames(part.source, options.frames, options.fps, part.span) if isinstance(part, Video) else (part,)
         for part in turn.parts
     )
     try:
@@ -354,7 +354,7 @@ def _parts(item: Any, attached: Attached | InMemory) -> Sequence[Part]:
         given = next((item[key] for key in (kind, "url", "path") if item.get(key) is not None), None)
         if given is None:
             return [attached.next(KINDS[kind], item.get("index"))]
-        return [Image(attached.picture(given)) if kind == "image" else Video(attached.video(given))]
+        return [Image(attached.picture(given)) if kind == "image" else attached.video(given)]
     if kind == "box":
         return [attached.region(item)]
     if kind == "grounding":

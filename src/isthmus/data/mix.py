@@ -131,10 +131,6 @@ class Batches:
         self._planned: dict[int, list[list[list[Ref]]]] = {}
 
     @property
-    def steps_per_epoch(self) -> int:
-        return -(-self.mix.epoch_length // self.batch_size)
-
-    @property
     def drawn(self) -> int:
         """Samples that a window is made of, before any is left out."""
         return self.window * self.batch_size

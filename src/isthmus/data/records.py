@@ -15,7 +15,7 @@ from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, cast
 
 from isthmus.assets import home
 from isthmus.data import containers, formats, indexes, jsons, video
@@ -23,11 +23,12 @@ from isthmus.data.faults import SHOWN, Fault, readable, refuse
 from isthmus.data.indexes import Chosen, Index, Part
 from isthmus.data.jsons import Place
 from isthmus.data.media import open_image
+from isthmus.files import replacing
 from isthmus.types import ConfigError, DataError, Image, Sample, Video
 
 SEEN = 8
 """Frames by which a video is judged whose reader chooses their number."""
-READING = 2
+READING = 3
 """Raised when the same files are read as other samples than before, or other samples are held out."""
 HASHED = 1 << 30
 """Bytes of a file that is read whole to know whether its content has changed."""
@@ -90,7 +91,7 @@ def damaged(record: formats.Record) -> Fault | None:
             if isinstance(medium, Image):
                 open_image(medium.source)
             elif isinstance(medium, Video):
-                video.decoded(medium.source, medium.frames or SEEN)
+                video.decoded(medium.source, medium.frames or SEEN, medium.span)
         except DataError as error:
             file = str(record.sample.meta["file"])
             return Fault(record.line, record.sample.id, error.cause, error.remedy, file)
@@ -133,9 +134,9 @@ def _kept(form: formats.Form, container: containers.Container) -> tuple[Index, P
             _used(cached, copy)
             return index, copy
     with contextlib.ExitStack() as open_files:
-        told = None if copy is None else open_files.enter_context(_replaced(copy, "wb"))
+        told = None if copy is None else open_files.enter_context(_replaced(copy))
         try:
-            stream = open_files.enter_context(_replaced(cached, "w+b"))
+            stream = open_files.enter_context(_replaced(cached))
         except OSError:  # a cache, not a promise
             stream = cast(BinaryIO, open_files.enter_context(TemporaryFile()))
         _read(form, indexes.Writer(stream), told)
@@ -194,13 +195,8 @@ def _lot(sample: Sample, folder: Path) -> int:
 
 
 @contextlib.contextmanager
-def _replaced(file: Path, mode: Literal["wb", "w+b"]) -> Iterator[BinaryIO]:
-    """A file that is written beside its place, and put there once it is whole."""
+def _replaced(file: Path) -> Iterator[BinaryIO]:
+    """A file to write and read, put in its place once it is whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{os.getpid()}-{file.name}")
-    try:
-        with part.open(mode) as stream:
-            yield cast(BinaryIO, stream)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(file) as part, part.open("w+b") as stream:
+        yield stream

@@ -22,6 +22,7 @@ from isthmus.data import containers, easyvqa, formats, records, sprites
 from isthmus.data.concepts import Split, concepts, countable, names
 from isthmus.data.containers import ENDINGS as FILES
 from isthmus.data.documents import DocumentOptions, Documents
+from isthmus.data.hub import located
 from isthmus.data.indexes import Part as Piece
 from isthmus.data.pictures import PictureOptions, Pictures, files, shown
 from isthmus.data.questions import Asker
@@ -103,7 +104,8 @@ def open_set(source: Source, seed: int) -> Set:
     else:
         raise ConfigError(
             f"no data set is named {source.name!r}{nearest(source.name, list(EMBEDDED))}",
-            f"use {', '.join(EMBEDDED)}, a folder, or a path that ends in {', '.join(FILES)}",
+            f"use {', '.join(EMBEDDED)}, a folder, a path that ends in {', '.join(FILES)}, or what `hf download "
+            "--repo-type dataset OWNER/NAME` fetched",
         )
     opened = opened if source.limit is None else opened.first(source.limit)
     return opened if source.route is None else opened.map(Routed(source.route))
@@ -136,7 +138,7 @@ def each_state(source: Source, seed: int, state: Callable[[formats.Form, contain
 def here(source: Source) -> bool:
     """Whether the file or folder of a set is on this machine, and those of the sets that it is made of."""
     if source.name not in EMBEDDED:
-        return Path(source.name).exists()
+        return located(source.name).exists()
     return source.name not in MADE_OF or all(map(here, _shelves(source)))
 
 
@@ -146,11 +148,12 @@ def cards() -> list[Card]:
 
 
 def _is_file(source: Source) -> bool:
-    return source.name not in EMBEDDED and (Path(source.name).suffix in FILES or Path(source.name).exists())
+    return source.name not in EMBEDDED and (Path(source.name).suffix in FILES or located(source.name).exists())
 
 
 def _form(source: Source, seed: int) -> formats.Form:
-    return formats.Form(Path(source.name), source.images, check(formats.FileOptions, source.options, source.name), seed)
+    options = check(formats.FileOptions, source.options, source.name)
+    return formats.Form(located(source.name), source.images, options, seed)
 
 
 def _file(source: Source, seed: int) -> Set:

@@ -247,15 +247,10 @@ def _scienceqa(tables: Tables, beside: Tables) -> Iterator[Row]:
 
 
 def _seed_bench(tables: Tables, beside: Tables) -> Iterator[Row]:
-    """Questions about pictures, their kinds named in a table of their own; those about videos are left out.
-
-    Where all are about videos, the first one is at fault.
-    """
+    """Questions about pictures and videos, their kinds named in a table of their own."""
     kinds = tables["question_type"].value if "question_type" in tables else {}
     names = {number: name for name, number in kinds.items()}
-    asked = _items(tables, "questions")
-    still = [cell for cell in asked if choices.is_still(cell.value)]
-    return _each(still or asked[:1], lambda entry, cell: choices.seed(entry, names))
+    return _each(_items(tables, "questions"), lambda entry, cell: choices.seed(entry, names))
 
 
 def _ocr_vqa(tables: Tables, beside: Tables) -> Iterator[Row]:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 Footage: TypeAlias = str | Path | bytes
 """Where a video comes from: a path or encoded bytes."""
+Span: TypeAlias = tuple[float, float]
+"""Seconds of a video, from where to where."""
 
 CODECS = ("h264", "hevc", "av1", "libdav1d", "vp8", "vp9", "libvpx", "libvpx-vp9", "mpeg4", "mjpeg")
 """What may decode a video, under the names of the library."""
@@ -63,7 +65,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Clip:
-    """A video of which `count` frames are shown: those in the middle of as many equal stretches of it.
+    """A video, or the seconds `span` of it, of which `count` frames are shown: those amid as many equal stretches.
 
     All are decoded when the first is wanted; each is handed out once and then forgotten, so a clip that nobody looks
     at holds nothing.
@@ -71,6 +73,7 @@ class Clip:
 
     source: Footage
     count: int
+    span: Span | None = None
     _ready: dict[int, Pillow.Image] = field(default_factory=dict, compare=False, repr=False)
 
     @functools.cached_property
@@ -86,7 +89,7 @@ class Clip:
         """
         with _DECODING:
             if number not in self._ready:
-                self._ready.update(enumerate(decoded(self.source, self.count)))
+                self._ready.update(enumerate(decoded(self.source, self.count, self.span)))
             return self._ready.pop(number)
 
 
@@ -100,18 +103,21 @@ class Frame:
     @property
     def key(self) -> str:
         place = f"{self.clip.key} {self.number} of {self.clip.count}"
+        if self.clip.span is not None:
+            place += f" from {self.clip.span[0]!r} to {self.clip.span[1]!r}"
         return hashlib.sha256(place.encode()).hexdigest()
 
     def draw(self) -> Pillow.Image:
         return self.clip.frame(self.number)
 
 
-def frames(source: Footage, count: int = 8, fps: float | None = None) -> tuple[Image, ...]:
+def frames(source: Footage, count: int = 8, fps: float | None = None, span: Span | None = None) -> tuple[Image, ...]:
     """A video as pictures for a model that sees pictures: `Turn.say("user", *frames("cat.mp4"), "What happens?")`.
 
     Args:
         count: how many.
         fps: so many per second of the video instead, and then at most `count`; the head of the file is read for it.
+        span: the seconds that are shown, from where to where; None is the whole video.
 
     Raises:
         ConfigError: there are to be none, or too many; or PyAV, which is needed for `fps` already, is not installed.
@@ -120,8 +126,9 @@ def frames(source: Footage, count: int = 8, fps: float | None = None) -> tuple[I
     if not 1 <= count <= MOST_FRAMES or (fps is not None and fps <= 0):
         raise ConfigError(f"cannot show {count} frames at {fps} per second", f"choose 1 to {MOST_FRAMES}, and fps > 0")
     if fps is not None:
-        count = min(count, max(1, round(facts(source).seconds * fps)))
-    clip = Clip(source, count)
+        start, end = _within(span, facts(source).seconds, _name(source))
+        count = min(count, max(1, round((end - start) * fps)))
+    clip = Clip(source, count, span)
     return tuple(Image(Frame(clip, number)) for number in range(count))
 
 
@@ -138,22 +145,33 @@ def facts(source: Footage) -> Facts:
         )
 
 
-def decoded(source: Footage, count: int) -> list[Pillow.Image]:
+def decoded(source: Footage, count: int, span: Span | None = None) -> list[Pillow.Image]:
     """`count` frames in upright RGB, in order; a short video shows some of them more than once.
 
     Raises:
         ConfigError: PyAV is not installed.
-        DataError: the video is refused, damaged, or cut short.
+        DataError: the video is refused, damaged, cut short, or ends before `span` does.
     """
     where = _name(source)
     with _opened(source) as (container, stream):
-        length = _seconds(container, stream, where)
+        start, end = _within(span, _seconds(container, stream, where), where)
         context = stream.codec_context
         if count * context.width * context.height > MOST_TOGETHER:
             raise DataError(f"{where}: {count} frames of its size are too much at once", "show fewer, or scale it down")
         begin = (stream.start_time or 0) * _tick(stream)
-        times = [begin + length * (number + 0.5) / count for number in range(count)]
+        times = [begin + start + (end - start) * (number + 0.5) / count for number in range(count)]
         return [_upright(frame) for frame in _at(container, stream, times, where)]
+
+
+def _within(span: Span | None, seconds: float, where: str) -> Span:
+    """The seconds that are shown of a video that lasts so many."""
+    start, end = span or (0.0, seconds)
+    if end > seconds + SLACK or start >= seconds:
+        raise DataError(
+            f"{where}: lasts {seconds:.1f} seconds, and {start:g} to {end:g} are to be shown",
+            "name a stretch within it",
+        )
+    return start, min(end, seconds)
 
 
 # ---------------------------------------------------------------------------------------------- frames by time

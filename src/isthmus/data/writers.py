@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from PIL import Image as Pillow
 
 from isthmus.data.attached import FOREIGN, IMAGE, MARKERS, NAMED, REGION, VIDEO
 from isthmus.data.media import FORMATS, open_image
+from isthmus.files import replacing
 from isthmus.types import Box, ConfigError, DataError, Image, Part, Sample, Text, Turn, Video
 
 To: TypeAlias = Literal["llava", "messages", "parquet", "webdataset"]
@@ -93,13 +93,15 @@ class _Written:
 
 
 def _written(sample: Sample, keep: Keep, name: str) -> _Written:
-    media: dict[str, list[str]] = {"images": [], "videos": []}
+    media: dict[str, list[Any]] = {"images": [], "videos": []}
     regions: list[Box] = []
 
     def spelled(part: Part) -> str:
         if isinstance(part, Image | Video):
             listed = media["images" if isinstance(part, Image) else "videos"]
-            listed.append(keep(part, f"{name}.{len(media['images']) + len(media['videos'])}"))
+            path = keep(part, f"{name}.{len(media['images']) + len(media['videos'])}")
+            cut = isinstance(part, Video) and part.span is not None
+            listed.append({"path": path, "span": list(part.span)} if cut else path)  # type: ignore[union-attr,arg-type]
             return IMAGE if isinstance(part, Image) else VIDEO
         if isinstance(part, Box):
             regions.append(part)
@@ -151,7 +153,7 @@ def _refuse_markers(sample: Sample) -> None:
 
 def _llava(samples: Iterable[Sample], out: Path) -> int:
     count = 0
-    with _whole(out) as part, _beside(out) as keep, part.open("w", encoding="utf-8", newline="\n") as stream:
+    with replacing(out) as part, _beside(out) as keep, part.open("w", encoding="utf-8", newline="\n") as stream:
         stream.write("[")
         for sample in samples:
             stream.write(",\n" if count else "\n")
@@ -163,7 +165,7 @@ def _llava(samples: Iterable[Sample], out: Path) -> int:
 
 def _messages(samples: Iterable[Sample], out: Path) -> int:
     count = 0
-    with _whole(out) as part, _beside(out) as keep, part.open("w", encoding="utf-8", newline="\n") as stream:
+    with replacing(out) as part, _beside(out) as keep, part.open("w", encoding="utf-8", newline="\n") as stream:
         for sample in samples:
             json.dump(_written(sample, keep, f"{count:09d}").record(sample), stream, ensure_ascii=False)
             stream.write("\n")
@@ -172,25 +174,10 @@ def _messages(samples: Iterable[Sample], out: Path) -> int:
 
 
 @contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """Where to write a file or folder that gets its name when it is finished, and is removed if it never is."""
-    part = out.with_name(f".{os.getpid()}-{out.name}")
-    try:
-        yield part
-        if part.exists():
-            part.replace(out)
-    finally:
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
-        else:
-            part.unlink(missing_ok=True)
-
-
-@contextmanager
 def _beside(out: Path) -> Iterator[Keep]:
     """Media on the disk stay there; what came from elsewhere is put into a folder beside the file."""
     folder = out.with_name(f"{out.stem}_files")
-    with _whole(folder) as part:
+    with replacing(folder) as part:
 
         def keep(medium: Image | Video, name: str) -> str:
             if isinstance(medium.source, str | Path):
@@ -249,7 +236,7 @@ def _parquet(samples: Iterable[Sample], out: Path) -> int:
         }
     )
     schema, count, rows = features.arrow_schema, 0, iter(samples)
-    with _whole(out) as part, parquet.ParquetWriter(part, schema) as writer:
+    with replacing(out) as part, parquet.ParquetWriter(part, schema) as writer:
         while batch := [_row(sample, f"{count + place:09d}") for place, sample in enumerate(islice(rows, BATCH))]:
             writer.write_table(pyarrow.Table.from_pylist(batch, schema))
             count += len(batch)
@@ -277,7 +264,7 @@ def _row(sample: Sample, name: str) -> dict[str, Any]:
 
 def _webdataset(samples: Iterable[Sample], out: Path) -> int:
     count, rows = 0, iter(samples)
-    with _whole(out) as part:
+    with replacing(out) as part:
         part.mkdir()
         for first in rows:
             shard = chain([first], islice(rows, SHARD - 1))

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from isthmus.files import write_text
 from isthmus.types import DataError
 
 SCORING = 1
@@ -60,9 +61,7 @@ def write(path: Path, header: Header, predictions: Sequence[Prediction]) -> None
     """Write header and predictions, one JSON object a line, all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [_line(asdict(header)), *(_line(asdict(prediction)) for prediction in predictions)]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, "".join(lines))
 
 
 def read(path: Path) -> tuple[Header, list[Prediction]]:

@@ -14,7 +14,7 @@ from isthmus.evaluation.results import Column
 from isthmus.evaluation.score import Scorer
 from isthmus.evaluation.tasks import Free, Task
 from isthmus.speakers.remote import Remote
-from isthmus.types import ConfigError
+from isthmus.types import ConfigError, Sample
 
 
 class Listener(Scorer):
@@ -22,6 +22,10 @@ class Listener(Scorer):
 
     def __init__(self, speaker: Remote):
         self.reply, self.batch_size = speaker.replies, 4 * speaker.config.concurrency
+
+    def longest_first(self, prompts: Sequence[Sample]) -> list[int]:
+        """As they come: how long they are is the other side's matter."""
+        return list(range(len(prompts)))
 
 
 def measure(

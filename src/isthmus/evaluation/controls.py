@@ -104,7 +104,10 @@ def derangement(keys: Sequence[Hashable], seed: int) -> list[int]:
 
 def key(part: Part) -> Hashable:
     """What makes a part of a turn the same as another: its text, or its medium's content."""
-    return (KIND[type(part)], content_key(part.source)) if isinstance(part, Image | Video | Audio) else part
+    if not isinstance(part, Image | Video | Audio):
+        return part
+    shown = [part.span] if isinstance(part, Video) and part.span is not None else []
+    return (KIND[type(part)], content_key(part.source), *shown)
 
 
 def _size(source: Source) -> tuple[int, int]:

@@ -9,21 +9,24 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 from isthmus.config import Frozen, OneSource, TaskConfig, check
 from isthmus.data import sets
 from isthmus.data.choices import ROUND
-from isthmus.evaluation import controls, grounding, tasks
+from isthmus.evaluation import controls, grounding, statistics, tasks
 from isthmus.evaluation.answers import Prediction, match
 from isthmus.evaluation.draw import drawn
 from isthmus.evaluation.metrics import captions, judgements, vqa
 from isthmus.evaluation.score import Scorer
+from isthmus.evaluation.statistics import Estimate
 from isthmus.evaluation.tasks import Advance, Builder, Cut, Free, Item
 from isthmus.types import Box, DataError, Medium, Sample
 
+MOST = 200.0
+"""MME's score of a sub-task at its best."""
 Group: TypeAlias = Callable[[Sequence[Sample]], tuple[Sequence[Hashable], int]]
 """The group of every sample, and how many questions each is."""
 
@@ -83,9 +86,10 @@ class YesNo(Scored):
     def share(self, reply: str, item: Item) -> bool:
         return judgements.judgement(reply) is judgements.judgement(item.answer)
 
-    def totals(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+    def totals(self, predictions: Sequence[Prediction]) -> dict[str, Estimate]:
         """POPE's rates; MME's score where each picture has two questions."""
-        found = {f"POPE {name}": value for name, value in asdict(_pope(predictions)).items()}
+        clusters = [prediction.cluster for prediction in predictions]
+        found = {f"POPE {name}": _share(counted, clusters) for name, counted in _pope(predictions).items()}
         return found | _pope_settings(predictions) | _mme(predictions)
 
 
@@ -114,14 +118,15 @@ class Captions(Free):
         """The tokens of every item's captions."""
         return [[captions.tokens(text) for text in item.references] for item in self.items]
 
-    def totals(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+    def totals(self, predictions: Sequence[Prediction]) -> dict[str, Estimate]:
         """BLEU, ROUGE-L and CIDEr as papers print them."""
-        said = [captions.tokens(prediction.prediction or "") for prediction in predictions]
-        rouge = [captions.rouge_l(*pair) for pair in zip(said, self.references)]
+        pairs = [(captions.tokens(one.prediction or ""), texts) for one, texts in zip(predictions, self.references)]
+        clusters = [prediction.cluster for prediction in predictions]
+        cider = statistics.accuracy([float(prediction.right or 0) for prediction in predictions], clusters)
         return {
-            "BLEU-4": captions.bleu(said, self.references),
-            "ROUGE-L": sum(rouge) / len(rouge),
-            "CIDEr": 10 * sum(float(prediction.right or 0) for prediction in predictions) / len(predictions),
+            "BLEU-4": statistics.of_sums([captions.bleu_counts(*pair) for pair in pairs], captions.bleu_of, clusters),
+            "ROUGE-L": statistics.accuracy([captions.rouge_l(*pair) for pair in pairs], clusters),
+            "CIDEr": cider.through(lambda share: 10 * share),
         }
 
 
@@ -260,7 +265,7 @@ def item(sample: Sample) -> Item:
 
 def _picture(sample: Sample) -> str:
     """What tells the picture from others, or a sample that shows nothing."""
-    return " ".join(map(_name, sample.media)) or sample.id
+    return " ".join(map(_name, sample.media)) or sample.id.partition(ROUND)[0]
 
 
 def _kind(sample: Sample) -> str:
@@ -314,32 +319,47 @@ def _with_region(samples: Sequence[Sample]) -> list[Sample]:
     return found
 
 
-def _pope(predictions: Sequence[Prediction]) -> judgements.Rates:
+def _share(counted: judgements.Counted, clusters: Sequence[Hashable]) -> Estimate:
+    """A rate's share with its interval; of nothing that counts it is 0, and nothing is known of it."""
+    if not counted:
+        return Estimate(0.0, 0.0, 1.0, 0.0, 0.0, 0, 0)
+    return statistics.accuracy([hit for _, hit in counted], [clusters[place] for place, _ in counted])
+
+
+def _pope(predictions: Sequence[Prediction]) -> dict[str, judgements.Counted]:
     said = [judgements.judgement(prediction.prediction or "") for prediction in predictions]
     return judgements.pope(said, [judgements.judgement(prediction.answer) is True for prediction in predictions])
 
 
-def _pope_settings(predictions: Sequence[Prediction]) -> dict[str, float]:
+def _pope_settings(predictions: Sequence[Prediction]) -> dict[str, Estimate]:
     """POPE's F1 of each setting and their mean, where the categories are its settings and several of them."""
-    kinds = {prediction.kind for prediction in predictions}
-    if len(kinds) < 2 or not kinds <= {"random", "popular", "adversarial"}:
+    kinds = [prediction.kind for prediction in predictions]
+    if len(set(kinds)) < 2 or not set(kinds) <= {"random", "popular", "adversarial"}:
         return {}
-    found = {f"POPE f1, {kind}": _pope([p for p in predictions if p.kind == kind]).f1 for kind in sorted(kinds)}
-    return found | {"POPE f1, mean of settings": sum(found.values()) / len(found)}
+    clusters, f1 = [prediction.cluster for prediction in predictions], _pope(predictions)["f1"]
+    each = {kind: [one for one in f1 if kinds[one[0]] == kind] for kind in sorted(set(kinds))}
+    found = {f"POPE f1, {kind}": _share(counted, clusters) for kind, counted in each.items()}
+    if not all(each.values()):
+        return found
+    hits, places = [hit for _, hit in f1], [place for place, _ in f1]
+    mean = statistics.macro(hits, [kinds[place] for place in places], [clusters[place] for place in places])
+    return found | {"POPE f1, mean of settings": mean}
 
 
-def _mme(predictions: Sequence[Prediction]) -> dict[str, float]:
+def _mme(predictions: Sequence[Prediction]) -> dict[str, Estimate]:
     """MME's score per category, in its two groups and in all; nothing where pictures have not two questions each."""
     pictures: defaultdict[tuple[str, str], list[bool]] = defaultdict(list)
     for prediction in predictions:
         pictures[prediction.kind, prediction.cluster].append(prediction.right is True)
     if not all(len(pair) == 2 for pair in pictures.values()):
         return {}
-    kinds = sorted({kind for kind, _ in pictures})
-    scores = {kind: judgements.mme([pair for (own, _), pair in pictures.items() if own == kind]) for kind in kinds}
-    groups = {
-        f"MME {group}": sum(scores[kind] for kind in members)
-        for group, members in judgements.MME.items()
-        if members <= scores.keys()
-    }
-    return {"MME score": sum(scores.values()), **groups, **{f"MME {k}": value for k, value in scores.items() if k}}
+    scores = [(kind, picture, part) for (kind, picture), part in zip(pictures, judgements.mme(pictures.values()))]
+    kinds = {kind for kind, _ in pictures}
+
+    def total(members: set[str]) -> Estimate:
+        """The sum of sub-tasks' scores, each the mean over its own pictures."""
+        chosen = [(part / MOST, kind, picture) for kind, picture, part in scores if kind in members]
+        return statistics.macro(*zip(*chosen)).through(lambda share: MOST * len(members) * share)  # type: ignore[arg-type]
+
+    groups = {f"MME {group}": total(members) for group, members in judgements.MME.items() if members <= kinds}
+    return {"MME score": total(kinds), **groups, **{f"MME {kind}": total({kind}) for kind in sorted(kinds) if kind}}

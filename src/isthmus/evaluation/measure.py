@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,7 +21,7 @@ from isthmus.evaluation.controls import CONTROLS
 from isthmus.evaluation.draw import drawn
 from isthmus.evaluation.results import Column
 from isthmus.evaluation.score import Scorer
-from isthmus.evaluation.tasks import Task
+from isthmus.evaluation.tasks import Free, Task
 from isthmus.model import VLM
 from isthmus.prepare.tags import Tagger
 from isthmus.speakers.local import Local
@@ -76,7 +78,9 @@ def measure(
     scorer = Scorer(model, look)
     found: Measured = {}
     for task, config in built:
-        scorer.reply = _reply(model, look, task.longest)
+        speaker = Local(model, look, max_new_tokens=task.longest)
+        scorer.reply = _reply(speaker)
+        asked_so = {"dtype": str(model.dtype), **_how(speaker, task), **(settings or {})}
         runs: dict[Column, list[Prediction]] = {}
         for name, (control, asked) in conditions(model, task, config, column).items():
             advance = advancing(f"{task.name} {name}", len(asked.items), progress)
@@ -86,7 +90,7 @@ def measure(
                     scorer,
                     control=control,
                     folder=folder / column,
-                    settings={"dtype": str(model.dtype), **(settings or {})},
+                    settings=asked_so,
                     seed=seed,
                     advance=advance,
                 )
@@ -179,9 +183,19 @@ def merge(before: Measured, after: Measured) -> Measured:
     return {name: (task, {**before.get(name, (task, {}))[1], **runs}) for name, (task, runs) in after.items()}
 
 
-def _reply(model: VLM, look: Look | None, longest: int) -> Callable[[Sequence[Sample]], list[str | None]]:
-    speaker = Local(model, look, max_new_tokens=longest)
+def _how(speaker: Local, task: Task) -> dict[str, Any]:
+    """How a task is asked: the hash of what writes prompts, how pictures are prepared, how replies are decoded."""
+    processor = speaker.model.processor
+    template = json.dumps([processor.template, processor.system, processor.chat_template]).encode()
+    found: dict[str, Any] = {"template": hashlib.sha256(template).hexdigest()[:12]}
+    if has_media(task):
+        found["pictures"] = {"aspect": processor.aspect, **json.loads(processor.image_processor.to_json_string())}
+    if isinstance(task, Free):
+        found["decoding"] = speaker.decode
+    return found
 
+
+def _reply(speaker: Local) -> Callable[[Sequence[Sample]], list[str | None]]:
     def reply(samples: Sequence[Sample]) -> list[str | None]:
         return list(speaker.say_all(samples))
 

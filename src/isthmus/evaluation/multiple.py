@@ -15,9 +15,11 @@ from string import ascii_uppercase
 
 from isthmus.config import TaskConfig, check
 from isthmus.data.choices import ROUND
+from isthmus.evaluation import statistics
 from isthmus.evaluation.answers import Prediction
 from isthmus.evaluation.files import File, Scored, need, task_of
 from isthmus.evaluation.metrics import open_answers, options
+from isthmus.evaluation.statistics import Estimate
 from isthmus.evaluation.tasks import Builder, Cut, Item
 from isthmus.types import ConfigError, DataError, Text, Turn
 
@@ -43,7 +45,7 @@ class Options(Scored):
         place = options.chosen(reply, item.choices)
         return place is not None and ascii_uppercase[place] == item.answer
 
-    def totals(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+    def totals(self, predictions: Sequence[Prediction]) -> dict[str, Estimate]:
         """Accuracy by group of categories; MMBench's figures, where questions were asked with options moved about."""
         groups = [str(item.prompt.meta.get("group", "")) for item in self.items]
         kinds = [item.kind for item in self.items]
@@ -55,20 +57,25 @@ class Options(Scored):
         asked = [[predictions[place] for place in places] for places in rounds.values()]
         first = [places[0] for places in rounds.values()]
         name = "circular accuracy"
-        whole = {name: options.circular([[p.right is True for p in question] for question in asked])}
         return (
-            whole
+            {name: _circular(asked)}
             | _shares([groups[place] for place in first], asked, name)
             | _shares([kinds[place] for place in first], asked, name)
         )
 
 
-def _shares(labels: Sequence[str], asked: Sequence[Sequence[Prediction]], name: str) -> dict[str, float]:
+def _shares(labels: Sequence[str], asked: Sequence[Sequence[Prediction]], name: str) -> dict[str, Estimate]:
     """The share of questions that were always answered rightly, per label, where there are several."""
-    found: defaultdict[str, list[list[bool]]] = defaultdict(list)
+    found: defaultdict[str, list[Sequence[Prediction]]] = defaultdict(list)
     for label, rounds in zip(labels, asked):
-        found[label].append([prediction.right is True for prediction in rounds])
-    return {f"{name}: {label}": options.circular(found[label]) for label in sorted(found) if label and len(found) > 1}
+        found[label].append(rounds)
+    return {f"{name}: {label}": _circular(found[label]) for label in sorted(found) if label and len(found) > 1}
+
+
+def _circular(asked: Sequence[Sequence[Prediction]]) -> Estimate:
+    """The share of questions, each in its rounds, with an interval over pictures."""
+    right = options.circular([prediction.right is True for prediction in rounds] for rounds in asked)
+    return statistics.accuracy(right, [rounds[0].cluster for rounds in asked])
 
 
 def choices(task: TaskConfig, seed: int) -> Options:
@@ -129,7 +136,7 @@ def _rounds(item: Item) -> list[Item]:
         turns = (*item.prompt.turns[:-1], _reworded(item.prompt.turns[-1], listing, options.listed(turned)))
         prompt = item.prompt.but(turns=turns, id=f"{item.prompt.id}{ROUND}{number}")
         letter = ascii_uppercase[turned.index(answer)]
-        rounds.append(replace(item, prompt=prompt, answer=letter, choices=turned, cluster=item.prompt.id))
+        rounds.append(replace(item, prompt=prompt, answer=letter, choices=turned))
     return rounds
 
 

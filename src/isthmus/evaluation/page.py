@@ -100,7 +100,9 @@ def _besides(row: Row, shown: Sequence[Column]) -> str:
     """The row's further figures, each in a row of its own."""
     found = ""
     for name, value in row.besides.items():
-        told = '<small class="unscored">not scored</small>' if value is None else short(value)
+        told = '<small class="unscored">not scored</small>'
+        if value is not None:
+            told = f"{short(value.value)}<small>{interval(value)}</small>"
         cells = "".join(f'<td class="{column}">{told if column == "after" else ""}</td>' for column in shown)
         found += f'<tr><th scope="row"><small>{escape(name)}</small></th><td class="figure"></td>{cells}'
         found += '<td class="chance"></td></tr>\n'

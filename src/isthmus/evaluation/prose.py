@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from isthmus import fuse, parts, sites
 from isthmus.config import LLMConfig
+from isthmus.evaluation.keeping import Answered
 from isthmus.evaluation.score import Scorer, log_probabilities
 from isthmus.model import VLM
 from isthmus.types import Batch, ConfigError
@@ -54,7 +56,12 @@ class Prose:
         device: where the model is.
         window: tokens that it reads at once.
         batch_size: rows per forward.
+
+    Attributes:
+        part: as a `Scorer`'s; kept are rows, so that a long text goes on within itself.
     """
+
+    part = Answered()
 
     def __init__(self, states: States, tokenizer: PreTrainedTokenizerBase, device: Any, window: int, batch_size: int):
         self.states, self.tokenizer, self.device = states, tokenizer, device
@@ -96,14 +103,15 @@ class Prose:
     @torch.inference_mode()
     def _told(self, rows: Sequence[Row], advance: Callable[[int], None] | None) -> list[Told]:
         """Longest rows first; sums by owner."""
-        ordered = sorted(rows, key=lambda row: len(row.ids), reverse=True)
+        ordered = sorted(range(len(rows)), key=lambda place: len(rows[place].ids), reverse=True)
         left = [0] * (1 + max((row.owner for row in rows), default=-1))
         for row in rows:
             left[row.owner] += 1
         sums, tokens = [0.0] * len(left), [0] * len(left)
         for start in range(0, len(ordered), self.batch_size):
-            batch = ordered[start : start + self.batch_size]
-            for row, value in zip(batch, self._values(batch)):
+            places = ordered[start : start + self.batch_size]
+            batch = [rows[place] for place in places]
+            for row, (value,) in zip(batch, self.part.batch(places, partial(self._values, batch))):
                 sums[row.owner] += value
                 tokens[row.owner] += row.told
                 left[row.owner] -= 1
@@ -111,7 +119,8 @@ class Prose:
                     advance(1)
         return [Told(*pair) for pair in zip(sums, tokens)]
 
-    def _values(self, rows: Sequence[Row]) -> list[float]:
+    def _values(self, rows: Sequence[Row]) -> list[list[float]]:
+        """The sum of each row's log-probabilities, [[value], ...]."""
         wide = max(len(row.ids) for row in rows) - 1
         ids_BT = torch.full((len(rows), wide), self.pad)
         labels_BT, segment_BT = torch.full_like(ids_BT, -1), torch.zeros_like(ids_BT)
@@ -124,7 +133,7 @@ class Prose:
         told_BT = labels_BT >= 0
         values_M = log_probabilities(head, hidden_BTD[told_BT], labels_BT[told_BT])
         sums_B = torch.zeros(len(rows), dtype=torch.float64, device=values_M.device)
-        return sums_B.index_add_(0, told_BT.nonzero()[:, 0], values_M.double()).tolist()
+        return sums_B.index_add_(0, told_BT.nonzero()[:, 0], values_M.double())[:, None].tolist()
 
 
 class Alone(Scorer):
@@ -141,9 +150,12 @@ def of(scorer: Scorer) -> Prose:
         ConfigError: the LLM is an encoder-decoder, which does not continue a text.
     """
     if isinstance(scorer, Alone):
-        return scorer.prose
-    model = scorer.model.eval()
-    return Prose(_with_joint(model), model.processor.tokenizer, model.device, _window(model.llm), scorer.batch_size)
+        found = scorer.prose
+    else:
+        model, size = scorer.model.eval(), scorer.batch_size
+        found = Prose(_with_joint(model), model.processor.tokenizer, model.device, _window(model.llm), size)
+    found.part = scorer.part
+    return found
 
 
 def alone(model: VLM, dtype: torch.dtype, batch_size: int = 16) -> Alone:

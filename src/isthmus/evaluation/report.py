@@ -29,6 +29,7 @@ from isthmus.evaluation.results import (
     rows,
 )
 from isthmus.evaluation.statistics import Estimate, short
+from isthmus.files import write_text
 
 __all__ = [
     "Credit",
@@ -51,9 +52,7 @@ def write(report: Report, folder: Path) -> tuple[Path, Path]:
     paths = folder / "report.json", folder / "report.html"
     texts = json.dumps(report.plain(), indent=2, ensure_ascii=False, allow_nan=False), page.render(report)
     for path, text in zip(paths, texts):
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_text(path, text)
     return paths
 
 
@@ -79,7 +78,7 @@ def table_of(rows: Sequence[Row]) -> Table:
             task.append(f"\n(baselines {row.fewest:,})", style="dim")
         result.add_row(task, *cells, "" if row.chance is None else short(row.chance))
         for name, value in row.besides.items():
-            told = RichText("not scored", style="yellow") if value is None else RichText(short(value))
+            told = RichText("not scored", style="yellow") if value is None else _terminal_cell(value)
             result.add_row(RichText(f"  {name}", style="dim"), *("" if c != "after" else told for c in shown), "")
     return result
 
@@ -94,6 +93,8 @@ def cost_table(rows: Sequence[Row]) -> Table:
         what = RichText(row.label).append(f"\n{row.n:,} items; {_better(row)} is better", style="dim")
         values = row.cells["before"], row.cells["after"], row.gains["before"]
         result.add_row(what, *(_terminal_cell(value) for value in values))
+        for name, value in row.besides.items():
+            result.add_row(RichText(f"  {name}", style="dim"), "", _terminal_cell(value), "")
     return result
 
 

@@ -53,7 +53,7 @@ class Row:
     """After training, within each kind of question, where there are several; `macro` is their mean."""
     macro: Estimate | None = None
     chance: float | None = None
-    besides: Mapping[str, float | None] = field(default_factory=dict)
+    besides: Mapping[str, Estimate | None] = field(default_factory=dict)
     """Further figures of a benchmark, after training; None while an item is not scored."""
 
     @property
@@ -216,8 +216,8 @@ def _change(pairs: Sequence[tuple[Prediction, Prediction]], seed: int) -> Estima
     return statistics.mean(differences, clusters, tokens, seed=seed)
 
 
-def _besides(task: Task, after: Sequence[Prediction], level: Estimate) -> dict[str, float | None]:
-    """The task's further figures; without their values while an item is not scored: they would be bare numbers."""
+def _besides(task: Task, after: Sequence[Prediction], level: Estimate) -> dict[str, Estimate | None]:
+    """The task's further figures; without their values while an item is not scored: they count it as wrong."""
     return {name: None if level.unscored else value for name, value in task.totals(after).items()}
 
 

@@ -104,6 +104,11 @@ class Scorer:
         self.renderer = model.processor.renderer()
         self.collator = model.processor.collator(look)
 
+    def longest_first(self, prompts: Sequence[Sample]) -> list[int]:
+        """Places of prompts that are answered freely: the worst memory shows at once, a batch's are nearly as long."""
+        lengths = [*map(self.model.processor.collator(self.look, open_answer=True).lengths, prompts)]
+        return sorted(range(len(prompts)), key=lengths.__getitem__, reverse=True)
+
     # ------------------------------------------------------------------------------------------ likelihood
 
     @torch.inference_mode()

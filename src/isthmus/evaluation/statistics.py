@@ -8,7 +8,8 @@ end of an interval is the outer one of the bootstrap's and of a second interval 
 - shares: Wilson's (1927), with as many observations as the clusters are worth (Korn and Graubard 1998, "Confidence
   intervals for proportions with small expected number of positive counts estimated from survey data");
 - differences of shares, and means of shares: the shares' intervals put together (Newcombe 1998, method 10);
-- other means: Student's t over the clusters. With one cluster there is none.
+- other means: Student's t over the clusters. With one cluster there is none;
+- other functions of sums (BLEU): Student's t over the figures without each cluster in turn (Tukey 1958, the jackknife).
 
 Three states: an item is right, wrong or not scored. Where some are not scored, an estimate is a range: from all of
 them wrong to all of them right, and the interval covers both ends. `str(estimate)` never prints one bare number then.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from statistics import NormalDist
 from typing import Any, TypeAlias
@@ -62,6 +63,17 @@ class Estimate:
         """For JSON."""
         return asdict(self)
 
+    def through(self, rising: Callable[[float], float]) -> Estimate:
+        """The same number on another scale; `rising` keeps the order of numbers."""
+        return replace(
+            self,
+            value=rising(self.value),
+            low=rising(self.low),
+            high=rising(self.high),
+            lowest=rising(self.lowest),
+            highest=rising(self.highest),
+        )
+
 
 def accuracy(right: Sequence[Right], clusters: Sequence[Hashable], *, seed: int = 0, draws: int = DRAWS) -> Estimate:
     """Share of right items; one cluster label per item.
@@ -89,6 +101,32 @@ def mean(
     top = np.asarray(totals, dtype=float)
     bottom = np.ones(len(top)) if weights is None else np.asarray(weights, dtype=float)
     return _estimate(top, top, bottom, [True] * len(top), clusters, seed, draws, _student)
+
+
+def of_sums(
+    sums_NK: Sequence[Sequence[float]],
+    figure: Callable[[Sequence[float]], float],
+    clusters: Sequence[Hashable],
+    *,
+    seed: int = 0,
+    draws: int = DRAWS,
+) -> Estimate:
+    """A figure that depends on all items together: `figure` of what they sum up to, [K] from [items, K].
+
+    Raises:
+        DataError: there is no item, or the arguments differ in length.
+    """
+    _check(len(sums_NK), clusters)
+    sums_CK = _per_cluster(np.asarray(sums_NK, dtype=float), clusters)
+    whole_K, count = sums_CK.sum(0), len(sums_CK)
+    value = figure(whole_K.tolist())
+    (drawn_DK,) = _resample([sums_CK], np.ones((count, 1)), seed, draws)  # over the draw's clusters, which are as many
+    drawn = np.asarray([figure(sums_K) for sums_K in (count * drawn_DK).tolist()])
+    half = 0.0
+    if count > 1:
+        left_C = np.asarray([figure(sums_K) for sums_K in (whole_K - sums_CK).tolist()])
+        half = critical(count - 1) * math.sqrt((count - 1) / count * ((left_C - left_C.mean()) ** 2).sum())
+    return _pack([drawn] * 2, [(value - half, value + half)] * 2, [value] * 2, value, [True] * len(sums_NK), count)
 
 
 def difference(

@@ -23,6 +23,7 @@ from isthmus.evaluation.answers import Prediction
 from isthmus.evaluation.draw import drawn
 from isthmus.evaluation.keeping import Answered, Place
 from isthmus.evaluation.score import COSINE_RULE, RULE, Question, Scorer, timed
+from isthmus.evaluation.statistics import Estimate
 from isthmus.types import KIND, Box, ConfigError, DataError, Grounding, Part, Sample, Tag, Text
 
 Control: TypeAlias = Literal["blind", "shuffled", "cosine"]
@@ -93,8 +94,8 @@ class Task(ABC):
     def predict(self, scorer: Scorer, prompts: Sequence[Sample], advance: Advance | None) -> list[Prediction]:
         """One prediction per item, with the item's prompt replaced by that of `prompts`."""
 
-    def totals(self, predictions: Sequence[Prediction]) -> dict[str, float]:
-        """Figures over all items that a benchmark reports besides; none as a rule."""
+    def totals(self, predictions: Sequence[Prediction]) -> dict[str, Estimate]:
+        """Figures over all items that a benchmark reports besides, each with its interval; none as a rule."""
         return {}
 
     def joint_alone(self, scorer: Scorer, advance: Advance | None) -> list[Prediction]:
@@ -187,18 +188,18 @@ class Free(Task):
         """
         if scorer.reply is None:
             raise ConfigError(f"task {self.name!r} needs free replies", "give the scorer a `reply` function")
-        found = []
-        for start in range(0, len(prompts), scorer.batch_size):
-            asked = prompts[start : start + scorer.batch_size]
-            replies = scorer.part.batch(range(start, start + len(asked)), partial(timed, scorer.reply, asked))
-            told = zip(self.items[start : start + len(asked)], asked, replies, strict=True)
-            for item, prompt, (reply, seconds) in told:
-                right, scores = self.score(scorer, item, prompt, reply)
+        found, order = dict[int, Prediction](), scorer.longest_first(prompts)
+        for start in range(0, len(order), scorer.batch_size):
+            places = order[start : start + scorer.batch_size]
+            asked = [prompts[place] for place in places]
+            replies = scorer.part.batch(places, partial(timed, scorer.reply, asked))
+            for place, prompt, (reply, seconds) in zip(places, asked, replies, strict=True):
+                right, scores = self.score(scorer, self.items[place], prompt, reply)
                 said = {"prediction": reply, "right": right, "seconds": seconds}
-                found.append(self._prediction(item, prompt, choices=(), scores=scores, **said))
+                found[place] = self._prediction(self.items[place], prompt, choices=(), scores=scores, **said)
             if advance is not None:
-                advance(len(asked))
-        return found
+                advance(len(places))
+        return [found[place] for place in range(len(order))]
 
 
 @dataclass(frozen=True)

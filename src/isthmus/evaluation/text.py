@@ -20,10 +20,11 @@ from typing import Any, ClassVar, Literal, TypeVar
 from isthmus.config import Frozen, TaskConfig, check
 from isthmus.data import containers
 from isthmus.data.faults import Wrong
-from isthmus.evaluation import answers, prose
+from isthmus.evaluation import answers, prose, statistics
 from isthmus.evaluation.answers import Prediction
 from isthmus.evaluation.draw import SEED, drawn
 from isthmus.evaluation.score import Scorer
+from isthmus.evaluation.statistics import Estimate
 from isthmus.evaluation.tasks import LIMIT, Advance, Builder, Cut, Item, Task
 from isthmus.types import DataError, Sample, Turn
 
@@ -60,12 +61,16 @@ class Perplexity(Task):
             for item, prompt, told in zip(self.items, prompts, found)
         ]
 
-    def totals(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+    def totals(self, predictions: Sequence[Prediction]) -> dict[str, Estimate]:
         """Perplexity per token, and bits per byte, which compares LLMs with other tokenizers."""
-        nats = -sum(prediction.scores[-1] for prediction in predictions)
-        size = sum(len(item.prompt.turns[-1].text.encode()) for item in self.items)
-        tokens = sum(prediction.tokens for prediction in predictions)
-        return {"perplexity": math.exp(nats / tokens), "bits per byte": nats / math.log(2) / size}
+        clusters = [prediction.cluster for prediction in predictions]
+        nats = [-prediction.scores[-1] for prediction in predictions]
+        tokens = [prediction.tokens for prediction in predictions]
+        sizes = [len(item.prompt.turns[-1].text.encode()) for item in self.items]
+        return {
+            "perplexity": statistics.mean(nats, clusters, tokens).through(math.exp),
+            "bits per byte": statistics.mean([value / math.log(2) for value in nats], clusters, sizes),
+        }
 
 
 @dataclass(frozen=True)
@@ -92,13 +97,13 @@ class Continuation(Task):
                 advance(1)
         return found
 
-    def totals(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+    def totals(self, predictions: Sequence[Prediction]) -> dict[str, Estimate]:
         """The other of the two common accuracies: the likeliest continuation, long or short."""
-        right = 0
+        right = []
         for prediction in predictions:
             sums = [score * len(choice) for score, choice in zip(prediction.scores, prediction.choices)]
-            right += prediction.choices[sums.index(max(sums))] == prediction.answer
-        return {"accuracy by the whole probability": right / len(predictions)}
+            right.append(prediction.choices[sums.index(max(sums))] == prediction.answer)
+        return {"accuracy by the whole probability": statistics.accuracy(right, [told.cluster for told in predictions])}
 
 
 # ---------------------------------------------------------------------------------------------- building

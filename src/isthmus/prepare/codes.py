@@ -19,6 +19,7 @@ from torch import Tensor
 
 from isthmus.connectors.codebook import Codebook, Coded, nearest
 from isthmus.data.media import content_key
+from isthmus.files import replacing
 from isthmus.model import VLM
 from isthmus.prepare.features import FeatureCache
 from isthmus.types import DataError, Medium
@@ -48,9 +49,8 @@ def settle(model: VLM, look: FeatureCache, media: Sequence[Medium], seed: int) -
         file = _file(look, connector, codebook, chosen, seed)
         if not file.is_file():
             fitted = fit(_vectors(connector, codebook, look, chosen, seed), codebook, seed)
-            partial = file.with_suffix(".partial")
-            save_file(fitted, partial)
-            partial.replace(file)
+            with replacing(file) as part:
+                save_file(fitted, part)
         codebook.load_state_dict(load_file(file))
 
 

@@ -1,10 +1,12 @@
 """Conversations about pictures, made by a language model that reads captions and regions instead of seeing them.
 
 LLaVA, Liu et al. 2023, arXiv 2304.08485; official code: github.com/haotian-liu/LLaVA (three kinds of conversations).
+MiniGPT-4, Zhu et al. 2023, arXiv 2304.10592; official code: github.com/Vision-CAIR/MiniGPT-4 (descriptions by a model
+that sees the picture, asked to go on where they are short, and curated).
 
-Any speaker will do: a remote one keeps its answers by request, so that going on after an interruption costs nothing.
-Replies that break a rule are left out and counted: those that speak of captions or boxes as the source, hold
-coordinates, are too short or too long, or repeat themselves.
+Any speaker will do; one that keeps its answers by request goes on after an interruption without asking again. Replies
+that break a rule are left out and counted: those that speak of captions or boxes as the source, hold coordinates, are
+too short or too long, or repeat themselves.
 
 Differs: the requests are our own words, without seed examples; what was left out is not asked for again.
 """
@@ -19,13 +21,14 @@ from itertools import islice
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from isthmus.data.instructions import choose
-from isthmus.prepare.curation import repeats
+from isthmus.prepare.curation import LEAST, curated, repeats
 from isthmus.types import Box, Image, Sample, Text, Turn
 
 if TYPE_CHECKING:
     from isthmus.speakers import Speaker
 
-Kind: TypeAlias = Literal["conversation", "detail", "reasoning"]
+Kind: TypeAlias = Literal["conversation", "detail", "reasoning", "description"]
+"""What is written; a description by a model that sees the picture."""
 BATCH = 16
 """Requests that are sent together."""
 
@@ -47,7 +50,14 @@ REQUESTS: dict[str, str] = {
         "line beginning with `Question:`, and its well-grounded answer in a line beginning with `Answer:`."
     ),
 }
-LENGTHS: dict[str, tuple[int, int]] = {"conversation": (1, 120), "detail": (40, 250), "reasoning": (15, 250)}
+REQUESTS["description"] = "Describe this picture in full. Leave out nothing that you see."
+ON = "Go on."
+LENGTHS: dict[str, tuple[int, int]] = {
+    "conversation": (1, 120),
+    "detail": (40, 250),
+    "reasoning": (15, 250),
+    "description": (LEAST, 400),
+}
 """Words of an answer, at least and at most."""
 SOURCE = re.compile(r"\b(captions?|bounding box(es)?|coordinates?|the (given )?(sentences|descriptions?))\b", re.I)
 NUMBERS = re.compile(r"\[?\s*[01]?\.\d+\s*,\s*[01]?\.\d+\s*,")
@@ -79,10 +89,11 @@ class Seen:
         return "\n".join((*self.sentences, "", *places)).strip()
 
 
-def gathered(samples: Iterable[Sample], limit: int | None = None) -> list[Seen]:
+def gathered(samples: Iterable[Sample], limit: int | None = None, bare: bool = False) -> list[Seen]:
     """What samples say of each picture: answers as sentences, labelled boxes as regions.
 
-    Pictures keep their order; beyond the first `limit` of which something is said, none is kept.
+    Pictures keep their order; beyond the first `limit` of which something is said, none is kept. With `bare`, nothing
+    need be said of them.
     """
     found: dict[object, Seen] = {}
     for sample in samples:
@@ -93,7 +104,7 @@ def gathered(samples: Iterable[Sample], limit: int | None = None) -> list[Seen]:
         boxes = tuple(part for turn in answers for part in turn.parts if isinstance(part, Box) and part.label)
         sentences = tuple(turn.text.strip() for turn in answers if _is_sentence(turn))
         source, full = pictures[0].source, limit is not None and len(found) >= limit
-        if (sentences or boxes) and (source in found or not full):
+        if (sentences or boxes or bare) and (source in found or not full):
             seen = found.get(source, Seen(sample.id, pictures[0], (), ()))
             found[source] = replace(
                 seen, sentences=tuple(dict.fromkeys(seen.sentences + sentences)), boxes=seen.boxes + boxes
@@ -105,8 +116,7 @@ def make(seen: Iterable[Seen], kinds: Sequence[Kind], speaker: Speaker, made: Ma
     """Conversations of these kinds about each picture, as the speaker writes them; `made` counts."""
     wanted = ((one, kind) for one in seen for kind in kinds)
     while batch := list(islice(wanted, BATCH)):
-        replies = speaker.say_all([_request(one, kind) for one, kind in batch])
-        for (one, kind), reply in zip(batch, replies):
+        for (one, kind), reply in zip(batch, _replies(batch, speaker)):
             said = _exchanges(one, kind, reply)
             wrong = broken(kind, said)
             if wrong:
@@ -132,20 +142,41 @@ def broken(kind: Kind, said: Sequence[tuple[str, str]]) -> str:
         return "too short or too long"
     if any(repeats(answer) for _, answer in said):
         return "repeats itself"
-    return ""
+    return curated(said[0][1]) if kind == "description" else ""
 
 
 def _is_sentence(turn: Turn) -> bool:
     return len(turn.text.split()) > 2 and not any(isinstance(part, Box) for part in turn.parts)
 
 
+def _replies(batch: Sequence[tuple[Seen, Kind]], speaker: Speaker) -> list[str]:
+    """What the speaker writes; it goes on once with a description that is short."""
+    asked = [_request(one, kind) for one, kind in batch]
+    replies = speaker.say_all(asked)
+    short = [
+        place
+        for place, (_, kind) in enumerate(batch)
+        if kind == "description" and 0 < len(replies[place].split()) < LEAST
+    ]
+    longer = speaker.say_all([_going_on(asked[place], replies[place]) for place in short]) if short else []
+    for place, more in zip(short, longer):
+        replies[place] = f"{replies[place].strip()} {more.strip()}"
+    return replies
+
+
+def _going_on(asked: Sample, reply: str) -> Sample:
+    return asked.but(turns=(*asked.turns, Turn.say("assistant", reply), Turn.say("user", ON)))
+
+
 def _request(seen: Seen, kind: Kind) -> Sample:
+    if kind == "description":
+        return Sample((Turn.say("user", seen.picture, REQUESTS[kind]),), f"{seen.id}/{kind}")
     return Sample((Turn.say("system", REQUESTS[kind]), Turn.say("user", seen.told)), f"{seen.id}/{kind}")
 
 
 def _exchanges(seen: Seen, kind: Kind, reply: str) -> list[tuple[str, str]]:
     """Questions and answers of a reply; none where it has another form."""
-    if kind == "detail":
+    if kind in ("detail", "description"):
         return [(choose("detail", "many", seen.id), reply.strip())]
     found = [(match[1].lower(), match[2]) for match in TURN.finditer(reply)]
     names = [name for name, _ in found]

@@ -18,6 +18,7 @@ from isthmus.data.media import Aspect, open_image
 from isthmus.evaluation.gap import effects, measures, states
 from isthmus.evaluation.gap.states import Pair, Seen
 from isthmus.evaluation.measure import arithmetic_of
+from isthmus.files import write_text
 from isthmus.model import VLM
 
 NEIGHBOURS = 5
@@ -156,9 +157,7 @@ def write(gaps: Sequence[Gap], page: str, pictures: Mapping[str, Pillow.Image], 
     plain = {"models": [gap.plain() for gap in gaps], "neighbours": NEIGHBOURS, "top": TOP}
     texts = {"gap.json": json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False), "gap.html": page}
     for name, text in texts.items():
-        partial = folder / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / name)
+        write_text(folder / name, text)
     return folder / "gap.json", folder / "gap.html"
 
 

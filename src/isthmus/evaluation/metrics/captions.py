@@ -33,17 +33,28 @@ def tokens(caption: str) -> list[str]:
 
 def bleu(candidates: Sequence[Words], references: Sequence[Sequence[Words]], longest: int = LONGEST) -> float:
     """Corpus BLEU in [0, 1]: clipped precisions of 1- to `longest`-grams, brevity by the nearest reference's length."""
+    counts = (bleu_counts(*pair, longest) for pair in zip(candidates, references, strict=True))
+    return bleu_of([sum(column) for column in zip(*counts)])
+
+
+def bleu_counts(words: Words, texts: Sequence[Words], longest: int = LONGEST) -> list[int]:
+    """What BLEU sums over captions: n-grams that are right and n-grams that are said, for each n, and both lengths."""
     hits, guesses = [0] * longest, [0] * longest
-    said = meant = 0
-    for words, texts in zip(candidates, references, strict=True):
-        said += len(words)
-        meant += min((len(text) for text in texts), key=lambda length: (abs(length - len(words)), length))
-        most: Counter[tuple[str, ...]] = Counter()
-        for text in texts:
-            most |= _counts(text, longest)
-        for gram, count in _counts(words, longest).items():
-            guesses[len(gram) - 1] += count
-            hits[len(gram) - 1] += min(count, most[gram])
+    most: Counter[tuple[str, ...]] = Counter()
+    for text in texts:
+        most |= _counts(text, longest)
+    for gram, count in _counts(words, longest).items():
+        guesses[len(gram) - 1] += count
+        hits[len(gram) - 1] += min(count, most[gram])
+    meant = min((len(text) for text in texts), key=lambda length: (abs(length - len(words)), length))
+    return [*hits, *guesses, len(words), meant]
+
+
+def bleu_of(counts: Sequence[float]) -> float:
+    """BLEU of the sums of `bleu_counts`."""
+    *grams, said, meant = (float(count) for count in counts)
+    longest = len(grams) // 2
+    hits, guesses = grams[:longest], grams[longest:]
     if not all(hits):
         return 0.0
     precision = math.exp(sum(math.log(hit / guess) for hit, guess in zip(hits, guesses)) / longest)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import TypeAlias
 
 MME = {
     "perception": {
@@ -41,41 +41,35 @@ def judgement(reply: str) -> bool | None:
     return None if said["yes"] == said["no"] else said["yes"]
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What POPE reports; `yes` is the positive class. A reply that is neither counts as wrong, and as not yes."""
-
-    accuracy: float
-    precision: float
-    recall: float
-    f1: float
-    yes: float
-    """Share of replies that say yes."""
+Counted: TypeAlias = list[tuple[int, bool]]
+"""What a rate is a share of: the questions that count, by place, and whether each counts for it; of none it is 0."""
 
 
-def pope(replies: Sequence[bool | None], truths: Sequence[bool]) -> Rates:
-    """Rates of one of POPE's settings (random, popular or adversarial absent objects).
+def pope(replies: Sequence[bool | None], truths: Sequence[bool]) -> dict[str, Counted]:
+    """POPE's rates; yes is the positive class. A reply that is neither counts as wrong, and as not yes.
+
+    F1 is 2 hits / (said yes + is yes), so the share of hits among all that was said together with all that is. `yes` is
+    the share of replies that say it.
 
     Raises:
-        ValueError: there is nothing to count, or the two differ in length.
+        ValueError: the two differ in length.
     """
-    if not truths or len(replies) != len(truths):
-        raise ValueError(f"{len(replies)} replies to {len(truths)} questions")
-    pairs = list(zip(replies, truths))
-    hits = sum(reply is True and truth for reply, truth in pairs)
-    said, there = sum(reply is True for reply in replies), sum(truths)
-    precision, recall = _share(hits, said), _share(hits, there)
-    return Rates(
-        accuracy=sum(reply is truth for reply, truth in pairs) / len(pairs),
-        precision=precision,
-        recall=recall,
-        f1=_share(2 * precision * recall, precision + recall),
-        yes=said / len(pairs),
-    )
+    pairs = list(enumerate(zip(replies, truths, strict=True)))
+    said = [(place, truth) for place, (reply, truth) in pairs if reply is True]
+    there = [(place, reply is True) for place, (reply, truth) in pairs if truth]
+    return {
+        "accuracy": [(place, reply is truth) for place, (reply, truth) in pairs],
+        "precision": said,
+        "recall": there,
+        "f1": said + there,
+        "yes": [(place, reply is True) for place, (reply, _) in pairs],
+    }
 
 
-def mme(pictures: Iterable[Sequence[bool]]) -> float:
-    """Score of one sub-task, at most 200: per cent of right answers, plus per cent of pictures with both right.
+def mme(pictures: Iterable[Sequence[bool]]) -> list[float]:
+    """Each picture's part of its sub-task's score, which is their mean: at most 200.
+
+    The score is per cent of right answers, plus per cent of pictures with both right.
 
     Args:
         pictures: for each picture, whether its two questions were answered rightly.
@@ -84,12 +78,6 @@ def mme(pictures: Iterable[Sequence[bool]]) -> float:
         ValueError: a picture has not two questions.
     """
     pairs = [tuple(pair) for pair in pictures]
-    if not pairs or any(len(pair) != 2 for pair in pairs):
+    if any(len(pair) != 2 for pair in pairs):
         raise ValueError("MME asks two questions about each picture")
-    right = sum(sum(pair) for pair in pairs) / (2 * len(pairs))
-    both = sum(all(pair) for pair in pairs) / len(pairs)
-    return 100 * (right + both)
-
-
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
+    return [100 * (sum(pair) / 2 + all(pair)) for pair in pairs]

@@ -70,13 +70,6 @@ def rotations(options: Sequence[str]) -> list[tuple[str, ...]]:
     return [tuple(options[shift:]) + tuple(options[:shift]) for shift in range(len(options))]
 
 
-def circular(rounds: Iterable[Iterable[bool]]) -> float:
-    """Share of questions that were answered rightly under every rotation of their options.
-
-    Raises:
-        ValueError: there is no question.
-    """
-    right = [all(answers) for answers in rounds]
-    if not right:
-        raise ValueError("circular evaluation needs at least one question")
-    return sum(right) / len(right)
+def circular(rounds: Iterable[Iterable[bool]]) -> list[bool]:
+    """Whether each question was answered rightly under every rotation of its options."""
+    return [all(answers) for answers in rounds]

@@ -1,0 +1,24 @@
+"""Data sets of the Hugging Face Hub by their names, as its cache on this machine holds them; nothing is downloaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/(.+))?")
+"""`owner/name`, and perhaps a path in it."""
+
+
+def located(name: str | Path) -> Path:
+    """The path, if there is something; else what the cache holds of a data set so named; else the path again."""
+    path, found = Path(name), NAME.fullmatch(str(name))
+    if found is None or path.exists():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(found[1], repo_type="dataset", local_files_only=True)
+    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        return path
+    return Path(folder) / (found[2] or "")
