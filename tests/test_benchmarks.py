@@ -367,6 +367,8 @@ def test_every_recipe_reads_curves_and_tells_failures(tmp_path):
     arguments = ["--collect", "--out", str(tmp_path), "--json", str(tmp_path / "e.json"), "--recipes"]
     assert every.main([*arguments, "good"]) == 0
     assert every.main([*arguments, "good", "bad"]) == 1 and every.main([*arguments, "good", "absent"]) == 1
+    told = json.loads((tmp_path / "e.json").read_text())["recipes"]
+    assert [each["recipe"] for each in told] == ["bad", "good"], "what an earlier call found of others stays"
     lines = [line for each in every.collect([good, bad]) for line in every.lines(each)]
     assert lines[0] == ["`good`", "sft", "0.50 M (0.50%)", "20", "0.50", "3.50 → 1.50", "yes", "2.0"]
     assert lines[1][0] == "`bad`" and "error: no such thing" in lines[1][5]

@@ -14,9 +14,10 @@ from rich.console import Console
 
 import composed
 import isthmus
-from isthmus import cards, exporting
+from isthmus import cards
 from isthmus.config import LoRA
 from isthmus.experiment import experiment
+from isthmus.exporting import llava, peft
 from isthmus.training.toy import toy
 
 
@@ -88,13 +89,13 @@ def test_the_front_matter_is_what_a_hub_asks_for(run: Path, tmp_path: Path) -> N
 
 def test_exported_directories_carry_the_lineage_on(run: Path, tmp_path: Path) -> None:
     source = run / "tune/model"
-    found = exporting.export_adapters(source, tmp_path / "peft")
+    found = peft.export_adapters(source, tmp_path / "peft")
     for folder in found:
         card = ModelCard.load(folder / "README.md")
         assert card.data.library_name == "peft" and len(lines(card, "Training")) == 2
-    llava = composed.model("llama", aspect="crop")
-    llava.save_pretrained(tmp_path / "plain")
-    parity = exporting.export(tmp_path / "plain", tmp_path / "theirs")
+    plain = composed.model("llama", aspect="crop")
+    plain.save_pretrained(tmp_path / "plain")
+    parity = llava.export(tmp_path / "plain", tmp_path / "theirs")
     card = ModelCard.load(tmp_path / "theirs/README.md")
     assert card.data.library_name == "transformers"
     assert f"LlavaForConditionalGeneration, largest difference of logits {parity.difference:.1e}" in card.text

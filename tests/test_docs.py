@@ -280,11 +280,12 @@ def causes() -> set[str]:
     for file in Path(isthmus.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in CAUSED and node.args:
-                found.add(template(node.args[0]))
+                found.add(template(node.args[0]) + (": …" if ast.unparse(node.func) == "refuse" else ""))
     return found
 
 
-CAUSED = {"ConfigError", "DataError", "IsthmusError", "NotFinite", "Wrong"}
+CAUSED = {"ConfigError", "DataError", "IsthmusError", "NotFinite", "Wrong", "refuse"}
+"""What is called with a cause; `refuse` of exports puts a reason behind it."""
 
 
 def template(node: ast.expr) -> str:

@@ -17,7 +17,7 @@ from isthmus.types import ConfigError
 ROOT = Path(isthmus.__file__).parent
 
 FLOORS: list[set[str]] = [
-    {"types", "errors", "config", "overrides", "registry", "assets", "torchfile"},
+    {"types", "errors", "config", "overrides", "registry", "files", "assets", "torchfile"},
     {
         "graft",
         "lora",
@@ -34,16 +34,7 @@ FLOORS: list[set[str]] = [
     {"encoders", "connectors", "generators"},
     {"aligner", "parts", "processor"},
     {"aligners", "model", "generation", "storage", "assembly"},
-    {
-        "prepare",
-        "exporting",
-        "exporting_blip2",
-        "exporting_onnx",
-        "exporting_gguf",
-        "exporting_gguf_check",
-        "exporting_gguf_file",
-        "exporting_gguf_llm",
-    },
+    {"prepare", "exporting"},
     {"training"},
     {"planning", "costs", "forecast"},
     {"evaluation", "speakers", "compress", "federate", "serving", "apps", "parity"},
@@ -115,7 +106,7 @@ def test_no_cycles_between_files():
 
 
 def test_objectives_and_data_see_types_alone():
-    allowed = {"objectives", "data", "types", "errors", "config", "registry", "assets"}
+    allowed = {"objectives", "data", "types", "errors", "config", "registry", "files", "assets"}
     for path in files():
         if room(dotted(path)) in {"objectives", "data"}:
             assert {room(target) for target in imports(path)} <= allowed, path
@@ -181,7 +172,7 @@ def installed(tmp_path, monkeypatch) -> Path:
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_joints", raising=False)
-    monkeypatch.delitem(aligner.JOINTS.session, "mine", raising=False)  # of a page whose code was run
+    monkeypatch.delitem(aligner.JOINTS.registered, "mine", raising=False)  # of a page whose code was run
     return tmp_path
 
 
@@ -193,8 +184,8 @@ def test_classes_come_from_installed_packages(installed):
         aligner.named("llava")
 
 
-def test_classes_of_a_session_are_registered(installed):
-    session = dict(aligner.JOINTS.session)
+def test_classes_of_a_process_are_registered(installed):
+    before = dict(aligner.JOINTS.registered)
     first, second = (type("Own", (aligner.Aligner,), {"name": "own"}) for _ in range(2))
     term = type("Term", (objectives.Objective,), {"name": "term"})
     try:
@@ -208,6 +199,6 @@ def test_classes_of_a_session_are_registered(installed):
         with pytest.raises(ConfigError, match="int is none of aligner, objective"):
             isthmus.register(int)
     finally:
-        aligner.JOINTS.session.clear()
-        aligner.JOINTS.session.update(session)
-        objectives.TERMS.session.clear()
+        aligner.JOINTS.registered.clear()
+        aligner.JOINTS.registered.update(before)
+        objectives.TERMS.registered.clear()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import itertools
 from typing import Any, cast
 
 import peft
@@ -14,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from isthmus import lora, sites
 from isthmus.config import LoRA
+from isthmus.exporting import peft_file
 from isthmus.graft import Graft, at, graft, ungraft
 from isthmus.types import ConfigError
 from test_graft import GatedCrossAttention, a_side, added, grown, wake
@@ -78,81 +78,13 @@ def test_peft_reads_ours_runs_and_merges_the_same(family, dora, tmp_path):
     trained(
         model, ["*.q_proj", "*.v_proj", "*.fc1" if family == "opt" else "*.up_proj"], low_rank(r=4, alpha=8, dora=dora)
     )
-    lora.to_peft(model, "lora", tmp_path)
+    peft_file.write(model, "lora", tmp_path)
     theirs = peft.PeftModel.from_pretrained(llm(family), tmp_path).eval()
     torch.testing.assert_close(run(model), run(theirs), rtol=1e-6, atol=1e-5)
     lora.merge(model)
     merged = theirs.merge_and_unload().state_dict()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, merged[name], rtol=1e-6, atol=1e-6, msg=name)
-
-
-@pytest.mark.parametrize("dora", [False, True])
-def test_ours_reads_peft_and_has_its_gradients(dora, tmp_path):
-    config = peft.LoraConfig(
-        r=4, lora_alpha=6, target_modules=["k_proj", "down_proj"], use_dora=dora, init_lora_weights=False
-    )
-    torch.manual_seed(1)
-    theirs = peft.get_peft_model(llm("qwen2"), config)
-    theirs.save_pretrained(tmp_path)
-    model = llm("qwen2")
-    paths = lora.from_peft(model, tmp_path)
-    assert len(paths) == 6 and all(path.endswith(("k_proj", "down_proj")) for path in paths)
-    torch.testing.assert_close(run(model), run(theirs), rtol=1e-6, atol=1e-5)
-    for each in (model, theirs):
-        run(each).square().mean().backward()
-    names = {".lora_A.default.weight": "A", ".lora_B.default.weight": "B"}
-    names |= {".lora_magnitude_vector.default.weight": "magnitude"} if dora else {}
-    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.requires_grad}
-    assert len(gradients) == len(paths) * len(names)
-    for path in paths:
-        for key, field in names.items():
-            mine = getattr(at(model.get_submodule(path))["lora"], field).grad
-            torch.testing.assert_close(mine, gradients[f"base_model.model.{path}{key}"], rtol=1e-4, atol=1e-6)
-
-
-PATTERNS = {
-    "rslora": {"use_rslora": True},
-    "ranks": {"rank_pattern": {"layers.1.self_attn.k_proj": 2, "down_proj": 3}},
-    "alphas": {"alpha_pattern": {r"layers\.[02]\..*k_proj": 1, "model.layers.1.mlp.down_proj": 9}},
-    "all": {"use_rslora": True, "rank_pattern": {"down_proj": 7}, "alpha_pattern": {"down_proj": 5}, "use_dora": True},
-}
-
-
-@pytest.mark.parametrize("case", PATTERNS)
-def test_ranks_and_scales_of_their_own_come_from_peft_and_go_back(case, tmp_path):
-    config = peft.LoraConfig(
-        r=4, lora_alpha=6, target_modules=["k_proj", "down_proj"], init_lora_weights=False, **PATTERNS[case]
-    )
-    torch.manual_seed(1)
-    theirs = peft.get_peft_model(llm("llama"), config).eval()
-    theirs.save_pretrained(tmp_path / "theirs")
-    model = llm("llama")
-    assert len(lora.from_peft(model, tmp_path / "theirs")) == 6
-    torch.testing.assert_close(run(model), run(theirs), rtol=1e-6, atol=1e-5)
-    lora.to_peft(model, "lora", tmp_path / "ours", base="somewhere/llama")
-    back = peft.PeftModel.from_pretrained(llm("llama"), tmp_path / "ours").eval()
-    torch.testing.assert_close(run(back), run(theirs), rtol=1e-6, atol=1e-5)
-    assert back.peft_config["default"].base_model_name_or_path == "somewhere/llama"
-    lora.merge(model)
-    torch.testing.assert_close(run(model), run(theirs), rtol=1e-5, atol=1e-4)
-
-
-def test_adapters_that_peft_cannot_hold_in_one_are_refused(tmp_path):
-    model = llm("llama")
-    trained(model, "*.q_proj", low_rank(r=2))
-    trained(model, "*.k_proj", low_rank(r=2, dora=True))
-    with pytest.raises(ConfigError, match="DoRA in some places only"):
-        lora.to_peft(model, "lora", tmp_path)
-
-
-def test_round_trip_through_a_folder_is_exact(tmp_path):
-    model = llm("llama")
-    trained(model, "*.q_proj", low_rank(r=3, alpha=5, dora=True))
-    lora.to_peft(model, "lora", tmp_path)
-    again = llm("llama")
-    lora.from_peft(again, tmp_path, "other")
-    assert torch.equal(run(again), run(model))
 
 
 def test_update_is_the_papers_formula():
@@ -197,7 +129,7 @@ def test_innermost_even_when_attached_last():
     host = model.get_submodule(path)
     assert list(at(host)) == ["lora", "expert"]
     x = torch.randn(2, WIDTH)
-    changed = nn.functional.linear(x, cast(lora.LowRank, at(host)["lora"]).merged(host))
+    changed = nn.functional.linear(x, host.weight + cast(lora.LowRank, at(host)["lora"]).update())
     torch.testing.assert_close(host(x)[..., : WIDTH // 2], changed[..., ::2])
     assert host(x)[..., WIDTH // 2 :].abs().max() == 0
 
@@ -216,23 +148,56 @@ def test_merge_refuses_what_would_be_wrong_and_changes_nothing():
     tied = llm("llama")
     trained(tied, ["*.q_proj", "lm_head"], low_rank(r=2))
     refused(tied, "weight of lm_head is shared by .*embed_tokens")
-    both = llm("llama")
-    trained(both, "*.q_proj", low_rank(r=2), "first")
-    trained(both, "*.q_proj", low_rank(r=2, dora=True), "second")
-    refused(both, r"carries \['second'\] too", "first")
-    refused(both, r"carries \['first'\] too", "second")
+    silent = llm("llama")
+    path = trained(silent, "*.q_proj", low_rank(r=2, dora=True), "first")[0]
+    trained(silent, "*.q_proj", low_rank(r=2), "second")
+    cast(Any, at(silent.get_submodule(path))["first"]).magnitude.data[3] = 0
+    refused(silent, r"carries \['first'\] inside, with magnitudes of zero\nmerge 'first' first", "second")
+    unmerged = run(silent)
+    for name in ("first", "second"):
+        lora.merge(silent, name)
+    torch.testing.assert_close(run(silent), unmerged, rtol=1e-5, atol=1e-5)
     refused(llm("llama"), "has no LoRA named 'lora'")
 
 
-def test_two_plain_adapters_on_one_host_merge_one_after_the_other():
-    model = llm("llama")
-    trained(model, "*.q_proj", low_rank(r=2), "first")
-    trained(model, "*.q_proj", low_rank(r=3, alpha=1), "second", seed=6)
+STACKS = list(itertools.product(["lora", "dora"], repeat=3))
+
+
+@pytest.mark.parametrize("kinds", STACKS, ids="-".join)
+def test_several_on_one_host_merge_in_any_order(kinds):
+    """The inputs' outputs, bias and all, and the weight that they come to: the identity gives its columns."""
+    for order in itertools.permutations("abc"):
+        root: Any = nn.ModuleDict({"host": nn.Linear(12, 7)}).eval()
+        for number, (name, kind) in enumerate(zip("abc", kinds)):
+            how = low_rank(r=number + 1, alpha=3, dora=kind == "dora", dropout=0.3)
+            trained(root, "host", how, name, seed=number)
+        root.eval()
+        x = torch.cat([torch.eye(12), torch.zeros(1, 12)])
+        unmerged = root["host"](x)
+        for name in order:
+            lora.merge(root, name)
+            torch.testing.assert_close(root["host"](x), unmerged, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(root["host"].weight.T + root["host"].bias, unmerged[:-1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kinds", itertools.product(["lora", "dora"], repeat=2), ids="-".join)
+def test_peft_runs_and_merges_several_on_one_host_the_same(kinds, tmp_path):
+    model = llm("qwen2")
+    for number, (name, kind) in enumerate(zip(("first", "second"), kinds)):
+        trained(model, "*.q_proj", low_rank(r=2 + number, alpha=5, dora=kind == "dora"), name, seed=number)
+        peft_file.write(model, name, tmp_path / name)
+    theirs = peft.PeftModel.from_pretrained(llm("qwen2"), tmp_path / "first", adapter_name="first").eval()
+    theirs.load_adapter(tmp_path / "second", "second")
+    theirs.base_model.set_adapter(["first", "second"])
     unmerged = run(model)
-    lora.merge(model, "first")
-    torch.testing.assert_close(run(model), unmerged, rtol=1e-5, atol=1e-5)
-    lora.merge(model, "second")
-    torch.testing.assert_close(run(model), unmerged, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(unmerged, run(llm("qwen2")), atol=1e-2)
+    torch.testing.assert_close(run(theirs), unmerged, rtol=1e-5, atol=1e-5)
+    merged = theirs.merge_and_unload(adapter_names=["first", "second"]).state_dict()
+    for name in ("first", "second"):
+        lora.merge(model, name)
+        torch.testing.assert_close(run(model), unmerged, rtol=1e-5, atol=1e-5)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, merged[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 PIXELS = torch.randn(2, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(0))
@@ -260,7 +225,7 @@ def test_encoders_carry_lora_beside_other_grafts_and_peft_agrees(family, dora, t
     see(model, side=side).square().mean().backward()
     silent = [name for name, p in added(model).items() if p.grad is None or not p.grad.any()]
     assert silent == []
-    lora.to_peft(model, "lora", tmp_path)
+    peft_file.write(model, "lora", tmp_path)
     theirs = peft.PeftModel.from_pretrained(vision(family), tmp_path).eval()
     torch.testing.assert_close(see(model), see(theirs), rtol=1e-5, atol=1e-5)
     lora.merge(model)
@@ -312,42 +277,3 @@ def test_models_that_hand_no_side_on_can_still_have_lora():
     before = run(model)
     paths = trained(model, "*.dense_h_to_4h", low_rank(r=2))
     assert len(paths) == 2 and not torch.allclose(run(model), before, atol=1e-3)
-
-
-REFUSED = {
-    "modules_to_save": ["lm_head"],
-    "bias": "all",
-    "init_lora_weights": "pissa",
-    "peft_type": "IA3",
-    "fan_in_fan_out": True,
-    "layer_replication": [[0, 2]],
-    "an_option_of_next_year": {"any": "thing"},
-}
-
-
-@pytest.mark.parametrize("option", REFUSED)
-def test_options_that_would_be_lost_are_refused_by_name(option, tmp_path):
-    with pytest.raises(ConfigError, match=f"uses .*{option}"):
-        lora.from_peft(llm("llama"), changed(tmp_path, **{option: REFUSED[option]}))
-
-
-def test_tensors_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="missing or unknown keys"):
-        lora.from_peft(llm("llama"), changed(tmp_path, use_dora=True))
-    with pytest.raises(ConfigError, match="shape"):
-        lora.from_peft(llm("llama"), changed(tmp_path, r=3))
-    with pytest.raises(ConfigError, match="matches no Linear"):
-        lora.from_peft(llm("opt"), changed(tmp_path))
-    (tmp_path / lora.WEIGHTS).unlink()
-    with pytest.raises(ConfigError, match="no adapter_model.safetensors"):
-        lora.read_peft(tmp_path)
-
-
-def changed(folder: Path, **fields) -> Path:
-    """A plain adapter of ours with some of peft's options set."""
-    model = llm("llama")
-    trained(model, "*.q_proj", low_rank(r=2))
-    lora.to_peft(model, "lora", folder)
-    config = json.loads((folder / lora.CONFIG).read_text())
-    (folder / lora.CONFIG).write_text(json.dumps(config | fields))
-    return folder

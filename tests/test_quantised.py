@@ -7,6 +7,7 @@ import json
 from importlib.util import find_spec
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ import isthmus
 from composed import stir
 from isthmus import exporting, lora, parts, planning, quantised, sites
 from isthmus.config import Budget, EncoderConfig, LoRA, Recipe, Source, Stage, Train
+from isthmus.exporting import llava, peft_file
 from isthmus.graft import at, graft
 from isthmus.quantised import Packed
 from isthmus.types import ConfigError
@@ -83,7 +85,7 @@ def test_product_and_gradients_are_those_of_the_unpacked_weight(bits, autocast):
         x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = module(x)
-        y.float().square().sum().backward()
+        (y.float() * torch.linspace(-1, 1, 24)).sum().backward()
         results.append((y, x.grad, module.bias.grad))
     close: dict[str, float] = {"rtol": 2e-2, "atol": 2e-2} if autocast else {"rtol": 1e-5, "atol": 1e-5}
     for mine, theirs in zip(*results):
@@ -163,6 +165,19 @@ def test_adapters_over_packed_hosts_have_the_gradients_of_dense_ones(family, dor
 
 
 @every_bits
+def test_peft_runs_an_adapter_over_the_unpacked_part_the_same(bits, tmp_path):
+    model, unpacked = llm("llama"), llm("llama")
+    for each in (model, unpacked):
+        quantised.quantise(each, bits, torch.float32)
+    lora.attach(model, "*.q_proj", LoRA(r=2, dora=True))
+    wake(model)
+    peft_file.write(model, "lora", tmp_path)
+    quantised.dequantise(unpacked)
+    theirs = peft.PeftModel.from_pretrained(unpacked, tmp_path).eval()
+    torch.testing.assert_close(run(theirs), run(model), rtol=1e-5, atol=1e-5)
+
+
+@every_bits
 def test_other_grafts_sit_on_packed_hosts_too(bits):
     model, dense = llm("llama"), llm("llama")
     quantised.quantise(model, bits, torch.float32)
@@ -210,6 +225,16 @@ def test_recomputed_and_sharded_gradients_equal_plain_ones(bits, tmp_path):
         dist.destroy_process_group()
 
 
+@every_bits
+def test_the_unpacked_model_computes_in_the_dtype_of_the_packed_one(bits):
+    model = llm("llama")
+    quantised.quantise(model, bits, torch.bfloat16)
+    logits = run(model)
+    quantised.dequantise(model)
+    assert logits.dtype == torch.bfloat16 and {each.dtype for each in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(run(model), logits)
+
+
 # ---------------------------------------------------------------------------------------------- a model's life
 
 
@@ -239,8 +264,9 @@ def test_a_save_refers_to_packed_parts_and_loads_the_same(bits, tmp_path):
 def test_export_unpacks_merges_and_keeps_the_logits(dora, bits, tmp_path):
     model = isthmus.compose(recipe(bits))
     model.add_lora(["llm.*.q_proj", "encoders.*layers.*.fc1"], LoRA(r=2, dora=dora), "sft")
+    model.add_lora(["llm.*.q_proj"], LoRA(r=3, dora=not dora), "more")
     stir(model).save_pretrained(tmp_path / "ours")
-    assert exporting.export(tmp_path / "ours", tmp_path / "theirs").difference <= 1e-4
+    assert llava.export(tmp_path / "ours", tmp_path / "theirs").difference <= 1e-4
     assert not any("grafts" in key or "packed" in key for key in load_file(tmp_path / "theirs" / "model.safetensors"))
 
 

@@ -20,6 +20,7 @@ from composed import MIX, stir
 from isthmus import storage
 from isthmus.aligners.llava import LLaVA
 from isthmus.config import AlignerConfig, Budget, EncoderConfig, LLMConfig, LoRA, ObjectiveConfig, Recipe, Stage
+from isthmus.files import sha256
 from isthmus.model import VLM, VLMConfig
 from isthmus.processor import VLMProcessor
 from isthmus.training.optimizer import choose
@@ -300,7 +301,7 @@ def rewrite(folder: Path, change) -> None:
     state = load_file(file)
     change(state)
     save_file(state, file)
-    (folder / storage.MANIFEST).write_text(json.dumps({file.name: storage.sha256(file)}))
+    (folder / storage.MANIFEST).write_text(json.dumps({file.name: sha256(file)}))
 
 
 KEY = "connectors.image.layers.0.weight"

@@ -23,6 +23,7 @@ from isthmus.data import sets
 from isthmus.data.containers import Container
 from isthmus.data.formats import Form
 from isthmus.errors import ConfigError
+from isthmus.files import write_text
 
 NAME = "README.md"
 MARK = "<!-- Written by Isthmus at every save. Delete this line, and the text is yours and stays. -->"
@@ -101,7 +102,7 @@ def note_data(folder: Path, stage: Stage, opened: Sequence[sets.Card], seed: int
                 )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    _write(file, json.dumps(noted, indent=1))
+    write_text(file, json.dumps(noted, indent=1))
 
 
 def _noted(source: Source, card: sets.Card, seed: int) -> dict[str, Any]:
@@ -168,19 +169,13 @@ def ours(folder: Path) -> bool:
 def refresh(folder: Path) -> None:
     """Write a saved model's card anew, with what its run has found out since."""
     if ours(folder):
-        _write(folder / NAME, card(_read(folder / "config.json"), lineage(folder)))
+        write_text(folder / NAME, card(_read(folder / "config.json"), lineage(folder)))
 
 
 def write_export(source: Path, out: Path, exported: Export) -> None:
     """The card of an exported directory: that of the model it was made of, and how."""
     if ours(out):
-        _write(out / NAME, card(_read(source / "config.json"), lineage(source), exported))
-
-
-def _write(file: Path, text: str) -> None:
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
+        write_text(out / NAME, card(_read(source / "config.json"), lineage(source), exported))
 
 
 def card(config: Mapping[str, Any], told: Lineage, exported: Export | None = None) -> str:
@@ -267,7 +262,7 @@ def _on_hub(source: str) -> bool:
     return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=source, repo_type="model")).is_dir()
 
 
-def _called(source: str) -> str:
+def called(source: str) -> str:
     """A source without the path to it, which is nobody else's business."""
     if source in EMBEDDED or _on_hub(source):
         return source
@@ -279,7 +274,7 @@ def _parts(config: Mapping[str, Any]) -> str:
     for role, source, revision, weights in _sources(config):
         package = EMBEDDED.get(source)
         pinned = f"{package.name} {package.version}, sha256 {package.sha256}" if package else revision or "not pinned"
-        rows.append((role, _called(source), pinned, weights or "in this directory"))
+        rows.append((role, called(source), pinned, weights or "in this directory"))
     added = ", ".join(f"{key} {value}" for key, value in config["aligner"].get("options", {}).items())
     rows.append(("joint", config["aligner"]["name"], added or "the joint's own defaults", "in this directory"))
     for lora in config.get("lora") or ():
@@ -298,7 +293,7 @@ def _training(told: Lineage) -> str:
                      stage.settings["batch_size"], f"{stage.settings['lr']:g}"))  # fmt: skip
     said = [f"Stage {each.settings['name']}, on the way: {text}." for each in told.stages for text in each.changed]
     if told.start:
-        said.append(f"Begun with the model {_called(told.recipe['start'])}, fingerprint {told.start}.")
+        said.append(f"Begun with the model {called(told.recipe['start'])}, fingerprint {told.start}.")
     table = _table(("stage", "what trains", "loss", "steps", "samples per step", "rate"), rows)
     return "\n\n".join(["## Training", table, *said])
 
@@ -348,7 +343,7 @@ def _licences(config: Mapping[str, Any], told: Lineage) -> str:
     rows: dict[tuple[Any, ...], None] = {}
     for _, source, _, _ in _sources(config):
         package = EMBEDDED.get(source)
-        rows[(_called(source), package.licence, package.attribution) if package else (_called(source), *_UNSAID)] = None
+        rows[(called(source), package.licence, package.attribution) if package else (called(source), *_UNSAID)] = None
     credited = {each["name"]: (each["licence"], each["author"]) for each in (told.report or {}).get("credits", [])}
     for stage in told.stages:
         for each in stage.data:

@@ -8,20 +8,11 @@ which PyTorch brings along too, has: on an AMD EPYC with AVX-512 it does 205 GFL
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-
-def pays() -> bool:
-    """Whether MKL leaves this processor's AVX-512 unused: a property of the machine, so that runs stay repeatable."""
-    facts = Path("/proc/cpuinfo")
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
-        return False
-    return facts.is_file() and "GenuineIntel" not in facts.read_text(encoding="utf-8")
 
 
 def use_onednn(root: nn.Module) -> int:

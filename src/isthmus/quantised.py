@@ -45,11 +45,7 @@ class Packed(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The unpacked weight, [out, in], made anew at every reading."""
-        return self.dense(self.dtype)
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The unpacked weight in another dtype, [out, in]."""
-        return unpack(self.packed, self.scale, (self.out_features, self.in_features), self.bits, dtype)
+        return unpack(self.packed, self.scale, (self.out_features, self.in_features), self.bits, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the dtype that a dense Linear would answer in."""
@@ -149,13 +145,13 @@ def hosts(root: nn.Module) -> dict[str, Packed]:
     return {path: each for path, each in sites.linears(root).items() if isinstance(each, Packed)}
 
 
-def dequantise(root: nn.Module, dtype: torch.dtype = torch.float32) -> list[str]:
+def dequantise(root: nn.Module) -> list[str]:
     """Put dense Linears of the same values in place of packed ones, with what was grafted on them; their names."""
     found = hosts(root)
     for path, host in found.items():
         additions = {name: ungraft(root, path, name) for name in at(host)}
         dense = nn.Linear(host.in_features, host.out_features, bias=False, device="meta")
-        dense.weight, dense.bias = nn.Parameter(host.dense(dtype), requires_grad=False), host.bias
+        dense.weight, dense.bias = nn.Parameter(host.weight, requires_grad=False), host.bias
         parent, _, name = path.rpartition(".")
         setattr(root.get_submodule(parent), name, dense.train(host.training))
         for name, addition in additions.items():

@@ -1,4 +1,4 @@
-"""Classes by the names that recipes call them: the package's own, those of other packages, and those of a session."""
+"""Classes by the names that recipes use: the package's own, other packages', and those that a process registers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ class Registry(Generic[T]):
         what: the kind, for errors.
         base: what they derive from; each has a `name` of its own.
         group: the package whose files are named like our own, and the entry-point group of other packages'.
+        registered: classes by name that `register` was given in this Python process.
     """
 
     what: str
     base: type[T]
     group: str
-    session: dict[str, type[T]] = field(default_factory=dict)
+    registered: dict[str, type[T]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         KINDS[self.what] = self
@@ -50,11 +51,11 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: no such name (the nearest is suggested), two classes claim it, or it cannot be imported.
         """
-        if name in self.session:
-            return self.session[name]
+        if name in self.registered:
+            return self.registered[name]
         modules = self.known()
         if name not in modules:
-            names = sorted({*modules, *self.session})
+            names = sorted({*modules, *self.registered})
             raise ConfigError(f"no {self.what} named {name!r}{nearest(name, names)}", f"there are {names}")
         if name in self.inside() and (place := _offered(self.group, tuple(sys.path)).get(name)):
             raise ConfigError(
@@ -77,7 +78,7 @@ KINDS: dict[str, Registry[Any]] = {}
 
 
 def register(kind: type[T]) -> type[T]:
-    """Let recipes of this session name a class of the user's own, such as one in a notebook; also as a decorator.
+    """Let recipes name a class of the user's own, such as one in a notebook, in this process; also as a decorator.
 
     Registered again, a name means the newer class. A checkpoint that names it is loaded where it is registered.
 
@@ -90,7 +91,7 @@ def register(kind: type[T]) -> type[T]:
             if not isinstance(name, str) or name in registry.known():
                 taken = f"the name {name!r} is taken" if name else "it has no name of its own"
                 raise ConfigError(f"{kind.__name__} cannot be registered: {taken}", "set another `name` in the class")
-            registry.session[name] = kind
+            registry.registered[name] = kind
             return kind
     raise ConfigError(f"{kind.__name__} is none of {', '.join(sorted(KINDS))}", "derive it from one of their classes")
 

@@ -20,8 +20,6 @@ from isthmus.types import ConfigError
 
 ADDED = "grafts"
 """The child that holds what was added to a module; below it, nothing belongs to the base model."""
-
-
 FEED_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm", "final_layer_norm", "ln_2", "input_layernorm")
 """What families call the norm before the feed-forward part, those first whose layers have the others too."""
 
@@ -60,15 +58,11 @@ def states(model: nn.Module, after: Iterable[int]) -> Iterator[dict[int, Tensor]
     """What the decoder's layers hand on while it runs inside the block: by number, the states [B, T, D] after so many
     of them; negative numbers count from the end, -1 being after the last one and before the norm behind it."""
     found: dict[int, Tensor] = {}
-    hooks = []
-    for number in after:
-        layer = layers(model).modules[number - 1 if number > 0 else number]
-        hooks.append(layer.register_forward_hook(partial(_keep, found, number)))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for number in after:
+            layer = layers(model).modules[number - 1 if number > 0 else number]
+            hooks.enter_context(layer.register_forward_hook(partial(_keep, found, number)))
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _keep(found: dict[int, Tensor], number: int, layer: nn.Module, inputs: Any, output: Any) -> None:

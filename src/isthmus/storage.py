@@ -25,6 +25,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from isthmus import cards, parts, quantised
 from isthmus.config import LLMConfig, check
+from isthmus.files import sha256
 from isthmus.processor import VLMProcessor
 from isthmus.types import ConfigError, IsthmusError
 
@@ -250,11 +251,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise IsthmusError(f"{file}: damaged (not a JSON object)", "copy it again, or use an earlier checkpoint")
     return tree
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _fill(model: VLM, state: dict[str, Any], whole: bool, folder: Path) -> None:

@@ -14,6 +14,8 @@ from isthmus import exporting, lora
 from isthmus.cli.app import app
 from isthmus.cli.options import on
 from isthmus.config import LoRA
+from isthmus.exporting import peft_file
+from isthmus.exporting.peft import export_adapters, import_adapter
 from isthmus.types import ConfigError
 from tiny import llm, vision
 
@@ -65,7 +67,7 @@ def test_an_imported_adapter_with_ranks_of_its_own_is_saved_and_loaded(tmp_path)
     theirs = peft.get_peft_model(llm("llama"), config).eval()
     theirs.save_pretrained(tmp_path / "adapter")
     composed.model("llama").save_pretrained(tmp_path / "model")
-    exporting.import_adapter(tmp_path / "adapter", tmp_path / "model", tmp_path / "out")
+    import_adapter(tmp_path / "adapter", tmp_path / "model", tmp_path / "out")
     ours = isthmus.load(tmp_path / "out")
     torch.testing.assert_close(ours.llm(IDS).logits, theirs(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
     assert sorted(each["r"] for each in ours.config.lora) == [2, 4]
@@ -75,17 +77,26 @@ def test_what_cannot_be_exchanged_is_refused_with_the_reason(tmp_path):
     model = composed.model("llama")
     model.save_pretrained(tmp_path / "bare")
     with pytest.raises(ConfigError, match="has no LoRA"):
-        exporting.export_adapters(tmp_path / "bare", tmp_path / "out")
+        export_adapters(tmp_path / "bare", tmp_path / "out")
     model.add_lora(["connectors.*"], LoRA(r=2), "joint")
     model.save_pretrained(tmp_path / "joint")
     with pytest.raises(ConfigError, match="lies on connectors.image.layers.0"):
-        exporting.export_adapters(tmp_path / "joint", tmp_path / "out")
+        export_adapters(tmp_path / "joint", tmp_path / "out")
+    changed = composed.model("llama")
+    changed.add_lora(["llm.*.q_proj"], LoRA(r=2), "first")
+    changed.add_lora(["llm.*.v_proj"], LoRA(r=2), "second")
+    changed.merge_lora("first")
+    changed.save_pretrained(tmp_path / "changed")
+    with pytest.raises(ConfigError, match="q_proj.weight was trained beside LoRA 'second', and peft keeps LoRA alone"):
+        export_adapters(tmp_path / "changed", tmp_path / "out")
     lora.attach(plain := llm("llama"), "*.q_proj", LoRA(r=2))
-    lora.to_peft(plain, "lora", tmp_path / "adapter")
+    peft_file.write(plain, "lora", tmp_path / "adapter")
     with pytest.raises(ConfigError, match="did you mean 'encoders.image'"):
-        exporting.import_adapter(tmp_path / "adapter", tmp_path / "bare", tmp_path / "out", part="encoder.image")
-    with pytest.raises(ConfigError, match="matches no Linear"):
-        exporting.import_adapter(tmp_path / "adapter", tmp_path / "bare", tmp_path / "out", part="encoders.image")
+        import_adapter(tmp_path / "adapter", tmp_path / "bare", tmp_path / "out", part="encoder.image")
+    with pytest.raises(
+        ConfigError, match="changes 'model.layers.0.self_attn.q_proj', and CLIPVisionModel has no such Linear"
+    ):
+        import_adapter(tmp_path / "adapter", tmp_path / "bare", tmp_path / "out", part="encoders.image")
     with pytest.raises(ConfigError, match="--onto MODEL"):
         CliRunner().invoke(app, ["import", str(tmp_path / "adapter"), str(tmp_path / "out")], catch_exceptions=False)
     result = CliRunner().invoke(app, ["export", str(tmp_path / "bare"), str(tmp_path / "out"), "--to", "tflite"])

@@ -19,6 +19,7 @@ from isthmus.comparing.plan import Job
 from isthmus.errors import IsthmusError
 from isthmus.evaluation.answers import Prediction
 from isthmus.evaluation.draw import drawn
+from isthmus.evaluation.statistics import Estimate
 from isthmus.evaluation.tasks import Choice, Cut, Item
 from isthmus.types import Sample, Turn
 
@@ -65,8 +66,9 @@ def test_a_baseline_that_was_asked_fewer_items_is_compared_over_these() -> None:
 class Counted(Choice):
     """A task that reports how many are right, too."""
 
-    def totals(self, predictions: Sequence[Prediction]) -> dict[str, float]:
-        return {"right": float(sum(prediction.right is True for prediction in predictions))}
+    def totals(self, predictions: Sequence[Prediction]) -> dict[str, Estimate]:
+        right = float(sum(prediction.right is True for prediction in predictions))
+        return {"right": Estimate(right, 0, 4, right, right, 4, 4)}
 
 
 def test_further_figures_are_means_over_seeds() -> None:

@@ -22,11 +22,12 @@ import isthmus
 import tiny
 import tiny_voices
 from composed import stir
-from isthmus import exporting, exporting_gguf, exporting_gguf_file, exporting_gguf_llm
+from isthmus import exporting, lora
 from isthmus.cli.app import app
 from isthmus.config import LoRA
 from isthmus.data.template import FALLBACK
-from isthmus.exporting_gguf_file import Content
+from isthmus.exporting import gguf, gguf_file, gguf_llm
+from isthmus.exporting.gguf_file import Content
 from isthmus.model import VLM
 from isthmus.types import ConfigError, IsthmusError
 
@@ -34,7 +35,7 @@ from isthmus.types import ConfigError, IsthmusError
 def exported(model: VLM, folder: Path) -> tuple[GGUFReader, GGUFReader]:
     """Both files of a model."""
     model.save_pretrained(folder / "ours")
-    exporting_gguf.export(folder / "ours", folder / "out")
+    gguf.export(folder / "ours", folder / "out")
     return GGUFReader(folder / "out/model.gguf"), GGUFReader(folder / "out/mmproj.gguf")
 
 
@@ -105,7 +106,7 @@ def test_the_verb_merges_lora_and_tells_of_the_class_token(tmp_path: Path) -> No
     assert "largest difference of logits" in result.output and "issue 25814" in result.output
     assert "note: llama.cpp pads pictures to a square" in result.output and "trained with" not in result.output
     for name in exporting.adapters(model):
-        exporting.lora.merge(model, name)
+        lora.merge(model, name)
     own = model.llm.model.layers[0].self_attn.q_proj.weight
     torch.testing.assert_close(tensor(GGUFReader(tmp_path / "out/model.gguf"), "blk.0.attn_q.weight"), own)
     card = (tmp_path / "out/README.md").read_text()
@@ -134,7 +135,7 @@ def test_words_keep_their_ids_kinds_and_ends(tmp_path: Path) -> None:
 @pytest.mark.parametrize("aspect", ["crop", "squash"])
 def test_another_aspect_than_llama_cpps_is_told(tmp_path: Path, aspect: str) -> None:
     composed.model("llama", aspect=aspect).save_pretrained(tmp_path / "ours")
-    written = exporting_gguf.export(tmp_path / "ours", tmp_path / "out")
+    written = gguf.export(tmp_path / "ours", tmp_path / "out")
     assert f"trained with `aspect: {aspect}`: give it squares of 32 pixels" in written.pictures
     assert written.pictures in (tmp_path / "out/README.md").read_text()
 
@@ -173,10 +174,10 @@ def test_ways_of_splitting_text_are_named_or_refused(name: str) -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(SPLITS[name])
     tokenizer.backend_tokenizer.model.ignore_merges = name == "llama-bpe"
-    assert exporting_gguf_llm.splitting(tokenizer) == name
+    assert gguf_llm.splitting(tokenizer) == name
     tokenizer.backend_tokenizer.model.ignore_merges = name != "llama-bpe"
     with pytest.raises(ConfigError, match="no name that we know"):
-        exporting_gguf_llm.splitting(tokenizer)
+        gguf_llm.splitting(tokenizer)
 
 
 REFUSED = {
@@ -194,20 +195,20 @@ def test_what_llama_cpp_cannot_express_is_refused(tmp_path: Path, case: str) -> 
     parts, encoder, reason = REFUSED[case]
     composed.model(*parts, **encoder).save_pretrained(tmp_path / "ours")
     with pytest.raises(ConfigError, match=reason):
-        exporting_gguf.export(tmp_path / "ours", tmp_path / "out")
+        gguf.export(tmp_path / "ours", tmp_path / "out")
     assert [each.name for each in tmp_path.iterdir()] == ["ours"]
 
 
 def test_sentencepieces_vocabulary_is_refused() -> None:
     with pytest.raises(ConfigError, match="SentencePiece"):
-        exporting_gguf_llm.splitting(tiny_voices.VOICES["mistral"]())
+        gguf_llm.splitting(tiny_voices.VOICES["mistral"]())
 
 
 def test_nothing_is_written_when_logits_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     composed.model("llama").save_pretrained(tmp_path / "ours")
     monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
     with pytest.raises(IsthmusError, match="logits differ"):
-        exporting_gguf.export(tmp_path / "ours", tmp_path / "out")
+        gguf.export(tmp_path / "ours", tmp_path / "out")
     assert [each.name for each in tmp_path.iterdir()] == ["ours"]
 
 
@@ -217,14 +218,14 @@ def test_numbers_are_stored_as_small_as_they_fit_and_a_changed_one_is_noticed(
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     held = {"a": x, "b": x.bfloat16(), "c": x.half(), "d": x[0].bfloat16(), "v.position_embd.weight": x.bfloat16()}
     content = Content("clip", lambda writer: None, held)
-    exporting_gguf_file.write(tmp_path / "one.gguf", content)
+    gguf_file.write(tmp_path / "one.gguf", content)
     found = {each.name: each.tensor_type for each in GGUFReader(tmp_path / "one.gguf").tensors}
     assert [found[name] for name in held] == [Stored.F32, Stored.BF16, Stored.F16, Stored.F32, Stored.F32]
-    read = exporting_gguf_file.tensors
+    read = gguf_file.tensors
 
     def damaged(reader: GGUFReader) -> dict[str, Tensor]:
         return {name: each.nextafter(torch.tensor(9.0)) for name, each in read(reader).items()}
 
-    monkeypatch.setattr(exporting_gguf_file, "tensors", damaged)
+    monkeypatch.setattr(gguf_file, "tensors", damaged)
     with pytest.raises(IsthmusError, match="a was not read back"):
-        exporting_gguf_file.write(tmp_path / "two.gguf", content)
+        gguf_file.write(tmp_path / "two.gguf", content)

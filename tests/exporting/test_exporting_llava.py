@@ -24,6 +24,7 @@ import tiny
 from composed import picture, stir
 from isthmus import exporting
 from isthmus.config import LoRA
+from isthmus.exporting import llava, native
 from isthmus.types import ConfigError, IsthmusError, Sample, Turn
 from tiny import IMAGE, PATCH, VOCAB
 
@@ -92,14 +93,14 @@ def agree(
 @pytest.mark.parametrize(("vision", "text", "strategy"), CASES)
 def test_an_imported_llava_equals_transformers_own(tmp_path, vision, text, strategy):
     source = theirs(tmp_path / "theirs", vision, text, strategy)
-    parity = exporting.import_llava(source, tmp_path / "ours")
+    parity = llava.import_llava(source, tmp_path / "ours")
     assert parity.difference <= 1e-5
     reference = LlavaForConditionalGeneration.from_pretrained(source).eval()
     agree(isthmus.load(tmp_path / "ours"), reference, AutoProcessor.from_pretrained(source, backend="pil"))
 
 
 def test_an_imported_model_is_saved_again_with_its_base(tmp_path):
-    exporting.import_llava(theirs(tmp_path / "theirs"), tmp_path / "ours")
+    llava.import_llava(theirs(tmp_path / "theirs"), tmp_path / "ours")
     ours = isthmus.load(tmp_path / "ours")
     ours.save_pretrained(tmp_path / "again")
     again = isthmus.load(tmp_path / "again").state_dict()
@@ -116,7 +117,7 @@ def test_an_exported_model_equals_ours(tmp_path, vision, text, strategy, adapted
     if adapted:
         ours.add_lora(["llm.*.q_proj"], LoRA(r=2), "sft")
     stir(ours).save_pretrained(tmp_path / "ours")
-    parity = exporting.export(tmp_path / "ours", tmp_path / "theirs")
+    parity = llava.export(tmp_path / "ours", tmp_path / "theirs")
     assert parity.difference <= 1e-4
     reference = LlavaForConditionalGeneration.from_pretrained(tmp_path / "theirs").eval()
     processor = AutoProcessor.from_pretrained(tmp_path / "theirs", backend="pil")
@@ -127,8 +128,8 @@ def test_an_exported_model_equals_ours(tmp_path, vision, text, strategy, adapted
 def test_there_and_back_is_the_same_model(tmp_path):
     ours = stir(composed.model("llama", aspect="crop"))
     ours.save_pretrained(tmp_path / "ours")
-    exporting.export(tmp_path / "ours", tmp_path / "theirs")
-    exporting.import_llava(tmp_path / "theirs", tmp_path / "back")
+    llava.export(tmp_path / "ours", tmp_path / "theirs")
+    llava.import_llava(tmp_path / "theirs", tmp_path / "back")
     again = isthmus.load(tmp_path / "back")
     inputs = ours.processor(images=picture(1).source, text=TEXT)
     placeholder = inputs["input_ids"] == ours.placeholder("image")
@@ -154,13 +155,13 @@ def levels(ours: isthmus.VLM, theirs: LlavaProcessor, width: int, height: int) -
 def test_the_exported_processor_prepares_wide_and_tall_pictures_as_ours_does(tmp_path, vision, aspect):
     ours = composed.model("llama", vision=vision, class_token="drop" if vision == "clip" else "keep", aspect=aspect)
     ours.save_pretrained(tmp_path / "ours")
-    exporting.export(tmp_path / "ours", tmp_path / "theirs")
+    llava.export(tmp_path / "ours", tmp_path / "theirs")
     theirs = AutoProcessor.from_pretrained(tmp_path / "theirs", backend="pil")
     sizes = [(4 * IMAGE, IMAGE), (IMAGE, 2 * IMAGE)]
     sizes += [] if aspect == "crop" else [(50, 37), (41, 90)]  # whose lengths crop rounds to whole pixels there
     apart = [levels(ours, theirs, *size) for size in sizes]
-    assert max(apart) <= (exporting.LEVELS if aspect == "pad" else 0)
-    exporting.import_llava(tmp_path / "theirs", tmp_path / "back")
+    assert max(apart) <= (native.LEVELS if aspect == "pad" else 0)
+    llava.import_llava(tmp_path / "theirs", tmp_path / "back")
     assert isthmus.load(tmp_path / "back").config.encoder("image").aspect == aspect
 
 
@@ -168,10 +169,10 @@ def test_an_image_processor_of_another_arithmetic_is_refused():
     encoder = composed.model("llama").encoders["image"]
     side = {"height": IMAGE, "width": IMAGE}
     encoder.processor = EfficientNetImageProcessorPil(size=side, include_top=False)
-    assert exporting.picture_processor(encoder).do_pad
+    assert native.picture_processor(encoder).do_pad
     encoder.processor = EfficientNetImageProcessorPil(size=side, include_top=True)  # divides by the deviation twice
     with pytest.raises(ConfigError, match="cannot pad pictures for this encoder"):
-        exporting.picture_processor(encoder)
+        native.picture_processor(encoder)
 
 
 REFUSED = {
@@ -187,7 +188,7 @@ def test_export_refuses_what_their_class_cannot_hold(tmp_path, case):
     built, encoder, reason = REFUSED[case]
     composed.model(*built, **encoder).save_pretrained(tmp_path / "ours")
     with pytest.raises(ConfigError, match=reason):
-        exporting.export(tmp_path / "ours", tmp_path / "theirs")
+        llava.export(tmp_path / "ours", tmp_path / "theirs")
     assert not (tmp_path / "theirs").exists()
 
 
@@ -201,14 +202,14 @@ def test_export_refuses_what_their_class_cannot_hold(tmp_path, case):
 )
 def test_import_refuses_what_our_joint_does_not_have(tmp_path, changes, reason):
     with pytest.raises(ConfigError, match=reason):
-        exporting.import_llava(theirs(tmp_path / "theirs", **changes), tmp_path / "ours")
+        llava.import_llava(theirs(tmp_path / "theirs", **changes), tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
 
 
 def test_nothing_is_written_when_logits_differ(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
     with pytest.raises(IsthmusError, match="logits differ"):
-        exporting.import_llava(theirs(tmp_path / "theirs"), tmp_path / "ours")
+        llava.import_llava(theirs(tmp_path / "theirs"), tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
 
 
@@ -224,8 +225,8 @@ def test_a_number_that_is_none_is_not_equal():
 
 def test_parity_notices_a_wrong_weight(tmp_path):
     reference = LlavaForConditionalGeneration.from_pretrained(theirs(tmp_path)).eval()
-    ours = exporting.from_llava(reference, AutoProcessor.from_pretrained(tmp_path, backend="pil"), str(tmp_path))
-    assert exporting.compare(ours, reference).difference <= 1e-5
+    ours = llava.from_llava(reference, AutoProcessor.from_pretrained(tmp_path, backend="pil"), str(tmp_path))
+    assert llava.compare(ours, reference).difference <= 1e-5
     with torch.no_grad():
         ours.connectors["image"].layers[0].weight[0] += 1
-    assert exporting.compare(ours, reference).difference > 1e-3
+    assert llava.compare(ours, reference).difference > 1e-3

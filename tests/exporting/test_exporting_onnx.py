@@ -15,9 +15,10 @@ import composed
 import test_contract
 from composed import picture, stir
 from isthmus import aligner as aligners
-from isthmus import exporting, exporting_onnx
+from isthmus import exporting
 from isthmus.cli.app import app
 from isthmus.config import LoRA
+from isthmus.exporting import onnx
 from isthmus.model import VLM
 from isthmus.types import ConfigError, IsthmusError, Sample, Turn
 
@@ -27,7 +28,7 @@ SMALL = {"queries": 3, "layers": 2, "width": 16, "heads": 2, "inner": 24, "contr
 
 
 def run(folder: Path, pixels: torch.Tensor) -> np.ndarray:
-    session = onnxruntime.InferenceSession(folder / exporting_onnx.FILE, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(folder / onnx.FILE, providers=["CPUExecutionProvider"])
     (vectors,) = session.run(None, {"pixels": pixels.numpy()})
     return vectors
 
@@ -50,6 +51,7 @@ def connected(model: VLM, pixels: torch.Tensor) -> np.ndarray:
     ids=["llava", "blip2", "mplug_owl", "qwen_vl"],
 )
 def test_onnxruntime_computes_the_models_vectors(tmp_path: Path, built: tuple[Any, ...]) -> None:
+    torch.manual_seed(0)
     model = composed.model(*built)
     model.add_lora(["encoders.*layers.*.fc1"], LoRA(r=2), "sight")
     stir(model).save_pretrained(tmp_path / "ours")
@@ -77,7 +79,7 @@ def test_what_does_not_stand_alone_is_refused(tmp_path: Path, built: tuple[Any, 
     options = {key: value for key, value in (built[2] if len(built) > 2 else {}).items() if key != "contrast"}
     composed.model(built[0], built[1], options).save_pretrained(tmp_path / "ours")
     with pytest.raises(ConfigError, match=reason):
-        exporting_onnx.export(tmp_path / "ours", tmp_path / "out")
+        onnx.export(tmp_path / "ours", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -101,7 +103,7 @@ def test_exactly_the_joints_that_work_outside_of_the_llm_are_taken(joint: str) -
     model = test_contract.grown(joint, family)
     model.add_lora(["llm.*.q_proj"], LoRA(r=2), "sft")  # merged on the way, whatever the joint
     try:
-        exporting_onnx._require_fit(model)
+        onnx._require_fit(model)
         taken = True
     except ConfigError:
         taken = False
@@ -112,24 +114,24 @@ def test_several_encoders_are_refused(tmp_path: Path) -> None:
     folder = composed.vision_folder("siglip")
     composed.model("llama", also=({"source": str(folder)},)).save_pretrained(tmp_path / "ours")
     with pytest.raises(ConfigError, match="several encoders see its picture"):
-        exporting_onnx.export(tmp_path / "ours", tmp_path / "out")
+        onnx.export(tmp_path / "ours", tmp_path / "out")
 
 
 @pytest.mark.slow
 def test_a_graph_for_one_number_of_pictures_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stir(composed.model("llama")).save_pretrained(tmp_path / "ours")
-    sight = exporting_onnx.Sight.forward
+    sight = onnx.Sight.forward
     monkeypatch.setattr(
-        exporting_onnx.Sight,
+        onnx.Sight,
         "forward",
         lambda self, pixels: sight(self, pixels) * torch.ones(len(pixels), 1, 1),  # `len` fixes the number
     )
     with pytest.raises(IsthmusError, match="one number of pictures alone"):
-        exporting_onnx.export(tmp_path / "ours", tmp_path / "out")
+        onnx.export(tmp_path / "ours", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("broken", exporting_onnx.PROBE)
+@pytest.mark.parametrize("broken", onnx.PROBE)
 def test_one_vector_that_is_no_number_is_a_difference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: int
 ) -> None:
@@ -140,10 +142,10 @@ def test_one_vector_that_is_no_number_is_a_difference(
         vectors = torch.from_numpy(connected(model, pixels))
         return vectors.where(torch.tensor(len(pixels) != broken), torch.nan)
 
-    monkeypatch.setattr(exporting_onnx, "_write", lambda sight, pixels, file: None)
-    monkeypatch.setattr(exporting_onnx, "_run", run)
+    monkeypatch.setattr(onnx, "_write", lambda sight, pixels, file: None)
+    monkeypatch.setattr(onnx, "_run", run)
     with pytest.raises(IsthmusError, match="vectors differ by nan"):
-        exporting_onnx.export(tmp_path / "ours", tmp_path / "out")
+        onnx.export(tmp_path / "ours", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -151,5 +153,5 @@ def test_nothing_is_written_when_vectors_differ(tmp_path: Path, monkeypatch: pyt
     stir(composed.model("llama")).save_pretrained(tmp_path / "ours")
     monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
     with pytest.raises(IsthmusError, match="vectors differ by"):
-        exporting_onnx.export(tmp_path / "ours", tmp_path / "out")
+        onnx.export(tmp_path / "ours", tmp_path / "out")
     assert not (tmp_path / "out").exists()

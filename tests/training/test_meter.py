@@ -11,7 +11,6 @@ import small
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from isthmus import kernels_linear
 from isthmus.config import Recipe
 from isthmus.training import machine
 from isthmus.training.log import read_rows
@@ -22,12 +21,6 @@ from isthmus.training.step import Step
 from isthmus.types import Batch
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch does not count oneDNN's operator."""
-    monkeypatch.setattr(kernels_linear, "pays", lambda: False)
 
 
 @pytest.fixture(scope="module")

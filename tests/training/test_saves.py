@@ -137,7 +137,7 @@ def test_what_is_written_beside_the_training_are_the_weights_of_its_step(
 def test_what_fails_beside_the_training_stops_it_at_the_next_step(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, torch.Tensor]
 ) -> None:
-    real, calls = checkpoint._sync, []
+    real, calls = checkpoint.sync, []
 
     def sync(path: Path) -> None:
         calls.append(path)
@@ -146,7 +146,7 @@ def test_what_fails_beside_the_training_stops_it_at_the_next_step(
         real(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_sync", sync)
+        patch.setattr(checkpoint, "sync", sync)
         with pytest.raises(IsthmusError, match=r"step-0000003: cannot be written \(No space left"):
             train(recipe, tmp_path, save_async=True)
     assert not any("step-0000005" in str(path) for path in calls)

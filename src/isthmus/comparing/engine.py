@@ -24,8 +24,8 @@ from rich.console import Console
 from isthmus.comparing.plan import Job
 from isthmus.errors import IsthmusError, NotFinite
 from isthmus.experiment import experiment
+from isthmus.files import write_text
 from isthmus.training import locks
-from isthmus.training.checkpoint import write_text
 from isthmus.training.signals import interrupts
 
 Outcome: TypeAlias = Literal["done", "diverged"]

@@ -153,7 +153,8 @@ class Quality:
         if question.cut.kinds is not None or any([one.id for one in run] != ids for run in runs):
             return {}
         found = [question.task.totals(run) for run in runs]
-        return {key: statistics.mean(each[key] for each in found) for key in found[0] if all(key in e for e in found)}
+        shared = [key for key in found[0] if all(key in each for each in found)]
+        return {key: statistics.mean(each[key].value for each in found) for key in shared}
 
     def _level(self, tasks: Sequence[seeds.Runs], unit: str) -> Level:
         """With an interval over seeds that stays within what a share can be."""

@@ -14,8 +14,8 @@ import torch
 from isthmus.assembly import load
 from isthmus.costs import TEXT, prompt
 from isthmus.evaluation.measure import arithmetic_of
+from isthmus.files import write_text
 from isthmus.model import VLM
-from isthmus.training.checkpoint import write_text
 
 WARM, REPEATS, TOKENS = 1, 5, 17
 

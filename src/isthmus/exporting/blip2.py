@@ -25,12 +25,12 @@ from transformers import (
     ProcessorMixin,
 )
 
-from isthmus import cards, parts
+from isthmus import parts
 from isthmus.connectors import qformer_weights
 from isthmus.connectors.qformer import EPSILON, QFormer, Shape
-from isthmus.encoders import hf
 from isthmus.encoders.hf import Transformer
-from isthmus.exporting import Parity, add_marker, dense, marked, picture_processor
+from isthmus.exporting import Parity, dense, refuse
+from isthmus.exporting.native import add_marker, marked, picture_processor, write
 from isthmus.model import VLM
 from isthmus.processor import MARKER
 from isthmus.types import ConfigError
@@ -76,12 +76,7 @@ def export(source: str | Path, out: Path, to: str) -> Parity:
     theirs, processor = convert(ours, native)
     parity = Parity.between(before, trial.theirs(theirs, native.instructed))
     parity.require(f"export of {source}")
-    with hf.quiet():
-        theirs.save_pretrained(out)
-    processor.save_pretrained(out)
-    name = type(theirs).__name__
-    code = f'from transformers import {name}\n\nmodel = {name}.from_pretrained("path/to/this/directory")'
-    cards.write_export(parts.folder(str(source)), out, cards.Export(name, "transformers", code, parity.difference))
+    write(theirs, processor, source, out, parity)
     return parity
 
 
@@ -101,12 +96,7 @@ def _require_fit(ours: VLM, native: Native) -> None:
         (ours.config.is_encoder_decoder, "its LLM is an encoder-decoder"),
         (set(ours.encoders) != {"image"}, "it has other encoders beside the image's"),
     ]
-    for unfit, reason in reasons:
-        if unfit:
-            raise ConfigError(
-                f"transformers' {native.model.__name__} cannot hold this model: {reason}",
-                "keep it as it is; `load` reads it",
-            )
+    refuse(f"transformers' {native.model.__name__} cannot hold this model", reasons)
 
 
 def convert(ours: VLM, native: Native) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -118,7 +108,7 @@ def convert(ours: VLM, native: Native) -> tuple[PreTrainedModel, ProcessorMixin]
     vision = ours.encoders["image"].tower.config.to_dict()
     config = native.config(
         vision_config={key: value for key, value in vision.items() if key != "model_type"},
-        qformer_config=_former(shape, former, ours.encoders["image"].width),
+        qformer_config=_former(shape, ours.encoders["image"].width),
         text_config=text.to_dict(),
         num_query_tokens=shape.queries,
         image_token_index=image_token,
@@ -133,7 +123,7 @@ def convert(ours: VLM, native: Native) -> tuple[PreTrainedModel, ProcessorMixin]
     return theirs, _processor(ours, native, tokenizer, shape.queries)
 
 
-def _former(shape: Shape, former: QFormer, width: int) -> dict[str, Any]:
+def _former(shape: Shape, width: int) -> dict[str, Any]:
     """Our Q-Former's sizes under their names."""
     return {
         "hidden_size": shape.width,

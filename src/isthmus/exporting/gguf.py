@@ -10,23 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
 from torch import Tensor, nn
 
-from isthmus import cards, exporting_gguf_check, exporting_gguf_file, exporting_gguf_llm, parts
+from isthmus import cards, parts
 from isthmus.aligners.llava import LLaVA
 from isthmus.config import EncoderConfig
 from isthmus.connectors.mlp import MLP
 from isthmus.encoders import Encoder, state_index
 from isthmus.encoders.hf import Transformer
-from isthmus.exporting import Parity, Trial, dense
-from isthmus.exporting_gguf_file import Content
+from isthmus.exporting import Parity, Trial, dense, gguf_check, gguf_file, gguf_llm, refuse, staged
+from isthmus.exporting.gguf_file import Content
 from isthmus.model import VLM
-from isthmus.types import ConfigError
 
 LLM, SIGHT = "model.gguf", "mmproj.gguf"
 TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -67,20 +65,16 @@ def export(source: str | Path, out: Path) -> Written:
     """
     ours = VLM.from_pretrained(source, dtype=torch.float32)
     _require_fit(ours)
-    exporting_gguf_llm.require_fit(ours)
+    gguf_llm.require_fit(ours)
     trial = Trial.of(ours)
     before = trial.logits(ours, ours.placeholder("image"))
     dense(ours)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.parent, prefix=".gguf-") as scratch:
-        llm, sight = Path(scratch) / LLM, Path(scratch) / SIGHT
-        exporting_gguf_file.write(llm, exporting_gguf_llm.content(ours))
-        exporting_gguf_file.write(sight, content(ours))
-        parity = Parity.between(before, exporting_gguf_check.logits(llm, sight, trial))
+    with staged(out) as folder:
+        llm, sight = folder / LLM, folder / SIGHT
+        gguf_file.write(llm, gguf_llm.content(ours))
+        gguf_file.write(sight, content(ours))
+        parity = Parity.between(before, gguf_check.logits(llm, sight, trial))
         parity.require(f"export of {source}")
-        out.mkdir(exist_ok=True)
-        for file in (llm, sight):
-            file.replace(out / file.name)
     encoder = ours.encoders["image"]
     written = Written(parity, CLASS_LAST if encoder.extra else "", _prepared(encoder))
     exported = cards.Export("GGUF for llama.cpp", "gguf", _CODE, parity.difference, caveats=written.notes)
@@ -118,9 +112,7 @@ def _require_fit(ours: VLM) -> None:
         (set(ours.encoders) != {"image"}, "it has other encoders beside the image's"),
         *_misfits(ours.encoders["image"], ours.config.encoder("image")),
     ]
-    for unfit, reason in reasons:
-        if unfit:
-            raise ConfigError(f"llama.cpp cannot express this model: {reason}", "keep it as it is; `load` reads it")
+    refuse("llama.cpp cannot express this model", reasons)
 
 
 def _misfits(encoder: Encoder, chosen: EncoderConfig) -> list[tuple[bool, str]]:

@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
 from isthmus.encoders import hf
 from isthmus.exporting import Trial
-from isthmus.exporting_gguf_file import tensors
-from isthmus.exporting_gguf_llm import FREQUENCIES
+from isthmus.exporting.gguf_file import tensors
+from isthmus.exporting.gguf_llm import FREQUENCIES
 
 
 @torch.inference_mode()

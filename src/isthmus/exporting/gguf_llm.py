@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from isthmus.data.template import Template
-from isthmus.exporting_gguf_file import Content
+from isthmus.exporting import ANOTHER, refuse
+from isthmus.exporting.gguf_file import Content
 from isthmus.model import VLM
 from isthmus.types import ConfigError
 
@@ -55,9 +56,7 @@ def require_fit(ours: VLM) -> None:
     config = ours.llm.config.to_dict()
     family = config["model_type"]
     if family not in FAMILIES:
-        raise ConfigError(
-            f"GGUF is written for {', '.join(FAMILIES)}, and its LLM is {family}", "export to another form"
-        )
+        raise ConfigError(f"GGUF is written for {', '.join(FAMILIES)}, and its LLM is {family}", ANOTHER)
     turn = config["rope_parameters"]["rope_type"]
     reasons = [
         (turn not in ("default", "llama3")[: 1 + (family == PAIRED)], f"its rotary positions are of the kind {turn}"),
@@ -65,9 +64,7 @@ def require_fit(ours: VLM) -> None:
         (bool(config.get("attention_bias") or config.get("mlp_bias")), "its projections have biases"),
         (bool(config.get("use_sliding_window")), "it has a sliding window"),
     ]
-    for unfit, reason in reasons:
-        if unfit:
-            raise ConfigError(f"its LLM cannot be written as GGUF: {reason}", "export to another form")
+    refuse("its LLM cannot be written as GGUF", reasons, ANOTHER)
     splitting(ours.processor.tokenizer)
 
 

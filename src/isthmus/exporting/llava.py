@@ -1,5 +1,4 @@
-"""Exchange with transformers' own LLaVA class, in both directions, with the logits compared before anything is written;
-and of adapters with peft.
+"""Exchange with transformers' own LLaVA class, in both directions, with the logits compared before anything is written.
 
 `LlavaForConditionalGeneration` holds a two-layer MLP over one depth of a vision transformer; what it cannot express
 is refused by name.
@@ -8,14 +7,10 @@ is refused by name.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image as Pillow
-from torch import Tensor
 from transformers import (
     AutoProcessor,
     LlavaConfig,
@@ -24,45 +19,18 @@ from transformers import (
     LlavaProcessor,
 )
 
-from isthmus import cards, lora, parts, quantised
+from isthmus import parts
 from isthmus.aligners.llava import LLaVA
-from isthmus.config import AlignerConfig, EncoderConfig, LLMConfig, nearest
+from isthmus.config import AlignerConfig, EncoderConfig, LLMConfig
 from isthmus.connectors.mlp import MLP
 from isthmus.data import media
-from isthmus.data.template import Template
-from isthmus.encoders import Encoder, hf
+from isthmus.encoders import hf
 from isthmus.encoders.hf import Transformer
+from isthmus.exporting import Parity, Trial, dense, refuse
+from isthmus.exporting.native import add_marker, marked, picture_processor, write
 from isthmus.model import VLM, VLMConfig
 from isthmus.processor import MARKER, VLMProcessor
-from isthmus.types import ConfigError, IsthmusError
-
-TOLERANCE = 1e-4
-"""Largest difference of float32 logits that counts as equal."""
-LEVELS = 2
-"""Largest difference of prepared pictures in grey levels: transformers cuts off the fraction of the margin's colour,
-which is rounded here, and resampling may round that apart once more."""
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How close two models are: the largest absolute difference of their float32 logits."""
-
-    difference: float
-
-    @classmethod
-    def between(cls, ours: Tensor, theirs: Tensor) -> Parity:
-        return cls((ours - theirs).abs().max().item())
-
-    def require(self, what: str, of: str = "logits") -> None:
-        """Nothing but a check.
-
-        Raises:
-            IsthmusError: the difference is larger than `TOLERANCE`.
-        """
-        if not self.difference <= TOLERANCE:  # nor is NaN equal
-            raise IsthmusError(
-                f"{what}: {of} differ by {self.difference:.2e}, more than {TOLERANCE:.0e}", "nothing was written"
-            )
+from isthmus.types import ConfigError
 
 
 def import_llava(source: Path, out: Path) -> Parity:
@@ -149,12 +117,7 @@ def export(source: str | Path, out: Path) -> Parity:
     theirs, processor = to_llava(ours)
     parity = Parity.between(before, trial.logits(theirs, theirs.config.image_token_id))
     parity.require(f"export of {source}")
-    with hf.quiet():
-        theirs.save_pretrained(out)
-    name = type(theirs).__name__
-    code = f'from transformers import AutoProcessor, {name}\n\nmodel = {name}.from_pretrained("path/to/this/directory")'
-    processor.save_pretrained(out)
-    cards.write_export(parts.folder(str(source)), out, cards.Export(name, "transformers", code, parity.difference))
+    write(theirs, processor, source, out, parity)
     return parity
 
 
@@ -171,11 +134,7 @@ def _require_fit(ours: VLM) -> None:
         (ours.aligner.name != LLaVA.name, f"its joint is {ours.aligner.name}"),
         (ours.config.is_encoder_decoder, "its LLM is an encoder-decoder"),
     ]
-    for unfit, reason in reasons:
-        if unfit:
-            raise ConfigError(
-                f"transformers' LLaVA cannot hold this model: {reason}", "keep it as it is; `load` reads it"
-            )
+    refuse("transformers' LLaVA cannot hold this model", reasons)
 
 
 def to_llava(ours: VLM) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -215,166 +174,7 @@ def to_llava(ours: VLM) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     return theirs, processor
 
 
-def marked(ours: VLM) -> Any:
-    """A copy of the tokenizer that knows the marker, and the chat template that the model is asked with."""
-    tokenizer = copy.deepcopy(ours.processor.tokenizer)
-    tokenizer.chat_template = Template(tokenizer).jinja
-    tokenizer.add_special_tokens({"additional_special_tokens": [MARKER]})
-    return tokenizer
-
-
-def picture_processor(encoder: Encoder) -> LlavaImageProcessorPil:
-    """transformers' image processor that makes pictures square as they were for an encoder.
-
-    Compared on noise three times as wide as it is tall, and as tall as it is wide, of whole multiples of the encoder's
-    side: of other sizes `crop` there rounds the lengths to whole pixels before it crops, and lies up to a pixel beside.
-
-    Raises:
-        ConfigError: it prepares them otherwise.
-    """
-    own, aspect = encoder.processor, encoder.aspect
-    side = media.side(own)
-    square = {"height": side, "width": side}
-    fields: dict[str, Any] = {
-        "size": {"shortest_edge": side} if aspect == "crop" else square,
-        "crop_size": square,
-        "do_center_crop": aspect == "crop",
-        "do_pad": aspect == "pad",
-    }
-    kept = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-    theirs = LlavaImageProcessorPil(**fields, **{name: getattr(own, name) for name in kept})
-    black, white = (media.pixels(Pillow.new("RGB", (side, side), each), own, aspect) for each in ("black", "white"))
-    generator = np.random.default_rng(0)
-    for shape in ((2 * side, 6 * side, 3), (6 * side, 2 * side, 3)):
-        picture = Pillow.fromarray(generator.integers(0, 256, shape, np.uint8))
-        expected, found = media.pixels(picture, own, aspect), theirs(picture, return_tensors="pt")["pixel_values"][0]
-        levels = (255 * (found - expected) / (white - black)).abs().max().round().item()
-        if not levels <= LEVELS:
-            raise ConfigError(
-                f"transformers cannot {aspect} pictures for this encoder ({levels:.0f} grey levels apart)",
-                "keep it as it is; `load` reads it",
-            )
-    return theirs
-
-
-@torch.no_grad()
-def add_marker(theirs: Any, token: int) -> None:
-    """Rows for a marker beyond the vocabulary: always the same ones, and the model never says it."""
-    theirs.resize_token_embeddings(token + 1, mean_resizing=False)
-    for table in (theirs.get_input_embeddings(), theirs.get_output_embeddings()):
-        table.weight[token] = 0
-    theirs.generation_config.suppress_tokens = [token]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Random pictures and words that two models are asked about; of logits, those of the words that both know."""
-
-    pixels: Tensor
-    words: Tensor
-    image_tokens: int
-    shared: int
-
-    @classmethod
-    def of(cls, ours: VLM, rows: int = 2, text: int = 8) -> Trial:
-        generator = torch.Generator().manual_seed(0)
-        encoder, shared = ours.encoders["image"], ours.config.text_config.vocab_size
-        pixels = torch.randn(rows, 3, encoder.size, encoder.size, generator=generator)
-        return cls(pixels, torch.randint(shared - 1, (rows, text), generator=generator), encoder.tokens, shared)
-
-    @torch.inference_mode()
-    def logits(self, model: VLM | LlavaForConditionalGeneration, image_token: int) -> Tensor:
-        """Logits [rows, T, V] at every position, with the picture behind the first word."""
-        image = torch.full((len(self.words), self.image_tokens), image_token)
-        words = self.words.where(self.words != image_token, 0)
-        ids = torch.cat([words[:, :1], image, words[:, 1:]], 1)
-        out = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=self.pixels)
-        return out.logits[..., : self.shared]
-
-
 def compare(ours: VLM, theirs: LlavaForConditionalGeneration) -> Parity:
     """Logits of both on the same random pictures and words."""
     trial, image_token = Trial.of(ours), theirs.config.image_token_id
     return Parity.between(trial.logits(ours, ours.placeholder("image")), trial.logits(theirs, image_token))
-
-
-# ---------------------------------------------------------------------------------------------- adapters
-
-
-def import_adapter(source: Path, onto: str | Path, out: Path, part: str = "llm", name: str = "adapter") -> list[str]:
-    """Put an adapter folder of peft onto a part of a saved model, write the result, and name its Linears.
-
-    Args:
-        source: the folder that peft wrote.
-        onto: the model, ours.
-        out: where the model with the adapter goes.
-        part: `llm` or `encoders.<kind>`; peft's names start inside of it.
-        name: what the adapter is called in the model.
-
-    Raises:
-        ConfigError: no such part; or the adapter is not LoRA or DoRA on Linears, or does not fit.
-    """
-    found = lora.read_peft(source)
-    model = VLM.from_pretrained(onto)
-    known = roots(model)
-    if part not in known:
-        raise ConfigError(f"no part named {part!r}{nearest(part, list(known))}", f"adapters go onto {list(known)}")
-    placed = {f"{known[part]}.{path}": each for path, each in found.items()}
-    for how, paths in lora.grouped(placed).items():
-        model.add_lora(paths, how, name)
-    lora.fill(model, placed, name)
-    model.save_pretrained(out)
-    return list(placed)
-
-
-def export_adapters(source: str | Path, out: Path) -> dict[Path, int]:
-    """Write every LoRA of a saved model as adapter folders of peft, `out/PART/NAME`, with how many Linears each has.
-
-    Raises:
-        ConfigError: there is none; or one lies outside of LLM and vision transformers, where peft could not find it.
-    """
-    model = VLM.from_pretrained(source)
-    places = roots(model)
-    written: dict[Path, int] = {}
-    for name in adapters(model):
-        left = set(lora.hosts(model, name))
-        for part, root in places.items():
-            inside = {path for path in left if path.startswith(f"{root}.")}
-            left -= inside
-            if inside:
-                base = (
-                    model.config.llm["config"] if part == "llm" else model.config.encoders[part.split(".")[1]]["config"]
-                )
-                folder = out / part / name
-                lora.to_peft(model.get_submodule(root), name, folder, base["source"])
-                adapter = cards.Export(f"an adapter of peft for {part}", "peft", _PEFT)
-                cards.write_export(parts.folder(str(source)), folder, adapter)
-                written[folder] = len(inside)
-        if left:
-            raise ConfigError(f"LoRA {name!r} lies on {min(left)}", f"peft can be given {list(places)}")
-    if not written:
-        raise ConfigError(f"{source} has no LoRA", "`--to llava` writes a model without adapters")
-    return written
-
-
-_PEFT = """from peft import PeftModel
-
-model = PeftModel.from_pretrained(base, "path/to/this/directory")"""
-
-
-def dense(model: VLM) -> None:
-    """Make of a model what other formats can hold: parts in few bits become dense, and every LoRA is merged."""
-    quantised.dequantise(model)
-    for name in adapters(model):
-        model.merge_lora(name)
-
-
-def adapters(model: VLM) -> list[str]:
-    """The names of a model's LoRA, in order of attachment; one may be of several shapes."""
-    return list(dict.fromkeys(adapter["name"] for adapter in model.config.lora))
-
-
-def roots(model: VLM) -> dict[str, str]:
-    """The parts that are models of transformers, and where they are in ours."""
-    towers = {f"encoders.{kind}": each for kind, each in model.encoders.items() if isinstance(each, Transformer)}
-    return {"llm": "llm"} | {part: f"{part}.tower" for part in towers}

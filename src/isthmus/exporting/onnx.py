@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from isthmus import cards, graft, lora, parts, sites, tokens
 from isthmus.aligner import Aligner
 from isthmus.encoders.several import Several
-from isthmus.exporting import Parity, dense, picture_processor
+from isthmus.exporting import ANOTHER, Parity, dense, refuse, staged
+from isthmus.exporting.native import picture_processor
 from isthmus.model import VLM
 from isthmus.types import ConfigError, Context, IsthmusError, Media
 
@@ -56,20 +56,18 @@ def export(source: str | Path, out: Path) -> Parity:
     _require_packages()
     ours = VLM.from_pretrained(source, dtype=torch.float32)
     _require_fit(ours)
-    sight, size, processor = Sight(ours).eval(), ours.encoders["image"].size, picture_processor(ours.encoders["image"])
+    encoder = ours.encoders["image"]
+    sight, size, processor = Sight(ours).eval(), encoder.size, picture_processor(encoder)
     generator = torch.Generator().manual_seed(0)
     shown = [torch.randn(number, 3, size, size, generator=generator) for number in PROBE]
     with torch.no_grad():
         expected = [sight(pixels) for pixels in shown]
     dense(ours)
-    with TemporaryDirectory() as scratch:
-        file = Path(scratch) / FILE
+    with staged(out) as folder:  # weights that are too large for one file lie beside it
+        file = folder / FILE
         _write(sight, shown[-1], file)
         parity = Parity.between(torch.cat(expected), torch.cat([_run(file, pixels) for pixels in shown]))
         parity.require(f"export of {source}", "vectors")
-        out.mkdir(parents=True, exist_ok=True)
-        for each in Path(scratch).iterdir():  # weights that are too large for one file lie beside it
-            (out / each.name).write_bytes(each.read_bytes())
     processor.save_pretrained(out)
     exported = cards.Export("encoder and joint in ONNX", "onnx", _CODE, parity.difference, "vectors")
     cards.write_export(parts.folder(str(source)), out, exported)
@@ -97,9 +95,7 @@ def _require_fit(ours: VLM) -> None:
         (_inside(ours), "its joint works inside the LLM's layers, not in its input alone"),
         (isinstance(ours.encoders["image"], Several), "several encoders see its picture, each in its own size"),
     ]
-    for unfit, reason in reasons:
-        if unfit:
-            raise ConfigError(f"encoder and joint alone are not this model's sight: {reason}", "export to another form")
+    refuse("encoder and joint alone are not this model's sight", reasons, ANOTHER)
 
 
 def _inside(ours: VLM) -> bool:

@@ -8,13 +8,11 @@ state in it, because every step derives its own seed.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from isthmus.config import Engine, Stage
+from isthmus.files import sha256, sync, write_text
 from isthmus.training import agreement
 from isthmus.training.optimizer import Trained
 from isthmus.training.parallel import gathered, like
@@ -42,10 +41,8 @@ class State:
     step: int = 0
     samples: int = 0
     tokens: int = 0
-    supervised_tokens: int = 0
     seconds: float = 0.0
     loss: float | None = None
-    validation_loss: float | None = None
     best_step: int | None = None
     best_loss: float | None = None
 
@@ -100,7 +97,8 @@ class Checkpoints:
         if drifting := self.step.drifting():
             _copy(folder / DRIFTING, drifting)
         self._set_moments(folder / MOMENTS)
-        return State(**json.loads((folder / STATE).read_text()))
+        kept = {field.name for field in fields(State)}
+        return State(**{key: value for key, value in _read_json(folder / STATE).items() if key in kept})
 
     def _newest(self) -> int:
         """The step of the newest sound checkpoint, 0 without one; what is left of interrupted saves is cleared away."""
@@ -257,7 +255,7 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------- atomic files
+# ---------------------------------------------------------------------------------------------- whole folders
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
@@ -273,21 +271,13 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
             part.mkdir(parents=True)
             fill(part)
             for path in [*part.rglob("*"), part]:
-                _sync(path)
+                sync(path)
             remove(target)
             part.rename(target)
-            _sync(target.parent)
+            sync(target.parent)
         except Exception:
             shutil.rmtree(part, ignore_errors=True)  # a full disk gets its space back
             raise
-
-
-def write_text(file: Path, text: str) -> None:
-    """Replace a file's text at once."""
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    _sync(part)
-    part.replace(file)
 
 
 def remove(folder: Path) -> None:
@@ -310,11 +300,6 @@ def writing(path: Path) -> Iterator[None]:
             f"{path}: cannot be written ({reason})",
             "free some space or make the folder writable, then run again: it goes on from the last checkpoint",
         ) from error
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------- inside
@@ -350,13 +335,3 @@ def _read_json(file: Path) -> Any:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise IsthmusError(f"{file} cannot be read ({error})", "remove the folder to start the stage over") from None
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or a folder's entries are on the disk."""
-    with contextlib.suppress(PermissionError):  # Windows opens no folders
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

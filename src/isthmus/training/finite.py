@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from isthmus.training.checkpoint import write_text, writing
+from isthmus.files import write_text
+from isthmus.training.checkpoint import writing
 from isthmus.training.optimizer import Trained
 from isthmus.training.parallel import whole
 from isthmus.types import Batch, NotFinite

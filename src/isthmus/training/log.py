@@ -16,8 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from isthmus.files import write_text
 from isthmus.training.board import Board
-from isthmus.training.checkpoint import write_text, writing
+from isthmus.training.checkpoint import writing
 
 Row = dict[str, Any]
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from isthmus.training.checkpoint import write_text, writing
+from isthmus.files import write_text
+from isthmus.training.checkpoint import writing
 from isthmus.types import ConfigError, IsthmusError
 
 GAIN = 1.3
@@ -33,12 +34,12 @@ def arithmetic(name: str, device: torch.device) -> torch.dtype:
     return known[name]
 
 
-def bfloat16_gain(size: int = 512, repeats: int = 5) -> float:
+def bfloat16_gain() -> float:
     """How many times faster a matrix product is in bfloat16 than in float32, here and now."""
     best = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a, times = torch.ones(size, size, dtype=dtype), []
-        for _ in range(repeats):
+        a, times = torch.ones(512, 512, dtype=dtype), []
+        for _ in range(5):
             start = time.perf_counter()
             a @ a
             times.append(time.perf_counter() - start)
@@ -65,13 +66,13 @@ def ceiling(device: torch.device, dtype: torch.dtype, file: Path) -> float:
 
 
 @functools.cache
-def measured_ceiling(device: torch.device, dtype: torch.dtype, threads: int, seconds: float = 0.5) -> float:
+def measured_ceiling(device: torch.device, dtype: torch.dtype, threads: int) -> float:
     """The best of as many products of two square matrices as fit into that time; measured once in a process."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.ones(size, size, dtype=dtype, device=device)
     product = nn.Linear(size, size, bias=False, dtype=dtype, device=device).requires_grad_(False)
     times: list[float] = []
-    until = time.perf_counter() + seconds
+    until = time.perf_counter() + 0.5
     while len(times) < 3 or time.perf_counter() < until:
         start = time.perf_counter()
         product(a)

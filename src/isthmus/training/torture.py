@@ -9,7 +9,6 @@ a launcher in front of them, and die with it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -27,6 +26,7 @@ import torch
 from rich.console import Console
 
 from isthmus.config import Engine, Recipe
+from isthmus.files import sha256
 from isthmus.training import locks, machine
 from isthmus.training.log import read_rows
 from isthmus.training.parallel import World
@@ -101,7 +101,7 @@ def contents(run: Path, recipe: Recipe) -> dict[str, str]:
     found: dict[str, str] = {}
     for stage in recipe.stages:
         for file in sorted((run / stage.name).rglob("*.safetensors")):
-            found[str(file.relative_to(run))] = hashlib.sha256(file.read_bytes()).hexdigest()
+            found[str(file.relative_to(run))] = sha256(file)
         for number, row in enumerate(read_rows(run / stage.name / "metrics.jsonl")):
             kept = {key: value for key, value in row.items() if key == "step" or "loss" in key or key == "grad_norm"}
             found[f"{stage.name} row {number}"] = json.dumps(kept)

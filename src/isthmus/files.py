@@ -1,0 +1,59 @@
+"""Files that take their place whole or not at all, and what a file's content is known by."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
+    """Where to write a file or a folder that is put in place when the block ends well.
+
+    Whoever reads finds what was there before or the new one, whole, even if the process is killed meanwhile. Several
+    may write the same at once, and the last one stays. If the block fails or writes nothing, all is as it was.
+
+    Args:
+        path: its place, in a folder that exists; a folder goes where there is none.
+        durable: whether a file is on the disk before it is put in place, so that a power cut leaves one of both, too.
+            What can be made again need not wait for that.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield part
+        if durable:
+            sync(part)
+        if part.exists():
+            part.replace(path)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's text at once and durably."""
+    with replacing(path, durable=True) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    with contextlib.suppress(PermissionError):  # Windows opens no folders
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file's content, in hex digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
