@@ -25,7 +25,7 @@ from isthmus import parts
 from isthmus.data import media as pictures
 from isthmus.data import views
 from isthmus.encoders import Encoder
-from isthmus.prepare import features
+from isthmus.prepare import threads
 from isthmus.prepare.features import FeatureCache
 from isthmus.recipes.demo import demo
 from isthmus.training.run import mix_of
@@ -66,7 +66,7 @@ def run(way: str, encoder: Encoder, media: Sequence[Medium], dtype: torch.dtype)
             found = plain(encoder, media, dtype, Path(scratch) / "features.pt")
             return len(media) / (time.perf_counter() - began), found
         cache = FeatureCache(encoder, Path(scratch), PLAIN if way == "threads" else None)
-        with mock.patch.object(features, "WORKERS", 1 if way == "small batches" else features.WORKERS):
+        with mock.patch.object(threads, "WORKERS", 1 if way == "small batches" else threads.WORKERS):
             cache.fill(media)
         speed = len(media) / (time.perf_counter() - began)
         return speed, cache("image", media)[1].x_NSE.flatten(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
@@ -117,6 +118,24 @@ def test_progress_counts_every_question_once() -> None:
     heard: list[int] = []
     Scorer(composed.model(), batch_size=2).likelihoods(QUESTIONS, heard.append)
     assert sum(heard) == len(QUESTIONS) and len(heard) > 1
+
+
+def test_batches_are_scored_in_threads_under_the_autocast_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = composed.stir(composed.model("llama")), []
+    scorer, whole = Scorer(model, batch_size=1), Scorer._score
+
+    def score_and_tell(self: Scorer, groups: list[score.Group]) -> tuple[torch.Tensor, torch.Tensor]:
+        here = threading.current_thread() is not threading.main_thread()
+        seen.append((here, torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled()))
+        return whole(self, groups)
+
+    monkeypatch.setattr(Scorer, "_score", score_and_tell)
+    plain = scorer.likelihoods(QUESTIONS)
+    assert seen == [(True, False, True)] * len(QUESTIONS)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = scorer.likelihoods(QUESTIONS)
+    assert seen[len(QUESTIONS) :] == [(True, True, True)] * len(QUESTIONS)
+    assert [each.values for each in rough] != [each.values for each in plain]
 
 
 def test_rank_counts_earlier_equals() -> None:

@@ -209,7 +209,7 @@ def test_an_interrupted_task_goes_on_after_its_last_batch(kind: str, model: VLM,
         found = run(task, listener, control=control, folder=tmp_path)
     assert [replace(one, seconds=0) for one in found] == wanted
     assert heard == (["s2", "s3", "s4", "s5"] if kind == "free" else [])
-    assert sum(ran) == (0 if kind == "free" else 4)
+    assert sum(ran) in {"free": [0], "choice": [2, 4], "joint alone": [4]}[kind]  # the last was in hand beside it
     assert [path.suffix for path in tmp_path.iterdir()] == [".jsonl"]
     listener.likelihoods([one.question for one in ITEMS])  # not under a task: nothing is kept
     assert [path.suffix for path in tmp_path.iterdir()] == [".jsonl"]

@@ -164,32 +164,6 @@ def test_a_bad_picture_leaves_what_was_read_before_it(tmp_path):
     assert len(found) == 2 and right(found, PICTURES[:2]) and found.fill(PICTURES[:2]) == 0
 
 
-def test_batches_are_drawn_one_per_thread_ahead_and_no_further():
-    """All pixels of a large set would not fit into memory."""
-    drawn, most, threads = [], 0, torch.get_num_threads()
-    for number, result in enumerate(prepare._side_by_side(lambda item: drawn.append(item) or item, range(30))):
-        assert result == number
-        most = max(most, len(drawn))
-        drawn.pop(0)
-    assert number == 29 and most <= threads + 1 and torch.get_num_threads() == threads
-
-
-def test_threads_share_the_cores_and_begin_nothing_after_a_failure(monkeypatch):
-    monkeypatch.setattr(prepare.torch, "get_num_threads", lambda: 4)
-    given, begun = [], []
-    monkeypatch.setattr(prepare.torch, "set_num_threads", given.append)
-
-    def work(item: int) -> None:
-        begun.append(item)
-        raise DataError("no picture", "leave it out")
-
-    with pytest.raises(DataError):
-        list(prepare._side_by_side(work, range(100)))
-    assert len(begun) <= 2 * 4 and set(given) == {1, 4} and given[-1] == 4
-    given.clear()
-    assert list(prepare._side_by_side(lambda item: item, [7])) == [7] and given == [4, 4], "one batch has all cores"
-
-
 @pytest.mark.parametrize(("kind", "together"), [("cpu", True), ("cuda", False)])
 def test_batches_are_encoded_one_at_a_time_on_an_accelerator(tmp_path, monkeypatch, kind, together):
     """There activations of several would be held at once; pictures are read meanwhile."""
@@ -257,6 +231,23 @@ def test_a_batch_hashes_each_picture_once(tmp_path, monkeypatch):
     hashed, real = [], prepare.pictures.content_key
     monkeypatch.setattr(prepare.pictures, "content_key", lambda source: hashed.append(source) or real(source))
     assert right(found, PICTURES[:3]) and len(hashed) == 3
+
+
+def test_rows_that_were_read_are_let_go_when_it_is_mapped_afresh(tmp_path):
+    """A stage's memory is not that of the stages before it, whose pictures may be gigabytes."""
+    found = cache(tmp_path)
+    before = found("image", PICTURES)[1].x_NSE
+    if not (maps := Path("/proc/self/smaps")).is_file():
+        pytest.skip("the system does not tell what is mapped")
+
+    def held() -> int:  # kB of the rows that are in this process's memory
+        _, _, told = maps.read_text().partition(str(found.folder / "rows.bin"))
+        return int(told.split("Rss:")[1].split()[0])
+
+    assert held() > 0
+    found.open()
+    assert held() == 0
+    assert torch.equal(found("image", PICTURES)[1].x_NSE, before)
 
 
 def test_a_cache_is_filled_from_more_than_memory_holds(tmp_path, monkeypatch):

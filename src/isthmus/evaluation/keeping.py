@@ -8,6 +8,7 @@ presence.<fingerprint>.part             the answers so far of a run that has not
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from isthmus.evaluation.answers import Header, Prediction
 from isthmus.types import DataError
 
 EARLIER = "earlier"
+_WRITING = threading.Lock()
+"""Batches are answered side by side."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Answered:
         rows = ask()
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:  # the line before may lack its end
+            with _WRITING, self.path.open("a", encoding="utf-8") as file:  # the line before may lack its end
                 file.write("".join(f"\n{json.dumps([place, *row])}" for place, row in zip(places, rows)))
         return rows
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ from isthmus.evaluation.keeping import Answered
 from isthmus.model import VLM
 from isthmus.objectives.contrastive import late
 from isthmus.objectives.lm import supervised
+from isthmus.prepare.threads import Item, Result, side_by_side
 from isthmus.types import IGNORE, Batch, DataError, Output, Sample, Turn
 
 RULE = "sum of the log-probabilities of the answer's tokens and its end-of-turn token, given the prompt"
@@ -120,14 +122,21 @@ class Scorer:
         """
         self.model.eval()
         found: list[Scores | None] = [None] * len(questions)
-        for groups in self._batches(_groups(questions)):
-            members = [member for group in groups for member in group.members]
-            rows = self.part.batch(members, partial(self._told_apart, groups, questions))
-            for member, (values, tokens, seconds) in zip(members, rows):
-                found[member] = Scores(tuple(values), tuple(tokens), seconds)
-            if advance is not None:
-                advance(len(members))
+        batches = list(self._batches(_groups(questions)))
+        told = _as_here(partial(self._scored, questions), self.model.device.type)
+        most = None if self.model.device.type == "cpu" else 1  # an accelerator would hold all at once
+        with closing(side_by_side(told, batches, most)) as rows:
+            for scores in rows:
+                for member, (values, tokens, seconds) in scores.items():
+                    found[member] = Scores(tuple(values), tuple(tokens), seconds)
+                if advance is not None:
+                    advance(len(scores))
         return [scores for scores in found if scores is not None]
+
+    def _scored(self, questions: Sequence[Question], groups: Sequence[Group]) -> dict[int, Sequence[Any]]:
+        """Scores, tokens and seconds of the groups' questions, by their number."""
+        members = [member for group in groups for member in group.members]
+        return dict(zip(members, self.part.batch(members, partial(self._told_apart, groups, questions))))
 
     def _told_apart(self, groups: Sequence[Group], questions: Sequence[Question]) -> list[tuple[Any, ...]]:
         """Scores, tokens and seconds of the groups' questions, in the order of their members."""
@@ -170,7 +179,7 @@ class Scorer:
         width = max(len(group.choices) for group in groups)
         cell_M = row_M * width + branch_M
         # Answers that the prompt itself holds come first, in the shared beginning, and are not what is asked for.
-        told = torch.tensor([self._told(group.sample) for group in groups], device=row_M.device)
+        told = torch.tensor([self._answered(group.sample) for group in groups], device=row_M.device)
         asked_M = _rank(cell_M) >= torch.where(branch_M == 0, told[row_M], 0)
         sums = torch.zeros(len(groups) * width, dtype=torch.float64, device=row_M.device)
         sums.index_add_(0, cell_M[asked_M], values_M[asked_M].double())
@@ -213,7 +222,7 @@ class Scorer:
         sums_A = torch.zeros(len(ids), dtype=torch.float64, device=row_A.device).index_add_(0, at_M, values_M.double())
         return sums_A, scored_AU.sum(1)
 
-    def _told(self, sample: Sample) -> int:
+    def _answered(self, sample: Sample) -> int:
         """Supervised tokens of the answers inside a prompt."""
         if not any(turn.role == "assistant" for turn in sample.turns):
             return 0
@@ -256,6 +265,17 @@ class Scorer:
         rendered = self.renderer.render((*sample.turns, Turn.say("assistant", f" {name}")))
         ids = [token for token, trained in zip(rendered.ids, rendered.trained) if trained]
         return torch.tensor(ids, device=self.model.device)
+
+
+def _as_here(work: Callable[[Item], Result], device: str) -> Callable[[Item], Result]:
+    """The same in a thread: without gradients, and under the autocast that holds here."""
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    def there(item: Item) -> Result:
+        with torch.inference_mode(), torch.autocast(device, dtype, enabled=enabled):
+            return work(item)
+
+    return there
 
 
 def timed(

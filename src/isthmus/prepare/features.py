@@ -13,12 +13,9 @@ import json
 import math
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,10 +25,9 @@ from isthmus.data import media as pictures
 from isthmus.data import views
 from isthmus.data.recent import weight
 from isthmus.encoders import Encoder
+from isthmus.prepare.threads import side_by_side
 from isthmus.types import Features, IsthmusError, Medium
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
 """Called with (done, total known so far)."""
 WINDOW, WINDOW_BYTES = 1 << 15, 256 << 20
@@ -39,8 +35,6 @@ WINDOW, WINDOW_BYTES = 1 << 15, 256 << 20
 BATCH, CPU_BATCH = 32, 8
 """Pictures per forward. On CPUs the maps of few stay in the caches, which makes convolutions about twice as fast
 (docs/performance.md)."""
-WORKERS = 8
-"""Threads at most that have a batch in hand side by side."""
 
 
 class FeatureCache:
@@ -67,7 +61,7 @@ class FeatureCache:
         self._rows: np.ndarray = np.empty((0, self._row_bytes), np.uint8)
         self._place: dict[str, int] = {}
         self._index_bytes = 0
-        self._open()
+        self.open()
 
     def __len__(self) -> int:
         return len(self._place)
@@ -110,21 +104,21 @@ class FeatureCache:
         if wanted.keys() <= self._place.keys():
             return 0
         with _Lock(self.folder / f"lock-{rank}-of-{size}"):
-            self._open()  # another run may have computed some meanwhile
+            self.open()  # another run may have computed some meanwhile
             # Neighbours stay together: all frames of a video are decoded at once, and held until they are drawn.
             share = slice(len(wanted) * rank // size, len(wanted) * (rank + 1) // size)
             missing = [key for key in list(wanted)[share] if key not in self._place]
             chunks = [missing[start : start + self.batch_size] for start in range(0, len(missing), self.batch_size)]
             done = 0
             try:
-                with closing(_side_by_side(lambda keys: self._made([wanted[key] for key in keys]), chunks)) as made:
+                with closing(side_by_side(lambda keys: self._made([wanted[key] for key in keys]), chunks)) as made:
                     for rows, keys in zip(made, chunks):
                         self._append(keys, rows)
                         done += len(keys)
                         if progress is not None:
                             progress(done, len(missing))
             finally:
-                self._open()
+                self.open()
         return len(missing)
 
     @property
@@ -160,8 +154,11 @@ class FeatureCache:
 
     # ------------------------------------------------------------------------------------ files
 
-    def _open(self) -> None:
-        """Map what is on disk; rows that the index does not name, or that are cut short, do not exist."""
+    def open(self) -> None:
+        """Map what is on disk; rows that the index does not name, or that are cut short, do not exist.
+
+        It is mapped afresh: rows that were read before no longer count as this process's memory.
+        """
         self._read_on()
         if self._place:
             shape = len(self._place), self._row_bytes
@@ -233,26 +230,3 @@ class _Lock:
 
     def __exit__(self, *unused: object) -> None:
         self._stream.close()
-
-
-def _side_by_side(work: Callable[[Item], Result], items: Sequence[Item]) -> Generator[Result]:
-    """`work(item)` of every item, in order, some at a time in threads that share out the cores.
-
-    Reading pictures keeps one core busy, and batches too small to keep several busy are those that encode fastest.
-    No more than one item per thread is worked ahead of the one that is taken. Close it where not all are taken.
-    """
-    cores = torch.get_num_threads()
-    workers = max(1, min(cores, WORKERS, len(items)))
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(cores // workers,)) as pool:
-        pending: deque[Future[Result]] = deque()
-        try:
-            for item in items:
-                pending.append(pool.submit(work, item))
-                if len(pending) > workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
-            torch.set_num_threads(cores)  # a thread's number is that of all threads begun after it
