@@ -195,10 +195,16 @@ def _cut(recipe: Recipe) -> Recipe:
 
 
 PUBLISHED = [name for name, make in recipes.BOOK.items() if make().llm.architecture is not None]
-READERS = {"blip2-opt-2.7b": 1, "p-former-opt-2.7b": 0, "instructblip-vicuna-7b": 1}
 
 
-@pytest.mark.parametrize(("name", "media"), READERS.items())
+@pytest.mark.parametrize(
+    ("name", "media"),
+    [
+        pytest.param("blip2-opt-2.7b", 1, marks=pytest.mark.slow),
+        ("p-former-opt-2.7b", 0),
+        ("instructblip-vicuna-7b", 1),
+    ],
+)
 def test_what_connectors_read_is_assumed_too(name, media):
     recipe = _cut(recipes.named(name))
     step = Step(model := planning.outline(recipe), recipe.stages[0].objectives)

@@ -40,7 +40,7 @@ def soak(folder: Path, patch: pytest.MonkeyPatch, steps: int, workers: int) -> t
 @pytest.mark.parametrize(
     ("steps", "workers", "most"),
     [
-        (500, 0, 0.03),  # allocators are still warming up
+        (300, 0, 0.03),  # allocators are still warming up
         pytest.param(10_000, 0, 0.01, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
         pytest.param(10_000, 1, 0.01, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
     ],
