@@ -68,6 +68,7 @@ def ran(job: dict[str, Any]) -> dict[str, float]:
     from torch.utils.flop_counter import FlopCounterMode
 
     from isthmus.training import loop, machine
+    from isthmus.training.meter import peak_memory
     from isthmus.training.run import Feed, Run, mix_of
 
     recipe, cpu, folder = recipe_of(job), torch.device("cpu"), Path(job["folder"])
@@ -81,7 +82,6 @@ def ran(job: dict[str, Any]) -> dict[str, float]:
         feed(step, 0)  # pictures are encoded, and samples made, before anything is measured
     machine.ceiling(cpu, run.dtype, folder / stage.name / "machine.json")
     feed.asked.clear()
-    reset_peak()
     train = lambda: loop.run_stage(  # noqa: E731
         model, stage, feed, folder / stage.name, steps=job["steps"], device=cpu, dtype=run.dtype, console=run.console
     )
@@ -92,7 +92,7 @@ def ran(job: dict[str, Any]) -> dict[str, float]:
     train()
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     times = [later - earlier for earlier, later in zip(feed.asked[SETTLED:], feed.asked[SETTLED + 1 :])]
-    return {"trained": trained, "peak": peak(), "seconds": statistics.mean(times), "each": times}
+    return {"trained": trained, "peak": peak_memory(cpu), "seconds": statistics.mean(times), "each": times}
 
 
 class Timed:
@@ -124,22 +124,6 @@ def formulas() -> dict[Any, Callable[..., int]]:
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
-
-
-def reset_peak() -> None:
-    """Forget the largest resident set so far, where the system can."""
-    file = Path("/proc/self/clear_refs")
-    if file.exists():
-        file.write_text("5")
-
-
-def peak() -> int:
-    """Bytes of the largest resident set since then."""
-    file = Path("/proc/self/status")
-    if not file.is_file():
-        return int(harness.peak_mib() * 2**20)
-    line = next(line for line in file.read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
 
 
 def case(name: str, options: Any) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from isthmus.types import Sample, Turn
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 NAMES = ("compare", "report", "gap", "preview")
+A4 = 718
+"""CSS pixels across, a browser's margins of a centimetre taken off."""
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,14 @@ def test_folded_parts_are_on_paper(written: dict[str, Path], browser) -> None:
     heights = shown.evaluate("() => [...document.querySelectorAll('details table')].map(each => each.offsetHeight)")
     assert heights and min(heights) > 0
     shown.close()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_paper_holds_the_whole_page(written: dict[str, Path], browser, name: str) -> None:
+    paper = page_checks.opened(browser, written[name].as_uri(), "light", width=A4)
+    paper.emulate_media(media="print")
+    assert not page_checks.too_wide(paper)
+    paper.close()
 
 
 @pytest.mark.parametrize("scheme", page_checks.SCHEMES)

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import composed
 import page_checks
 from comparing_runs import TASKS, recipes, small
+from isthmus import planning
 from isthmus.cli.compare import factors_of
 from isthmus.comparing import compare, page, speed
 from isthmus.comparing.advice import advice
@@ -27,9 +29,11 @@ from isthmus.comparing.table import markdown, tables
 from isthmus.config import Source, Stage, TaskConfig
 from isthmus.evaluation import answers
 from isthmus.evaluation.seeds import Gap, Level
+from isthmus.forecast.batches import draw
 from isthmus.recipes.llava import llava
 from isthmus.recipes.qwen_vl import qwen_vl
 from isthmus.recipes.vdep import vdep
+from isthmus.training.log import read_rows
 from isthmus.types import ConfigError
 
 
@@ -87,6 +91,23 @@ def test_rates_are_tried_at_the_same_cost_for_all(finished: Outcome, place: Path
         assert rates.losses[rates.chosen] == min(loss for loss in rates.losses.values() if loss is not None)
         used = json.loads((place / "comparison" / name / "seed0" / "run.json").read_text())["recipe"]["stages"][0]
         assert used["train"]["connectors.*"]["lr"] == pytest.approx(1e-2 * rates.chosen)
+    trials = sorted((place / "comparison").glob("*/rates/*"))
+    logs = [[row for row in read_rows(trial / "align" / "metrics.jsonl") if "loss" in row] for trial in trials]
+    assert len(trials) == 4 and [len(rows) for rows in logs] == [1] * 4  # a fifth of two steps, and one at least
+    assert len({round(rows[0]["samples_per_second"] * rows[0]["seconds"]) for rows in logs}) == 1
+    assert not list((place / "comparison").glob("*/rates/*/predictions"))
+
+
+def test_curves_and_memory_are_those_of_the_logs(finished: Outcome, place: Path) -> None:
+    (drawn,) = finished.curves
+    for name in ("one", "two"):
+        rows = [read_rows(place / "comparison" / name / f"seed{seed}" / "align" / "metrics.jsonl") for seed in (0, 1)]
+        steps = [[row for row in each if "loss" in row] for each in rows]
+        means = [(float(a["step"]), (a["loss"] + b["loss"]) / 2) for a, b in zip(*steps)]
+        assert list(drawn.train[name]) == [pytest.approx(point) for point in means] and len(means) == 2
+        validated = [[row["validation_loss"] for row in each if "validation_loss" in row] for each in rows]
+        assert drawn.validation[name][-1][1] == pytest.approx((validated[0][-1] + validated[1][-1]) / 2)
+        assert finished.costs[name].memory == max(1e9 * row["memory_gb"] for each in steps for row in each)
 
 
 def test_calling_again_trains_nothing_and_says_the_same(finished: Outcome, place: Path) -> None:
@@ -221,6 +242,24 @@ def _weighing_half(stage: Stage) -> Stage:
     return stage.but(objectives=terms)
 
 
+def test_every_joint_meets_the_same_samples_in_the_same_order(tmp_path: Path) -> None:
+    """Though they put nine tokens, none or a few in a picture's place: samples of one picture each."""
+    composed.picture(1).source.save(tmp_path / "a.png")
+    told = [
+        {"id": str(n), "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nwhat?" + " so" * n},
+         {"from": "gpt", "value": "a cat"}]} for n in range(12)
+    ]  # fmt: skip
+    (tmp_path / "data.json").write_text(json.dumps(told))
+    source = Source(name=str(tmp_path / "data.json"), images=str(tmp_path))
+    stage = llava().stages[-1].but(data=(source,), batch_size=4, train={"connectors.*": {"lr": 1e-3}})
+    met = []
+    for joint in ("llava", "flamingo", "cogvlm", "qwen_vl"):
+        recipe = composed.recipe("llama", joint).but(stages=(stage,))
+        steps = draw(recipe, stage, planning.outline(recipe), 6).steps
+        met.append([[sorted(batch.ids) for batch in step] for step in steps])
+    assert met[0] == met[1] == met[2] == met[3] and len(met[0]) == 6 and met[0][0] != met[0][1]
+
+
 def test_data_replace_those_of_language_stages_alone() -> None:
     mine = Source(name="mine.json")
     stages = Common(eval=(), data=(mine,)).of(llava()).stages
@@ -321,12 +360,19 @@ def test_words_come_after_holm_over_both_families(finished: Outcome) -> None:
     assert [cell.verdict for cell in found.mean.cells.values()] == [None, "better", "not decided"]
     assert [cell.verdict for cell in found.lines[0].cells.values()] == [None, "not decided", "worse"]
     assert "Take b" in found.advice[0] and "c the data do not decide" in found.advice[0]
-    assert any("c is worse than a in t" in sentence for sentence in found.advice)
+    assert any("c is worse than a in “t”" in sentence for sentence in found.advice)
 
 
 def test_items_that_were_not_scored_leave_it_open(finished: Outcome) -> None:
     found = outcome_with(finished, line("mean", {"a": None, "b": gap(0.4, 1e-6)}, unscored=1))
     assert found.mean.cells["b"].verdict == "not decided"
+    assert "1 answers of a joint were not scored, which could decide it either way" in found.advice[0]
+
+
+def test_names_of_tasks_that_have_commas_are_told_apart(finished: Outcome) -> None:
+    lines = [line(task, {"a": None, "b": gap(-0.4, 1e-6)}) for task in ("mean", "easy-VQA, official test", "presence")]
+    found = outcome_with(finished, *lines)
+    assert "Task by task: b is worse than a in “easy-VQA, official test” and “presence”." in found.advice
 
 
 def test_one_seed_is_said_to_decide_nothing(finished: Outcome) -> None:

@@ -50,6 +50,20 @@ def test_figures_are_sound_and_say_what_they_show(drawn: str) -> None:
         assert len(re.findall('class="sign"', text)) == len(NAMES)
 
 
+def test_joints_are_told_apart_without_colour() -> None:
+    """By those who see few colours, and by everybody on grey paper."""
+
+    def shape(number: int) -> str:
+        return re.sub(r"<g class=.*?>", "", figures.sign(number, 10, 10))
+
+    assert len({shape(number) for number in range(8)}) == 8
+    assert len({figures.sign(number, 10, 10) for number in range(40)}) == 40
+    for number in range(8):
+        told = re.search('points="(.*?)"', figures.sign(number, 10, 10, 4))
+        corners = [tuple(map(float, each.split(","))) for each in told[1].split()] if told else []
+        assert all(abs(x - 10) <= 6 and abs(y - 10) <= 6 for x, y in corners)
+
+
 def test_costs_that_spread_are_drawn_on_a_logarithmic_scale() -> None:
     frame = figures.Frame([1, 10, 100], [0, 1], log=True)
     assert frame.at(10, 0)[0] == pytest.approx((frame.at(1, 0)[0] + frame.at(100, 0)[0]) / 2)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image as Pillow
 from rich.console import Console
 
 from comparing_runs import recipes
@@ -21,7 +22,7 @@ from isthmus.evaluation.answers import Prediction
 from isthmus.evaluation.draw import drawn
 from isthmus.evaluation.statistics import Estimate
 from isthmus.evaluation.tasks import Choice, Cut, Item
-from isthmus.types import Sample, Turn
+from isthmus.types import Image, Sample, Turn
 
 
 def predicted(kinds: str) -> list[Prediction]:
@@ -95,6 +96,20 @@ def test_what_has_no_picture_is_contrasted_in_words() -> None:
     contrast = Quality(answers, gather.questions([task]), "one", draws=50).contrast("two")
     assert (contrast.won, contrast.lost, contrast.shown[0].picture) == (1, 0, None)
     assert "<img" not in page._contrast(contrast, "one") and "yes" in page._contrast(contrast, "one")
+
+
+def test_items_that_differ_are_shown_with_their_own_pictures() -> None:
+    colours = [(n, 100, 200) for n in range(4)]
+    asked = [Turn.say("user", Image(Pillow.new("RGB", (4, 4), colour)), f"{n}?") for n, colour in enumerate(colours)]
+    items = tuple(Item(Sample((turn,), f"{n}"), "yes", ("yes", "no"), f"{n}", "") for n, turn in enumerate(asked))
+    task = Choice("t", items, (Cut("all"),))
+    said = {"one": "aabb", "two": "baab"}
+    answers: gather.Answers = {name: {"t": [{"after": predicted(kinds)}]} for name, kinds in said.items()}
+    contrast = Quality(answers, gather.questions([task]), "one", draws=50).contrast("two")
+    assert (contrast.won, contrast.lost, contrast.items) == (1, 1, 4)
+    assert [(shown.right, shown.question) for shown in contrast.shown] == [("two", "2?"), ("one", "0?")]
+    assert [shown.picture.getpixel((0, 0)) for shown in contrast.shown if shown.picture] == [colours[2], colours[0]]
+    assert page._contrast(contrast, "one").count("<img") == 2
 
 
 def test_a_recipe_that_fails_here_keeps_no_other_from_being_done(tmp_path: Path, embedded: None) -> None:

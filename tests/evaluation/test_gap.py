@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -216,6 +217,21 @@ def test_joints_are_measured_as_far_as_they_can_be(llava, flamingo):
     assert found["img"] == (1 + len(first.shown[0].lens) + 2) + 2 and found["polyline"] == 8 + 2
     assert "one &lt;b&gt;" in text and "<b>," not in text and "keeps pictures beside" in text
     assert json.loads(json.dumps(first.plain()))["chance_of_neighbours"] == pytest.approx(5 / 7)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (0.1, 0.5, "a blank picture costs the right answer (+0.30 nats per token, +0.10 to +0.50)"),
+        (-0.1, 0.7, "whether a blank picture costs the right answer is not decided"),
+        (-0.5, -0.1, "the right answer is likelier with a blank picture (-0.30 nats per token"),
+    ],
+)
+def test_the_first_lines_say_what_the_interval_allows(llava, low, high, said):
+    found = report.measure(llava, "one", "own", PAIRS, pictures=0, cells=2)
+    effect = effects.Effect((low + high) / 2, low, high)
+    text = page.render([replace(found, effects={**found.effects, "blank picture": effect})])
+    assert said in text.split('class="lead">')[1].split("</p>")[0]
 
 
 @pytest.mark.usefixtures("embedded")

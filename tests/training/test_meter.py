@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from isthmus.config import Recipe
 from isthmus.training import machine
 from isthmus.training.log import read_rows
 from isthmus.training.loop import run_stage
-from isthmus.training.meter import Meter, peak_memory
+from isthmus.training.meter import Meter, forget_peak, peak_memory
 from isthmus.training.optimizer import choose
 from isthmus.training.step import Step
 from isthmus.types import Batch
@@ -134,3 +136,36 @@ def test_memory_is_what_the_process_once_held() -> None:
     before = peak_memory(CPU)
     block = torch.ones(int(1.2 * before) // 8, dtype=torch.float64)  # more than it ever held
     assert peak_memory(CPU) >= 8 * block.numel()
+
+
+LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system forgets no peak")
+
+
+@LINUX
+def test_a_stage_answers_for_its_own_memory(recipe: Recipe) -> None:
+    """Not for what was held before it: by another stage, or by a model that was measured."""
+    step = Step(small.build(recipe), small.stage().objectives)
+    block = torch.ones(int(1.2 * peak_memory(CPU)) // 8, dtype=torch.float64)
+    high, size = peak_memory(CPU), block.nbytes
+    del block
+    meter = Meter(step, 1e9, CPU)
+    assert 1e9 * meter.read([small.Colours(step.vlm)(0, 0)], 1.0)["memory_gb"] < high - 0.5 * size
+
+
+@LINUX
+@pytest.mark.slow
+def test_a_process_does_not_answer_for_the_one_that_started_it() -> None:
+    """A child's `ru_maxrss` begins with what its parent held, and runs of a comparison are children."""
+    block = torch.ones(int(1.2 * peak_memory(CPU)) // 8, dtype=torch.float64)
+    high, size = peak_memory(CPU), block.nbytes
+    code = "import torch; from isthmus.training.meter import peak_memory; print(peak_memory(torch.device('cpu')))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(told) < high - 0.5 * size
+
+
+@LINUX
+def test_what_is_held_while_the_peak_is_forgotten_still_counts() -> None:
+    block = torch.ones(25_000_000)
+    forget_peak(CPU)
+    again = torch.ones(50_000_000)
+    assert peak_memory(CPU) >= block.nbytes + again.nbytes

@@ -132,7 +132,7 @@ def _tasks(outcome: Outcome) -> list[str]:
         for word in ("better", "worse"):
             labels = [line.label for line in outcome.lines if line.cells[name].verdict == word]
             if labels:
-                found.append(f"{name} is {word} than {outcome.baseline} in {_list(labels)}.")
+                found.append(f"{name} is {word} than {outcome.baseline} in {_quoted(labels)}.")
     return [" ".join(["Task by task:", *found])] if found else []
 
 
@@ -144,7 +144,7 @@ def _unseen(outcome: Outcome) -> list[str]:
     if not blind:
         return []
     return [
-        f"In {_list(blind)} no joint is clearly better with the picture than with a blank one: differences there say "
+        f"In {_quoted(blind)} no joint is clearly better with the picture than with a blank one: differences there say "
         "nothing about seeing."
     ]
 
@@ -175,3 +175,8 @@ def _mismatch(outcome: Outcome) -> list[str]:
 
 def _list(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _quoted(labels: Sequence[str]) -> str:
+    """Labels of tasks, which have commas of their own."""
+    return _list([f"“{label}”" for label in labels])

@@ -6,7 +6,7 @@ Joints differ in colour and in shape, so that neither is needed alone; colours a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from isthmus.comparing.outcome import Drawn, Line, Points
@@ -15,23 +15,26 @@ from isthmus.evaluation.escaping import escape
 from isthmus.evaluation.statistics import short
 
 COLOURS = 8
+PLUS = (-0.4, -1.3), (0.4, -1.3), (0.4, -0.4), (1.3, -0.4), (1.3, 0.4), (0.4, 0.4)
+SHAPES: tuple[tuple[tuple[float, float], ...], ...] = (
+    (),  # a circle
+    ((-1, -1), (1, -1), (1, 1), (-1, 1)),
+    ((0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)),
+    ((0, -1.2), (1.2, 1), (-1.2, 1)),
+    ((0, 1.2), (1.2, -1), (-1.2, -1)),
+    (*PLUS, *((-x, -y) for x, y in PLUS)),
+    tuple((0.75 * (x - y), 0.75 * (x + y)) for x, y in (*PLUS, *((-x, -y) for x, y in PLUS))),
+    ((-1.1, -1.2), (1.1, -1.2), (-1.1, 1.2), (1.1, 1.2)),
+)
+"""Corners, in units of a sign's size: as many as colours, so that eight joints differ in both."""
 
 
 def sign(number: int, x: float, y: float, size: float = 5.5) -> str:
-    """The mark of the joint with this number; there are five shapes in eight colours."""
-    shapes: tuple[Callable[[], str], ...] = (
-        lambda: f'<circle class="sign" cx="{x:.1f}" cy="{y:.1f}" r="{size}"/>',
-        lambda: f'<rect class="sign" x="{x - size:.1f}" y="{y - size:.1f}" width="{2 * size}" height="{2 * size}"/>',
-        lambda: (
-            f'<path class="sign" d="M{x:.1f},{y - 1.3 * size:.1f} l{1.3 * size},{1.3 * size} '
-            f'l-{1.3 * size},{1.3 * size} l-{1.3 * size},-{1.3 * size} Z"/>'
-        ),
-        lambda: f'<path class="sign" d="M{x:.1f},{y - 1.2 * size:.1f} l{1.2 * size},{2.2 * size} l-{2.4 * size},0 Z"/>',
-        lambda: (
-            f'<path class="sign" d="M{x:.1f},{y + 1.2 * size:.1f} l{1.2 * size},-{2.2 * size} l-{2.4 * size},0 Z"/>'
-        ),
-    )
-    return f'<g class="s{number % COLOURS}">{shapes[number % len(shapes)]()}</g>'
+    """The mark of the joint with this number; from the ninth on, colours come again with other shapes."""
+    corners = SHAPES[(number + number // COLOURS) % len(SHAPES)]
+    points = " ".join(f"{x + size * across:.1f},{y + size * down:.1f}" for across, down in corners)
+    shape = f'points="{points}"' if corners else f'cx="{x:.1f}" cy="{y:.1f}" r="{size}"'
+    return f'<g class="s{number % COLOURS}"><{"polygon" if corners else "circle"} class="sign" {shape}/></g>'
 
 
 def key(number: int) -> str:

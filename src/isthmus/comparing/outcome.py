@@ -66,12 +66,13 @@ class Cost:
     trained: int
     """In any of its stages."""
     training: float
-    """Operations of one run, as its log counts them, the mean over seeds."""
+    """Operations of one run, its steps times what `plan` counts of one (its log's where none could), the mean over
+    seeds."""
     seconds: float
     """Of training, encoding and validation aside, the mean over seeds."""
     samples: float
     memory: float
-    """Peak bytes of the process or the accelerator while training."""
+    """Peak bytes of the process or the accelerator while a stage trains, the largest of all seeds."""
     encoder: int
     joint: int
     llm: int

@@ -258,8 +258,8 @@ def _costs(outcome: Outcome) -> str:
     )
     return f"""<div class="wide" tabindex="0"><table class="costs">
 <caption>Counted: one picture and {TEXT} text tokens, 2 operations per multiply-add, attention densely; cache in
-bfloat16. Training: as the logs count it, without encoding pictures that are cached and without validation, the mean
-over seeds.{measured}</caption>
+bfloat16. Training: steps times what one computes, counted as <code>isthmus plan</code> counts it (where it cannot, as
+the log does), without encoding cached pictures and without validation, the mean over seeds.{measured}</caption>
 <thead><tr><th scope="col">joint</th>{heads}</tr></thead><tbody>{body}</tbody></table></div>
 """
 

@@ -68,9 +68,10 @@ def _costs(cost: Cost) -> list[str]:
 # ---------------------------------------------------------------------------------------------- Markdown
 
 Tree = Mapping[str, Any]
-COSTS = f"""**training**: TFLOP of a run as its log counts them. **prefill**: GFLOP, and measured milliseconds, of one
-picture and {TEXT} text tokens up to the first answered token. **token**: milliseconds of each further one. **kept**:
-MiB of a picture while an answer is written, in bfloat16."""
+COSTS = f"""**training**: TFLOP of a run, its steps times what `isthmus plan` counts of one. **peak**: GB of the
+training process or the accelerator. **prefill**: GFLOP, and measured milliseconds, of one picture and {TEXT} text
+tokens up to the first answered token. **token**: milliseconds of each further one. **kept**: MiB of a picture while
+an answer is written, in bfloat16."""
 
 
 def markdown(tree: Tree) -> str:

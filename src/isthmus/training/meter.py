@@ -7,10 +7,13 @@ padding do not count, so the share is that of useful work (model FLOPs utilisati
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,13 +43,12 @@ class Meter:
         self.ceiling, self.device = ceiling, device
         self.costs = llm_costs(step)
         self.media = {kind: _MediumCost(step, kind) for kind in step.vlm.connectors}
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        forget_peak(device)
 
     def read(self, batches: Sequence[Batch], seconds: float) -> dict[str, float]:
-        """`operations`, their share `mfu` of the ceiling, and `memory_gb` at its peak so far.
+        """`operations`, their share `mfu` of the ceiling, and `memory_gb` at its peak since the stage began.
 
-        Memory is the accelerator's, else the process's.
+        Memory is the accelerator's, else the process's; where the system forgets no peak, since the process began.
         """
         flops = self.flops(batches)
         share = flops / seconds / self.ceiling
@@ -100,10 +102,25 @@ def llm_costs(step: Step) -> LLMCosts:
     return LLMCosts(token, pair, _product(head.numel(), flows, head.requires_grad))
 
 
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_memory` begin anew with what is held now, where the system can: on CUDA devices and under Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # see proc_pid_clear_refs(5)
+
+
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on a CUDA device, else the most that the process held."""
+    """Bytes: the most that was allocated on a CUDA device, else the most that the process held, mapped files included.
+
+    Under Linux this is the process's own VmHWM: `ru_maxrss` would tell of the process that started it, too.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file() and (found := re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)):
+        return 1024 * int(found[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

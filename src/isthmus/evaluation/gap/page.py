@@ -12,6 +12,7 @@ from PIL import Image as Pillow
 
 from isthmus.evaluation.escaping import escape
 from isthmus.evaluation.gap import drawing
+from isthmus.evaluation.gap.effects import Effect
 from isthmus.evaluation.gap.report import NEIGHBOURS, RANKED, TOP, Gap, Layer, Shown
 
 STYLE = """
@@ -72,13 +73,14 @@ CHARTS = (
     ),
     Chart(
         "Place of the right word",
-        f"In what a token would say (logit lens; at the input, what is near): median of {RANKED} pictures; 1 is first.",
+        f"In what a token would say (logit lens; at the input, what is near): median of at most {RANKED} pictures; "
+        "1 is first.",
         lambda layer: layer.rank,
         log=True,
     ),
     Chart(
         f"Right word among the first {TOP}",
-        f"Share of {RANKED} pictures with a token that would say one of the answer’s words.",
+        f"Share of at most {RANKED} pictures with a token that would say one of the answer’s words.",
         lambda layer: layer.found,
     ),
 )
@@ -130,10 +132,19 @@ def _lead(gaps: Sequence[Gap]) -> str:
         blank = gap.effects["blank picture"]
         told.append(
             f"{gap.model}: pictures lie to each other most like their words in {_layer_name(best.number)} "
-            f"({best.neighbours:.0%} shared neighbours, {gap.chance:.0%} by chance); a blank picture costs the answer "
-            f"{blank.rise:.2f} nats per token."
+            f"({best.neighbours:.0%} shared neighbours, {gap.chance:.0%} by chance); {_blank(blank)}."
         )
     return " ".join(told)
+
+
+def _blank(effect: Effect) -> str:
+    """What a blank picture does to the right answer, as far as its interval decides."""
+    size = f"{effect.rise:+.2f} nats per token, {effect.low:+.2f} to {effect.high:+.2f}"
+    if effect.low > 0:
+        return f"a blank picture costs the right answer ({size})"
+    if effect.high < 0:
+        return f"the right answer is likelier with a blank picture ({size})"
+    return f"whether a blank picture costs the right answer is not decided ({size})"
 
 
 def _layer_name(number: int) -> str:
@@ -230,10 +241,10 @@ def _items(gaps: Sequence[Gap]) -> str:
             f'<p class="note">right answer: {escape(first.words)}</p>{each}</div>'
         )
     note = (
-        "What each token of the picture would say, at three depths: its likeliest words stand on its place, on darker "
-        "ground the surer it is; at the input, the words that it is nearest to. Attention: where the first word of the "
-        "answer looks, mean over heads and layers; the strongest place is fully coloured. Hidden places: red where "
-        "hiding a place costs the answer, blue-green where it helps, against the largest."
+        "What each token of the picture would say, from layer to layer: its likeliest words stand on its place, on "
+        "darker ground the surer it is; at the input, the words that it is nearest to. Attention: where the first word "
+        "of the answer looks, mean over heads and layers; the strongest place is fully coloured. Hidden places: red "
+        "where hiding a place costs the answer, blue-green where it helps, against the largest."
     )
     return f'<p class="note">{note}</p>{"".join(blocks)}'
 
