@@ -1,6 +1,6 @@
 """Our scores of raw text beside those of lm-evaluation-harness, on one LLM and the same requests.
 
-    python -m venv harness && harness/bin/pip install -c constraints.txt lm-eval
+    python -m venv harness && harness/bin/pip install -c constraints.txt "lm-eval[hf]"
     python benchmarks/text_vs_lm_eval.py --harness harness/bin/python [--llm FOLDER] [--steps ITEMS] [--json FILE]
 
 Python's own reference texts are read whole (its `loglikelihood_rolling`, ours `perplexity`), and four sentences are

@@ -20,21 +20,33 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
 
     Args:
         path: its place, in a folder that exists; a folder goes where there is none.
-        durable: whether a file is on the disk before it is put in place, so that a power cut leaves one of both, too.
-            What can be made again need not wait for that.
+        durable: whether a file is on the disk before it is put in place, and its name after that, so that a power cut
+            leaves one of both, too. What can be made again need not wait for that.
     """
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         yield part
-        if durable:
-            sync(part)
         if part.exists():
+            if durable:
+                sync(part)
             part.replace(path)
+            if durable:
+                sync(path.parent)
     finally:
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
         else:
             part.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half-written in a folder, in which nobody may be writing."""
+    for part in folder.glob(".*.part"):
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                part.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -162,6 +162,20 @@ def test_a_faulty_backward_is_told_from_its_neighbours(step: Step) -> None:
     assert fault == Fault(f"the gradient that comes out of {name}", name)
 
 
+@pytest.mark.slow
+def test_compiled_layers_are_looked_into(recipe: Recipe) -> None:
+    made = small.stage(train=TRAIN)
+    step = Step(small.build(recipe), made.objectives)
+    choose(step, made)
+    step.ready()
+    torch._dynamo.reset()
+    step.compile("eager")
+    work(step)()
+    assert in_modules(step, work(step)) is None
+    next(step.vlm.llm.model.layers[1].mlp.up_proj.parameters()).data.fill_(NAN)
+    assert found(step).module == "vlm.llm.model.layers.1.mlp.up_proj"
+
+
 # ---------------------------------------------------------------------------------------------- in a run
 
 

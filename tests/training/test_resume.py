@@ -23,6 +23,7 @@ from isthmus.training import checkpoint, optimizer
 from isthmus.training.log import read_rows
 from isthmus.training.loop import Result, run_stage
 from isthmus.training.run import Feed, Run
+from isthmus.training.signals import interrupts
 from isthmus.training.step import Step, held_out
 from isthmus.training.toy import toy
 from isthmus.types import Batch, ConfigError, IsthmusError
@@ -103,6 +104,32 @@ def test_a_second_interrupt_stops_at_once_and_damages_nothing(recipe: Recipe, tm
     assert signal.getsignal(signal.SIGINT) is before
     (saved,) = (tmp_path / "checkpoints").iterdir()
     assert saved.name == "step-0000003" and checkpoint.damage(saved) is None
+
+
+def test_sigterm_of_a_scheduler_and_of_a_launcher_is_one_request(recipe: Recipe, tmp_path: Path) -> None:
+    class Both(Interrupting):
+        def __call__(self, step: int, micro: int) -> Batch:
+            batch = super().__call__(step, micro)
+            if step == self.stop_at:
+                signal.raise_signal(signal.SIGTERM)
+            return batch
+
+    feed = Both(small.build(recipe))
+    feed.stop_at, feed.signal = 2, signal.SIGTERM
+    result = run_stage(feed.vlm, small.stage(), feed, tmp_path, steps=6, console=small.quiet())
+    assert (result.state, result.at.step) == ("interrupted", 3)
+    assert checkpoint.damage(tmp_path / "checkpoints" / "step-0000003") is None
+
+
+def test_a_request_amid_a_line_that_is_being_printed_is_heard() -> None:
+    def say(text: str) -> None:
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
+
+    with interrupts(say) as stopped:
+        signal.raise_signal(signal.SIGTERM)
+        assert stopped()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize("at", ["first file", "second file", "manifest"])

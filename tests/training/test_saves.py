@@ -18,7 +18,7 @@ import small
 import torch
 
 from isthmus.config import Engine, Recipe
-from isthmus.training import checkpoint
+from isthmus.training import checkpoint, curves
 from isthmus.training.log import read_rows
 from isthmus.training.loop import run_stage
 from isthmus.training.run import Run
@@ -213,6 +213,28 @@ def test_a_disk_that_becomes_read_only(
             train(recipe, tmp_path)
     assert sound(tmp_path) == [1, 2]
     finishes_as(expected, recipe, tmp_path)
+
+
+def test_a_disk_that_has_no_room_for_the_picture(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, torch.Tensor]
+) -> None:
+    def draw(*unused: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(curves, "draw_curves", draw)
+        with pytest.raises(IsthmusError, match=r"curves.png: cannot be written \(No space left"):
+            train(recipe, tmp_path)
+    assert sound(tmp_path)[-1] == 8
+    finishes_as(expected, recipe, tmp_path)
+
+
+def test_what_kills_left_of_files_is_cleared_away(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "align" / ".model.part").mkdir(parents=True)
+    for name in (".run.json.0a1b2c3d.part", "align/.metrics.jsonl.0a1b2c3d.part", "align/.model.part/config.json"):
+        (tmp_path / name).write_text("half of it")
+    Run(recipe, tmp_path, torch.device("cpu"), small.quiet())
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["align", "run.json"]
 
 
 def slow(recipe: Recipe, folder: Path, **engine: object) -> int:

@@ -177,15 +177,18 @@ class _Runner:
         if state.step:
             say(f"stage {self.stage.name} goes on from step {state.step} of {steps}")
         file = self.folder / "metrics.jsonl"
-        metrics = log.Metrics(file, state.step, self.world.main, self.engine.tensorboard)
+        with self.world.together():
+            metrics = log.Metrics(file, state.step, self.world.main, self.engine.tensorboard)
         evaluations = marks(self.stage.evaluate_every, steps) if self.validate else set()
         saving = marks(self.stage.save_every, steps)
         progress = log.Progress(console, self.stage.name, steps, state.step)
         with metrics, progress, interrupts(progress.say) as stopped:
             self.step.ready()
             while state.step < steps and not self.world.any(stopped()):
-                saves.writer.check()
-                metrics.write(row := self._advance(state, steps, saves, progress.say))
+                row = self._advance(state, steps, saves, progress.say)
+                with self.world.together():
+                    metrics.write(row)
+                    saves.writer.check()
                 progress.show(row)
                 if state.step in evaluations:
                     self._evaluate(state, metrics, saves)
@@ -193,7 +196,7 @@ class _Runner:
                     saves.save(state)
             if state.step not in saving:
                 saves.save(state)
-            saves.writer.join()
+            self.world.lead(saves.writer.join)
         self._draw(metrics)
         if state.step < steps:
             return Result("interrupted", steps, state, None)
@@ -246,7 +249,8 @@ class _Runner:
             raise NotFinite(
                 f"step {state.step}: the validation loss is not finite", "lower the learning rate, or look at the data"
             )
-        metrics.write({"step": state.step, **found})
+        with self.world.together():
+            metrics.write({"step": state.step, **found})
         if state.improves(loss):
             state.best_step, state.best_loss = state.step, loss
             saves.save_best(state)
@@ -270,8 +274,10 @@ class _Runner:
         return target
 
     def _draw(self, metrics: log.Metrics) -> None:
-        if self.world.main:
-            curves.draw_curves(log.read_rows(metrics.file), self.folder / "curves.png", f"Stage {self.stage.name}")
+        file = self.folder / "curves.png"
+        with self.world.together(), checkpoint.writing(file):
+            if self.world.main:
+                curves.draw_curves(log.read_rows(metrics.file), file, f"Stage {self.stage.name}")
 
     # ------------------------------------------------------------------------------------ one optimizer step
 

@@ -146,7 +146,7 @@ class _AllGather(torch.autograd.Function):
         shapes = _from_all(torch.tensor(rows.shape, device=rows.device), world)
         padded = rows.new_full(torch.stack(shapes).amax(0).tolist(), fill)
         padded[tuple(map(slice, rows.shape))] = rows
-        real = torch.arange(len(padded))[:, None] < torch.stack(shapes)[:, 0]  # [rows, processes]
+        real = torch.arange(len(padded), device=rows.device)[:, None] < torch.stack(shapes)[:, 0]  # [rows, processes]
         ctx.shape, ctx.size = rows.shape, world.size
         ctx.own = real.nonzero()[:, 1] == world.rank
         return torch.stack(_from_all(padded, world), 1)[real]

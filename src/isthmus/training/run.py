@@ -28,7 +28,7 @@ from isthmus.data import lottery, recent, sets
 from isthmus.data.collate import Collator, Look
 from isthmus.data.mix import Batches, Mix, Ref
 from isthmus.data.recent import Recent
-from isthmus.files import write_text
+from isthmus.files import sweep, write_text
 from isthmus.model import VLM
 from isthmus.prepare import codes, tags
 from isthmus.prepare.features import FeatureCache
@@ -191,8 +191,10 @@ class Run:
         self.dtype = arithmetic(json.loads((folder / NOTE).read_text())["dtype"], device)
 
     def _begin(self) -> None:
-        """Leave a note of the recipe, or find the one that the first call left."""
+        """Leave a note of the recipe, or find the one that the first call left; clear away what kills left of files."""
         note, recipe = self.folder / NOTE, self.recipe
+        for place in (self.folder, *(self.folder / stage.name for stage in recipe.stages)):
+            sweep(place)
         told = {"fingerprint": recipe.fingerprint()}
         if recipe.start is not None:
             told["start"] = storage.fingerprint(recipe.start)
@@ -319,14 +321,16 @@ class Run:
         """
         if not isinstance(look, FeatureCache):
             return
+        look.open()  # a stage's memory is that of the rows that it reads itself
         note = look.folder / f"filled-{sets.stamp(stage.data, self.recipe.seed)}"
         if not self.world.any(not note.is_file() or int(note.read_text()) > len(look)):
             return
         self._tag(stage)
         self.fill(look, data.media())
-        if self.world.main:
-            with checkpoint.writing(note):
-                write_text(note, str(len(look)))
+        with self.world.together():
+            if self.world.main:
+                with checkpoint.writing(note):
+                    write_text(note, str(len(look)))
 
     def _fit_codes(self, look: Look, model: VLM, data: Data) -> None:
         """Fill the codebooks that a joint may have, from the first stage's pictures; one process fits them for all."""

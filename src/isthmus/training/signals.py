@@ -11,17 +11,20 @@ from typing import Any
 
 @contextlib.contextmanager
 def interrupts(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM finish the step; a second one stops at once. Yields whether one has come.
+    """Ctrl-C and SIGTERM finish the step; Ctrl-C after either stops at once. Yields whether one has come.
 
-    Only the main thread gets signals; elsewhere nothing is changed.
+    Another SIGTERM asks for nothing new: a scheduler and a launcher may each pass on the same one. Only the main thread
+    gets signals; elsewhere nothing is changed.
     """
     asked: list[int] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if asked:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(number)
-        say("finishing this step and saving; interrupt again to stop at once")
+        if len(asked) == 1:
+            with contextlib.suppress(RuntimeError):  # it came amid a line that is being printed
+                say("finishing this step and saving; Ctrl-C stops at once")
 
     before: dict[int, Any] = {}
     with contextlib.suppress(ValueError):
