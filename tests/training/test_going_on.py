@@ -24,7 +24,7 @@ from isthmus.training.checkpoint import remove
 from isthmus.training.log import read_rows
 from isthmus.training.loop import run_stage
 from isthmus.training.parallel import World
-from isthmus.training.run import mix_of, train
+from isthmus.training.run import Run, mix_of, train
 from isthmus.training.toy import toy
 from isthmus.types import Batch, ConfigError, DataError, IsthmusError
 
@@ -48,6 +48,18 @@ def losses(folder: Path) -> list[float]:
 
 
 # ---------------------------------------------------------------------------------------------- memory
+
+
+def test_one_llm_is_held_at_a_time_and_the_look_keeps_its_encoder(pair: Recipe, tmp_path: Path) -> None:
+    run = Run(pair, tmp_path / "run", CPU, small.quiet())
+    born = run.newborn()
+    trained = run.train(born, look := run.look(born))
+    assert trained is not None and not any(each.is_meta for each in trained.parameters())
+    assert all(each.is_meta for each in born.llm.parameters())
+    assert look.encoder is born.encoders["image"] and not any(each.is_meta for each in born.encoders.parameters())
+    again = Run(pair, tmp_path / "run", CPU, small.quiet()).train(run.newborn(), look)  # finds both stages finished
+    assert again is not None
+    assert all(torch.equal(value, small.weights(trained)[name]) for name, value in small.weights(again).items())
 
 
 class Failing(small.Colours):

@@ -268,14 +268,16 @@ class Run:
             self.world.barrier()
 
     def train(self, model: VLM, look: Look) -> VLM | None:
-        """Run the stages that are not finished; None if interrupted."""
+        """Run the stages that are not finished; None if interrupted.
+
+        A model that a stage is done with keeps its encoders alone, whoever still holds it: two LLMs would not fit.
+        """
         for stage in self.recipe.stages:
             if self.model_of(stage).is_dir():
                 self.console.print(f"stage {stage.name} is finished: {self.model_of(stage)}")
-                model = load(self.model_of(stage), self.dtype, self.device)
-                continue
-            if self._stage(model, stage, look) == "interrupted":
+            elif self._stage(model, stage, look) == "interrupted":
                 return None
+            model.llm.to("meta")  # type: ignore[arg-type]
             model = load(self.model_of(stage), self.dtype, self.device)
         return model
 
