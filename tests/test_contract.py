@@ -146,7 +146,7 @@ JOINTS = {
     "mlp": Joint("llava", {"projector": "mlp2x_gelu"}, ALL),
     "pooled": Joint("llava", {"pool": 2, "normalise": True}, SOME),
     "blip2": Joint("blip2", SMALL_QUERIES, ALL),
-    "instructblip": Joint("instructblip", {**SMALL_QUERIES, "vocabulary": 320}, ALL),
+    "instructblip": Joint("instructblip", {**SMALL_QUERIES, "vocabulary": 320}, (*SOME, "glm", "t5")),
     "minigpt4": Joint("minigpt4", SMALL_QUERIES, SOME),
     "p_former": Joint("p_former", {**SMALL_QUERIES, "text": False}, SOME),
     "aside": Joint("aside", {}, ALL),
@@ -160,7 +160,9 @@ JOINTS = {
     "cogvlm": Joint("cogvlm", {}, DECODERS),
     "cogvlm-plain": Joint("cogvlm", {"every": 2, "where": "attention", "split": False}, SOME),
     "llama-adapter": Joint("llama_adapter", {}, DECODERS),
-    "llama-adapter-v2": Joint("llama_adapter", {"fusion": "early", "lower": 1, "tune": "scale"}, DECODERS),
+    "llama-adapter-v2": Joint(
+        "llama_adapter", {"fusion": "early", "lower": 1, "tune": "scale"}, (*SOME, "qwen3", "glm")
+    ),
     "llama-adapter-v2-released": Joint("llama_adapter", RELEASED, SOME),
     "ee-mllm": Joint("ee_mllm", {}, DECODERS),
     "ee-mllm-rule": Joint("ee_mllm", {"compute": "rule"}, ("llama", "glm", "opt")),
@@ -175,7 +177,7 @@ JOINTS = {
     "saisa-pooled": Joint("saisa", {"pool": 2, "normalise": True}, ("llama",)),
     "shikra": Joint("shikra", {}, ("llama", "opt", "t5")),
     "kosmos2": Joint("kosmos2", {"queries": 3, "heads": 4, "grid": 2}, ("llama", "qwen2", "opt", "t5")),
-    "lion": Joint("lion", LION, ALL, TAPS),
+    "lion": Joint("lion", LION, (*SOME, "t5"), TAPS),
     "lion-soft": Joint("lion", {**LION, "tags": "soft", "normalise": True, "mixture": "hard"}, ("llama", "t5"), TAPS),
     "lion-image": Joint("lion", {**LION, "visual_input": "qformer", "mixture": "none"}, ("llama",)),
     "lion-region": Joint("lion", {**LION, "visual_input": "aggregator"}, ("llama", "t5"), TAPS),
