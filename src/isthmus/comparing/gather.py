@@ -20,7 +20,7 @@ from isthmus.data.media import open_image
 from isthmus.evaluation import answers, seeds
 from isthmus.evaluation.answers import Prediction
 from isthmus.evaluation.drawing import thin
-from isthmus.evaluation.results import COLUMNS, Column, Runs, alike
+from isthmus.evaluation.results import COLUMNS, Column, Runs, alike, file_of
 from isthmus.evaluation.seeds import Gap, Level, Outcomes
 from isthmus.evaluation.tasks import Cut, Task
 from isthmus.planning import plan
@@ -54,12 +54,7 @@ def questions(tasks: Sequence[Task]) -> list[Question]:
 
 def predictions(folder: Path, task: Task) -> dict[Column, list[Prediction]]:
     """A run's answers to a task under every condition that was measured."""
-    places: dict[Column, Path] = {
-        column: folder / "predictions" / "before" / f"{task.name}.jsonl"
-        if column == "before"
-        else folder / "predictions" / "after" / f"{task.name}{'' if column == 'after' else '.' + column}.jsonl"
-        for column in COLUMNS
-    }
+    places = {column: file_of(folder / "predictions", task.name, column) for column in COLUMNS}
     return {column: answers.read(place)[1] for column, place in places.items() if place.is_file()}
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from isthmus.evaluation import answers
 from isthmus.evaluation.answers import Prediction
 from isthmus.evaluation.measure import Measured
-from isthmus.evaluation.results import COLUMNS, Column
+from isthmus.evaluation.results import COLUMNS, Column, file_of
 from isthmus.evaluation.tasks import Task
 from isthmus.types import DataError
 
@@ -60,12 +60,11 @@ def compare(measured: Measured, folder: Path) -> list[Changes]:
 
 
 def _changes(task: Task, column: Column, now: Sequence[Prediction], folder: Path) -> Changes:
-    stage, ending = ("before", "") if column == "before" else ("after", "" if column == "after" else f".{column}")
-    path = folder / stage / f"{task.name}{ending}.jsonl"
-    header, kept = answers.read(path)
+    path = file_of(folder, task.name, column)
+    header, golden = answers.read(path)
     if column != "cosine" and (header.rule, header.scoring) != (task.rule, answers.SCORING):
         raise DataError(f"{path}: its answers were scored by another rule", "keep predictions of this version")
-    before, after = ({one.id: one for one in some} for some in (kept, now))
+    before, after = ({one.id: one for one in some} for some in (golden, now))
     pairs = [(before[name], after[name]) for name in after if name in before]
     alike = [(old, new) for old, new in pairs if (old.prompt, old.choices) == (new.prompt, new.choices)]
     same = {old.id for old, _ in alike}

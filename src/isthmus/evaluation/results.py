@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from PIL import Image as Pillow
@@ -25,6 +26,13 @@ Column: TypeAlias = Literal["before", "after", "blind", "shuffled", "cosine"]
 COLUMNS: tuple[Column, ...] = ("before", "after", "blind", "shuffled", "cosine")
 Runs: TypeAlias = Mapping[Column, Sequence[Prediction]]
 """A task's predictions in the order of its items, under every condition that was measured; `after` has all of them."""
+
+
+def file_of(folder: Path, task: str, column: Column) -> Path:
+    """Where a folder of predictions has those of a task in one column; controls are of the model after training."""
+    if column == "before":
+        return folder / "before" / f"{task}.jsonl"
+    return folder / "after" / (f"{task}.jsonl" if column == "after" else f"{task}.{column}.jsonl")
 
 
 @dataclass(frozen=True)

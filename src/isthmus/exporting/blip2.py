@@ -145,8 +145,8 @@ def _former(shape: Shape, width: int) -> dict[str, Any]:
 def _fill(theirs: PreTrainedModel, former: QFormer, instructed: bool) -> None:
     """Give their Q-Former our weights; what we have not, no query hears of, and it is zero."""
     places = dict(theirs.named_parameters())
-    prefix, table = "" if "query_tokens" in places else "model.", qformer_weights.BLIP2
-    table = qformer_weights.INSTRUCT if instructed else table
+    prefix = "" if "query_tokens" in places else "model."
+    table = qformer_weights.INSTRUCT if instructed else qformer_weights.BLIP2
     left = {name for name in places if name.startswith(f"{prefix}qformer.")}
     for name, parameter in former.named_parameters():
         place = f"{prefix}{table.theirs(name)}"
