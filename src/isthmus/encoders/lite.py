@@ -6,6 +6,8 @@ Differs:
 - Features are taken at any depth, or at several depths brought to one grid; deeper blocks are then not computed.
 - Batch norm is folded into the convolutions when the weights are read: there are no running statistics to keep from
   moving, and inference is faster (224 px in fp32 by half, smaller pictures and bf16 by up to a quarter).
+- Activations are clipped in place: large maps would otherwise be fetched from the system anew at every layer (a third
+  of the time of a forward pass in bf16).
 """
 
 from __future__ import annotations
@@ -96,8 +98,8 @@ class Block(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C', H', W']."""
-        inner_NCHW = x_NCHW if self.expand is None else F.relu6(self.expand(x_NCHW))
-        y_NCHW = self.project(F.relu6(self.depthwise(inner_NCHW)))
+        inner_NCHW = x_NCHW if self.expand is None else _clipped(self.expand(x_NCHW))
+        y_NCHW = self.project(_clipped(self.depthwise(inner_NCHW)))
         return x_NCHW + y_NCHW if self.residual else y_NCHW
 
 
@@ -154,13 +156,13 @@ class EfficientNetLite(Encoder):
 
     def _maps(self, pixels: Tensor, deepest: int) -> list[Tensor]:
         """The state at every depth up to `deepest`, in the order of `DEPTHS`."""
-        x_NCHW = F.relu6(self.stem(pixels.contiguous(memory_format=torch.channels_last)))
+        x_NCHW = _clipped(self.stem(pixels.contiguous(memory_format=torch.channels_last)))
         maps = []
         for block in self.blocks[: deepest + 1]:
             x_NCHW = block(x_NCHW)
             maps.append(x_NCHW)
         if deepest == len(self.blocks):
-            maps.append(F.relu6(self.head(x_NCHW)))
+            maps.append(_clipped(self.head(x_NCHW)))
         return maps
 
 
@@ -227,6 +229,11 @@ def _ours(name: str) -> tuple[str, str]:
         raise DataError(f"EfficientNet-Lite0's file has an unknown tensor {name!r}", "fetch it again")
     index, part = found.groups()
     return f"blocks.{index}.{part}", f"_blocks.{index}._bn{('expand', 'depthwise', 'project').index(part)}"
+
+
+def _clipped(new_NCHW: Tensor) -> Tensor:
+    """What a convolution has just made, to [0, 6], in its own memory."""
+    return F.relu6(new_NCHW, inplace=True)
 
 
 def _width(depths: tuple[int, ...]) -> int:
