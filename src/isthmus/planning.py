@@ -32,6 +32,10 @@ class Plan:
     tokens: dict[str, int]
     """Connector tokens of one medium, by kind."""
     stages: tuple[StagePlan, ...]
+    trained: int
+    """Parameters that any stage trains."""
+    whole: int
+    """All parameters at the end, with the LoRA that stages add."""
 
     @property
     def total(self) -> int:
@@ -47,12 +51,14 @@ def plan(recipe: Recipe) -> Plan:
     model = outline(recipe)
     tokens = {kind: model.queries(kind) for kind in model.encoders}
     whole = count(model)
-    stages = []
+    stages, trained = [], dict[str, int]()
     for stage in recipe.stages:
         optimizer.choose(Step(model, stage.objectives), stage)
-        trained = count(model, trained=True)
-        stages.append(StagePlan(stage.name, sum(trained.values()), trained))
-    return Plan(recipe.name, whole, tokens, tuple(stages))
+        awake = count(model, trained=True)
+        stages.append(StagePlan(stage.name, sum(awake.values()), awake))
+        trained |= {name: each.numel() for name, each in model.named_parameters() if each.requires_grad}
+    end = sum(count(model).values())
+    return Plan(recipe.name, whole, tokens, tuple(stages), sum(trained.values()), end)
 
 
 def outline(recipe: Recipe) -> VLM:

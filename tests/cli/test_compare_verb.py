@@ -62,6 +62,10 @@ def test_a_finished_comparison_is_shown_and_published(embedded, monkeypatch, cap
         (["llava", "--tasks", "naming, exact"], "task exact asks about a file of yours"),
         ([], "holds no comparison to go on with"),
         (["--seeds", "5"], "--seeds is told, and no recipe"),
+        (["--parameters", "6M"], "--parameters is told, and no recipe"),
+        (["llava", "--parameters", "six"], "no number of parameters is written 'six', and no recipe has that name"),
+        (["llava", "--size", "inner"], "no size is written 'inner'"),
+        (["llava", "--size", "llava=seed"], "--size is told, and no --parameters"),
         (["--set", "seed=1"], "--set is told, and no recipe"),
     ],
 )

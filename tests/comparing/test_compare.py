@@ -21,9 +21,9 @@ from isthmus.cli.compare import factors_of
 from isthmus.comparing import compare, page, speed
 from isthmus.comparing.advice import advice
 from isthmus.comparing.judge import judged
-from isthmus.comparing.outcome import Cell, Line, Outcome
+from isthmus.comparing.outcome import Cell, Line, Outcome, Rates
 from isthmus.comparing.plan import Common, Plan, scaled
-from isthmus.comparing.settings import settings
+from isthmus.comparing.settings import Setting, settings
 from isthmus.comparing.speed import Speed
 from isthmus.comparing.table import markdown, tables
 from isthmus.config import Source, Stage, TaskConfig
@@ -86,6 +86,7 @@ def test_the_table_holds_the_shares_of_right_answers(finished: Outcome, place: P
 
 def test_rates_are_tried_at_the_same_cost_for_all(finished: Outcome, place: Path) -> None:
     assert set(finished.rates) == {"one", "two"}
+    assert not any(rates.alike for rates in finished.rates.values())  # one step teaches, too
     for name, rates in finished.rates.items():
         assert set(rates.losses) == {0.5, 2.0} and rates.at_edge
         assert rates.losses[rates.chosen] == min(loss for loss in rates.losses.values() if loss is not None)
@@ -280,6 +281,25 @@ def test_of_equal_losses_the_rate_nearest_to_the_recipe_is_chosen() -> None:
     assert compare.chosen({1.0: None}) is None
 
 
+def test_rates_that_the_trials_did_not_tell_apart_are_said(finished: Outcome) -> None:
+    tried = {
+        "alike": Rates({1.0: 2.5, 3.0: 2.5}, 1.0, 1),
+        "short": Rates({1.0: 2.5, 3.0: 2.4, 9.0: 2.6}, 3.0, 9),
+        "long": Rates({1.0: 2.5, 3.0: 2.4}, 3.0, 10),
+        "none": Rates({1.0: 2.5, 3.0: None}, 1.0, 10),
+    }
+    said = advice(replace(finished, rates=tried, settings=(), left_out={}))[-3:]
+    assert [sentence.split(" lie ")[0].split(" ended ")[0].split(" had ")[0] for sentence in said] == [
+        "All learning rates that were tried for alike",
+        "Trials of the learning rates of short",
+        "The best learning rates of long and none",
+    ]
+    assert "had 9 steps or fewer" in said[1] and all("Widen" in each or "Lengthen" in each for each in said)
+    shown = page.render(replace(finished, rates=tried))
+    assert shown.count("<small>all alike</small>") == 1 and shown.count("<small>at the edge</small>") == 2
+    assert {rates.steps for rates in finished.rates.values()} == {1}  # a fifth of two steps, and one at least
+
+
 def test_the_command_can_be_given_to_a_shell_as_it_stands() -> None:
     tasks = (TaskConfig(name="presence", limit=6), TaskConfig(name="counting", limit=6))
     common = Common(eval=tasks, data=(Source(name="my data.json"),), overrides=("system=It's $HOME; `x`",))
@@ -428,6 +448,16 @@ def test_the_page_is_one_sound_file_that_can_be_read_aloud(finished: Outcome, pl
     assert [tag for tag, _ in parsed.tags].count("h1") == 1
     for run in finished.runs:
         assert run.fingerprint in text and run.data_hash in text
+
+
+def test_what_is_near_enough_counts_as_a_match(finished: Outcome) -> None:
+    near = Setting("trained parameters", {"one": "4.8 k, rank 6", "two": "5.1 k, rank 9"}, "within 5% of 5 k")
+    shown = replace(finished, settings=(near, replace(near, name="other", within="")))
+    row, other = page.render(shown).split('<th scope="row">trained parameters</th>')[1].split("<tr>")[:2]
+    assert '<td class="match">within 5% of 5 k</td>' in row and "4.8 k, rank 6" in row and "5.1 k, rank 9" in row
+    assert '<td class="differ">differs</td>' in other
+    assert advice(shown)[-1].startswith("Settings differ in other:")
+    assert "- trained parameters: within 5% of 5 k. `one`: 4.8 k, rank 6; `two`: 5.1 k" in markdown(shown.plain())
 
 
 def test_names_are_shown_as_text(finished: Outcome) -> None:

@@ -34,7 +34,13 @@ Where = Annotated[
     EngineName, typer.Option("--engine", help="Runs in processes of this machine, or of a cluster of Ray.")
 ]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="A dotted override for all recipes: encoder=./mine.")]
-SETTINGS = ("budget", "seeds", "baseline", "grid", "share", "search", "tasks", "limit", "data", "overrides")
+Sized = Annotated[
+    list[str] | None,
+    typer.Option("--size", help="By which field a recipe comes to --parameters: flamingo=aligner.options.inner."),
+]
+SETTINGS = (
+    *("budget", "seeds", "baseline", "grid", "share", "search", "parameters", "tasks", "limit", "data", "overrides"),
+)
 """Options that say what is compared and how; the others say where the work is done and what is shown."""
 
 
@@ -52,6 +58,10 @@ def compare(
     ] = "1/3,1,3",
     share: Annotated[float, typer.Option(min=0.01, max=1, help="Of the budget, for each trial of rates.")] = 0.2,
     search: Annotated[bool, typer.Option("--search/--no-search", help="Try learning rates first.")] = True,
+    parameters: Annotated[
+        str | None, typer.Option(help="That every recipe trains, by LoRA's rank or --size: 6M, or a recipe's name.")
+    ] = None,
+    size: Sized = None,
     tasks: Annotated[
         str | None, typer.Option(help="Comma-separated tasks for all recipes; else the baseline's.")
     ] = None,
@@ -76,6 +86,7 @@ def compare(
 
     from isthmus.cli.options import on, recipe_of
     from isthmus.comparing.compare import compare as carry_out
+    from isthmus.comparing.sizing import chosen
     from isthmus.comparing.table import markdown, tables
     from isthmus.config import Source
 
@@ -92,6 +103,8 @@ def compare(
             baseline=baseline,
             factors=factors_of(grid) if search else (),
             share=share,
+            parameters=parameters,
+            sizes=chosen(size or []),
             tasks=None if tasks is None else _tasks(tasks),
             limit=limit,
             data=[Source(name=str(file)) for file in data or []],

@@ -10,6 +10,8 @@ from isthmus.evaluation.statistics import short
 
 NAMED = 4
 """Settings that differ and are named in the recommendation; the page has them all."""
+FEW = 10
+"""Steps of a trial's last stage below which its loss says little of its rate."""
 
 
 def advice(outcome: Outcome) -> tuple[str, ...]:
@@ -153,14 +155,24 @@ def _sees(cell: Cell) -> bool:
     return cell.seen is None or (cell.seen.p <= 0.05 and cell.seen.value > 0)
 
 
-def _rates(outcome: Outcome) -> list[str]:
-    edge = [name for name, rates in outcome.rates.items() if rates.at_edge]
-    if not edge:
-        return []
-    return [
-        f"The best learning rates of {_list(edge)} lie at the edge of what was tried: beyond it may be better ones. "
-        "Widen --grid."
-    ]
+def _rates(outcome: Outcome) -> Iterator[str]:
+    """What the trials of learning rates leave open."""
+    if alike := [name for name, rates in outcome.rates.items() if rates.alike]:
+        yield (
+            f"All learning rates that were tried for {_list(alike)} ended with the same loss, so that none was chosen. "
+            "Lengthen the trials with --share or --budget."
+        )
+    short = {name: rates.steps for name, rates in outcome.rates.items() if rates.steps < FEW and not rates.alike}
+    if short:
+        yield (
+            f"Trials of the learning rates of {_list([*short])} had {max(short.values())} steps or fewer in their last "
+            "stage, which hardly tells rates apart. Lengthen them with --share or --budget."
+        )
+    if edge := [name for name, rates in outcome.rates.items() if rates.at_edge]:
+        yield (
+            f"The best learning rates of {_list(edge)} lie at the edge of what was tried: beyond it may be better "
+            "ones. Widen --grid."
+        )
 
 
 def _mismatch(outcome: Outcome) -> list[str]:

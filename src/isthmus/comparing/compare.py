@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
 from rich.console import Console
 
-from isthmus.comparing import budget, gather, page
+from isthmus.comparing import budget, gather, page, sizing
 from isthmus.comparing import plan as plans
 from isthmus.comparing.advice import advice
 from isthmus.comparing.cluster import OnRay
@@ -28,7 +29,7 @@ from isthmus.comparing.gather import Quality
 from isthmus.comparing.judge import judged
 from isthmus.comparing.outcome import Outcome, Rates
 from isthmus.comparing.plan import GRID, Common, Job, Plan
-from isthmus.comparing.settings import settings
+from isthmus.comparing.settings import Setting, settings
 from isthmus.comparing.speed import speed_of
 from isthmus.config import Recipe, Source, TaskConfig
 from isthmus.errors import ConfigError
@@ -61,6 +62,8 @@ def compare(
     baseline: str | None = None,
     factors: Sequence[float] = GRID,
     share: float = 0.2,
+    parameters: str | None = None,
+    sizes: Mapping[str, str] = MappingProxyType({}),
     tasks: Sequence[TaskConfig] | None = None,
     limit: int | None = None,
     data: Sequence[Source] = (),
@@ -81,6 +84,8 @@ def compare(
         baseline: the name of the recipe that all others are compared with; the first by default.
         factors: what each recipe's learning rates are multiplied by in short trials; empty leaves them alone.
         share: of the budget, for each trial.
+        parameters: that each recipe is to train: `6M`, or a recipe's name for as many as that one does.
+        sizes: by which field a recipe comes to them, `{"flamingo": "aligner.options.inner"}`; LoRA's rank by default.
         tasks: what is measured; those of the baseline by default.
         limit: items of each task; the tasks' own by default.
         data: in place of that of all stages that train by the language-model loss.
@@ -100,12 +105,13 @@ def compare(
         if recipes:
             numbers = range(seeds) if isinstance(seeds, int) else seeds
             common = common_of(recipes, baseline, tasks, limit, data, overrides)
-            wanted = planned(recipes, common, budget, numbers, baseline, factors, share)
+            wanted = planned(recipes, common, budget, numbers, baseline, factors, share, parameters)
             plan = wanted if plan is None else plans.extended(plan, wanted, place.folder)
         if plan is None:
             raise ConfigError(f"{place.folder} holds no comparison to go on with", "name the recipes to compare")
         plan = plan.with_recipes(add, place.folder)
         check_budgets(plan)
+        plan = plan.with_sizes(sizes)
         plan.check_data(place.folder)
         plan.save(place.folder)
         engines: dict[str, Callable[[], Engine]] = {
@@ -149,6 +155,7 @@ def planned(
     baseline: str | None,
     factors: Sequence[float],
     share: float,
+    parameters: str | None = None,
 ) -> Plan:
     """The plan of a comparison from what was asked for.
 
@@ -166,6 +173,7 @@ def planned(
         baseline=_named(recipes, baseline).name,
         factors=tuple(factors),
         share=share,
+        parameters=parameters,
     )
 
 
@@ -270,13 +278,17 @@ def _rates(plan: Plan, place: Place, engine: Engine, costs: Mapping[str, list[fl
         for name in plan.recipes
     }
     _run([job for jobs in trials.values() for job in jobs.values()], place, engine, "trials of learning rates")
-    found = {
-        name: chosen({factor: gather.validation(job) for factor, job in jobs.items()}) for name, jobs in trials.items()
-    }
+    found = {name: _chosen(jobs) for name, jobs in trials.items()}
     return {name: tried for name, tried in found.items() if tried is not None}
 
 
-def chosen(losses: Mapping[float, float | None]) -> Rates | None:
+def _chosen(trials: Mapping[float, Job]) -> Rates | None:
+    """What a recipe's trials say, by factor."""
+    lengths = [len(gather.steps_of(job, job.recipe.stages[-1])) for job in trials.values() if not job.diverged]
+    return chosen({factor: gather.validation(job) for factor, job in trials.items()}, min(lengths, default=0))
+
+
+def chosen(losses: Mapping[float, float | None], steps: int = 0) -> Rates | None:
     """The factor with the lowest loss, of equals the one nearest to 1; 1 where nothing was tried.
 
     None where all diverged.
@@ -285,7 +297,7 @@ def chosen(losses: Mapping[float, float | None]) -> Rates | None:
     if losses and not finite:
         return None
     nearest_first = sorted(finite, key=lambda factor: abs(math.log(factor)))
-    return Rates(losses, min(nearest_first, key=finite.__getitem__) if finite else 1.0)
+    return Rates(losses, min(nearest_first, key=finite.__getitem__) if finite else 1.0, steps)
 
 
 # ---------------------------------------------------------------------------------------------- after the runs
@@ -331,7 +343,7 @@ def _outcome(
         rates={name: tried for name, tried in rates.items() if tried.losses and name in recipes},
         share=plan.share,
         runs=tuple(gather.trained(name, job) for name, jobs in group.items() for job in jobs),
-        settings=settings(recipes),
+        settings=(*_sizes(plan, recipes), *settings(recipes)),
         contrasts=tuple(quality.contrast(name) for name in recipes if name != plan.baseline),
         curves=gather.curves(group),
         method={
@@ -344,6 +356,12 @@ def _outcome(
         credits=tuple({credit.name: credit for recipe in recipes.values() for credit in credits_of(recipe)}.values()),
     )
     return replace(found, advice=advice(found))
+
+
+def _sizes(plan: Plan, names: Iterable[str]) -> Iterator[Setting]:
+    """How recipes came to train as many parameters as one another, where that was asked for."""
+    if plan.parameters is not None:
+        yield sizing.setting({name: plan.sizes[name] for name in names}, plan.target)
 
 
 def write(outcome: Outcome, folder: Path) -> None:

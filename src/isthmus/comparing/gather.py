@@ -229,14 +229,11 @@ def cost(recipe: Recipe, jobs: Sequence[Job], per_step: Sequence[float], speed: 
         per_step: operations of a step of each stage; where they are not known, those of the logs count.
     """
     planned, picture = plan(recipe), costs(recipe)
-    added = {part: number for stage in planned.stages for part, number in stage.by_part.items()}
-    whole = added | planned.parts
-    trained = {part: max(stage.by_part.get(part, 0) for stage in planned.stages) for part in whole}
     steps = [[steps_of(job, stage) for stage in job.recipe.stages] for job in jobs]
     logs = [list(chain.from_iterable(stages)) for stages in steps]
     return Cost(
-        parameters=sum(whole.values()),
-        trained=sum(trained.values()),
+        parameters=planned.whole,
+        trained=planned.trained,
         training=statistics.mean(
             sum(len(stage) * each for stage, each in zip(stages, per_step))
             if per_step

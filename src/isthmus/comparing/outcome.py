@@ -117,11 +117,18 @@ class Rates:
 
     losses: Mapping[float, float | None]
     chosen: float
+    steps: int
+    """Of the last stage in a trial, the shortest one's; that stage's validation losses are compared."""
+
+    @property
+    def alike(self) -> bool:
+        """Whether no trial differs from another, so that nothing speaks for the chosen one."""
+        return len(self.losses) > 1 and len(set(self.losses.values())) == 1
 
     @property
     def at_edge(self) -> bool:
         """Whether a factor beyond those tried might be better still."""
-        return len(self.losses) > 1 and self.chosen in (min(self.losses), max(self.losses))
+        return len(self.losses) > 1 and not self.alike and self.chosen in (min(self.losses), max(self.losses))
 
 
 @dataclass(frozen=True)

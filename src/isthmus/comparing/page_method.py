@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from isthmus.comparing import figures
-from isthmus.comparing.outcome import Outcome
+from isthmus.comparing.outcome import Outcome, Rates
 from isthmus.evaluation.escaping import escape
 from isthmus.evaluation.html import pairs
 
@@ -31,15 +31,22 @@ def rates(outcome: Outcome) -> str:
     body = "".join(
         f'<tr><th scope="row">{escape(name)}</th>'
         + "".join(_loss(tried.losses.get(factor), factor == tried.chosen) for factor in factors)
-        + f"<td>× {tried.chosen:.3g}{'<small>at the edge</small>' if tried.at_edge else ''}</td></tr>\n"
+        + f"<td>{tried.steps:,}</td><td>× {tried.chosen:.3g}{_open(tried)}</td></tr>\n"
         for name, tried in outcome.rates.items()
     )
     return f"""<div class="wide" tabindex="0"><table class="costs">
 <caption>Validation loss of trials that last {outcome.share:.0%} of the budget each, under a seed of their own; all the
 learning rates of a recipe are multiplied. The lowest is chosen, for each joint from the same factors at the same
 cost: {len(factors) * outcome.share:.0%} of a run on top, once per joint.</caption>
-<thead><tr><th scope="col">joint</th>{heads}<th scope="col">chosen</th></tr></thead><tbody>{body}</tbody></table></div>
+<thead><tr><th scope="col">joint</th>{heads}<th scope="col">steps of the last stage</th><th scope="col">chosen</th></tr>
+</thead><tbody>{body}</tbody></table></div>
 """
+
+
+def _open(tried: Rates) -> str:
+    """Why another rate may be as good."""
+    why = "all alike" if tried.alike else "at the edge" if tried.at_edge else ""
+    return f"<small>{why}</small>" if why else ""
 
 
 def _loss(loss: float | None, chosen: bool) -> str:
@@ -53,11 +60,11 @@ def settings(outcome: Outcome) -> str:
     body = "".join(
         f'<tr><th scope="row">{escape(setting.name)}</th>'
         + (
-            f'<td class="match">the same</td><td>{escape(next(iter(setting.values.values())))}</td>'
+            f'<td class="match">{escape(setting.within or "the same")}</td>'
             if setting.matches
-            else f'<td class="differ">differs</td><td>{_values(setting.values)}</td>'
+            else '<td class="differ">differs</td>'
         )
-        + "</tr>\n"
+        + f"<td>{_values(setting.values)}</td></tr>\n"
         for setting in outcome.settings
     )
     return f"""<div class="wide" tabindex="0"><table class="settings">
@@ -69,10 +76,12 @@ order where their mixes agree. Learning rates are each joint’s own.</caption>
 
 
 def _values(values: Mapping[str, str]) -> str:
-    """Who has which."""
+    """Who has which, or what all have."""
     told: dict[str, list[str]] = {}
     for name, value in values.items():
         told.setdefault(value, []).append(name)
+    if len(told) == 1:
+        return escape(*told)
     lines = "".join(f"<dt>{escape(', '.join(names))}</dt><dd>{escape(value)}</dd>" for value, names in told.items())
     return f"<dl>{lines}</dl>"
 

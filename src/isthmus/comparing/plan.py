@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from isthmus.comparing import budget
+from pydantic import Field
+
+from isthmus.comparing import budget, sizing
 from isthmus.comparing.budget import Amount
 from isthmus.comparing.settings import named
+from isthmus.comparing.sizing import RANK, Size
 from isthmus.config import Frozen, Recipe, Source, TaskConfig, check
 from isthmus.data.sets import content
 from isthmus.errors import ConfigError, DataError
@@ -103,6 +106,10 @@ class Plan(Frozen):
     """Of the learning rates; none leaves each recipe its own."""
     share: float = 0.2
     """Of the budget, for each trial of a rate."""
+    parameters: str | None = None
+    """How many each recipe trains, see `sizing.parse`; None leaves each its own number."""
+    sizes: dict[str, Size] = Field(default_factory=dict)
+    """What each became for that."""
 
     @property
     def amount(self) -> Amount:
@@ -110,7 +117,8 @@ class Plan(Frozen):
 
     def recipe(self, name: str) -> Recipe:
         """A recipe as it is compared, its budget still its own."""
-        return self.common.of(self.recipes[name]).but(name=name)
+        found = self.common.of(self.recipes[name]).but(name=name)
+        return self.sizes[name].of(found) if name in self.sizes else found
 
     def run(self, folder: Path, name: str, seed: int, factor: float = 1.0, per_step: Sequence[float] = ()) -> Job:
         """One run that counts."""
@@ -135,6 +143,10 @@ class Plan(Frozen):
             words += ["--grid", ",".join(map(_fraction, self.factors)), "--share", repr(self.share)]
         else:
             words.append("--no-search")
+        if self.parameters is not None:
+            words += ["--parameters", self.parameters]
+        fields = {name: size.by for name, size in self.sizes.items() if size.by != RANK}
+        words += [word for name, field in fields.items() for word in ("--size", f"{name}={field}")]
         asked, comments = self.common.eval, []
         if asked != self.recipes[self.baseline].eval:
             limits = {task.limit for task in asked}
@@ -160,6 +172,43 @@ class Plan(Frozen):
                 f"{folder} compares another recipe named {taken[0]!r}", "give the new one a `name` of its own"
             )
         return self.but(recipes=self.recipes | added)
+
+    @property
+    def target(self) -> int:
+        """Parameters that each recipe is to train, where they are to be equal.
+
+        Raises:
+            ConfigError: see `sizing.parse`.
+        """
+        assert self.parameters is not None  # its callers ask
+        return sizing.parse(self.parameters, {name: self.recipe(name) for name in self.recipes})
+
+    def with_sizes(self, fields: Mapping[str, str]) -> Plan:
+        """With a size for every recipe that has none yet, where trained parameters are to be equal.
+
+        Args:
+            fields: what some recipes are sized by, see `Size.by`.
+
+        Raises:
+            ConfigError: a recipe cannot have that size, or has been sized by another field.
+        """
+        if fields and self.parameters is None:
+            raise ConfigError("--size is told, and no --parameters", "say how many parameters each recipe is to train")
+        for name, field in fields.items():
+            if name not in self.recipes:
+                raise ConfigError(
+                    f"no recipe is named {name!r}, whose size is told", f"there are {', '.join(self.recipes)}"
+                )
+            if name in self.sizes and self.sizes[name].by != field:
+                raise ConfigError(
+                    f"{name} has been sized by {self.sizes[name].by}, not by {field}", "compare in another folder"
+                )
+        missing = [] if self.parameters is None else [name for name in self.recipes if name not in self.sizes]
+        if not missing:
+            return self
+        target = self.target
+        found = {name: sizing.solve(self.recipe(name), target, fields.get(name, RANK)) for name in missing}
+        return self.but(sizes=self.sizes | found)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -237,6 +286,7 @@ def extended(known: Plan, wanted: Plan, folder: Path) -> Plan:
         "evaluation": (known.common.eval, wanted.common.eval),
         "data": (known.common.data, wanted.common.data),
         "override": (known.common.overrides, wanted.common.overrides),
+        "number of trained parameters": (known.parameters, wanted.parameters),
     }
     if other := [name for name, (before, now) in fixed.items() if before != now]:
         raise ConfigError(

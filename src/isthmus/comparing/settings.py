@@ -16,10 +16,12 @@ class Setting:
 
     name: str
     values: Mapping[str, str]
+    within: str = ""
+    """How near values that are not alike are, where that counts as equal."""
 
     @property
     def matches(self) -> bool:
-        return len(set(self.values.values())) == 1
+        return bool(self.within) or len(set(self.values.values())) == 1
 
 
 def settings(recipes: Mapping[str, Recipe]) -> tuple[Setting, ...]:

@@ -182,7 +182,7 @@ def _matched(tree: Tree) -> Iterator[str]:
             yield f"- {setting['name']}: the same"
         else:
             told = "; ".join(f"{', '.join(names)}: {value}" for value, names in values.items())
-            yield f"- {setting['name']}: **differs**. {told}"
+            yield f"- {setting['name']}: {setting['within'] or '**differs**'}. {told}"
 
 
 def _runs(tree: Tree) -> Iterator[str]:

@@ -1,0 +1,136 @@
+"""Equal trained parameters: one number of each recipe, such as LoRA's rank, is chosen until it trains as many as asked.
+
+So are ways of adaptation compared at one size: each by its own width (He et al. 2022, arXiv 2110.04366). Everything is
+counted on the meta device, before any weights are read.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+
+from isthmus import planning
+from isthmus.comparing.settings import Setting
+from isthmus.config import Frozen, LoRA, Recipe
+from isthmus.errors import ConfigError
+from isthmus.evaluation.drawing import count
+
+RANK = "rank"
+"""The rank of all LoRA that a recipe's stages train."""
+TOLERANCE = 0.05
+"""How far from the number asked for is still equal."""
+WRITTEN = re.compile(r"(\d+\.?\d*(?:e\d+)?)([kMG]?)")
+PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
+
+
+class Size(Frozen):
+    """How a recipe came to the number of parameters that it trains."""
+
+    by: str = RANK
+    """`RANK`, or a field of the recipe by its dotted name."""
+    value: int | None = None
+    """What the field became; None where the recipe had the size already."""
+    trained: int
+    """Parameters that any stage trains."""
+
+    def of(self, recipe: Recipe) -> Recipe:
+        """The recipe in this size."""
+        return recipe if self.value is None else resized(recipe, self.by, self.value)
+
+    def __str__(self) -> str:
+        how = "as it is" if self.value is None else f"{'LoRA of rank' if self.by == RANK else self.by} {self.value:,}"
+        return f"{count(self.trained)}, {how}"
+
+
+def parse(text: str, recipes: Mapping[str, Recipe]) -> int:
+    """`6M`, or a recipe's name for as many as that one trains.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if text in recipes:
+        return planning.plan(recipes[text]).trained
+    found = WRITTEN.fullmatch(text.strip())
+    if found is None or not (number := round(float(found[1]) * PREFIXES[found[2]])):
+        raise ConfigError(
+            f"no number of parameters is written {text!r}, and no recipe has that name",
+            f"write 500k or 6M, or name one of {', '.join(recipes)}",
+        )
+    return number
+
+
+def resized(recipe: Recipe, by: str, value: int) -> Recipe:
+    """The recipe with that field at that value; LoRA's alpha stays, as its authors keep it."""
+    if by != RANK:
+        return recipe.override([f"{by}={value}"])
+    stages = tuple(
+        stage.but(
+            train={
+                glob: how.but(mode=how.mode.but(r=value)) if isinstance(how.mode, LoRA) else how
+                for glob, how in stage.train.items()
+            }
+        )
+        for stage in recipe.stages
+    )
+    return recipe.but(stages=stages)
+
+
+def solve(recipe: Recipe, target: int, by: str = RANK) -> Size:
+    """The size in which a recipe trains nearest to `target` parameters; its own where that is near enough.
+
+    Raises:
+        ConfigError: it cannot come within `TOLERANCE`, or its parameters do not depend on the field.
+    """
+    own = planning.plan(recipe).trained
+    if _near(own, target):
+        return Size(by=by, trained=own)
+
+    @functools.cache
+    def trained(value: int) -> int:
+        return planning.plan(resized(recipe, by, value)).trained
+
+    if trained(1) == trained(2):
+        raise ConfigError(
+            f"{recipe.name} trains {count(own)} parameters where {count(target)} are asked for, and "
+            f"{by} does not change that",
+            f"name a whole number of its recipe that does: --size {recipe.name}=aligner.options.NAME",
+        )
+    sign = 1 if trained(2) > trained(1) else -1  # a joint in every n-th layer shrinks
+    high = 1
+    while sign * trained(high) < sign * target and trained(2 * high) != trained(high):
+        high *= 2
+    value = 1 + bisect_left(range(1, high + 1), sign * target, key=lambda each: sign * trained(each))
+    value = min((max(1, value - 1), value), key=lambda each: abs(trained(each) - target))
+    if not _near(trained(value), target):
+        raise ConfigError(
+            f"{recipe.name} comes no nearer to {count(target)} trained parameters than {count(trained(value))}, "
+            f"with {by} {value}",
+            "ask for another number with --parameters, or name another field of it with --size",
+        )
+    return Size(by=by, value=value, trained=trained(value))
+
+
+def _near(number: int, target: int) -> bool:
+    return abs(number - target) <= TOLERANCE * target
+
+
+def chosen(told: Sequence[str]) -> dict[str, str]:
+    """`flamingo=aligner.options.inner` by recipe.
+
+    Raises:
+        ConfigError: one is written otherwise.
+    """
+    if wrong := [each for each in told if not re.fullmatch(r"[^=]+=[^=]+", each)]:
+        raise ConfigError(f"no size is written {wrong[0]!r}", "write RECIPE=FIELD: flamingo=aligner.options.inner")
+    return dict(each.split("=") for each in told)
+
+
+def setting(sizes: Mapping[str, Size], target: int) -> Setting:
+    """What the page says of it."""
+    return Setting(
+        "trained parameters",
+        {name: str(size) for name, size in sizes.items()},
+        f"within {TOLERANCE:.0%} of {count(target)}",
+    )
