@@ -175,6 +175,12 @@ def test_a_schedule_ends_at_its_floor_as_in_transformers() -> None:
     assert rate(50, 100, 0.0, "linear", 0.3) == pytest.approx(0.65)  # half way from 1 to .3
 
 
+def test_the_last_step_of_a_stage_is_not_one_of_its_warm_up() -> None:
+    """In transformers' schedule a stage of one step has no rate at all, for its only step is the warm-up's first."""
+    for name in ("cosine", "linear", "constant"):
+        assert [rate(0, 1, 0.03, name), rate(0, 2, 0.03, name), rate(1, 2, 0.9, name)] == [1.0, 0.0, 1.0]
+
+
 def test_the_table_counts_what_trains(recipe: Recipe) -> None:
     step, trained = chosen(
         recipe, name="sft", train={"connectors.*": 2e-3, "llm.*q_proj": {"mode": {"r": 2}, "lr": 1e-4}}

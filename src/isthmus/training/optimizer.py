@@ -112,9 +112,10 @@ def adamw(trained: Sequence[Trained], betas: tuple[float, float]) -> torch.optim
 def rate(step: int, steps: int, warmup: float, schedule: Schedule, floor: float = 0.0) -> float:
     """The factor of the learning rate at a step counted from 0, as transformers' schedules compute it.
 
-    `floor` is what it falls to, 0 in transformers; LAVIS calls that times the rate `min_lr`.
+    `floor` is what it falls to, 0 in transformers; LAVIS calls that times the rate `min_lr`. Unlike there, the last
+    step is never one of the warm-up: with a single one nothing would be learnt.
     """
-    rising = math.ceil(steps * warmup)
+    rising = min(math.ceil(steps * warmup), steps - 1)
     if step < rising:
         return step / rising
     done = (step - rising) / max(1, steps - rising)
