@@ -15,6 +15,7 @@ import composed
 import page_checks
 from isthmus import sites
 from isthmus.cli.app import app
+from isthmus.data.media import open_image
 from isthmus.evaluation.gap import effects, page, report, states
 from isthmus.evaluation.gap.states import Pair
 from isthmus.types import ConfigError, DataError, Image, Modality, Sample, Turn
@@ -155,6 +156,32 @@ def test_a_picture_that_is_not_looked_at_has_no_effect(flamingo, llava):
     _, awake = effects.effects(llava, PAIRS)
     assert all(abs(effect.rise) > 1e-3 and effect.low < effect.rise < effect.high for effect in awake.values())
     assert effects.occlusion_map(llava, PAIRS[0], 2).abs().min() > 1e-4
+
+
+def test_effects_are_those_of_an_answer_that_depends_on_one_quarter(monkeypatch):
+    """Its NLL falls with the red there: grey takes some, black all, and hiding another quarter changes nothing."""
+    reds = (255, 155)
+    pictures = [Pillow.new("RGB", (8, 8)) for _ in reds]
+    for picture, red in zip(pictures, reds):
+        picture.paste((red, 0, 0), (0, 0, 4, 4))
+    pairs = [Pair(Sample((Turn.say("user", Image(p), "?"),), f"{n}"), "red") for n, p in enumerate(pictures)]
+
+    def nll(model, prompts, words):
+        shown = [open_image(prompt.media[0].source) for prompt in prompts]
+        quarters = [[picture.getpixel((x, y))[0] for x in range(4) for y in range(4)] for picture in shown]
+        return torch.tensor([1 - sum(quarter) / 16 / 255 for quarter in quarters], dtype=torch.float64)
+
+    monkeypatch.setattr(effects, "nll", nll)
+    own, found = effects.effects(None, pairs)
+    blank = [(red - 128) / 255 for red in reds]
+    assert own == pytest.approx(1 - sum(reds) / 510)
+    told = found["blank picture"]
+    assert told.rise == pytest.approx(sum(blank) / 2)
+    half = 12.7062 * (blank[0] - blank[1]) / 2  # t of one degree, times the error of two values' mean
+    assert (told.low, told.high) == pytest.approx((told.rise - half, told.rise + half), rel=1e-4)
+    assert found["another’s picture"].rise == pytest.approx(0) and found["patches shuffled"].rise > 0
+    hidden = effects.occlusion_map(None, pairs[0], 2)
+    assert hidden.flatten().tolist() == pytest.approx([127 / 255, 0, 0, 0])
 
 
 def test_hiding_a_place_hides_that_place():

@@ -20,6 +20,7 @@ from isthmus.evaluation import controls
 from isthmus.evaluation.gap.states import Pair
 from isthmus.evaluation.measure import arithmetic_of
 from isthmus.evaluation.score import Question, Scorer
+from isthmus.evaluation.statistics import critical
 from isthmus.model import VLM
 from isthmus.types import DataError, Image, Sample, Turn
 
@@ -30,7 +31,7 @@ GREY = (controls.GREY,) * 3
 
 @dataclass(frozen=True)
 class Effect:
-    """How much the negative log-likelihood per token of the right answer rises, in nats: mean and 95 % interval."""
+    """How much the negative log-likelihood per token of the right answer rises, in nats: mean and 95 % interval (t)."""
 
     rise: float
     low: float
@@ -59,7 +60,7 @@ def effects(model: VLM, pairs: Sequence[Pair], seed: int = 0) -> tuple[float, di
 
 
 def occlusion_map(model: VLM, pair: Pair, cells: int = 6) -> Tensor:
-    """What hiding each cell of a grid over the picture costs the answer: the rise of its summed NLL, [cells, cells]."""
+    """What hiding each cell of a grid over the picture costs the answer: its NLL's rise per token, [cells, cells]."""
     picture = open_image(pair.picture.source)
     masked = [
         with_picture(pair.prompt, mask(picture, row, column, cells)) for row in range(cells) for column in range(cells)
@@ -116,5 +117,6 @@ def _cell(picture: Pillow.Image, row: int, column: int, cells: int) -> tuple[int
 
 
 def _effect(rise_N: Tensor) -> Effect:
-    mean, half = rise_N.mean().item(), 1.96 * rise_N.std().item() / math.sqrt(len(rise_N))
+    mean, error = rise_N.mean().item(), rise_N.std().item() / math.sqrt(len(rise_N))
+    half = critical(len(rise_N) - 1) * error
     return Effect(mean, mean - half, mean + half)
