@@ -17,6 +17,7 @@ from rich.console import Console
 import composed
 import page_checks
 from chat_server import running
+from isthmus import parts
 from isthmus.cli import app, preview, refine
 from isthmus.config import Budget, Source
 from isthmus.data import formats
@@ -120,6 +121,7 @@ def test_preview_shows_tokens_and_pictures(monkeypatch, capsys, data: Path, tmp_
     tree = composed.recipe().model_dump(mode="json") | {"stages": [stage]}
     recipe = tmp_path / "mine.json"
     recipe.write_text(json.dumps(tree))
+    monkeypatch.setattr(parts, "load_llm", lambda *given: pytest.fail("weights were read"))
     assert run(monkeypatch, "preview", str(recipe), "-n", "2") == 0
     printed = capsys.readouterr().out
     assert "<b>red</b> 0" in printed and "[image × " in printed
@@ -146,6 +148,9 @@ def test_filter_counts_what_each_rule_drops(monkeypatch, capsys, data: Path, tmp
     assert run(monkeypatch, *words, "-k", "score=0.2..") == 2
     assert "--clip FOLDER" in capsys.readouterr().err
     assert run(monkeypatch, "filter", str(data), str(tmp_path / "out.xml"), *words[3:], "-k", "words=1..") == 2
+    assert run(monkeypatch, "filter", str(data), str(tmp_path / "none.jsonl"), *words[3:], "-k", "words=..1") == 3
+    assert "no sample is left of 2 (words dropped 2)" in capsys.readouterr().err
+    assert not (tmp_path / "none.jsonl").exists()
 
 
 def test_filter_leaves_out_what_a_test_set_shows(monkeypatch, capsys, data: Path, tmp_path: Path) -> None:
@@ -210,11 +215,16 @@ def test_probe_ranks_pools_of_a_file(monkeypatch, capsys, tmp_path: Path) -> Non
     Path(data).write_text("\n".join(map(json.dumps, rows)))
     file = tmp_path / "recipe.json"
     recipe.save(file)
-    words = ["probe", str(file), data, "--on", data, "--operators", "words", "--steps", "2", "--seeds", "1", "--json"]
-    assert run(monkeypatch, *words, "--device", "cpu") == 0
-    (report,) = json.loads(capsys.readouterr().out)
+    words = ["probe", str(file), data, "--on", data, "--steps", "2", "--seeds", "1", "--json", "--device", "cpu"]
+    assert run(monkeypatch, *words, "--operators", "words,side") == 0
+    printed = capsys.readouterr()
+    (report,) = json.loads(printed.out)
+    assert "side: not three different numbers" in printed.err
     assert {one["part"] for one in report["pools"]} == {"words low", "words middle", "words high", "random"}
-    assert report["compared"] == 3 and all(one["size"] == 10 and one["mean"] > 0 for one in report["pools"])
+    # two steps of four draw eight samples, fewer than a third of thirty
+    assert report["compared"] == 3 and all(one["size"] == 8 and one["mean"] > 0 for one in report["pools"])
+    assert run(monkeypatch, *words, "--operators", "side") == 3
+    assert "name other --operators" in capsys.readouterr().err
 
 
 def test_a_picture_in_the_terminal_has_two_pixels_per_cell() -> None:

@@ -99,6 +99,12 @@ def test_a_task_without_what_it_asks_about_is_told_so(
     assert cause in f"{refused.output}{refused.exception}" and remedy in f"{refused.output}{refused.exception}"
 
 
+def test_an_unknown_control_is_told_before_anything_is_opened() -> None:
+    refused = CliRunner().invoke(app, ["eval", "some", "--controls", "blind,blank"])
+    assert "no control is called 'blank'" in str(refused.exception)
+    assert getattr(refused.exception, "remedy", "") == "--controls is some of blind,shuffled, or none"
+
+
 def test_names_may_stand_apart(saved: Path, tmp_path: Path) -> None:
     record = {"question": "Which?", "answer": "cat", "choices": ["cat", "owl"]}
     (tmp_path / "asked.jsonl").write_text(json.dumps(record) + "\n")

@@ -289,6 +289,19 @@ def test_parquet_and_saved_folders_bring_their_pictures_along(tmp_path: Path) ->
         formats.load(broken)
 
 
+def test_tables_of_different_columns_are_no_shards_of_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"question": ["x"], "answer": ["y"]}).to_parquet(tmp_path / "a.parquet")
+    datasets.Dataset.from_dict({"caption": ["x"]}).to_parquet(tmp_path / "b.parquet")
+    capfd.readouterr()
+    with pytest.raises(ConfigError, match=r"b\.parquet has other columns than a\.parquet"):
+        formats.load(tmp_path)
+    datasets.Dataset.from_dict({"question": ["x"], "answer": [["y"]]}).to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(DataError, match="cast"):
+        formats.load(tmp_path)
+    assert capfd.readouterr() == ("", "")  # the library says nothing of its own
+
+
 def test_a_folder_of_splits_asks_which_one(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     one = datasets.Dataset.from_dict({"x": [1]})
@@ -335,7 +348,8 @@ def test_folders_that_do_not_say_what_is_meant_are_refused_with_what_to_name(tmp
         for file in files:
             path = tmp_path / name / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(png() if path.suffix == ".png" else table)
+            splits = b'{"train": ["1"], "test": []}'
+            path.write_bytes(png() if path.suffix == ".png" else splits if "splits" in file else table)
         return tmp_path / name
 
     refused = {
@@ -343,6 +357,7 @@ def test_folders_that_do_not_say_what_is_meant_are_refused_with_what_to_name(tmp
         folder("hub", "README.md", "data/train-00000-of-00001.parquet"): "name data/train-00000-of-00001.parquet",
         folder("factory", "dataset_info.json", "mine.json"): "name one of these files",
         folder("gqa", "a.json", "b.json"): "have them read in turn",
+        folder("scienceqa", "pid_splits.json", "problems.json"): "have them read in turn",
         folder("both", "a.png", "metadata.jsonl", "data.jsonl"): "the one that is meant",
     }
     for path, remedy in refused.items():

@@ -109,6 +109,7 @@ FAULTS = {
     "id": (llava(id=[1]), "id is neither", "text"),
     "value": (llava(answer=3), "not a text", "string"),
     "content": (chat(("user", 3)), "content is not a list", "array"),
+    "no content": (chat(("user", "x"), ("assistant", None)), "content is missing", "leave the record out"),
     "part": (chat(("user", [{"type": "audio"}])), "unknown part 'audio'", "text, image"),
     "meta": (llava(meta=3), "meta is not", "meta"),
     "video": (chat(("user", "<video>What?"), ("assistant", "x")), "1 <video> in the text, 0 videos", "in videos"),
@@ -186,14 +187,22 @@ def test_a_byte_order_mark_and_odd_line_separators_are_fine(tmp_path):
 
 
 def test_answers_of_weight_0_are_read_and_not_learnt(tmp_path):
-    record = told(("a", {"weight": 0}), ("b", {"weight": 1}), ("c", {"loss": False}), ("d", {"loss": True}), ("e", {}))
+    record = told(
+        ("a", {"weight": 0}),
+        ("b", {"weight": 1}),
+        ("c", {"loss": False}),
+        ("d", {"loss": True}),
+        ("e", {"train": False}),
+        ("f", {}),
+    )
     (sample,) = formats.load(write(tmp_path, record))
     assert [turn.parts for turn in sample.turns[1::2]] == [
         (Text("a", given=True),),
         (Text("b"),),
         (Text("c", given=True),),
         (Text("d"),),
-        (Text("e"),),
+        (Text("e", given=True),),
+        (Text("f"),),
     ]
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from isthmus.cli.app import app
 from isthmus.config import Source
 from isthmus.data import hub, sets
-from isthmus.types import ConfigError
+from isthmus.types import ConfigError, DataError
 
 RECORD = '{"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "This."}]}\n'
 
@@ -48,6 +48,17 @@ def test_a_name_is_what_the_cache_holds_of_it(cache: Path, monkeypatch: pytest.M
     with pytest.raises(ConfigError, match="no data set is named 'some/other'") as error:
         sets.open_set(Source(name="some/other"), 0)
     assert "hf download --repo-type dataset" in error.value.remedy
+
+
+def test_verbs_read_a_name_and_say_how_to_fetch_what_is_not_there(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.jsonl").write_text(RECORD.replace("This.", "One two three four five six seven.") + RECORD)
+    (cache / "blobs" / "test").write_text(RECORD.replace("This.", "One two three four five six seven."))
+    held = ["--against", "some/asked-v1.5/data/test.jsonl", "-k", "same-text=..0"]
+    done = CliRunner().invoke(app, ["data", "filter", "own.jsonl", "kept.jsonl", *held])
+    assert done.exit_code == 0 and "1 of 2 samples" in done.output
+    for words in (["check", "some/other"], ["filter", "own.jsonl", "more.jsonl", *held[2:], "--against", "some/other"]):
+        error = CliRunner().invoke(app, ["data", *words]).exception
+        assert isinstance(error, DataError) and error.remedy.endswith("hf download --repo-type dataset some/other")
 
 
 def test_what_lies_on_the_disk_goes_before_the_cache(cache: Path, tmp_path: Path) -> None:

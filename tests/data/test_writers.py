@@ -176,6 +176,20 @@ def test_what_files_cannot_say_is_refused(tmp_path: Path, parts: tuple[Part, ...
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "to", "better"), [("out.jsonl", "llava", "out.json"), ("out.tar", "webdataset", "out")]
+)
+def test_a_name_that_would_not_be_read_again_is_refused_with_one_that_would(
+    tmp_path: Path, name: str, to: writers.To, better: str
+) -> None:
+    samples = made(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        writers.write(samples, tmp_path / name, to)
+    assert caught.value.remedy == f"name it {tmp_path / better}"
+    writers.write(samples, tmp_path / better, to)
+    assert len(formats.load(tmp_path / better)) == 3
+
+
 def test_a_survey_counts_by_hand(tmp_path: Path) -> None:
     writers.write(made(tmp_path), tmp_path / "out.jsonl", "messages")
     with (tmp_path / "out.jsonl").open("a") as stream:

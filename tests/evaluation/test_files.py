@@ -141,6 +141,7 @@ def test_popes_own_layout(tmp_path, model):
     found, row = answered(task("yes-no", path), model, lambda prompt: "yes")
     assert [one.right for one in found] == [True, False]
     assert (besides(row)["POPE yes"], besides(row)["POPE f1"]) == (1.0, pytest.approx(2 / 3))
+    assert not any("MME" in name for name in row.besides)  # two questions a picture, and no sub-tasks
 
 
 def test_yes_no_refuses_other_answers(tmp_path):

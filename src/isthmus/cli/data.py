@@ -67,11 +67,14 @@ def check(
             if isinstance(one, formats.Fault):
                 faults.append(one)
                 if not as_json:
-                    typer.echo(f"{one.file or path}:{one.line}: {one.id}: {one.message}; {one.remedy}")
+                    name = f"{one.id}: " if one.id else ""
+                    typer.echo(f"{one.file or path}:{one.line}: {name}{one.message}; {one.remedy}")
     if as_json:
         typer.echo(json.dumps([vars(fault) for fault in faults], indent=2))
     if faults:
-        raise DataError(f"{path}: {len(faults)} faults", "each line above names one and its repair")
+        if len(faults) == 1:
+            raise DataError(f"{path}: one fault", "the line above names it and its repair")
+        raise DataError(f"{path}: {len(faults):,} faults", "each line above names one and its repair")
     if not as_json:
         typer.echo(f"{path}: no fault")
 
@@ -87,14 +90,13 @@ def preview(
     """Show what a stage trains on: green tokens carry loss, media stand as blocks, pictures above in small."""
     from rich.console import Console
 
-    from isthmus.assembly import compose
     from isthmus.cli import preview as show
     from isthmus.cli.options import recipe_of
     from isthmus.training.run import mix_of
 
     chosen = recipe_of(recipe, overrides)
     leg = chosen.stage(stage) if stage else chosen.stages[-1]
-    renderer = compose(chosen).processor.renderer(leg.template)
+    renderer = show.renderer(chosen, leg)
     data = mix_of(leg, chosen.seed)
     samples = [data.sample(data.mix[index]) for index in range(count)]
     if html is not None:

@@ -70,6 +70,7 @@ def evaluate(
     from isthmus.errors import ConfigError, IsthmusError
     from isthmus.evaluation import baseline, catalogue
     from isthmus.evaluation import golden as kept
+    from isthmus.evaluation.controls import CONTROLS
     from isthmus.evaluation.measure import build, check_exchanges, measure, measure_alone, merge
     from isthmus.evaluation.report import cost_table, table_of
     from isthmus.evaluation.results import rows
@@ -79,6 +80,10 @@ def evaluate(
     console = Console(stderr=as_json, highlight=False)
     where = on(device)
     chosen = [] if controls == "none" else listed(controls)
+    if strange := [name for name in chosen if name not in CONTROLS]:
+        raise ConfigError(
+            f"no control is called {strange[0]!r}", f"--controls is some of {','.join(CONTROLS)}, or none"
+        )
     asked = _options(data, images, layout, settings) | ({} if shots is None else {"shots": shots})
     common = {"limit": limit, "controls": chosen, "options": asked}
     named = listed(tasks or ("" if text else TASKS))

@@ -109,9 +109,10 @@ def form_of(path: Path, images: Path | None, settings: list[str] | None) -> Form
 
     Raises:
         ConfigError: a setting is unknown or wrong.
+        DataError: there is no such file.
     """
     from isthmus.config import check as validated
     from isthmus.data.formats import FileOptions, Form
-    from isthmus.data.hub import located
+    from isthmus.data.hub import there
 
-    return Form(located(path), images, validated(FileOptions, pairs(settings), "--set"))
+    return Form(there(path), images, validated(FileOptions, pairs(settings), "--set"))

@@ -26,7 +26,7 @@ from isthmus.cli.options import (
     form_of,
     pairs,
 )
-from isthmus.errors import ConfigError
+from isthmus.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from isthmus.data.formats import Form
@@ -80,6 +80,9 @@ def choose(
     left = filters.kept(stats, rules)
     if numbers is not None:
         _write_numbers(numbers, found, stats)
+    if not len(left.numbers):
+        counts = ", ".join(f"{operator} dropped {count:,}" for operator, count in left.dropped.items())
+        raise DataError(f"no sample is left of {len(found):,} ({counts})", "loosen the rules; --numbers FILE tells why")
     with watched("writing", len(left.numbers)) as passing:
         written = writers.write(passing(map(found.__getitem__, left.numbers.tolist())), out, kind)
     told = {"samples": len(found), "kept": written, "dropped": dict(left.dropped), "faulty": found.skipped}
@@ -163,7 +166,9 @@ def probe(
     operators: Annotated[str, typer.Option(help="Whose numbers split the data.")] = "words,repetition,sharpness",
     steps: Annotated[int, typer.Option(help="Of each training.")] = 100,
     seeds: Annotated[int, typer.Option(help="Trainings per pool.")] = 3,
-    size: Annotated[int | None, typer.Option(help="Samples of a pool.  \\[default: a third]")] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Samples of a pool.  \\[default: those that a training draws, a third at most]")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, max=2, help="2 tries intersections of the best pools too.")] = 1,
     images: Images = None,
     options: FileSettings = None,
@@ -179,11 +184,18 @@ def probe(
     from isthmus.prepare import probe as probing
     from isthmus.training.trial import Trial
 
+    chosen, measures = recipe_of(recipe, overrides), _measures(operators.split(","), clip, joint, device)
     found, held = (opened(form_of(file, images, options)) for file in (path, fixed))
     with watched("measuring", len(found)) as passing:
-        stats = filters.measured(passing(every(found)), _measures(operators.split(","), clip, joint, device))
-    trial = Trial(recipe_of(recipe, overrides), found.__getitem__, list(every(held)), steps, on(device))
-    pools, many = probing.pools(stats, size=size), range(seeds)
+        stats = filters.measured(passing(every(found)), measures)
+    silent = [name for name, values in stats.items() if not probing.thirds(values)]
+    if len(silent) == len(stats):
+        raise DataError(f"{', '.join(silent)}: not three different numbers, so no thirds", "name other --operators")
+    for name in silent:
+        _tell(f"{name}: not three different numbers, so no thirds; left out")
+    trial = Trial(chosen, found.__getitem__, list(every(held)), steps, on(device))
+    drawn = steps * chosen.stages[-1].batch_size
+    pools, many = probing.pools(stats, size=drawn if size is None else size), range(seeds)
     reports = [probing.rank(pools, trial, many, _tell)]
     second = probing.combined(reports[0], stats) if rounds == 2 else []
     if second:
@@ -251,13 +263,12 @@ def _measures(names: list[str], clip: str | None, joint: str | None, device: str
 
 def _hold(measures: dict[str, Measure], files: list[Path]) -> None:
     """Have what finds copies look for them in these files, each read by itself."""
-    from isthmus.data.formats import Form
     from isthmus.prepare.copies import Copies
 
     finders = [measure for measure in measures.values() if isinstance(measure, Copies)]
     if not finders:
         raise ConfigError("no rule looks for copies in --against", "add -k same-picture=..0 or -k same-text=..0")
-    found = [opened(Form(file)) for file in files]
+    found = [opened(form_of(file, None, None)) for file in files]
     for finder in finders:
         with watched("looking at --against", sum(map(len, found))) as passing:
             finder.against(passing(chain.from_iterable(map(every, found))))

@@ -61,6 +61,7 @@ class Rows:
 
 
 def _opened(paths: Sequence[Path]) -> datasets.Dataset:
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said below
     try:
         if paths[0].is_dir():
             found = datasets.load_from_disk(str(paths[0]))
@@ -68,13 +69,28 @@ def _opened(paths: Sequence[Path]) -> datasets.Dataset:
             found = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
         else:
             datasets.disable_progress_bars()
+            _check_alike(paths)
             found = datasets.Dataset.from_parquet([str(path) for path in paths], cache_dir=str(home() / "tables"))
     except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        said = str(error.__cause__ or error)  # the library wraps what it stumbled over
+        cause = (said.splitlines() or [type(error).__name__])[0]
         raise DataError(f"{paths[0]}: not a table ({cause[:200]})", "check the path, or write it again") from None
     if isinstance(found, datasets.DatasetDict):
         raise ConfigError(f"{paths[0]} holds the splits {', '.join(found)}", "name the folder of one of them")
     return found
+
+
+def _check_alike(paths: Sequence[Path]) -> None:
+    """Whether files are the rows of one table.
+
+    Raises:
+        ConfigError: one has other columns than the first.
+    """
+    first = set(parquet.read_schema(paths[0]).names)
+    for path in paths[1:]:
+        if set(parquet.read_schema(path).names) != first:
+            cause = f"{path.parent} holds several tables: {path.name} has other columns than {paths[0].name}"
+            raise ConfigError(cause, "name one of them, or put each into a folder of its own")
 
 
 def _full(row: dict[str, Any]) -> dict[str, Any]:

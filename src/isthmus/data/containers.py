@@ -40,6 +40,8 @@ SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")
 SPLIT = re.compile(r"(?:^|[-_. ])(train|training|validation|valid|val|dev|testing|test)(?:[-_. \d]|$)", re.IGNORECASE)
 LISTS = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
 """Of what the pictures of a folder show."""
+PROBED = 8
+"""Files of a folder that are looked into, to tell what it holds."""
 UNSAID = frozenset({"images", "image", "imgs", "img", "pictures", "photos", "jpg", "jpeg", "png"})
 """Names of folders that do not say what their pictures show."""
 
@@ -125,10 +127,12 @@ def _folder(path: Path, format: Name | None, beside: Path | None) -> Container:
     lines = [one for one in found[".jsonl"] or found[".json"] if one not in lists]
     if lines and lists:
         raise ConfigError(f"{path} holds {lists[0].name} and {lines[0].name}", "name the one that is meant")
-    if lines and (format in tables.TABLES or (format is None and not found[".jsonl"] and _is_tables(lines[0]))):
-        if format is None and len(lines) > 1:
+    told = format is None and not found[".jsonl"]
+    table = next(filter(_is_tables, lines[:PROBED]), None) if told else None
+    if lines and (format in tables.TABLES or table is not None):
+        if table is not None and len(lines) > 1:
             remedy = "name one of them, or what they are, to have them read in turn (options: {format: …})"
-            raise ConfigError(f"{path} holds several files of tables, {lines[0].name} first", remedy)
+            raise ConfigError(f"{path} holds several files, and {table.name} is one of tables", remedy)
         return Joined(lines, format, beside)
     if lines:
         return Lines(lines)
@@ -218,10 +222,8 @@ class Joined(Several):
             yield broken.line, broken.value
             return
         if table is None:
-            yield (
-                1,
-                Wrong("these tables are of no known layout", "write records as an array, or one per line; or see docs"),
-            )
+            keys = ", ".join(list(members)[:8])
+            yield 1, Wrong(f"tables of no known layout (they have {keys})", "name the file of questions or captions")
             return
         if table.beside and self.beside is None:
             raise ConfigError(

@@ -329,11 +329,11 @@ def _message(message: Any, attached: Attached | InMemory) -> Turn:
 
 
 def _learnt(turn: Turn, said: Mapping[str, Any]) -> Turn:
-    """The turn, in whose answer nothing is learnt where it has OpenAI's weight 0 or ms-swift's `loss: false`."""
-    weight, loss = said.get("weight"), said.get("loss")
-    if weight not in (None, 0, 1) or loss not in (None, False, True):
-        raise Wrong("the weight of an answer is neither 0 nor 1", "write weight 0 or 1, or loss true or false")
-    if turn.role != "assistant" or (weight in (None, 1) and loss in (None, True)):
+    """The turn; nothing is learnt of it by OpenAI's `weight` 0, ms-swift's `loss` or axolotl's `train` false."""
+    given = [said.get(key) for key in ("weight", "loss", "train")]
+    if any(one not in (None, 0, 1) for one in given):
+        raise Wrong("the weight of an answer is neither 0 nor 1", "write weight 0 or 1, or loss or train true or false")
+    if turn.role != "assistant" or 0 not in given:
         return turn
     if any(isinstance(part, Box | Grounding) for part in turn.parts):
         raise Wrong("an answer that is not to be learnt holds a region", "let it be learnt, or leave the region out")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from isthmus.types import DataError
+
 NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/(.+))?")
 """`owner/name`, and perhaps a path in it."""
 
@@ -22,3 +24,17 @@ def located(name: str | Path) -> Path:
     except (HFValidationError, LocalEntryNotFoundError, OSError):
         return path
     return Path(folder) / (found[2] or "")
+
+
+def there(name: str | Path) -> Path:
+    """As `located`, of what must be there.
+
+    Raises:
+        DataError: there is no such file, and nothing of such a data set in the cache.
+    """
+    path = located(name)
+    if not path.exists():
+        found = NAME.fullmatch(str(name))
+        fetch = f", or fetch it first: hf download --repo-type dataset {found[1]}" if found and not path.suffix else ""
+        raise DataError(f"{name}: nothing is there", f"check the path{fetch}")
+    return path

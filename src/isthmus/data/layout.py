@@ -48,6 +48,8 @@ def listed(given: Any, name: str) -> Sequence[Any]:
         Wrong: it is something else.
     """
     if not isinstance(given, list | tuple):
+        if given is None:
+            raise Wrong(f"{name} is missing", "write it, or leave the record out")
         raise Wrong(f"{name} is not a list", "write a JSON array")
     return given
 

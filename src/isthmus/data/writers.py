@@ -44,7 +44,9 @@ def write(samples: Iterable[Sample], out: Path, to: To) -> int:
     """
     ending = next(ending for ending, format in ENDINGS.items() if format == to)
     if ending and out.suffix != ending:
-        raise ConfigError(f"{out} would not be read again as {to}", f"name it {out}{ending}")
+        raise ConfigError(f"{out} would not be read again as {to}", f"name it {out.with_suffix(ending)}")
+    if not ending and out.suffix == ".tar":
+        raise ConfigError(f"{out} is one file, and {to} is a folder of tars", f"name it {out.with_suffix('')}")
     refuse_taken(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     return WRITERS[to](samples, out)

@@ -95,7 +95,7 @@ def derangement(keys: Sequence[Hashable], seed: int) -> list[int]:
     if not _exchangeable(keys):
         raise DataError(
             f"{turn} of {len(keys)} items show the same picture: they cannot be exchanged",
-            "leave out the shuffled control for this task, or evaluate more items",
+            "leave out the shuffled control for this task (--controls blind), or evaluate more items",
         )
     line = [index for block in order for index in block]
     partner = dict(zip(line, line[turn:] + line[:turn]))

@@ -347,11 +347,12 @@ def _pope_settings(predictions: Sequence[Prediction]) -> dict[str, Estimate]:
 
 
 def _mme(predictions: Sequence[Prediction]) -> dict[str, Estimate]:
-    """MME's score per category, in its two groups and in all; nothing where pictures have not two questions each."""
+    """MME's score per category, in its two groups and in all; nothing without categories, or where pictures have not
+    two questions each."""
     pictures: defaultdict[tuple[str, str], list[bool]] = defaultdict(list)
     for prediction in predictions:
         pictures[prediction.kind, prediction.cluster].append(prediction.right is True)
-    if not all(len(pair) == 2 for pair in pictures.values()):
+    if not all(kind and len(pair) == 2 for (kind, _), pair in pictures.items()):
         return {}
     scores = [(kind, picture, part) for (kind, picture), part in zip(pictures, judgements.mme(pictures.values()))]
     kinds = {kind for kind, _ in pictures}
@@ -362,4 +363,4 @@ def _mme(predictions: Sequence[Prediction]) -> dict[str, Estimate]:
         return statistics.macro(*zip(*chosen)).through(lambda share: MOST * len(members) * share)  # type: ignore[arg-type]
 
     groups = {f"MME {group}": total(members) for group, members in judgements.MME.items() if members <= kinds}
-    return {"MME score": total(kinds), **groups, **{f"MME {kind}": total({kind}) for kind in sorted(kinds) if kind}}
+    return {"MME score": total(kinds), **groups, **{f"MME {kind}": total({kind}) for kind in sorted(kinds)}}

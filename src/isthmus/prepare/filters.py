@@ -142,7 +142,8 @@ class ClipScore:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             images = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{folder}: {str(error).splitlines()[0][:200]}", "name a CLIP's folder") from None
+            remedy = f"name a CLIP's folder, or fetch it first: hf download {folder}"
+            raise ConfigError(f"{folder}: {str(error).splitlines()[0][:200]}", remedy) from None
         return cls(model, tokenizer, images)
 
     @torch.inference_mode()
