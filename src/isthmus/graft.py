@@ -227,12 +227,13 @@ def _path(root: nn.Module, module: nn.Module) -> str:
 
 
 def _host(root: nn.Module, path: str) -> Any:
-    modules = dict(root.named_modules())
-    if path not in modules:
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        names = [name for name, _ in root.named_modules()]
         raise ConfigError(
-            f"no module named {path!r}{nearest(path, list(modules))}", "model.named_modules() lists them all"
-        )
-    return modules[path]
+            f"no module named {path!r}{nearest(path, names)}", "model.named_modules() lists them all"
+        ) from None
 
 
 def _layer(root: nn.Module, path: str) -> Any:
