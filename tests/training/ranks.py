@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
 import signal
 import socket
+import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +19,7 @@ import pytest
 import small
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from isthmus.config import Engine, Recipe, Stage
 from isthmus.training import optimizer
@@ -50,8 +53,9 @@ def start(size: int, work: Callable[..., None], *arguments: Any) -> list[int]:
     processes = [context.Process(target=_inside, args=(rank, size, port, work, arguments)) for rank in range(size)]
     for process in processes:
         process.start()
+    end = time.monotonic() + PATIENCE
     for process in processes:
-        process.join(PATIENCE)
+        process.join(max(0.0, end - time.monotonic()))
     hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
     for process in processes:
         process.kill()
@@ -124,11 +128,35 @@ class Faulty(Share):
 
 
 def fail(world: World, recipe: Recipe, stage: Stage, folder: Path, engine: Engine) -> None:
-    """What every process says of a fault in one of them."""
+    """What every process says of a fault in one of them, and its exit code, as the command line does."""
     try:
         learn(world, recipe, stage, folder, engine, Faulty)
     except IsthmusError as error:
-        (folder / f"said-{world.rank}").write_text(error.cause)
+        (folder / f"said-{world.rank}").write_text(str(error))
+        sys.exit(error.code)
+
+
+def leave(world: World, folder: Path) -> None:
+    """How many threads a process has before and after DDP is gone, whose world has come to its end before."""
+    with world.started(torch.device("cpu")):
+        held = spread(nn.Linear(1, 1), (), world, torch.device("cpu"), "ddp", False, False, ())
+    found = [len(list(Path("/proc/self/task").iterdir()))]
+    del held
+    gc.collect()
+    found.append(len(list(Path("/proc/self/task").iterdir())))
+    (folder / f"{world.rank}.json").write_text(json.dumps(found))
+
+
+def gone(world: World, folder: Path) -> None:
+    """One process is killed, and the other says what it hears of that."""
+    with world.started(torch.device("cpu")):
+        world.barrier()
+        if world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            world.barrier()
+        except IsthmusError as error:
+            (folder / "said").write_text(error.cause)
 
 
 def whole(world: World, recipe: Recipe, folder: Path, home: Path) -> None:

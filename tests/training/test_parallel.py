@@ -81,6 +81,17 @@ def test_four_processes_equal_one(recipe: Recipe, tmp_path: Path, engine: str) -
     same(one, tmp_path / "four")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_bases_are_sharded_too(recipe: Recipe, tmp_path: Path, bits: int) -> None:
+    packed = recipe.override([f"llm.bits={bits}"])
+    made = stage(train={"connectors.*": 1e-3, "llm.*layers.*": {"mode": {"r": 2}, "lr": 1e-3}})
+    one = alone(packed, made, tmp_path / "one", steps=4)
+    made = made.but(accumulate=2)
+    assert ranks.start(2, ranks.learn, packed, made, tmp_path / "two", ENGINES["fsdp"], ranks.Share, 4) == [0, 0]
+    same(one, tmp_path / "two")
+
+
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 @pytest.mark.parametrize("train", ["connectors.*", "*"])
 def test_a_process_without_pictures_neither_hangs_nor_changes_anything(
@@ -224,11 +235,24 @@ def test_what_two_processes_saved_four_go_on_with(recipe: Recipe, tmp_path: Path
     same(whole, tmp_path / "parts")
 
 
-def test_a_fault_in_one_process_ends_all_and_what_was_done_is_kept(recipe: Recipe, tmp_path: Path) -> None:
-    assert ranks.start(2, ranks.fail, recipe, stage(), tmp_path, ENGINES["fsdp"]) == [0, 0]
-    assert (tmp_path / "said-1").read_text() == "cat.png: cannot be read"
-    assert (tmp_path / "said-0").read_text() == "another process of this training failed"
+def test_a_fault_in_one_process_ends_all_with_it_and_what_was_done_is_kept(recipe: Recipe, tmp_path: Path) -> None:
+    assert ranks.start(2, ranks.fail, recipe, stage(), tmp_path, ENGINES["fsdp"]) == [3, 3]
+    assert [(tmp_path / f"said-{rank}").read_text() for rank in (0, 1)] == ["cat.png: cannot be read\nmend it"] * 2
     assert checkpoint_state(tmp_path)["step"] == 2
+
+
+def test_a_process_that_is_killed_is_said_to_be_gone(tmp_path: Path) -> None:
+    assert ranks.start(2, ranks.gone, tmp_path) == [0, -9]
+    assert (tmp_path / "said").read_text() == "another process of this training is gone"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the system does not tell a process's threads")
+def test_ddp_is_never_the_last_to_hold_the_group(tmp_path: Path) -> None:
+    """It would end gloo's threads under the interpreter's lock: now and then a process that failed hung for good."""
+    assert ranks.start(2, ranks.leave, tmp_path) == [0, 0]
+    for rank in range(2):
+        before, after = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert before == after > 1
 
 
 def test_processes_agree(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ when to stop - is agreed on with a few numbers over the CPU; nothing that travel
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,16 +23,21 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from isthmus.types import ConfigError, IsthmusError
+from isthmus.types import ConfigError, DataError, IsthmusError, NotFinite
 
 Number = TypeVar("Number", int, float)
 AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
+FAULTS = {kind.code: kind for kind in (IsthmusError, ConfigError, DataError, NotFinite)}
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """Numbers to agree on travel by gloo in any case, so that no accelerator waits for them."""
 PATIENCE = timedelta(hours=12)
 """How long a process waits for the others: the first one measures and writes reports while they do. A process that
 fails is noticed by the launcher, which ends the rest."""
+_LEFT: list[object] = []
+"""The last group of processes, kept beyond its end. DDP holds its group, and an error's traceback holds DDP. Were DDP
+the last to hold it, torch would wait for gloo's threads without giving the interpreter's lock away, and one of them may
+need that lock to end: the process would hang for good."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +90,28 @@ class World:
         if device.type == "cuda":
             torch.cuda.set_device(self.local)
         dist.init_process_group(BACKENDS[device.type], rank=self.rank, world_size=self.size, timeout=PATIENCE)
+        _LEFT[:] = [dist.group.WORLD]
         try:
             yield
         finally:
             dist.destroy_process_group()
 
     def total(self, counts: Sequence[Number]) -> list[Number]:
-        """Each number added up over all processes."""
+        """Each number added up over all processes.
+
+        Raises:
+            IsthmusError: one of them is gone.
+        """
         if self.size == 1:
             return list(counts)
         sums = torch.tensor(counts, dtype=torch.float64)  # whole numbers, too, are exact up to 2^53
-        dist.all_reduce(sums)
+        try:
+            dist.all_reduce(sums)
+        except RuntimeError as error:
+            raise IsthmusError(
+                "another process of this training is gone",
+                "its own message says why; the same command goes on from the last checkpoint",
+            ) from error
         return [type(count)(each) for count, each in zip(counts, sums.tolist())]
 
     def all_gather(self, rows: Tensor, fill: float = 0) -> Tensor:
@@ -114,7 +131,7 @@ class World:
         """What the first process finds (0 for None), while the others wait for it.
 
         Raises:
-            IsthmusError: the first process failed; its own error is raised there.
+            IsthmusError: the first process failed, and why.
         """
         found = 0
         with self.together():
@@ -124,14 +141,30 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What fails with one of our errors in one process fails in all, so that none waits for another in vain."""
+        """What fails with one of our errors in one process fails with it in all: none waits for another in vain, and
+        whichever ends first, its message and its exit code say why."""
+        if self.size == 1:
+            yield
+            return
         fault: IsthmusError | None = None
         try:
             yield
         except IsthmusError as error:
             fault = error
-        if self.any(fault is not None):
-            raise fault or IsthmusError("another process of this training failed", "its own message says why")
+        failed = self.total([int(fault is not None and rank == self.rank) for rank in range(self.size)])
+        if any(failed):
+            heard = self._heard(fault, failed.index(1))
+            raise fault or heard
+
+    def _heard(self, own: IsthmusError | None, source: int) -> IsthmusError:
+        """The fault of the process with the number `source`, in all of them; it travels as text."""
+        told = [own.code, own.cause, own.remedy] if own is not None and self.rank == source else None
+        letters = torch.tensor(list(json.dumps(told).encode()) if told else [], dtype=torch.uint8)
+        heard = torch.zeros(self.total([len(letters)])[0], dtype=torch.uint8)
+        heard[: len(letters)] = letters
+        dist.broadcast(heard, source)
+        code, cause, remedy = json.loads(bytes(heard.tolist()))
+        return FAULTS.get(code, IsthmusError)(cause, remedy)
 
     def barrier(self) -> None:
         """Wait until every process is here."""
