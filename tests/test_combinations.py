@@ -133,8 +133,9 @@ def gradients(step: Step, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]
 
 @pytest.mark.parametrize(("joint", "family", "terms", "train", "batching"), cases())
 def test_a_combination_learns_or_refuses(joint, family, terms, train, batching):
-    made = composed.recipe(family, JOINTS[joint].aligner, JOINTS[joint].options)
-    vlm = composed.model(family, JOINTS[joint].aligner, JOINTS[joint].options)
+    one = JOINTS[joint]
+    made = composed.recipe(family, one.aligner, one.options, **one.encoder)
+    vlm = composed.model(family, one.aligner, one.options, **one.encoder)
     stage = stage_of(vlm, terms, train, batching)
     made = made.but(stages=(stage,))
     reason = unfit(joint, family, terms, batching, vlm)

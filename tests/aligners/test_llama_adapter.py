@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import peft
 import pytest
 import torch
 from torch.nn import functional as F
@@ -146,6 +147,29 @@ def test_attention_equals_two_softmaxes_by_hand_and_not_one(pictures):
         torch.testing.assert_close(found[:, :start], plain[:, :start], atol=2e-5, rtol=1e-4)
 
 
+def test_on_text_with_equal_gates_it_is_pefts_adaption_prompt():
+    """peft has one gate per layer and no tanh, and knows no pictures; the rest of V1 is the same, gradients too."""
+    vlm, gate = stir(model(lower=1)), 0.4
+    llm = parts.load_llm(LLMConfig(source=str(composed.llm_folder("llama"))), torch.float32)
+    how = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=10, adapter_layers=2)
+    theirs = peft.get_peft_model(llm, how)
+    adapted = [layer.self_attn for layer in sites.layers(llm).modules[1:]]
+    with torch.no_grad():
+        for ours, other in zip(prompted(vlm).values(), adapted, strict=True):
+            ours.gate.fill_(gate)
+            other.adaption_prompt.copy_(ours.prompts)
+            other.adaption_gate.fill_(math.tanh(gate))
+    batch = vlm.processor.collator()([MIX[1]])
+    found, expected = logits(vlm, batch), theirs(input_ids=batch.input_ids_BT, use_cache=False).logits
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    for result in (found, expected):
+        F.cross_entropy(result[0, :-1], batch.input_ids_BT[0, 1:]).backward()
+    for ours, other in zip(prompted(vlm).values(), adapted, strict=True):
+        torch.testing.assert_close(ours.prompts.grad, other.adaption_prompt.grad[0], atol=1e-6, rtol=1e-3)
+        opened = ours.gate.grad.sum() / (1 - math.tanh(gate) ** 2)
+        torch.testing.assert_close(opened, other.adaption_gate.grad[0], atol=1e-6, rtol=1e-3)
+
+
 def test_a_token_reads_the_last_picture_before_it():
     aligner = model().aligner
     at = torch.tensor([[2, 5, -1]])
@@ -171,11 +195,13 @@ def test_early_fusion_is_silent_where_no_picture_has_appeared():
 
 
 @torch.no_grad()
-def test_an_affine_linear_is_scale_times_the_linear_plus_bias():
-    vlm = stir(model("v2"))
+@pytest.mark.parametrize("tune", ["scale", "inputs"])
+def test_an_affine_linear_scales_what_comes_out_or_what_goes_in(tune):
+    vlm = stir(model("v2", tune=tune))
     host = sites.layers(vlm.llm).modules[0].mlp.up_proj
     x, affine = torch.randn(2, 5, 32), host.grafts["affine"]
-    torch.testing.assert_close(host(x), affine.scale * (x @ host.weight.T + affine.bias))
+    linear = lambda x: x @ host.weight.T + affine.bias  # noqa: E731
+    torch.testing.assert_close(host(x), affine.scale * linear(x) if tune == "scale" else linear(affine.scale * x))
 
 
 def test_no_layer_has_both_kinds_of_prompts():
@@ -230,6 +256,16 @@ def test_published_v2_counts_by_hand():
     connector = 10 * 768 + 1025 * 768 + 2 * 768 + 8 * block + 769 * 4096 + 2 * 4096
     assert released.parts["connectors.image"] == connector
     assert released.stages[1].trained == affine // 2 + 65 * 4096
+
+
+def test_published_v2_chat_trains_the_papers_14_million():
+    """Bias behind and scale before every Linear of LLaMA 65B, and norms: the released code's, and the last norm."""
+    recipe = llama_adapter("published", "v2-chat")
+    shape, wide, inner = recipe.llm.architecture, 8192, 22016
+    two = recipe.but(llm=recipe.llm.but(architecture={**shape, "num_hidden_layers": 2}))
+    layer = (5 * wide + 2 * inner) + (6 * wide + inner) + 2 * wide
+    assert planning.plan(two).stages[0].trained == 2 * layer + wide
+    assert shape["num_hidden_layers"] == 80 and round(80 * layer / 1e6) == 14
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """LLaMA-Adapter V1 and V2: learnt prompts beside the keys of upper layers, behind a gate per head that starts shut.
 
 Zhang et al. 2023, arXiv 2303.16199 (V1) and Gao et al. 2023, arXiv 2304.15010 (V2).
-Official code: github.com/OpenGVLab/LLaMA-Adapter, `alpaca_finetuning_v1` and `llama_adapter_v2_multimodal7b`.
+Official code: github.com/OpenGVLab/LLaMA-Adapter, `alpaca_finetuning_v1`, `llama_adapter_v2_multimodal7b` and
+`llama_adapter_v2_chat65b`.
 
 Differs:
     - a token meets the prompts of the last picture before it, and plain ones where there is none, so that rows with
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from pydantic import Field
@@ -32,6 +33,8 @@ from isthmus.types import ConfigError, Context, Features, Side
 
 if TYPE_CHECKING:
     from isthmus.model import VLM
+
+Tuned: TypeAlias = Literal["bias", "scale", "inputs"]
 
 OUTPUTS = ("o_proj", "out_proj")
 """What families call the Linear behind their heads."""
@@ -178,20 +181,29 @@ class Prompted(Graft):
 
 
 class Affine(Graft):
-    """V2's tuning of a Linear: y = s (W x + b), with b = 0 and s = 1 at birth; `scaled=False` leaves s out."""
+    """V2's tuning of a Linear, with b = 0 and s = 1 at birth.
+
+    Args:
+        host: the Linear.
+        tune: `bias` is W x + b; `scale` is s (W x + b), the paper's; `inputs` is W (s x) + b, the released chat code's.
+    """
 
     reads_side = False
     reads_host = False
 
-    def __init__(self, host: nn.Linear, scaled: bool):
+    def __init__(self, host: nn.Linear, tune: Tuned):
         super().__init__()
+        self.tune = tune
         self.bias = nn.Parameter(torch.zeros(host.out_features))
-        self.scale = nn.Parameter(torch.ones(host.out_features)) if scaled else None
+        width = host.in_features if tune == "inputs" else host.out_features
+        self.scale = None if tune == "bias" else nn.Parameter(torch.ones(width))
 
     def forward(self, host: Any, base: Callable[..., Any], x: Tensor, *args: Any, side: Side | None, **kw: Any) -> Any:
+        if self.scale is not None and self.tune == "inputs":
+            x = x * self.scale.to(x.dtype)
         y = base(x, *args, **kw)
         y = y + self.bias.to(y.dtype)
-        return y if self.scale is None else y * self.scale.to(y.dtype)
+        return y * self.scale.to(y.dtype) if self.scale is not None and self.tune == "scale" else y
 
 
 def _check(host: Any) -> None:
@@ -237,8 +249,9 @@ class LLaMAAdapter(Aligner):
         """Lower layers without learnt prompts: 2 of 32 in V1, 1 in V2's released code."""
         prompts: int = Field(10, ge=1)
         """Learnt prompts per layer."""
-        tune: Literal["none", "bias", "scale"] = "none"
-        """V2: on every Linear of the layers a bias (released code), or a bias and a scale (paper)."""
+        tune: Literal["none"] | Tuned = "none"
+        """V2: on every Linear of the layers a bias (released code), a bias and a scale of what comes out (paper), or a
+        bias and a scale of what goes in (`inputs`, released chat code)."""
         blocks: int = Field(0, ge=0)
         """Transformer blocks between encoder and prompts: 8 in V2's released code, 0 in the papers."""
         inner: int = Field(768, ge=1)
@@ -275,7 +288,7 @@ class LLaMAAdapter(Aligner):
                 yield Addition(f"{path}.{name}", "early", Prompted(attention, width, 0, True, self.options.gate))
             if self.options.tune != "none":
                 for linear, host in sites.linears(layer).items():
-                    yield Addition(f"{path}.{linear}", "affine", Affine(host, self.options.tune == "scale"))
+                    yield Addition(f"{path}.{linear}", "affine", Affine(host, self.options.tune))
 
     def media_mask(self, position_BT: Tensor, segment_BT: Tensor, media_at_BK: Tensor) -> Tensor:
         """The last medium that has appeared, and no other: [B, T, K]."""

@@ -70,6 +70,7 @@ BOOK: dict[str, Callable[[], Recipe]] = {
     "llama-adapter-v1-7b": lambda: llama_adapter("published"),
     "llama-adapter-v2-7b": lambda: llama_adapter("published", "v2"),
     "llama-adapter-v2-released-7b": lambda: llama_adapter("published", "v2-released"),
+    "llama-adapter-v2-chat-65b": lambda: llama_adapter("published", "v2-chat"),
     "ee-mllm": ee_mllm,
     "ee-mllm-f": lambda: ee_mllm(free=True),
     "ee-mllm-7b": lambda: ee_mllm("published"),

@@ -7,24 +7,35 @@ from typing import Any, Literal, TypeAlias
 from isthmus.config import AlignerConfig, Budget, EncoderConfig, LLMConfig, Recipe, Stage, Train
 from isthmus.recipes import parts
 
-Version: TypeAlias = Literal["v1", "v2", "v2-released"]
+Version: TypeAlias = Literal["v1", "v2", "v2-released", "v2-chat"]
 
 CLIP_L_224 = {**parts.CLIP_L_336, "image_size": 224}
+LLAMA_7B = {**parts.VICUNA_7B, "max_position_embeddings": 2048}
+LLAMA_65B = {
+    **LLAMA_7B,
+    "hidden_size": 8192,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "v1": {"lower": 2},
     "v2": {"fusion": "early", "lower": 1, "tune": "scale"},
     "v2-released": {"lower": 1, "tune": "bias", "blocks": 8},
+    "v2-chat": {"fusion": "early", "lower": 1, "tune": "inputs"},
 }
 VISUAL: dict[str, tuple[str, ...]] = {
     "v1": ("connectors.*", "llm.*.grafts.adapter.*"),
     "v2": ("connectors.*", "llm.*.grafts.early.*"),
     "v2-released": ("connectors.*", "llm.*.grafts.adapter.*"),
+    "v2-chat": ("connectors.*", "llm.*.grafts.early.*"),
 }
 """What learns from pictures."""
 LANGUAGE: dict[str, tuple[str, ...]] = {
     "v1": ("llm.*.grafts.adapter.*",),
     "v2": ("llm.*.grafts.adapter.*", "llm.*.grafts.affine.*", "llm.*norm*"),
     "v2-released": ("llm.*.grafts.affine.*", "llm.*norm*"),
+    "v2-chat": ("llm.*.grafts.affine.*", "llm.*norm*"),
 }
 """What learns from instructions; in V2 nothing is in both."""
 
@@ -44,7 +55,8 @@ def llama_adapter(
 
     Args:
         size: `embedded` or `published`.
-        version: V1; V2 as in its paper; V2 as its multimodal code was released.
+        version: V1; V2 as in its paper; V2 as its multimodal code was released; V2 as its chat code was, whose
+            published size is LLaMA 65B and learns from words alone.
         lower: layers from below without learnt prompts, the paper's ablation; None is the version's own number.
         rounds: how often V2's paper takes turns between pictures and instructions.
         gate: what gates begin with, before their tanh; other than 0 is the ablation of zero-initialised attention.
@@ -58,13 +70,14 @@ def llama_adapter(
 def published(version: Version, options: dict[str, Any], rounds: int) -> Recipe:
     """As the official scripts train LLaMA 7B (spec B6); learning rates are their base rates times batch / 256."""
     taps = (8, 16) if version == "v1" else ()
+    size, shape = ("65b", LLAMA_65B) if version == "v2-chat" else ("7b", LLAMA_7B)
     return parts.published(
-        name=f"llama-adapter-{version}-7b",
-        about=f"LLaMA-Adapter {version} 7B as published: zero-init gated prompts in a frozen LLaMA",
+        name=f"llama-adapter-{version}-{size}",
+        about=f"LLaMA-Adapter {version} {size.upper()} as published: zero-init gated prompts in a frozen LLaMA",
         encoder=EncoderConfig(
             source="openai/clip-vit-large-patch14", layer=-1, taps=taps, class_token="keep", architecture=CLIP_L_224
         ),
-        llm=LLMConfig(source="huggyllama/llama-7b", architecture={**parts.VICUNA_7B, "max_position_embeddings": 2048}),
+        llm=LLMConfig(source=f"huggyllama/llama-{size}", architecture=shape),
         aligner=AlignerConfig(name="llama_adapter", options=options),
         stages=_published_v1() if version == "v1" else _published_v2(version, rounds),
     )
@@ -82,8 +95,12 @@ def _published_v1() -> tuple[Stage, ...]:
 def _published_v2(version: Version, rounds: int) -> tuple[Stage, ...]:
     """In turns; the released code has one turn, of many epochs on pictures and four on instructions.
 
-    Its 150 epochs go over a list of data that each user writes, so how many steps the authors took is not known.
+    Its 150 epochs go over a list of data that each user writes, so how many steps the authors took is not known. Of
+    the chat model only weights and shapes were released; rate and epochs are those of the released instructions.
     """
+    if version == "v2-chat":
+        talks = (parts.file("sharegpt.json", "images"),)
+        return (_stage("language", talks, LANGUAGE[version], 1e-3, 0.02, Budget(epochs=4)),)
     captions = (parts.file("coco_captions_567k.json", "coco"),)
     instructions = (parts.file("alpaca_gpt4_52k.json", "images"),)
     epochs = (150.0, 4.0) if version == "v2-released" else (1.0 / rounds, 1.0 / rounds)
