@@ -39,6 +39,7 @@ def test_it_answers_until_it_is_stopped_and_finishes_what_runs(folder):
         told = process.stdout.readline()
         address = re.fullmatch(r"mine at (http://127\.0\.0\.1:\d+)/v1\n", told)
         assert address, told
+        assert process.stdout.readline() == f"a page to chat at {address[1]}/\n"
         log: list[str] = []
         thread = threading.Thread(target=lambda: log.extend(process.stderr or ()))
         thread.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from html.parser import HTMLParser
 from importlib.resources import files
 
@@ -32,9 +33,14 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def address(model):
-    with running(model) as (_, address):
-        yield address
+def served(model):
+    with running(model) as both:
+        yield both
+
+
+@pytest.fixture(scope="module")
+def address(served):
+    return served[1]
 
 
 class Tags(HTMLParser):
@@ -139,10 +145,10 @@ def page(chromium, address):
     page.close()
 
 
-def with_key(page):
+def with_key(page, tokens=6):
     page.click("#settings-open")
     page.fill("input[name=key]", KEY)
-    page.fill("input[name=max_tokens]", "6")
+    page.fill("input[name=max_tokens]", str(tokens))
     page.keyboard.press("Escape")
     page.locator("#facts dd").first.wait_for()
 
@@ -175,9 +181,46 @@ def test_asking_about_a_picture(page, tmp_path, address):
 
 
 @pytest.mark.timeout(120)
+def test_stop_keeps_what_was_said_and_frees_the_servers_row(page, served, monkeypatch):
+    engine = served[0].engine
+    right = engine.pool.step
+    monkeypatch.setattr(engine.pool, "step", lambda ids: (time.sleep(0.1), right(ids))[1])
+    with_key(page, tokens=200)
+    page.fill("#question", "hi")
+    page.press("#question", "Enter")
+    page.wait_for_function("() => document.querySelector('.assistant .said')?.textContent")
+    assert engine.running == 1 and page.locator("#send").is_hidden()
+    page.click("#stop")
+    page.locator(".assistant .tools", has_text="stopped").wait_for()
+    said, end = page.locator(".assistant .said").text_content(), time.monotonic() + 10
+    while engine.running and time.monotonic() < end:
+        time.sleep(0.01)
+    assert said and not engine.running and engine.counts.cancelled == 1
+    page.fill("#question", "and?")
+    page.click("#send")  # what was said so far is the answer, and the conversation goes on
+    page.locator(".assistant").nth(1).wait_for()
+    page.click("#stop")
+    assert page.locator(".assistant .said").first.text_content() == said
+
+
+@pytest.mark.timeout(120)
+def test_a_picture_that_the_server_would_refuse_is_made_smaller_and_an_empty_answer_says_so(page, tmp_path):
+    with_key(page)
+    attach(page, tmp_path, size=(10_100, 101))
+    page.locator("#status", has_text="1.png was made smaller: 2048 × 20 pixels.").wait_for()
+    page.fill("#question", "what is it?")
+    page.click("#send")
+    page.locator(".assistant .tools").wait_for()
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(**streamed("")))
+    page.fill("#question", "nothing?")
+    page.click("#send")
+    page.get_by_text("The model said nothing.").wait_for()
+
+
+@pytest.mark.timeout(120)
 def test_attention_is_drawn_over_the_picture_and_taken_away(page, tmp_path):
     with_key(page)
-    attach(page, tmp_path, size=(160, 80))
+    attach(page, tmp_path, size=(640, 320))  # larger than it is shown
     page.fill("#question", "what?")
     page.click("#send")
     switch = page.get_by_role("button", name="Where it looked")

@@ -72,10 +72,9 @@ def serve(
         Fetcher(frozenset(each.lower() for each in media_host or ())),
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    at = listening.getsockname()
-    typer.echo(
-        f"{server.name} at http://{host if ':' not in host else f'[{host}]'}:{at[1]}/v1" + ("" if key else ", no key")
-    )
+    address = f"http://{host if ':' not in host else f'[{host}]'}:{listening.getsockname()[1]}"
+    typer.echo(f"{server.name} at {address}/v1" + ("" if key else ", no key"))
+    typer.echo(f"a page to chat at {address}/")
     serve_forever(server, listening, grace)
     typer.echo("stopped")
 

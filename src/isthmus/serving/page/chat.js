@@ -1,10 +1,9 @@
 // The chat page: one conversation, kept in this tab, spoken over the server's own OpenAI-like endpoint.
 
 import { rendered } from "./markdown.js";
+import { ALLOWED, overlay, read } from "./pictures.js";
 
 const $ = (id) => document.getElementById(id);
-const LARGEST = 7_000_000; // bytes of a picture: base64 makes it a third longer, and the server takes 10 MB
-
 const state = { turns: [], tray: [], running: null, aspect: null, attention: false, following: true };
 
 // ------------------------------------------------------------------------------------------------ building the page
@@ -58,25 +57,17 @@ function ready() {
 
 // ------------------------------------------------------------------------------------------------ pictures
 
-const ALLOWED = ["image/png", "image/jpeg", "image/webp", "image/gif"];
-
-function read(file) {
-  return new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve({ url: reader.result, name: file.name || "pasted picture" });
-    reader.onerror = () => reject(reader.error);
-    reader.readAsDataURL(file);
-  });
-}
-
 async function add(files) {
-  const refused = [];
+  const told = [];
   for (const file of files) {
-    if (!ALLOWED.includes(file.type)) refused.push(`${file.name || "That"} is not a PNG, JPEG, WebP or GIF picture.`);
-    else if (file.size > LARGEST) refused.push(`${file.name} is larger than 7 MB; make it smaller first.`);
-    else state.tray.push(await read(file));
+    if (!ALLOWED.includes(file.type)) told.push(`${file.name || "That"} is not a PNG, JPEG, WebP or GIF picture.`);
+    else {
+      const { note, ...taken } = await read(file);
+      state.tray.push(taken);
+      if (note) told.push(note);
+    }
   }
-  if (files.length) say(refused.join(" "));
+  if (files.length) say(told.join(" "));
   showTray();
   $("question").focus();
 }
@@ -132,6 +123,7 @@ function request() {
 async function failure(response) {
   const body = await response.json().catch(() => ({}));
   if (response.status === 401) return "The server wants an API key: put it under Settings.";
+  if (body.error?.code === "body_too_large") return "The pictures of this conversation are too large together. Begin a new one.";
   return body.error?.message ?? `The server answered ${response.status}.`;
 }
 
@@ -196,6 +188,7 @@ async function answer() {
     takeBack(wrong);
   } else {
     state.turns.push(turn);
+    if (!turn.text) said.append(make("span", { className: "soft", textContent: "The model said nothing." }));
     const told = make("span", { textContent: facts(usage, begun, first, stopped) });
     item.append(make("div", { className: "tools" }, ...copy(turn), again(item), ...look(item), told));
   }
@@ -271,36 +264,9 @@ async function attend(turns, button) {
     return;
   }
   const { maps } = await response.json();
-  [...$("log").querySelectorAll(".user .picture")].slice(0, maps.length).forEach((figure, index) => overlay(figure, maps[index]));
+  [...$("log").querySelectorAll(".user .picture")].slice(0, maps.length).forEach((figure, index) => overlay(figure, maps[index], state.aspect));
   button.ariaPressed = "true";
   say("The brighter a place, the more the model looked at it as it began to answer.");
-}
-
-// Darkens what the answer looked at least; rows x columns of weights, the largest stays clear.
-function overlay(figure, rows) {
-  figure.querySelector("canvas")?.remove();
-  const canvas = make("canvas", { width: rows[0].length, height: rows.length });
-  canvas.setAttribute("role", "img");
-  canvas.setAttribute("aria-label", "The brighter a place, the more the model looked at it as it began to answer");
-  const most = Math.max(...rows.flat()) || 1;
-  const pen = canvas.getContext("2d");
-  rows.forEach((row, y) => row.forEach((weight, x) => {
-    pen.fillStyle = `rgb(8 20 24 / ${(0.82 * (1 - weight / most)).toFixed(3)})`;
-    pen.fillRect(x, y, 1, 1);
-  }));
-  place(canvas, figure.querySelector("img"));
-  figure.append(canvas);
-}
-
-// Over the square that the encoder sees: the picture's middle, or the picture with margins, which the figure cuts off.
-function place(canvas, { naturalWidth: width, naturalHeight: height }) {
-  if (state.aspect === "squash" || !width || !height) return;
-  const side = state.aspect === "crop" ? Math.min(width, height) : Math.max(width, height);
-  const share = (part, whole) => `${(100 * part / whole).toFixed(3)}%`;
-  Object.assign(canvas.style, {
-    width: share(side, width), left: share((width - side) / 2, width),
-    height: share(side, height), top: share((height - side) / 2, height),
-  });
 }
 
 // ------------------------------------------------------------------------------------------------ wiring
