@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from isthmus import quantised
+from isthmus.connectors.codebook import Coded
 from isthmus.model import VLM
 from isthmus.types import ConfigError, IsthmusError
 
@@ -25,6 +27,21 @@ TOLERANCE = 1e-4
 KEEP = "keep it as it is; `load` reads it"
 ANOTHER = "export to another form"
 """Remedies: where no form is nearer to the model, and where another may hold it."""
+
+
+ANSWERS_AS = {"asvr": "llava", "p_former": "blip2"}
+"""Joints that differ from another in training alone: what only training needs is left out of an export."""
+
+
+def answering(ours: VLM) -> str:
+    """The name of the joint that a model's is when it answers."""
+    return ANSWERS_AS.get(ours.aligner.name, ours.aligner.name)
+
+
+def projector(ours: VLM) -> Any:
+    """What makes vectors of a picture, without codes and a head for them."""
+    connector = ours.connectors["image"]
+    return connector.inner if isinstance(connector, Coded) else connector
 
 
 def refuse(what: str, reasons: Iterable[tuple[bool, str]], remedy: str = KEEP) -> None:

@@ -29,7 +29,7 @@ from isthmus import parts
 from isthmus.connectors import qformer_weights
 from isthmus.connectors.qformer import EPSILON, QFormer, Shape
 from isthmus.encoders.hf import Transformer
-from isthmus.exporting import Parity, dense, refuse
+from isthmus.exporting import Parity, answering, dense, refuse
 from isthmus.exporting.native import add_marker, marked, picture_processor, write
 from isthmus.model import VLM
 from isthmus.processor import MARKER
@@ -82,7 +82,7 @@ def export(source: str | Path, out: Path, to: str) -> Parity:
 
 def _require_fit(ours: VLM, native: Native) -> None:
     """Whether the class can hold a model; what it cannot is said."""
-    if ours.aligner.name != native.aligner:
+    if answering(ours) != native.aligner:
         raise ConfigError(f"its joint is {ours.aligner.name}, not {native.aligner}", "choose the class of its joint")
     encoder, chosen = ours.encoders["image"], ours.config.encoder("image")
     tower = encoder.tower.config if isinstance(encoder, Transformer) else None
@@ -92,7 +92,6 @@ def _require_fit(ours: VLM, native: Native) -> None:
         (not whole, "its encoder is not read at the last depth alone"),
         (chosen.class_token != "keep", "its encoder leaves the class token out"),
         (chosen.image_size is not None, "its encoder's pictures are not of their own size"),
-        (ours.connectors["image"].heads is not None, "its Q-Former has the first stage's text half"),
         (ours.config.is_encoder_decoder, "its LLM is an encoder-decoder"),
         (set(ours.encoders) != {"image"}, "it has other encoders beside the image's"),
     ]
@@ -143,12 +142,17 @@ def _former(shape: Shape, width: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def _fill(theirs: PreTrainedModel, former: QFormer, instructed: bool) -> None:
-    """Give their Q-Former our weights; what we have not, no query hears of, and it is zero."""
+    """Give their Q-Former our weights; what we have not, no query hears of, and it is zero.
+
+    BLIP-2's has no text half, which the first stage alone trains and no answer needs.
+    """
     places = dict(theirs.named_parameters())
     prefix = "" if "query_tokens" in places else "model."
     table = qformer_weights.INSTRUCT if instructed else qformer_weights.BLIP2
     left = {name for name in places if name.startswith(f"{prefix}qformer.")}
     for name, parameter in former.named_parameters():
+        if not instructed and (name.startswith(("words.", "heads.")) or ".text_feed." in name):
+            continue
         place = f"{prefix}{table.theirs(name)}"
         place = place if place in places else place.removeprefix(prefix)
         places[place].copy_(parameter.reshape(places[place].shape))
@@ -201,7 +205,8 @@ class Trial:
     def ours(self, model: VLM) -> Tensor:
         """Logits [rows, T, V] at every position."""
         ids = self.ids(model.placeholder("image"))
-        heard = {"instruction_ids": self.instruction} if model.aligner.reading() else {}
+        reading = model.aligner.reading()
+        heard = {"instruction_ids": self.instruction} if reading and reading.of == "question" else {}
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=self.pixels, **heard).logits
 
     @torch.inference_mode()

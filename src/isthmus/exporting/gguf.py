@@ -22,7 +22,18 @@ from isthmus.config import EncoderConfig
 from isthmus.connectors.mlp import MLP
 from isthmus.encoders import Encoder, state_index
 from isthmus.encoders.hf import Transformer
-from isthmus.exporting import Parity, Trial, dense, gguf_check, gguf_file, gguf_llm, refuse, staged
+from isthmus.exporting import (
+    Parity,
+    Trial,
+    answering,
+    dense,
+    gguf_check,
+    gguf_file,
+    gguf_llm,
+    projector,
+    refuse,
+    staged,
+)
 from isthmus.exporting.gguf_file import Content
 from isthmus.model import VLM
 
@@ -102,9 +113,9 @@ answer = client.chat.completions.create(model="any", messages=[{{"role": "user",
 
 def _require_fit(ours: VLM) -> None:
     """Whether llama.cpp's graph of LLaVA is this model's; what it cannot express is said."""
-    joint = ours.connectors["image"]
+    joint = projector(ours)
     reasons = [
-        (ours.aligner.name != LLaVA.name, f"its joint is {ours.aligner.name}"),
+        (answering(ours) != LLaVA.name, f"its joint is {ours.aligner.name}"),
         (
             not isinstance(joint, MLP) or len(joint.layers) > 3,
             "its connector is not one or two Linears (pool, normalise)",
@@ -132,7 +143,7 @@ def _misfits(encoder: Encoder, chosen: EncoderConfig) -> list[tuple[bool, str]]:
 
 def content(ours: VLM) -> Content:
     """The file of a model's encoder and joint."""
-    tensors = dict(_encoder(ours)) | _joint(ours.connectors["image"])
+    tensors = dict(_encoder(ours)) | _joint(projector(ours))
     return Content(MODEL_ARCH_NAMES[MODEL_ARCH.MMPROJ], lambda writer: _describe(writer, ours), tensors)
 
 

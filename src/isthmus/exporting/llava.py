@@ -1,7 +1,7 @@
 """Exchange with transformers' own LLaVA class, in both directions, with the logits compared before anything is written.
 
-`LlavaForConditionalGeneration` holds a two-layer MLP over one depth of a vision transformer; what it cannot express
-is refused by name.
+`LlavaForConditionalGeneration` holds a two-layer MLP over one depth of a vision transformer, and a single Linear as one
+without an activation, whose second layer changes nothing; what it cannot express is refused by name.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoProcessor,
     LlavaConfig,
@@ -26,7 +27,7 @@ from isthmus.connectors.mlp import MLP
 from isthmus.data import media
 from isthmus.encoders import hf
 from isthmus.encoders.hf import Transformer
-from isthmus.exporting import Parity, Trial, dense, refuse
+from isthmus.exporting import Parity, Trial, answering, dense, projector, refuse
 from isthmus.exporting.native import add_marker, marked, picture_processor, write
 from isthmus.model import VLM, VLMConfig
 from isthmus.processor import MARKER, VLMProcessor
@@ -56,7 +57,8 @@ def from_llava(theirs: LlavaForConditionalGeneration, processor: LlavaProcessor,
     config: Any = theirs.config
     if not isinstance(config.vision_feature_layer, int):
         raise ConfigError(f"vision_feature_layer is {config.vision_feature_layer}", "only one depth can be imported")
-    if config.projector_hidden_act != "gelu" or not config.multimodal_projector_bias:
+    linear = config.projector_hidden_act == "linear"
+    if not (linear or config.projector_hidden_act == "gelu") or not config.multimodal_projector_bias:
         raise ConfigError("the projector is not Linear, GELU, Linear with biases", "only LLaVA-1.5's can be imported")
     class_token = "drop" if config.vision_feature_select_strategy == "default" else "keep"
     chosen = EncoderConfig(
@@ -82,15 +84,20 @@ def from_llava(theirs: LlavaForConditionalGeneration, processor: LlavaProcessor,
                     "weights": None,
                 }
             },
-            aligner=AlignerConfig(name=LLaVA.name).model_dump(),
+            aligner=AlignerConfig(name=LLaVA.name, options={"projector": "linear"} if linear else {}).model_dump(),
             whole=True,
         ),
         llm,
         {"image": encoder},
     )
+    first, second = theirs.model.multi_modal_projector.linear_1, theirs.model.multi_modal_projector.linear_2
     joint = ours.connectors["image"].layers
-    joint[0].load_state_dict(theirs.model.multi_modal_projector.linear_1.state_dict())
-    joint[2].load_state_dict(theirs.model.multi_modal_projector.linear_2.state_dict())
+    if linear:  # two in a row are one
+        weight, bias = second.weight @ first.weight, second(first.bias)
+        joint[0].load_state_dict({"weight": weight, "bias": bias})
+    else:
+        joint[0].load_state_dict(first.state_dict())
+        joint[2].load_state_dict(second.state_dict())
     ours.processor = VLMProcessor.of(ours, processor.tokenizer)
     return ours.eval()
 
@@ -123,15 +130,15 @@ def export(source: str | Path, out: Path) -> Parity:
 
 def _require_fit(ours: VLM) -> None:
     """Whether transformers' LLaVA can express a model; what it cannot is said."""
-    encoder, joint, chosen = ours.encoders["image"], ours.connectors["image"], ours.config.encoder("image")
+    encoder, joint, chosen = ours.encoders["image"], projector(ours), ours.config.encoder("image")
     dropped = chosen.class_token == "drop"
     reasons = [
         (len(ours.encoders) > 1, f"it reads {' and '.join(sorted(ours.encoders))}"),
         (chosen.image_size is not None, f"its encoder reads pictures of {chosen.image_size} pixels, not its own size"),
         (dropped and getattr(encoder, "extra", 0) > 1, "its encoder drops several tokens before the patches, not one"),
         (not isinstance(encoder, Transformer), "its encoder is not a vision transformer"),
-        (not isinstance(joint, MLP) or len(joint.layers) != 3, "its connector is not LLaVA-1.5's two-layer MLP"),
-        (ours.aligner.name != LLaVA.name, f"its joint is {ours.aligner.name}"),
+        (answering(ours) != LLaVA.name, f"its joint is {ours.aligner.name}"),
+        (not isinstance(joint, MLP) or len(joint.layers) > 3, "its connector is not LLaVA's Linear or two-layer MLP"),
         (ours.config.is_encoder_decoder, "its LLM is an encoder-decoder"),
     ]
     refuse("transformers' LLaVA cannot hold this model", reasons)
@@ -139,7 +146,7 @@ def _require_fit(ours: VLM) -> None:
 
 def to_llava(ours: VLM) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The same model as `LlavaForConditionalGeneration`, with its processor."""
-    encoder, joint = ours.encoders["image"], ours.connectors["image"]
+    encoder, joint = ours.encoders["image"], projector(ours)
     chosen = ours.config.encoder("image")
     tokenizer, text = marked(ours), copy.deepcopy(ours.llm.config)  # its vocabulary may grow by the marker below
     image_token = tokenizer.convert_tokens_to_ids(MARKER)
@@ -151,6 +158,7 @@ def to_llava(ours: VLM) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
         image_seq_length=encoder.tokens,
         vision_feature_layer=int(chosen.layer),
         vision_feature_select_strategy=strategy,
+        projector_hidden_act="gelu" if len(joint.layers) == 3 else "linear",
         tie_word_embeddings=text.tie_word_embeddings,
     )
     theirs = LlavaForConditionalGeneration(config).eval()
@@ -158,7 +166,12 @@ def to_llava(ours: VLM) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     theirs.model.language_model.load_state_dict(ours.llm.base_model.state_dict())
     theirs.lm_head.load_state_dict(ours.llm.get_output_embeddings().state_dict())
     theirs.model.multi_modal_projector.linear_1.load_state_dict(joint.layers[0].state_dict())
-    theirs.model.multi_modal_projector.linear_2.load_state_dict(joint.layers[2].state_dict())
+    second = theirs.model.multi_modal_projector.linear_2
+    if len(joint.layers) == 3:
+        second.load_state_dict(joint.layers[2].state_dict())
+    else:
+        nn.init.eye_(second.weight)
+        nn.init.zeros_(second.bias)
     theirs.generation_config = copy.deepcopy(ours.generation_config)
     if image_token >= text.vocab_size:
         add_marker(theirs, image_token)
