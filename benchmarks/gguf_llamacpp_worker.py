@@ -34,11 +34,12 @@ def main() -> None:
     server = served(Path(job["folder"]))
     address = server.listening_address
     marker = asked(f"{address}/props")["media_marker"]
-    before, after = job["text"].split(job["marker"])
-    ids = [asked(f"{address}/tokenize", {"content": text, "parse_special": True})["tokens"] for text in (before, after)]
     common = {"n_predict": job["words"], "temperature": 0, "n_probs": job["likeliest"], "return_tokens": True}
     answers = []
-    for picture in job["pictures"]:
+    for text, picture in zip(job["texts"], job["pictures"], strict=True):
+        before, after = text.split(job["marker"])
+        around = [{"content": each, "parse_special": True} for each in (before, after)]
+        ids = [asked(f"{address}/tokenize", each)["tokens"] for each in around]
         prompt = {"prompt_string": before + marker + after, "multimodal_data": [picture]}
         said = asked(f"{address}/completion", {"prompt": prompt, "cache_prompt": False, **common})
         told = said.get("completion_probabilities") or [{"id": None}]  # none where the answer ends at once

@@ -7,10 +7,12 @@ exported as transformers' LLaVA. With `--llama`, an environment that has xllamac
 too, on our GGUF files; the tower is then a SigLIP and pictures have its size, since llama.cpp misplaces CLIP's class
 token and scales pictures in its own way (`docs/export.md`).
 
-Each server runs in a process of its own and answers the same streamed requests, greedily, every client one after the
-other: first each request with a picture of its own, then all with one picture. The answers to a few requests, asked one
-by one, must be the same from all, or no speed is told; each server's are then compared with what it says among many,
-and the share that differs is reported.
+Each server runs in a process of its own and answers the same streamed requests, greedily. Every client keeps one
+connection (but with llama.cpp, which says that it keeps one and closes it) and sends one request after the other: first
+each with a picture of its own, then all with one picture. The answers to a few requests, asked one by one, must be the
+same from all, or no speed is told; each server's are then compared with what it says among many, and the share that
+differs is reported. Every case is told as soon as it is measured, and what is done is kept if a later one is
+interrupted.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import argparse
 import base64
 import json
 import os
+import queue
 import socket
 import statistics
 import subprocess
@@ -29,6 +32,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -186,13 +190,29 @@ def ask(client: httpx2.Client, address: str, body: dict[str, Any]) -> Heard:
     return Heard("".join(pieces), tokens, first, time.perf_counter() - begun)
 
 
-def load(address: str, name: str, clients: int, bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """All requests by so many clients, each one after the other."""
-    fresh = httpx2.Limits(max_keepalive_connections=0)  # llama.cpp closes connections that others keep
-    with httpx2.Client(timeout=600, limits=fresh) as http, ThreadPoolExecutor(clients) as threads:
+def load(address: str, name: str, clients: int, bodies: Sequence[dict[str, Any]], kept: bool = True) -> dict[str, Any]:
+    """All requests by so many clients, each one after the other, over one connection unless none is `kept`."""
+    limits = httpx2.Limits(max_keepalive_connections=int(kept))
+    waiting: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
+    for numbered in enumerate(bodies):
+        waiting.put(numbered)
+    found: dict[int, Heard] = {}
+
+    def client() -> None:
+        with httpx2.Client(timeout=600, limits=limits) as http:
+            while True:
+                try:
+                    number, body = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                found[number] = ask(http, address, {"model": name, **body})
+
+    with ThreadPoolExecutor(clients) as threads:
         begun = time.perf_counter()
-        heard = list(threads.map(lambda body: ask(http, address, {"model": name, **body}), bodies))
+        for ended in [threads.submit(client) for _ in range(clients)]:
+            ended.result()
         seconds = time.perf_counter() - begun
+    heard = [found[number] for number in range(len(bodies))]
     return {
         "requests_per_second": len(heard) / seconds,
         "tokens_per_second": sum(one.tokens for one in heard) / seconds,
@@ -206,8 +226,9 @@ def measure(kind: str, model: Path, options: argparse.Namespace) -> dict[str, An
     """Every case of one server; `answers` are those asked alone."""
     size = (SIDE, SIDE) if options.llama else (320, 240)
     with served(kind, model, options.llama) as (address, name):
+        hear = partial(load, address, name, kept=kind != "llama.cpp")
         checked = [request(number, number, options.tokens, size) for number in range(CHECKED)]
-        result: dict[str, Any] = {"answers": load(address, name, 1, checked)["answers"], "cases": []}
+        result: dict[str, Any] = {"answers": hear(1, checked)["answers"], "cases": []}
         fresh = 1000
         for clients in options.clients:
             amount = max(clients * options.steps, CHECKED)
@@ -215,10 +236,11 @@ def measure(kind: str, model: Path, options: argparse.Namespace) -> dict[str, An
                 seeds = [0 if repeated else fresh + number for number in range(amount)]
                 fresh += amount
                 bodies = [request(fresh + number, seed, options.tokens, size) for number, seed in enumerate(seeds)]
-                case = load(address, name, clients, bodies) | {"clients": clients, "repeated": repeated}
+                case = hear(clients, bodies) | {"clients": clients, "repeated": repeated}
                 case.pop("answers")
                 result["cases"].append(case)
-        among = load(address, name, max(options.clients), checked * 2)["answers"]
+                print(" ".join(next(lines(kind, [{"cases": [case]}]))), flush=True)
+        among = hear(max(options.clients), checked * 2)["answers"]
         result["flipped"] = sum(a != b for a, b in zip(among, result["answers"] * 2)) / len(among)
     return result
 
@@ -233,12 +255,10 @@ def main(arguments: list[str] | None = None) -> int:
         for _ in range(options.repeats):
             for kind, model in kinds.items():
                 runs[kind].append(measure(kind, model, options))
-    agreeing = sum(len(set(answers)) == 1 for answers in zip(*(each[0]["answers"] for each in runs.values()))) / CHECKED
-    harness.save(
-        "serving_llamacpp" if options.llama else "serving",
-        {"machine": where, "agreeing": agreeing, "runs": runs},
-        options,
-    )
+                answers = zip(*(each[0]["answers"] for each in runs.values() if each))
+                agreeing = sum(len(set(same)) == 1 for same in answers) / CHECKED
+                result = {"machine": where, "agreeing": agreeing, "runs": runs}
+                harness.save("serving_llamacpp" if options.llama else "serving", result, options)
     print(harness.in_words(where), f"\n{agreeing:.0%} of {CHECKED} answers are the same from {' and '.join(kinds)}")
     if agreeing < AGREEING:
         print("refused: no speed is told where the answers differ")
