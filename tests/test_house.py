@@ -41,7 +41,7 @@ FLOORS: list[set[str]] = [
     {"experiment"},
     {"recipes", "comparing"},
     {"papers"},
-    {"comparison", "cli", "__main__"},
+    {"cost_table", "cli", "__main__"},
 ]
 """From the ground up; a room may import its own floor and those below."""
 

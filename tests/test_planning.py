@@ -1,4 +1,4 @@
-"""What `plan` says of a picture's cost, against formulas by hand and against real runs; docs/comparison.md is true."""
+"""What `plan` says of a picture's cost, against formulas by hand and against real runs; docs/costs.md is true."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from typer.testing import CliRunner
 
 import composed
-from isthmus import comparison, papers, recipes
+from isthmus import cost_table, papers, recipes
 from isthmus.aligners.ee_mllm import flops
 from isthmus.cli.app import app
 from isthmus.costs import BYTES, TEXT, costs, measure
@@ -19,7 +19,7 @@ HEAD = 2 * 4096 * 32000
 """Logits of the last position in Vicuna 7B."""
 TOKEN = 32 * 2 * 4096 * BYTES
 """Keys and values of one position in Vicuna 7B."""
-LINES = (ROOT / "docs/comparison.md").read_text(encoding="utf-8").splitlines()
+LINES = (ROOT / "docs/costs.md").read_text(encoding="utf-8").splitlines()
 TABLE = {
     line.split("`")[1]: [cell.strip() for cell in line.split("|")[1:-1]] for line in LINES if line.startswith("| `")
 }
@@ -74,18 +74,18 @@ def test_counts_without_numbers_are_those_of_a_real_run(joint):
 
 
 def test_every_published_recipe_has_a_row_and_figures_are_of_recipes():
-    assert list(TABLE) == list(comparison.published()) and FIGURES.keys() <= TABLE.keys()
-    assert "\n".join(LINES).startswith(comparison.HEAD.format(text=TEXT, before=comparison.BEFORE).rstrip())
+    assert list(TABLE) == list(cost_table.published()) and FIGURES.keys() <= TABLE.keys()
+    assert "\n".join(LINES).startswith(cost_table.HEAD.format(text=TEXT, before=cost_table.BEFORE).rstrip())
 
 
 LEFT_OUT = {"instructblip-vicuna-7b": 2 * 768 * 3072 + 3072 + 768 + 2 * 768}
 """Parameters that are published and that ours leaves out: the last layer's text feed-forward, which nothing reads."""
 
 
-@pytest.mark.parametrize("name", comparison.published())
+@pytest.mark.parametrize("name", cost_table.published())
 def test_parameters_of_the_page_are_those_of_the_models(name):
     planned = plan(recipes.named(name).but(name=name))
-    assert TABLE[name][:5] == comparison.counted(planned)
+    assert TABLE[name][:5] == cost_table.counted(planned)
     figure = FIGURES.get(name)
     if figure is not None and figure.parameters is not None:
         expected = figure.parameters - LEFT_OUT.get(name, 0)
@@ -93,15 +93,15 @@ def test_parameters_of_the_page_are_those_of_the_models(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", comparison.published())
+@pytest.mark.parametrize("name", cost_table.published())
 def test_the_whole_row_is_true(name):
-    assert TABLE[name] == comparison.row(name).cells()
+    assert TABLE[name] == cost_table.row(name).cells()
 
 
 @pytest.mark.parametrize("name", ["llava-1.5-7b", "saisa-7b"])
 def test_costs_of_the_page_are_those_of_the_models(name):
     cost = costs(recipes.named(name))
-    assert TABLE[name][5:] == [*comparison.operations(cost), *comparison.kept(cost, name)]
+    assert TABLE[name][5:] == [*cost_table.operations(cost), *cost_table.kept(cost, name)]
 
 
 # ---------------------------------------------------------------------------------------------- the verb
@@ -117,4 +117,4 @@ def test_the_verb_takes_one_recipe_or_all(monkeypatch, tmp_path):
     monkeypatch.setattr(papers, "checkout", lambda: tmp_path)
     monkeypatch.setattr(recipes, "BOOK", {"llava-1.5-7b": recipes.BOOK["llava-1.5-7b"]})
     assert runner.invoke(app, ["plan", "--all", "--write"]).exit_code == 0
-    assert (tmp_path / "docs/comparison.md").read_text().count("| `llava-1.5-7b` | 576 | 7.063 B |") == 1
+    assert (tmp_path / "docs/costs.md").read_text().count("| `llava-1.5-7b` | 576 | 7.063 B |") == 1

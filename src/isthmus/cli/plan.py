@@ -12,7 +12,7 @@ from isthmus.cli.options import AsJson, Device, Overrides
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from isthmus.comparison import Row
+    from isthmus.cost_table import Row
     from isthmus.forecast import Forecast, StageForecast
 
 Name = Annotated[
@@ -31,14 +31,12 @@ def plan(
     ] = True,
     seconds: Annotated[float, typer.Option(min=0, help="Of calibration per stage; 0 leaves times out.")] = 1.0,
     every: Annotated[bool, typer.Option("--all", help="A table of all recipes, in place of one.")] = False,
-    write: Annotated[
-        bool, typer.Option("--write", help="With --all, rewrite docs/comparison.md; in a checkout.")
-    ] = False,
+    write: Annotated[bool, typer.Option("--write", help="With --all, rewrite docs/costs.md; in a checkout.")] = False,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Parameters, what trains, what a picture costs, and what training takes, before any weights are read."""
-    from isthmus import comparison, recipes
+    from isthmus import cost_table, recipes
     from isthmus.cli.options import on, recipe_of
     from isthmus.costs import costs
     from isthmus.errors import ConfigError
@@ -49,15 +47,15 @@ def plan(
     if (recipe is None) != every or (write and not every):
         raise ConfigError("plan takes one recipe, or --all (with --write)", "`isthmus recipes` lists the recipes")
     if write:
-        typer.echo(f"wrote {rewrite('comparison.md', comparison.page)}")
+        typer.echo(f"wrote {rewrite('costs.md', cost_table.page)}")
     elif recipe is None:
-        _show_all([comparison.row(name) for name in recipes.BOOK], as_json)
+        _show_all([cost_table.row(name) for name in recipes.BOOK], as_json)
     elif beside:
         chosen = [recipe_of(name, overrides) for name in (recipe, *beside)]
         _show_stages([forecast(each, on(device), seconds) for each in chosen], as_json)
     else:
         one = recipe_of(recipe, overrides)
-        row = comparison.Row(plan_of(one), costs(one))
+        row = cost_table.Row(plan_of(one), costs(one))
         _show_one(row, forecast(one, on(device), seconds) if steps else None, as_json)
 
 
@@ -65,7 +63,7 @@ def _show_all(rows: list[Row], as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from isthmus.comparison import TITLES
+    from isthmus.cost_table import TITLES
 
     if as_json:
         typer.echo(json.dumps({row.plan.recipe: row.plain() for row in rows}, indent=2))
@@ -74,7 +72,7 @@ def _show_all(rows: list[Row], as_json: bool) -> None:
     for row in rows:
         table.add_row(*(cell.replace("<br>", "\n").strip("`") for cell in row.cells()))
     Console(highlight=False).print(table)
-    typer.echo("operations in GFLOP, cache in MiB per picture; docs/comparison.md says what is counted")
+    typer.echo("operations in GFLOP, cache in MiB per picture; docs/costs.md says what is counted")
 
 
 def _show_one(row: Row, ahead: Forecast | None, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""Parameters, operations and cache of recipes in one table, beside the published figures: docs/comparison.md."""
+"""Parameters, operations and cache of recipes in one table, beside the published figures: docs/costs.md."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def published() -> Iterator[str]:
 
 
 def page() -> str:
-    """The whole of docs/comparison.md."""
+    """The whole of docs/costs.md."""
     return "\n".join([HEAD.format(text=TEXT, before=BEFORE), *table(map(row, published())), ""])
 
 
