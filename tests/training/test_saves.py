@@ -49,6 +49,7 @@ def in_a_process(work: Callable[[], object]) -> int:
     code = 1
     try:
         os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored in what they start behind `&`
         torch.set_num_threads(1)
         code = 0 if work() is not False else 5
     except IsthmusError:
