@@ -6,10 +6,12 @@ import copy
 from dataclasses import dataclass
 
 import torch
+from transformers.image_processing_base import ImageProcessingMixin
 
 from isthmus import parts, quantised
 from isthmus.config import Recipe
 from isthmus.model import VLM, VLMConfig
+from isthmus.processor import VLMProcessor
 from isthmus.training import optimizer
 from isthmus.training.step import Step
 
@@ -83,6 +85,13 @@ def outline(recipe: Recipe) -> VLM:
             if encoder.bits is not None:
                 quantised.quantise(encoders[kind], encoder.bits, torch.float32)
         return VLM(config, llm, encoders)
+
+
+def processor(model: VLM, recipe: Recipe) -> VLMProcessor:
+    """An outline's processor, which writes samples as the model would read them; no picture can be prepared by it."""
+    for encoder in model.encoders.values():
+        encoder.processor = encoder.processor or ImageProcessingMixin()
+    return VLMProcessor.of(model, parts.tokenizer(recipe.llm), recipe.system)
 
 
 def count(model: VLM, trained: bool = False) -> dict[str, int]:

@@ -7,16 +7,13 @@ from collections.abc import Iterator, Sequence
 from PIL import Image as Pillow
 from rich.style import Style
 from rich.text import Text as RichText
-from transformers.image_processing_utils import ImageProcessingMixin
 
-from isthmus import parts
 from isthmus.config import Recipe, Stage
 from isthmus.data.chat import STYLES, Renderer
 from isthmus.data.media import open_image
 from isthmus.evaluation import html
 from isthmus.evaluation.escaping import escape
-from isthmus.planning import outline
-from isthmus.processor import VLMProcessor
+from isthmus.planning import outline, processor
 from isthmus.types import Image, Sample
 
 COLUMNS = 32
@@ -27,10 +24,7 @@ CLASSES = {style: name for name, style in STYLES.items()}
 
 def renderer(recipe: Recipe, stage: Stage) -> Renderer:
     """What writes a stage's samples, from the parts' configs and the LLM's tokenizer; no weights are read."""
-    model = outline(recipe)
-    for encoder in model.encoders.values():
-        encoder.processor = encoder.processor or ImageProcessingMixin()  # no picture is prepared
-    return VLMProcessor.of(model, parts.tokenizer(recipe.llm), recipe.system).renderer(stage.template)
+    return processor(outline(recipe), recipe).renderer(stage.template)
 
 
 def pictures(sample: Sample) -> Iterator[Pillow.Image]:

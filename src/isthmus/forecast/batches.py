@@ -13,15 +13,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers.image_processing_base import ImageProcessingMixin
 
-from isthmus import costs, objectives, parts
+from isthmus import costs, objectives, planning
 from isthmus.config import Recipe, Stage
 from isthmus.data import sets
 from isthmus.forecast.calibrate import now
 from isthmus.model import VLM
 from isthmus.objectives.lm import supervised
-from isthmus.processor import VLMProcessor
 from isthmus.training.run import Feed, encodes_anew, limits, mix_of
 from isthmus.types import IGNORE, Batch, Features, Media, Medium, Reading
 
@@ -74,9 +72,7 @@ def draw(recipe: Recipe, stage: Stage, model: VLM, steps: int | None, window: in
     if not _here(recipe, stage):
         return Drawn([_assumed(model, stage, anew)], None, 0.0)
     data = mix_of(stage, recipe.seed)
-    for encoder in model.encoders.values():
-        encoder.processor = encoder.processor or ImageProcessingMixin()  # no picture is read for a plan
-    model.processor = VLMProcessor.of(model, parts.tokenizer(recipe.llm), recipe.system)
+    model.processor = planning.processor(model, recipe)
     look = Hollow(model, anew)
     collate = model.processor.collator(look, stage.template, **limits(stage))
     feed = Feed(stage, data, collate, recipe.seed)
