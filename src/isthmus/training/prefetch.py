@@ -65,9 +65,9 @@ class Prefetched:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-        if isinstance(error, RuntimeError):  # the news of a killed worker interrupts the training wherever it is
-            with _telling_of_lost_workers():
+        with _telling_of_lost_workers():
+            self.close()
+            if isinstance(error, RuntimeError):  # the news of a killed worker interrupts the training wherever it is
                 raise error
 
     def close(self) -> None:
@@ -132,13 +132,18 @@ def _undisturbed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _telling_of_lost_workers() -> Iterator[None]:
-    """Turns DataLoader's error about a worker that died into a cause and a remedy."""
+    """Turns what a worker's death raises here into a cause and a remedy: DataLoader's own error, or that of a tensor's
+    memory which was being handed over just then. What a worker raised itself arrives as `Caught …` and is let through.
+    """
     try:
         yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if str(error).startswith("Caught ") or (
+            isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker")
+        ):
             raise
+        what = str(error).splitlines()[0] if str(error) else "while it handed a batch over"
         raise IsthmusError(
-            f"a process that prepares batches is gone ({str(error).splitlines()[0]})",
+            f"a process that prepares batches is gone ({what})",
             "it was killed, or memory ran out (shared memory too: /dev/shm); lower engine.workers, or set it to 0",
         ) from error
