@@ -128,11 +128,6 @@ def masks(
     if packed and not divided and cache is None and (kinds := _reaching_back(config, segment_BS)) is not None:
         borders = kernels.borders(segment_BS)
         return dict.fromkeys(kinds, borders) if kinds else borders
-    if not (divided or packed or fixed) and cached and embeds_BTD.shape[1] == 1:
-        # One more token per row, and padding alone to be hidden: a function would be evaluated place by place.
-        return create_masks_for_generate(
-            config=config, inputs_embeds=embeds_BTD, attention_mask=segment_BS > 0, past_key_values=cache
-        )
     reach = max(segment_BS.shape[1], cache.get_max_length() if cache is not None else 0)
     segment = torch.nn.functional.pad(segment_BS, (0, reach - segment_BS.shape[1]), value=-1)
 

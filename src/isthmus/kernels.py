@@ -74,8 +74,12 @@ def attention(
 
 
 def mask(*args: Any, dtype: torch.dtype = torch.float32, **more: Any) -> Tensor | None:
-    """The mask that `attention` wants: sdpa's, additive on a CPU; None where causality alone is right."""
-    allowed = sdpa_mask(*args, **more)
+    """The mask that `attention` wants: sdpa's, additive on a CPU; None where causality alone is right.
+
+    Rules of who sees whom index and compare, so they are evaluated on whole axes that broadcast; transformers would
+    vmap them, which takes some 14 ms a mask.
+    """
+    allowed = sdpa_mask(*args, **{**more, "use_vmap": False})
     return allowed if allowed is None or allowed.device.type != "cpu" else _additive(allowed, dtype)
 
 
