@@ -212,12 +212,21 @@ PAIRS += [(name, family) for family, names in FAMILIES.items() for name in names
 CASES = [pytest.param(*pair, id="-".join(pair)) for pair in PAIRS]
 DECODING = [case for case in CASES if case.values[1] not in ENCODER_DECODERS]
 
-BROAD = {*((name, joint.families[0]) for name, joint in JOINTS.items()), *(("mlp", family) for family in FAMILIES)}
-"""Every joint once, and every family once, for what does not depend on how a joint and a family go together."""
+BROAD = {*((name, joint.families[0]) for name, joint in JOINTS.items()), *(pair for pair in PAIRS if pair[0] == "mlp")}
+"""Every joint once, and every family once, for what hardly depends on how a joint and a family go together."""
+
+
+def _widest(cases: list[Any]) -> list[Any]:
+    """All of the cases, those beyond `BROAD` in `make slow` alone."""
+    slow = pytest.mark.slow
+    return [case if case.values in BROAD else pytest.param(*case.values, id=case.id, marks=slow) for case in cases]
+
 
 every = pytest.mark.parametrize(("joint", "family"), CASES)
 each = pytest.mark.parametrize(("joint", "family"), [case for case in CASES if case.values in BROAD])
 every_decoder = pytest.mark.parametrize(("joint", "family"), DECODING)
+each_then_every = pytest.mark.parametrize(("joint", "family"), _widest(CASES))
+each_then_every_decoder = pytest.mark.parametrize(("joint", "family"), _widest(DECODING))
 
 
 def newborn(joint: str, family: str) -> VLM:
@@ -407,7 +416,7 @@ def test_cached_decoding_equals_the_full_forward(joint, family, static):
     close(torch.cat(found, 1)[real], expected[real])
 
 
-@every_decoder
+@each_then_every_decoder
 @torch.no_grad()
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 def test_a_reused_prefix_takes_a_second_question_with_a_picture_of_its_own(joint, family, static):
@@ -478,7 +487,7 @@ def test_greedy_generation_equals_a_loop_by_hand(joint, family):
         assert torch.equal(model.generate(prompt, cache_implementation="static", **greedy), expected)
 
 
-@every
+@each_then_every
 @torch.no_grad()
 def test_beams_of_a_batch_equal_beams_of_single_samples(joint, family):
     model = endless(grown(joint, family))
@@ -503,7 +512,7 @@ def test_generation_from_the_processors_tensors_equals_that_from_a_batch(joint, 
     assert (blind.logits[0] - found.logits[0]).abs().max() > 1e-3
 
 
-@every
+@each_then_every
 @torch.no_grad()
 def test_forward_gives_the_logits_of_run(joint, family):
     model = grown(joint, family)
@@ -543,7 +552,7 @@ def attention_glob(model: VLM) -> str:
     return f"llm.*.{name}"
 
 
-@every
+@each_then_every
 def test_recomputed_gradients_equal_plain_ones(joint, family):
     model = grown(joint, family)
     step = step_of(model, joint)
@@ -626,7 +635,7 @@ def test_a_glob_trains_exactly_its_parameters(joint, family, part):
 # ---------------------------------------------------------------------------------------------- storage
 
 
-@every
+@each_then_every
 @torch.no_grad()
 def test_saved_and_loaded_is_bit_equal_as_delta_and_as_whole(joint, family, tmp_path):
     model = newborn(joint, family)
@@ -644,7 +653,7 @@ def test_saved_and_loaded_is_bit_equal_as_delta_and_as_whole(joint, family, tmp_
     assert sizes[0] < sizes[1] / 2
 
 
-@every
+@each_then_every
 @torch.no_grad()
 def test_merged_lora_equals_unmerged(joint, family):
     torch.manual_seed(3)
@@ -678,6 +687,7 @@ OTHERS = [pair for pair in itertools.product(JOINTS, (*ALL, *FAMILIES)) if pair 
 """What no case above is of."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("joint", "family"), OTHERS, ids=map("-".join, OTHERS))
 def test_every_other_family_composes_or_refuses_with_the_reason(joint, family):
     name = JOINTS[joint].aligner

@@ -72,8 +72,8 @@ def real(recipe: Recipe) -> tuple[Step, list[Any]]:
         ("llava", {"connectors.*": 1e-3}),
         ("llava", LORA),
         ("flamingo", {"connectors.*": 1e-3, "llm.*gated*": 1e-3}),
-        ("cogvlm", LORA),
-        ("ee_mllm", LORA),
+        pytest.param("cogvlm", LORA, marks=pytest.mark.slow),
+        pytest.param("ee_mllm", LORA, marks=pytest.mark.slow),
         ("saisa", LORA),
     ],
 )
@@ -202,7 +202,7 @@ PUBLISHED = [name for name, make in recipes.BOOK.items() if make().llm.architect
     [
         pytest.param("blip2-opt-2.7b", 1, marks=pytest.mark.slow),
         ("p-former-opt-2.7b", 0),
-        ("instructblip-vicuna-7b", 1),
+        pytest.param("instructblip-vicuna-7b", 1, marks=pytest.mark.slow),
     ],
 )
 def test_what_connectors_read_is_assumed_too(name, media):

@@ -318,7 +318,7 @@ def test_conversations_with_pictures_in_several_turns():
     assert model.generate(batch, max_new_tokens=2, do_sample=False).shape[1] == batch.input_ids_BT.shape[1] + 2
 
 
-@pytest.mark.parametrize("micros", [2, 4])
+@pytest.mark.parametrize("micros", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_transformers_trainer_accumulates_to_the_same_step(tmp_path, micros):
     """Labels differ in number between the samples, so that a mean of means would be another gradient."""
     newborn = composed.model("llama")

@@ -34,6 +34,14 @@ ENGINES = {
     "fsdp, frozen parts whole": Engine(parallel="fsdp", shard_frozen=False),
 }
 
+SHARED = [
+    ("connectors.*", "ddp"),
+    ("*", "fsdp"),
+    pytest.param("connectors.*", "fsdp", marks=pytest.mark.slow),
+    pytest.param("*", "ddp", marks=pytest.mark.slow),
+]
+"""What trains, and under which engine."""
+
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
@@ -92,8 +100,7 @@ def test_packed_bases_are_sharded_too(recipe: Recipe, tmp_path: Path, bits: int)
     same(one, tmp_path / "two")
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-@pytest.mark.parametrize("train", ["connectors.*", "*"])
+@pytest.mark.parametrize(("train", "engine"), SHARED)
 def test_a_process_without_pictures_neither_hangs_nor_changes_anything(
     recipe: Recipe, tmp_path: Path, engine: str, train: str
 ) -> None:
@@ -113,8 +120,7 @@ def _mixed(*arguments: Any) -> None:
     ranks.learn(*arguments, steps=4, texts=(1, 3))
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-@pytest.mark.parametrize("train", ["connectors.*", "*"])
+@pytest.mark.parametrize(("train", "engine"), SHARED)
 def test_a_step_in_which_no_process_has_pictures_moves_no_connector(
     recipe: Recipe, tmp_path: Path, engine: str, train: str
 ) -> None:
@@ -140,8 +146,17 @@ OVER_PICTURES = {
 """Terms that run heads over pictures: joint, its options, objectives, and what trains."""
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-@pytest.mark.parametrize("term", OVER_PICTURES)
+@pytest.mark.parametrize(
+    ("term", "engine"),
+    [
+        ("asvr", "ddp"),
+        ("victor", "fsdp"),
+        ("itg", "ddp"),
+        pytest.param("asvr", "fsdp", marks=pytest.mark.slow),
+        pytest.param("victor", "ddp", marks=pytest.mark.slow),
+        pytest.param("itg", "fsdp", marks=pytest.mark.slow),
+    ],
+)
 def test_a_head_over_pictures_keeps_step_where_a_process_or_all_have_none(
     recipe: Recipe, tmp_path: Path, term: str, engine: str
 ) -> None:
