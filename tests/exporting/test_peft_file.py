@@ -226,6 +226,8 @@ DAMAGE = {
     "patterns": (config(rank_pattern=["q_proj"]), "rank_pattern: Input should be a valid dictionary"),
     "pattern of no number": (config(alpha_pattern={"q_proj": "much"}), "alpha_pattern.q_proj: Input should be a valid"),
     "broken pattern": (config(rank_pattern={"(q_proj": 3}), "Input should be a valid regular expression"),
+    "a group repeated": (config(rank_pattern={r"([a-z_.0-9]+)+!": 3}), "repeats a group"),
+    "many repeats": (config(alpha_pattern={".*.*.*.*!": 3}), "or more than 3 times something"),
     "another rank": (config(r=3), r"has tensors of shapes \[\[2, 32\], \[32, 2\]\], and its rank is 3"),
     "magnitudes lost": (config(use_dora=True), r"missing or unknown keys .*lora_magnitude_vector"),
     "half": (tensors(lambda held: held.pop(B)), f"missing or unknown keys .*{WHERE}.lora_B"),

@@ -10,10 +10,10 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ IDLE |= {"loftq_config", "eva_config", "qalora_group_size", "ensure_weight_tying
 """Options that say nothing about a finished adapter: the names of its tensors say where it lies."""
 BIRTHS = (None, True, False, "gaussian", "orthogonal", "eva")
 """How an adapter may have begun; the others of peft change the base's weights as well."""
+REPEATS = 3
+"""How many repetitions a pattern for names may have: the time for a name grows with its length to that power."""
 DAMAGED = "save the adapter again with peft's save_pretrained, or copy the folder again"
 PLAIN = "only LoRA and DoRA on Linears can be read; peft's merge_and_unload puts everything else into the base"
 
@@ -47,6 +49,16 @@ class Saved(NamedTuple):
     """Parameters of the base: peft saves a head along that has LoRA, and the embedding of a changed vocabulary."""
 
 
+def _quick(pattern: re.Pattern[str]) -> re.Pattern[str]:
+    """A foreign pattern, unless it could take for ever on the name of a module."""
+    if re.search(r"\)[*+{]", pattern.pattern) or len(re.findall("[*+{]", pattern.pattern)) > REPEATS:
+        raise ValueError(f"{pattern.pattern!r} repeats a group, or more than {REPEATS} times something")
+    return pattern
+
+
+Pattern = Annotated[re.Pattern[str], AfterValidator(_quick)]
+
+
 class Options(BaseModel):
     """The options of peft that shape LoRA; `_check_plain` looks at the others."""
 
@@ -57,8 +69,8 @@ class Options(BaseModel):
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     use_dora: bool = False
     use_rslora: bool = False
-    rank_pattern: dict[re.Pattern[str], int] | None = None
-    alpha_pattern: dict[re.Pattern[str], float] | None = None
+    rank_pattern: dict[Pattern, int] | None = None
+    alpha_pattern: dict[Pattern, float] | None = None
 
 
 def write(root: nn.Module, name: str, folder: Path, base: str | None = None) -> None:
