@@ -17,7 +17,7 @@ from isthmus.training.curves import COLOURS, DOT, LINE, _ticks, draw_curves, dra
 from isthmus.training.log import Metrics, Progress, read_rows
 from isthmus.types import ConfigError
 
-ROW = {"loss": 2.5, "tokens_per_second": 1234.5, "data_wait": 0.07}
+ROW = {"loss": 2.5, "tokens_per_second": 1234.5, "data_wait": 0.07, "seconds": 0.5}
 
 
 def test_rows_after_the_resumed_step_and_a_half_written_one_are_dropped(tmp_path: Path) -> None:
@@ -42,6 +42,19 @@ def test_plain_lines_off_a_terminal(tmp_path: Path) -> None:
     lines = out.getvalue().splitlines()
     assert len(lines) == 20 and "\x1b" not in out.getvalue()
     assert lines[0] == "align 2/40 · loss 2.5000 · 1,234 tokens/s · waiting for data 7%" and "40/40" in lines[-1]
+
+
+@pytest.mark.parametrize(("even", "odd", "said"), [(0.2, 0.05, "15%"), (0.15, 0.02, "11%"), (0.1, 0.05, None)])
+def test_waiting_for_data_is_said_once_above_a_tenth(even: float, odd: float, said: str | None) -> None:
+    """Of the twenty steps after the first, ten of each kind; even ones take 1 s, odd ones half of it."""
+    out = io.StringIO()
+    with Progress(Console(file=out, width=200), "align", steps=60, done=0) as progress:
+        for step in range(1, 61):
+            wait = 0.9 if step == 1 else odd if step % 2 else even
+            progress.show({"step": step, **ROW, "data_wait": wait, "seconds": 0.5 if step % 2 else 1.0})
+    told = [line for line in out.getvalue().splitlines() if line.startswith("waiting for data takes")]
+    expected = f"waiting for data takes {said} of the time: more engine.workers prepare more batches ahead"
+    assert told == ([expected] if said else [])
 
 
 def test_a_bar_on_a_terminal() -> None:

@@ -21,6 +21,8 @@ from isthmus.training.board import Board
 from isthmus.training.checkpoint import writing
 
 Row = dict[str, Any]
+PATIENT, LOOKED = 0.1, 20
+"""Share of the time that may go by waiting for data unsaid, and the steps after which that is judged."""
 
 
 class Metrics:
@@ -83,6 +85,7 @@ class Progress:
     def __init__(self, console: Console, title: str, steps: int, done: int):
         self.console, self.title, self.steps = console, title, steps
         self.every = max(1, math.ceil(steps / 20))
+        self.shown, self.seconds, self.waited = 0, 0.0, 0.0
         self.bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -110,6 +113,20 @@ class Progress:
         self.bar.update(self.task, completed=row["step"], news=news)
         if not self.console.is_terminal and (row["step"] % self.every == 0 or row["step"] == self.steps):
             self.say(f"{self.title} {row['step']}/{self.steps} · {news}")
+        self._judge(row)
+
+    def _judge(self, row: Row) -> None:
+        """Say once if the data keep the training waiting; the first step, in which workers start, does not count."""
+        self.shown += 1
+        if self.shown == 1:
+            return
+        self.seconds += row["seconds"]
+        self.waited += row["data_wait"] * row["seconds"]
+        if self.shown == 1 + LOOKED and self.waited > PATIENT * self.seconds:
+            self.say(
+                f"waiting for data takes {self.waited / self.seconds:.0%} of the time: "
+                "more engine.workers prepare more batches ahead"
+            )
 
     def say(self, what: RenderableType) -> None:
         self.console.print(what, soft_wrap=isinstance(what, str), highlight=False, markup=False)
