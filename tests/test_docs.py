@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -185,6 +186,8 @@ def test_the_same_joint_stands_in_the_readme(there):
 
 def test_the_recipe_in_the_page_about_training_trains(there):
     write_files(ROOT / "docs/training.md", there)
+    (there / "pictures").mkdir(exist_ok=True)
+    shutil.copy("cat.png", "pictures/cat.png")
     assert [stage.name for stage in read(Path("mine.yaml")).stages] == ["align", "sft"]
     small = [f"stages.{name}.budget={{steps: 2}}" for name in ("align", "sft")]
     ran = CliRunner().invoke(app, ["train", "mine.yaml", *small, "--out", "runs/mine", "--device", "cpu"])

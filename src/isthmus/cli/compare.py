@@ -51,7 +51,7 @@ def compare(
     budget: Annotated[
         str, typer.Option(help="Of each run, shared by its stages: 10m, 2e15flops, 50k-samples, 300-steps.")
     ] = "10m",
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each recipe; three or more for a verdict.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each recipe; five, if you want a verdict.")] = 3,
     baseline: Annotated[str | None, typer.Option(help="What all others are compared with; else the first.")] = None,
     grid: Annotated[
         str, typer.Option(help="Factors of the learning rates that are tried for each recipe.")

@@ -21,7 +21,7 @@ Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run
 RecipeName = Annotated[str, typer.Argument(help="A recipe's name (see `isthmus recipes`), or a .yaml or .json file.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Dotted overrides such as stages.align.lr=1e-3 encoder=./my-encoder seed=1."),
+    typer.Argument(help="Dotted overrides such as stages.sft.lr=1e-3 encoder=./my-encoder seed=1."),
 ]
 
 Endpoint = Annotated[

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -76,6 +78,12 @@ def train(
     _experiment(chosen, out or Path("runs") / chosen.name, device, Console(stderr=as_json, highlight=False), as_json)
 
 
+def _called() -> str:
+    """How this program is called here: by its name, or by its path where the name is not found."""
+    given = Path(sys.argv[0])
+    return str(given) if given.name == "isthmus" and shutil.which("isthmus") is None else "isthmus"
+
+
 def _experiment(recipe: Recipe, folder: Path, device: str, console: Console, as_json: bool) -> None:
     """Run what is missing, then show the result and what to do next."""
     from isthmus.cli.options import on
@@ -108,6 +116,6 @@ def _experiment(recipe: Recipe, folder: Path, device: str, console: Console, as_
     for said in result.generations:
         console.print(f"[dim]{said.prompt}[/dim]  {said.reply!r} [dim](reference: {said.reference})[/dim]")
     model = folder / recipe.stages[-1].name / "model"
-    chat = shlex.join(["isthmus", "chat", str(model), "--image", "PICTURE.png"])
+    chat = shlex.join([_called(), "chat", str(model), "--image", "PICTURE.png"])
     after = f"\nreport  {folder / 'report.html'}\nmodel   {model}\nchat    {chat}"
     console.print(after, markup=False, soft_wrap=True)  # to be copied: neither brackets taken out nor lines broken
