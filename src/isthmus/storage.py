@@ -174,11 +174,24 @@ def load(
         llm = parts.load_llm(_confirm(config), dtype)
         encoders = {kind: parts.load_encoder(config.encoder(kind), dtype) for kind in config.encoders}
     model = cls(config, llm, encoders)
-    _fill(model, read_weights(folder), config.whole, folder)
+    weights = read_weights(folder)
+    _fill(model, weights, config.whole, folder)
+    for kind, encoder in model.encoders.items():
+        encoder.own = _own(kind, weights, config)
     model.processor = VLMProcessor.from_pretrained(folder)
     if (folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
+
+
+def _own(kind: str, weights: Mapping[str, torch.Tensor], config: VLMConfig) -> str:
+    """A hash of what a directory holds of an encoder, LoRA's scales among it; empty where that is nothing."""
+    if not (keys := sorted(key for key in weights if key.startswith(f"encoders.{kind}."))):
+        return ""
+    found = hashlib.sha256(json.dumps([keys, config.lora], sort_keys=True).encode())
+    for key in keys:
+        found.update(weights[key].contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
 
 
 def stored(model: VLM, whole: bool) -> set[str]:

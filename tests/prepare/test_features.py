@@ -15,8 +15,9 @@ import torch
 import composed
 from composed import picture
 from isthmus import parts
-from isthmus.config import EncoderConfig, ObjectiveConfig, Stage
+from isthmus.config import EncoderConfig, LoRA, ObjectiveConfig, Stage
 from isthmus.encoders import Encoder
+from isthmus.model import VLM
 from isthmus.prepare import features as prepare
 from isthmus.prepare.features import FeatureCache
 from isthmus.training.run import train
@@ -96,6 +97,39 @@ def test_the_folder_depends_on_all_that_features_depend_on(tmp_path):
 
 @pytest.mark.parametrize("file", ["rows.bin", "index.txt"])
 @pytest.mark.parametrize("cut", [1, 65, 200])
+@torch.no_grad()
+def _changed(how: str, seed: int, folder: Path) -> VLM:
+    """A model whose encoder is another than its source's, saved and loaded."""
+    torch.manual_seed(seed)
+    model = composed.model("llama")
+    if how == "adapted":
+        model.add_lora(["encoders.image.*fc1"], LoRA(r=2), "sight")
+        for name, weight in model.encoders.named_parameters():
+            if ".grafts." in name:
+                weight.normal_()
+    else:
+        for weight in model.encoders.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    model.config.trained = ["encoders.*"] if how == "trained" else []
+    model.save_pretrained(folder, whole=how == "whole")
+    return VLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("how", ["trained", "adapted", "whole"])
+def test_an_encoder_that_was_changed_has_features_of_its_own(tmp_path, how):
+    """Also where two models lie in the same folder, one after the other."""
+    base = cache(tmp_path)
+    base("image", PICTURES)
+    one, two = (_changed(how, seed, tmp_path / "model").encoders["image"] for seed in (1, 2))
+    kept = [FeatureCache(each, tmp_path, 3) for each in (one, two)]
+    assert all(right(each, PICTURES) for each in kept)
+    assert len({base.folder, *(each.folder for each in kept)}) == 3
+    assert VLM.from_pretrained(tmp_path / "model").encoders["image"].own == two.own
+    plain = composed.model("llama")
+    plain.save_pretrained(tmp_path / "plain")
+    assert FeatureCache(VLM.from_pretrained(tmp_path / "plain").encoders["image"], tmp_path).folder == base.folder
+
+
 def test_an_interrupted_write_loses_the_torn_rows_alone(tmp_path, file, cut):
     cache(tmp_path).fill(PICTURES)
     path = next(tmp_path.rglob(file))

@@ -22,6 +22,7 @@ class Encoder(nn.Module):
         aspect: how a picture becomes square (`EncoderConfig.aspect`).
         grid: (rows, columns) of S at that size.
         processor: the transformers image processor that makes its pixels; saved beside the model.
+        own: a hash of the weights and adapters that a saved model brought for it; empty where it is its source's.
     """
 
     kind: ClassVar[str] = "image"
@@ -31,6 +32,7 @@ class Encoder(nn.Module):
     aspect: Literal["crop", "pad", "squash"]
     grid: tuple[int, int]
     processor: ImageProcessingMixin
+    own: str = ""
 
     @property
     def tokens(self) -> int:

@@ -51,7 +51,8 @@ class FeatureCache:
         self.batch_size = batch_size or (CPU_BATCH if self._device.type == "cpu" else BATCH)
         self._encoding = threading.Lock()
         self._dtype = next(encoder.parameters()).dtype
-        identity = json.dumps(encoder.identity() | {"dtype": str(self._dtype)}, sort_keys=True)
+        changed = {"own": encoder.own} if encoder.own else {}
+        identity = json.dumps(encoder.identity() | changed | {"dtype": str(self._dtype)}, sort_keys=True)
         self.folder = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "identity.json").write_text(identity)
