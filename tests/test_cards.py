@@ -101,6 +101,23 @@ def test_exported_directories_carry_the_lineage_on(run: Path, tmp_path: Path) ->
     assert f"LlavaForConditionalGeneration, largest difference of logits {parity.difference:.1e}" in card.text
 
 
+def test_a_figure_that_is_none_is_a_dot(run: Path) -> None:
+    source = run / "tune/model"
+    config, told = json.loads((source / "config.json").read_text()), cards.lineage(source)
+    assert told.report is not None
+    report = json.loads(json.dumps(told.report))
+    report["rows"][0]["cells"]["after"] |= {"value": None, "low": None, "high": None}
+    card = ModelCard(cards.card(config, replace(told, report=report)))
+    assert lines(card, "Figures")[0][4] == "·" and len(lines(card, "Figures")) == len(report["rows"])
+    assert len(card.data.eval_results or []) == len(report["rows"]) - 1
+
+
+def test_a_link_to_a_model_has_its_lineage(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "best").symlink_to(run / "tune/model")
+    assert cards.lineage(tmp_path / "best") == cards.lineage(run / "tune/model")
+    assert len(cards.lineage(tmp_path / "best").stages) == 2
+
+
 def test_figures_are_left_out_where_they_do_not_hold(run: Path) -> None:
     source = run / "tune/model"
     config, told = json.loads((source / "config.json").read_text()), cards.lineage(source)

@@ -129,7 +129,7 @@ def _content(form: Form, container: Container) -> str:
 
 def lineage(folder: Path) -> Lineage:
     """The lineage of `RUN/STAGE/model`; an empty one for a directory that lies in no run."""
-    stage, run = folder.absolute().parent.name, folder.absolute().parent.parent
+    stage, run = folder.resolve().parent.name, folder.resolve().parent.parent
     begun = _read(run / RECIPE)
     recipe = begun.get("recipe", {})
     names = [each["name"] for each in recipe.get("stages", [])]
@@ -209,7 +209,7 @@ def _front(config: Mapping[str, Any], told: Lineage, exported: Export | None) ->
     results = [
         EvalResult(TASK, row["task"], row["label"], row["unit"], row["cells"]["after"]["value"])
         for row in (told.report or {}).get("rows", [])
-        if "after" in row["cells"]
+        if row["cells"].get("after", {}).get("value") is not None
     ]
     return ModelCardData(
         license=licence or "other",
@@ -336,7 +336,9 @@ def _figures(told: Lineage) -> str:
 
 
 def _figure(cell: Mapping[str, Any] | None) -> str:
-    return "·" if cell is None else f"{cell['value']:.3f} ({cell['low']:.3f} – {cell['high']:.3f})"
+    if cell is None or cell["value"] is None:
+        return "·"
+    return f"{cell['value']:.3f} ({cell['low']:.3f} – {cell['high']:.3f})"
 
 
 def _licences(config: Mapping[str, Any], told: Lineage) -> str:

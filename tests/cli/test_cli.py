@@ -137,6 +137,24 @@ def test_errors_are_a_cause_and_a_remedy(monkeypatch, capsys, words, code, cause
     assert hint.startswith("remedy: ") and remedy in hint
 
 
+def test_a_path_that_cannot_be_written_is_a_cause_and_a_remedy(monkeypatch, capsys, tmp_path, data):
+    (tmp_path / "file").touch()
+    words = ["-k", "words=1..", "--numbers", str(tmp_path / "file/numbers.jsonl")]
+    assert run(monkeypatch, "data", "filter", str(data), str(tmp_path / "out.jsonl"), *words) == 1
+    error, hint = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert error == f"error: {tmp_path}/file: File exists" and hint.startswith("remedy: check the path")
+
+
+def test_the_last_line_names_the_program_as_it_was_called(monkeypatch, tmp_path):
+    from isthmus.cli.train import _called
+
+    monkeypatch.setattr(sys, "argv", [".venv/bin/isthmus", "demo"])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _called() == ".venv/bin/isthmus"
+    (tmp_path / "isthmus").touch(0o755)
+    assert _called() == "isthmus"
+
+
 def test_data_check_names_line_and_repair(monkeypatch, capsys, data):
     assert run(monkeypatch, "data", "check", str(data)) == 0
     records = json.loads(data.read_text())

@@ -136,7 +136,7 @@ def test_preview_shows_tokens_and_pictures(monkeypatch, capsys, data: Path, tmp_
 
 def test_filter_counts_what_each_rule_drops(monkeypatch, capsys, data: Path, tmp_path: Path) -> None:
     words = ["filter", str(data), str(tmp_path / "kept.jsonl"), "--images", str(data.parent / "pictures")]
-    numbers = tmp_path / "numbers.jsonl"
+    numbers = tmp_path / "not/yet/numbers.jsonl"
     rules = ["-k", "words=1..", "-k", "same-picture=..0", "--numbers", str(numbers), "--json"]
     assert run(monkeypatch, *words, *rules) == 0
     told = json.loads(capsys.readouterr().out)

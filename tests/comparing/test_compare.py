@@ -22,7 +22,7 @@ from isthmus.comparing import compare, page, speed
 from isthmus.comparing.advice import advice
 from isthmus.comparing.judge import judged
 from isthmus.comparing.outcome import Cell, Line, Outcome, Rates
-from isthmus.comparing.plan import Common, Plan, scaled
+from isthmus.comparing.plan import Common, Job, Plan, scaled
 from isthmus.comparing.settings import Setting, settings
 from isthmus.comparing.speed import Speed
 from isthmus.comparing.table import markdown, tables
@@ -273,6 +273,17 @@ def test_all_rates_of_a_recipe_are_scaled() -> None:
         assert new.lr == pytest.approx(3 * old.lr)
         for glob, how in old.train.items():
             assert new.train[glob].lr == (None if how.lr is None else pytest.approx(3 * how.lr))
+
+
+def test_trials_without_a_validation_loss_did_not_diverge(tmp_path: Path) -> None:
+    recipe = recipes(tmp_path)[0]
+    trials = {factor: Job(recipe, tmp_path / str(factor), "one, rates") for factor in (1.0, 3.0)}
+    for job in trials.values():
+        rows = job.folder / recipe.stages[-1].name / "metrics.jsonl"
+        rows.parent.mkdir(parents=True)
+        rows.write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")
+    with pytest.raises(ConfigError, match="one, rates: nothing was held out"):
+        compare._chosen(trials)
 
 
 def test_of_equal_losses_the_rate_nearest_to_the_recipe_is_chosen() -> None:

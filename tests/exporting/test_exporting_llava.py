@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ import tiny
 from composed import picture, stir
 from isthmus import exporting
 from isthmus.config import LoRA
-from isthmus.exporting import llava, native
+from isthmus.exporting import blip2, gguf, llava, native, onnx
 from isthmus.types import ConfigError, IsthmusError, Sample, Turn
 from tiny import IMAGE, PATCH, VOCAB
 
@@ -226,6 +227,15 @@ def test_nothing_is_written_when_logits_differ(tmp_path, monkeypatch):
     with pytest.raises(IsthmusError, match="logits differ"):
         llava.import_llava(theirs(tmp_path / "theirs"), tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("form", [llava.export, gguf.export, onnx.export, functools.partial(blip2.export, to="blip2")])
+def test_no_model_is_written_over_by_its_own_export(tmp_path, form):
+    composed.model("llama", vision="clip").save_pretrained(tmp_path / "ours")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "ours").iterdir()}
+    with pytest.raises(ConfigError, match="holds the model itself"):
+        form(tmp_path / "ours", out=tmp_path / "other/../ours")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "ours").iterdir()} == before
 
 
 def test_a_number_that_is_none_is_not_equal():

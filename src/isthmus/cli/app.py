@@ -43,6 +43,11 @@ def main() -> None:
     except IsthmusError as error:
         _complain(error.cause, error.remedy)
         sys.exit(error.code)
+    except OSError as error:
+        if error.filename is None:  # not a matter of a path that was named
+            raise
+        _complain(f"{error.filename}: {error.strerror}", "check the path, and who may read and write there")
+        sys.exit(1)
     except KeyboardInterrupt:
         _complain("interrupted", "the same command goes on from the last saved step")
         sys.exit(130)

@@ -59,7 +59,6 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a model: every task beside its blind and shuffled-picture baselines, with intervals."""
-    from dataclasses import asdict
 
     from rich.console import Console
 
@@ -73,7 +72,7 @@ def evaluate(
     from isthmus.evaluation.controls import CONTROLS
     from isthmus.evaluation.measure import build, check_exchanges, measure, measure_alone, merge
     from isthmus.evaluation.report import cost_table, table_of
-    from isthmus.evaluation.results import rows
+    from isthmus.evaluation.results import as_plain, rows
     from isthmus.training import log
     from isthmus.training.machine import arithmetic
 
@@ -123,10 +122,8 @@ def evaluate(
         console.print(f"predictions per item: {folder}")
     changes = [] if golden is None else kept.compare(measured, golden)
     if as_json:
-        plain = [asdict(row) for row in found]
-        typer.echo(
-            json.dumps({"rows": plain, "golden": [asdict(one) for one in changes]} if golden else plain, indent=2)
-        )
+        said = {"rows": found, "golden": changes} if golden else found
+        typer.echo(json.dumps(as_plain(said), indent=2, allow_nan=False))
     elif golden is not None:
         console.print(kept.table(changes))
     if count := sum(one.differing for one in changes):

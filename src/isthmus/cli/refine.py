@@ -72,6 +72,9 @@ def choose(
     rules = [filters.Rule.parse(rule) for rule in keep]
     measures = _measures([rule.operator for rule in rules], clip, joint, device)
     kind = _kind(out)
+    if numbers is not None:  # found out now, and not after all the measuring
+        numbers.parent.mkdir(parents=True, exist_ok=True)
+        numbers.touch()
     if against:
         _hold(measures, against)
     found = opened(form_of(path, images, options))

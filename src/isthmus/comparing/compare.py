@@ -283,9 +283,19 @@ def _rates(plan: Plan, place: Place, engine: Engine, costs: Mapping[str, list[fl
 
 
 def _chosen(trials: Mapping[float, Job]) -> Rates | None:
-    """What a recipe's trials say, by factor."""
+    """What a recipe's trials say, by factor.
+
+    Raises:
+        ConfigError: they ended well, and none has a validation loss.
+    """
     lengths = [len(gather.steps_of(job, job.recipe.stages[-1])) for job in trials.values() if not job.diverged]
-    return chosen({factor: gather.validation(job) for factor, job in trials.items()}, min(lengths, default=0))
+    losses = {factor: gather.validation(job) for factor, job in trials.items()}
+    if lengths and not any(loss is not None for loss in losses.values()):
+        raise ConfigError(
+            f"{next(iter(trials.values())).label}: nothing was held out to choose a learning rate by",
+            "lengthen max_length, so that held-out samples fit, or try one learning rate: --grid 1",
+        )
+    return chosen(losses, min(lengths, default=0))
 
 
 def chosen(losses: Mapping[float, float | None], steps: int = 0) -> Rates | None:

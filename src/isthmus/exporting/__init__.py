@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from isthmus import quantised
+from isthmus import parts, quantised
 from isthmus.connectors.codebook import Coded
 from isthmus.model import VLM
 from isthmus.types import ConfigError, IsthmusError
@@ -53,6 +53,17 @@ def refuse(what: str, reasons: Iterable[tuple[bool, str]], remedy: str = KEEP) -
     for unfit, reason in reasons:
         if unfit:
             raise ConfigError(f"{what}: {reason}", remedy)
+
+
+def opened(source: str | Path, out: Path) -> VLM:
+    """The model that is to be exported, in float32.
+
+    Raises:
+        ConfigError: it would be written over itself.
+    """
+    if out.resolve() == parts.folder(str(source)).resolve():
+        raise ConfigError(f"{out} holds the model itself, which an export would write over", "name another folder")
+    return VLM.from_pretrained(source, dtype=torch.float32)
 
 
 @dataclass(frozen=True)

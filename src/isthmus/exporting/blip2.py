@@ -29,7 +29,7 @@ from isthmus import parts
 from isthmus.connectors import qformer_weights
 from isthmus.connectors.qformer import EPSILON, QFormer, Shape
 from isthmus.encoders.hf import Transformer
-from isthmus.exporting import Parity, answering, dense, refuse
+from isthmus.exporting import Parity, answering, dense, opened, refuse
 from isthmus.exporting.native import add_marker, marked, picture_processor, write
 from isthmus.model import VLM
 from isthmus.processor import MARKER
@@ -68,7 +68,7 @@ def export(source: str | Path, out: Path, to: str) -> Parity:
         ConfigError: the class or its processor cannot express this model; what and why is said.
         IsthmusError: the logits differ.
     """
-    native, ours = NATIVE[to], VLM.from_pretrained(source, dtype=torch.float32)
+    native, ours = NATIVE[to], opened(source, out)
     _require_fit(ours, native)
     trial = Trial.of(ours)
     before = trial.ours(ours)

@@ -30,6 +30,7 @@ from isthmus.exporting import (
     gguf_check,
     gguf_file,
     gguf_llm,
+    opened,
     projector,
     refuse,
     staged,
@@ -74,7 +75,7 @@ def export(source: str | Path, out: Path) -> Written:
         ConfigError: llama.cpp cannot express this model; what and why is said.
         IsthmusError: what is read back is not what was written, or its logits differ.
     """
-    ours = VLM.from_pretrained(source, dtype=torch.float32)
+    ours = opened(source, out)
     _require_fit(ours)
     gguf_llm.require_fit(ours)
     trial = Trial.of(ours)

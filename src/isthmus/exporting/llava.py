@@ -27,7 +27,7 @@ from isthmus.connectors.mlp import MLP
 from isthmus.data import media
 from isthmus.encoders import hf
 from isthmus.encoders.hf import Transformer
-from isthmus.exporting import Parity, Trial, answering, dense, projector, refuse
+from isthmus.exporting import Parity, Trial, answering, dense, opened, projector, refuse
 from isthmus.exporting.native import add_marker, marked, picture_processor, write
 from isthmus.model import VLM, VLMConfig
 from isthmus.processor import MARKER, VLMProcessor
@@ -116,7 +116,7 @@ def export(source: str | Path, out: Path) -> Parity:
         ConfigError: the class or its processor cannot express this model; what and why is said.
         IsthmusError: the logits differ.
     """
-    ours = VLM.from_pretrained(source, dtype=torch.float32)
+    ours = opened(source, out)
     _require_fit(ours)
     trial = Trial.of(ours)
     before = trial.logits(ours, ours.placeholder("image"))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from isthmus import cards, graft, lora, parts, sites, tokens
 from isthmus.aligner import Aligner
 from isthmus.encoders.several import Several
-from isthmus.exporting import ANOTHER, Parity, dense, refuse, staged
+from isthmus.exporting import ANOTHER, Parity, dense, opened, refuse, staged
 from isthmus.exporting.native import picture_processor
 from isthmus.model import VLM
 from isthmus.types import ConfigError, Context, IsthmusError, Media
@@ -54,7 +54,7 @@ def export(source: str | Path, out: Path) -> Parity:
         IsthmusError: the exporter fails, or onnxruntime computes something else.
     """
     _require_packages()
-    ours = VLM.from_pretrained(source, dtype=torch.float32)
+    ours = opened(source, out)
     _require_fit(ours)
     encoder = ours.encoders["image"]
     sight, size, processor = Sight(ours).eval(), encoder.size, picture_processor(encoder)
