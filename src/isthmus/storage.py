@@ -190,7 +190,7 @@ def _own(kind: str, weights: Mapping[str, torch.Tensor], config: VLMConfig) -> s
         return ""
     found = hashlib.sha256(json.dumps([keys, config.lora], sort_keys=True).encode())
     for key in keys:
-        found.update(weights[key].contiguous().flatten().view(torch.uint8).numpy())
+        found.update(weights[key].contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]
 
 

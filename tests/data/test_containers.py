@@ -341,6 +341,23 @@ def test_a_folder_of_pictures_with_metadata_is_hugging_face_s(tmp_path: Path) ->
     assert [one.turns[1].text for one in one_by_one(tmp_path / "pool" / "test")] == ["of test"]
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_ids_that_metadata_give_are_theirs_and_the_others_are_made(tmp_path: Path, kind: str) -> None:
+    for split, names in (("test", ["t-1", None]), ("train", [None, "7"])):
+        folder = tmp_path / "pool" / split
+        folder.mkdir(parents=True)
+        (folder / "a.png").write_bytes(png())
+        rows = [{"file_name": "a.png", "text": "x", "id": name} for name in names]
+        lines = {
+            "jsonl": [json.dumps(row) for row in rows],
+            "csv": ["file_name,text,id", *(f"a.png,x,{name or ''}" for name in names)],
+        }
+        (folder / f"metadata.{kind}").write_text("\n".join(lines[kind]) + "\n")
+    first = 1 if kind == "jsonl" else 2
+    expected = ["t-1", f"test/metadata:{first + 1}", f"train/metadata:{first}", "7"]
+    assert [one.id for one in one_by_one(tmp_path / "pool")] == expected
+
+
 def test_folders_that_do_not_say_what_is_meant_are_refused_with_what_to_name(tmp_path: Path) -> None:
     table = b'{"1": {"question": "?", "imageId": "1", "answer": "x"}}'
 
@@ -393,6 +410,27 @@ def test_shards_of_lines_and_joined_tables_are_read_one_by_one(tmp_path: Path) -
     before = stamp([Source(name=str(table))], 0)
     table.write_text("image,caption\na.png,new\n")
     assert len(one_by_one(table)) == 1 and stamp([Source(name=str(table))], 0) != before
+
+
+def test_half_of_a_surrogate_pair_in_a_table_is_kept_or_a_fault_by_its_id(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(png())
+    book = {"imageURL": "a.jpg", "split": 1, "title": "half \ud83d, whole \U0001f98a", "questions": ["What?"]}
+    books = tmp_path / "books.json"
+    books.write_text(json.dumps({"a": book | {"answers": ["A fox."]}}))
+    assert [one.meta["title"] for one in one_by_one(books)] == [book["title"]]
+    notes = [{"id": n, "image_id": 1, "caption": said} for n, said in enumerate(["a fox", "half \ud83d", "a dog"])]
+    captions = tmp_path / "captions.json"
+    captions.write_text(json.dumps({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": notes}))
+    with pytest.raises(DataError, match=r"\(1\): a text or id holds half a surrogate pair"):
+        Records(Form(captions))
+    for found in (Records(Form(captions, options=SKIP)), Records(Form(captions, options=SKIP))):
+        assert found.skipped == 1 and [found[n].turns[1].text for n in range(2)] == ["a fox", "a dog"]
+    captions.write_text(captions.read_text().replace('"id": 2', r'"id": "\ud83d"'))
+    assert [fault.message[:17] for fault in formats.check(captions)] == ["a text or id hold"] * 2
+    captions.write_text(captions.read_text().replace('"image_id": 1', r'"image_id": "\udc00"'))
+    found = formats.check(captions)
+    assert [fault.id for fault in found] == ["0", "1", r"\ud83d"] and r"the id \udc00" in found[0].message
+    assert all(str(fault).encode() for fault in found)  # as `isthmus data check` prints them
 
 
 def test_one_record_may_hold_several_samples(tmp_path: Path) -> None:

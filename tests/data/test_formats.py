@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 
 from isthmus.data import formats
+from isthmus.data.records import Records
 from isthmus.types import DataError, Image, Text, Turn
 
 
@@ -177,6 +178,37 @@ def test_broken_files(tmp_path):
         formats.load(path, None)
     with pytest.raises(DataError, match="cannot be read"):
         formats.check(tmp_path / "missing.json", None)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_what_stands_behind_an_array_is_not_passed_over(tmp_path, monkeypatch, indent, mark):
+    """Two files that `cat` made one; Python's own reader says so as well."""
+    monkeypatch.setenv("ISTHMUS_HOME", str(tmp_path / "home"))
+    parts = [mark + json.dumps([chat(("user", "a"), ("assistant", "b"), id=name)], indent=indent) for name in "xy"]
+    path = tmp_path / "all.json"
+    path.write_text(parts[0] + "\r\n\t \n")
+    assert [sample.id for sample in formats.load(path)] == ["x"]
+    assert len(Records(formats.Form(path))) == 1  # and keeps its index
+    path.write_text("\n".join(parts) + "\n")
+    with pytest.raises(json.JSONDecodeError, match="Extra data") as reference:
+        json.loads(path.read_text().removeprefix(mark))
+    (fault,) = formats.check(path)
+    assert "behind the closing bracket" in fault.message and fault.line == reference.value.lineno
+    for read in (formats.load, lambda path: Records(formats.Form(path))):
+        with pytest.raises(DataError, match="behind the closing bracket"):
+            read(path)
+
+
+def test_what_stands_behind_tables_is_not_passed_over(tmp_path):
+    notes = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"id": 5, "image_id": 1, "caption": "x"}]}
+    Pillow.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    path, text = tmp_path / "captions.json", json.dumps(notes, indent=1)
+    path.write_text(text + "\n\n")
+    assert [sample.id for sample in formats.load(path)] == ["5"]
+    path.write_text(text + "\n" + text)
+    (fault,) = formats.check(path)
+    assert "behind the closing bracket" in fault.message and fault.line == text.count("\n") + 2
 
 
 def test_a_byte_order_mark_and_odd_line_separators_are_fine(tmp_path):

@@ -169,6 +169,53 @@ def test_content_key_is_the_contents(tmp_path):
     assert media.content_key(one) == media.content_key(one.copy()) != media.content_key(other)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "1", "CMYK"])
+def test_the_key_of_plain_pixels_is_their_hash(mode):
+    """Caches on the disk go by it."""
+    picture = noise(5, 4).convert(mode)
+    assert media.content_key(picture) == hashlib.sha256(f"{mode} (5, 4) ".encode() + picture.tobytes()).hexdigest()
+
+
+def opened(image, format="PNG", **options):
+    return Pillow.open(BytesIO(encoded(image, format, **options)))
+
+
+@pytest.mark.parametrize("format", ["PNG", "GIF"])
+def test_palettes_tell_pictures_in_memory_apart(format):
+    def painted(colours):
+        picture = Pillow.new("P", (2, 1))
+        picture.putpalette(colours)
+        picture.putpixel((1, 0), 1)
+        return picture
+
+    red_blue, green_grey = ([255, 0, 0, 0, 0, 255], [0, 255, 0, 9, 9, 9])
+    one, other = (opened(painted(colours), format) for colours in (red_blue, green_grey))
+    assert one.mode == other.mode == "P" and one.tobytes() == other.tobytes()
+    plain = Pillow.new("RGB", (2, 1), (255, 0, 0))
+    plain.putpixel((1, 0), (0, 0, 255))
+    assert media.content_key(one) == media.content_key(one.copy()) == media.content_key(plain)
+    assert media.content_key(other) not in (media.content_key(one), media.content_key(painted(red_blue)))
+    seen_through = opened(painted(red_blue), format, transparency=1)
+    plain.putpixel((1, 0), (255, 255, 255))
+    assert media.content_key(seen_through) == media.content_key(plain)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_transparent_colour_and_an_orientation_tell_pictures_in_memory_apart(mode):
+    picture = noise(3, 2).convert(mode)
+    key = media.content_key(picture)
+    assert media.content_key(opened(picture)) == key
+    assert media.content_key(opened(picture, transparency=picture.getpixel((0, 0)))) != key
+    for orientation, turned in ((1, None), (2, Pillow.Transpose.FLIP_LEFT_RIGHT), (6, Pillow.Transpose.ROTATE_270)):
+        exif = Pillow.Exif()
+        exif[0x0112] = orientation
+        for source in (opened(picture, exif=exif), opened(picture, "TIFF", exif=exif)):
+            shown = picture if turned is None else picture.transpose(turned)
+            keys = {media.content_key(shown), media.content_key(shown.convert("RGB"))}
+            assert media.content_key(source) in keys and media.content_key(source) == media.content_key(source)
+    assert media.content_key(opened(picture, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff")) == key
+
+
 GREY = (10, 20, 30)
 
 

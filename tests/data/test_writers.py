@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Iterator
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,56 @@ def test_written_and_read_again(tmp_path: Path, to: Any) -> None:
     ]
     with pytest.raises(ConfigError, match="there already"):
         writers.write(expected, out, to)
+
+
+PLAIN = (Turn.say("user", "What?"), Turn.say("assistant", "This."))
+
+
+@pytest.mark.parametrize("to", writers.WRITERS)
+def test_meta_of_a_table_is_written_without_loss_or_refused_by_its_sample(tmp_path: Path, to: Any) -> None:
+    """Parquet brings values that JSON has no word for; what is written says as much, as Python itself reads it."""
+    told = {
+        "when": datetime(2024, 2, 29, 23, 59, 58, 123456, timezone(timedelta(hours=2))),
+        "day": date(1999, 12, 31),
+        "hour": time(6, 30, 0, 5),
+        "price": Decimal("1.10"),
+    }
+    said = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "This."}]
+    rows = [{"id": "a", "messages": said, "meta": told}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "dated.parquet")
+    out = tmp_path / f"out{next(ending for ending, kind in writers.ENDINGS.items() if kind == to)}"
+    writers.write(formats.load(tmp_path / "dated.parquet"), out, to)
+    (found,) = formats.load(out)
+    assert found.turns == PLAIN and datetime.fromisoformat(found.meta["when"]) == told["when"]
+    assert date.fromisoformat(found.meta["day"]) == told["day"]
+    assert time.fromisoformat(found.meta["hour"]) == told["hour"]
+    assert str(Decimal(found.meta["price"])) == "1.10"
+    rows[0]["meta"] = {"deep": [{"raw": b"\xff"}]}
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "bytes.parquet")
+    assert formats.check(tmp_path / "bytes.parquet") == []
+    with pytest.raises(DataError, match="sample a: its meta holds a value of type bytes"):
+        writers.write(formats.load(tmp_path / "bytes.parquet"), tmp_path / "new" / out.name, to)
+    assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize("to", writers.WRITERS)
+def test_half_of_a_surrogate_pair_in_meta_is_read_again(tmp_path: Path, to: Any) -> None:
+    meta = {"half \udc00": "half \ud83d, whole \U0001f98a, naïve \\ud83d"}
+    out = tmp_path / f"out{next(ending for ending, kind in writers.ENDINGS.items() if kind == to)}"
+    writers.write([Sample(PLAIN, "a", meta)], out, to)
+    (found,) = formats.load(out)
+    assert {key: value for key, value in found.meta.items() if key not in ("file", "line")} == meta
+    if out.is_file() and to != "parquet":
+        assert "naïve" in out.read_text(encoding="utf-8")  # other letters stay as they are
+
+
+def test_parquet_refuses_half_of_a_surrogate_pair_in_its_own_columns(tmp_path: Path) -> None:
+    picture, region = Image(Pillow.new("RGB", (2, 2))), Box((0.0, 0.0, 1.0, 1.0), "half \ud83d")
+    half = Sample((Turn.say("user", picture, "Where?"), Turn.say("assistant", region)), "a")
+    assert writers.write([half], tmp_path / "out.jsonl", "messages") == 1
+    assert formats.load(tmp_path / "out.jsonl")[0].turns[1].parts == (region,)
+    with pytest.raises(DataError, match="sample a: half a surrogate pair"):
+        writers.write([half], tmp_path / "out.parquet", "parquet")
 
 
 @pytest.mark.parametrize(("name", "to"), [("out", "parquet"), ("out.json", "messages"), ("out.jsonl", "llava")])

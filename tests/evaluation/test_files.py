@@ -119,6 +119,18 @@ def test_a_file_without_the_peoples_answers_is_refused(tmp_path):
         task("vqa", questions(tmp_path, ["a"]))
 
 
+@pytest.mark.parametrize("answers", [[{"text": "cat"}] * 4, "cats", {"cat": 4}, 4])
+def test_answers_in_meta_that_are_no_answers_are_refused(tmp_path, answers):
+    said = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "cat"}]
+    path = write(tmp_path, [{"id": "q0", "messages": said, "meta": {"answers": answers}}])
+    with pytest.raises(DataError, match="q0: the answers in its meta are no list of texts") as caught:
+        task("vqa", path)
+    assert '"answers": ["…", …]' in caught.value.remedy
+    for good in (["cat"] * 4, [{"answer": "cat", "answer_id": 1}] * 4):
+        write(tmp_path, [{"id": "q0", "messages": said, "meta": {"answers": good}}])
+        assert task("vqa", path).items[0].references == ("cat",) * 4
+
+
 def test_yes_no_reports_pope_and_mme(tmp_path, model):
     kinds = ["existence"] * 4
     asked = task("yes-no", questions(tmp_path, ["yes", "no", "yes", "no"], category=kinds))

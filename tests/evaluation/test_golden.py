@@ -85,6 +85,27 @@ def test_other_questions_and_other_rules_are_told(tmp_path: Path, asked: list[st
     assert isinstance(error, IsthmusError) and "is to be written and compared with" in error.cause
 
 
+def test_an_answer_that_changed_is_told_by_each_of_the_items_that_share_an_id(tmp_path: Path, asked: list[str]) -> None:
+    """Files that were put one behind the other count from 1 again, as POPE's do."""
+    composed.stir(composed.model()).save_pretrained(tmp_path / "one")
+    file = tmp_path / "asked.jsonl"
+    file.write_text(file.read_text().replace('"q1"', '"q0"'))
+    assert evaluated(tmp_path / "one", tmp_path / "kept", *asked)[0] == 0
+    kept = tmp_path / "kept" / "after" / "options-asked.jsonl"
+    assert evaluated(tmp_path / "one", tmp_path / "same", *asked, "--golden", str(tmp_path / "kept"))[0] == 0
+    head, *rows = kept.read_text().splitlines()
+    assert [json.loads(row)["id"] for row in rows] == ["q0", "q0"]
+    for place in range(2):
+        other = [
+            row if place != at else json.dumps(json.loads(row) | {"prediction": "x"}) for at, row in enumerate(rows)
+        ]
+        kept.write_text("\n".join([head, *other]) + "\n")
+        out = tmp_path / f"again {place}"
+        code, told, _ = evaluated(tmp_path / "one", out, *asked, "--golden", str(tmp_path / "kept"), "--json")
+        found = {(one["task"], one["column"]): one for one in json.loads(told)["golden"]}["options-asked", "after"]
+        assert code == 1 and found["changed"] == ["q0"] and found["others"] == []
+
+
 def test_how_items_were_asked_is_kept_beside_them(tmp_path: Path, asked: list[str]) -> None:
     """The header of a file of predictions: weights, arithmetic, the template's hash, and how replies are decoded."""
     composed.stir(composed.model()).save_pretrained(tmp_path / "one")

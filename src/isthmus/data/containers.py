@@ -244,7 +244,15 @@ class Joined(Several):
 
 
 class Delimited(Copied):
-    """CSV and TSV with a line of names, and Flickr's `picture#number<tab>caption` without."""
+    """CSV and TSV with a line of names, and Flickr's `picture#number<tab>caption` without.
+
+    Args:
+        stem: what the ids of rows start with that have none; the file's own by default.
+    """
+
+    def __init__(self, path: Path, stem: str = "") -> None:
+        super().__init__(path)
+        self.stem = stem or path.stem
 
     def scan(self) -> Iterator[tuple[Place, Any]]:
         try:
@@ -287,7 +295,7 @@ class Delimited(Copied):
                 record[{"image_name": "image", "comment": "caption"}[plain]] = record.pop(plain)
         if "image" in record:
             record["image"] = NUMBERED.sub("", record["image"])
-        return {"id": f"{self.path.stem}:{line}", **record}
+        return {**record, "id": record.get("id") or f"{self.stem}:{line}"}
 
 
 class Described(Several):
@@ -296,10 +304,11 @@ class Described(Several):
     def scan(self) -> Iterator[tuple[Place, Any]]:
         for shard, path in enumerate(self.paths):
             within = path.parent.relative_to(self.path)
-            for place, raw in (Lines([path]) if path.suffix == ".jsonl" else Delimited(path)).scan():
+            stem = (within / path.stem).as_posix()
+            for place, raw in (Lines([path]) if path.suffix == ".jsonl" else Delimited(path, stem)).scan():
                 if isinstance(raw, dict) and isinstance(raw.get("file_name"), str):
                     raw |= {"file_name": (within / raw["file_name"]).as_posix()} | _part(within)
-                    raw["id"] = f"{(within / path.stem).as_posix()}:{place.line}"
+                    raw |= {"id": f"{stem}:{place.line}"} if raw.get("id") is None else {}
                 yield Place(shard, place.line), raw
 
 
@@ -348,8 +357,8 @@ def _part(folder: Path) -> dict[str, str]:
 
 
 def copied(record: Any) -> str:
-    """A record as a line of a copy."""
-    return json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n"
+    """A record as a line of a copy; in ASCII, which holds halves of surrogate pairs too."""
+    return json.dumps(record, separators=(",", ":")) + "\n"
 
 
 def _is_tables(path: Path) -> bool:

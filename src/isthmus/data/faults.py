@@ -18,6 +18,7 @@ class Fault:
     """What is wrong with one record, where it starts, and how to repair it. `line` counts from 1.
 
     In tables without lines it is the row, in tars the number of the sample; `file` says in which of several files.
+    Halves of surrogate pairs, which nothing prints, are spelled out.
     """
 
     line: int
@@ -25,6 +26,10 @@ class Fault:
     message: str
     remedy: str
     file: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("id", "message", "file"):
+            object.__setattr__(self, name, getattr(self, name).encode(errors="backslashreplace").decode())
 
     def __str__(self) -> str:
         name = f" ({self.id})" if self.id else ""

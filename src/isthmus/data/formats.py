@@ -257,7 +257,7 @@ def _id(record: Any, default: str) -> str:
     name = record.get("id", default)
     if not isinstance(name, str | int):
         raise Wrong("the id is neither a text nor a number", "write a text")
-    return str(name)
+    return _text(str(name))
 
 
 def _split(record: Mapping[str, Any], raw: Mapping[str, Any], file: str) -> str | None:
@@ -366,7 +366,7 @@ def _text(given: Any) -> str:
     if not isinstance(given, str):
         raise Wrong("a turn's text is not a text", "write a string")
     if not given.isprintable() and any("\ud800" <= char <= "\udfff" for char in given):
-        raise Wrong("a text holds half a surrogate pair, which no tokenizer reads", "write the whole character")
+        raise Wrong("a text or id holds half a surrogate pair, which is no character", "write the whole character")
     return given
 
 

@@ -106,6 +106,7 @@ def root(path: Path) -> list[Cell]:
     try:
         for _ in walk.until("}"):
             members.append(walk.member())
+        walk.end()
     except Wrong as wrong:
         members.append(Cell(walk.line, wrong))
     return members
@@ -187,6 +188,7 @@ def _array(text: str, end: int) -> Iterator[tuple[Place, Any]]:
             record = walk.value()
             end, counted = start + len(text[begin : walk.at].encode()), walk.at
             yield Place(0, line, start, end), record
+        walk.end()
     except Wrong as wrong:
         yield Place(0, walk.line), wrong
 
@@ -221,6 +223,13 @@ class _Walk:
             elif self.here != closing:
                 raise Wrong(f"no comma or {closing} after this record", "repair the JSON")
         self.at += 1
+
+    def end(self) -> None:
+        """Raises `Wrong` where the text goes on: whole files that were put one behind the other, say."""
+        self.skip()
+        if self.here:
+            remedy = "keep one array or object per file, or write one record per line"
+            raise Wrong("something stands behind the closing bracket", remedy)
 
     def value(self) -> Any:
         try:

@@ -66,20 +66,34 @@ def open_image(source: Source, where: str = "") -> Pillow.Image:
 def content_key(source: Source) -> str:
     """A name for what is in a picture, equal for equal contents: the sha256 of a file's bytes or of raw pixels.
 
+    Where a palette, a transparent colour or EXIF says how raw pixels are shown, it is of what `open_image` shows.
+
     Raises:
-        DataError: the file cannot be read.
+        DataError: the file cannot be read, or `open_image` refuses what it is to show.
     """
     if isinstance(source, Drawn):
         return source.key
     digest = hashlib.sha256()
     if isinstance(source, Pillow.Image):
-        digest.update(f"{source.mode} {source.size} ".encode())
-        digest.update(source.tobytes())
+        picture = open_image(source) if _is_shown_otherwise(source) else source
+        digest.update(f"{picture.mode} {picture.size} ".encode())
+        digest.update(picture.tobytes())
     else:
         with _open_bytes(source, _name(source)) as file:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def _is_shown_otherwise(picture: Pillow.Image) -> bool:
+    """Whether the pixels alone do not say what a picture shows."""
+    if picture.mode in ("P", "PA") or ("transparency" in picture.info and not picture.mode.endswith(("A", "a"))):
+        return True
+    picture.load()  # turns a TIFF, and finds what a PNG says behind its pixels
+    try:
+        return picture.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+    except Exception:  # see _decode
+        return False
 
 
 def square(

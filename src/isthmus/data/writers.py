@@ -1,7 +1,8 @@
 """Samples written as LLaVA JSON, `messages` JSONL, Parquet or WebDataset tars, and read again as they were.
 
 Every format has texts with markers: `<image>` and `<video>` for the media of the record, `<ref-object><bbox>` for the
-regions in its `objects`. What is written gets its name when it is whole, and is removed if something goes wrong.
+regions in its `objects`. `meta` becomes JSON: dates stand there as ISO 8601 writes them, and decimals as their digits,
+as texts. What is written gets its name when it is whole, and is removed if something goes wrong.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date, time
+from decimal import Decimal
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -153,13 +156,32 @@ def _refuse_markers(sample: Sample) -> None:
 # ---------------------------------------------------------------------------------------------- JSON
 
 
+def _json(record: Any, sample: Sample) -> str:
+    """JSON with its letters as they are, but for halves of surrogate pairs: no file holds them, and JSON spells them.
+
+    Raises:
+        DataError: `meta` holds what JSON has no word for, bytes say.
+    """
+
+    def spelled(value: Any) -> str:
+        if isinstance(value, date | time):
+            return value.isoformat()
+        if isinstance(value, Decimal):
+            return str(value)
+        cause = f"sample {sample.id}: its meta holds a value of type {type(value).__name__}, which JSON cannot say"
+        raise DataError(cause, "write it as a text, or leave it out of meta")
+
+    text = json.dumps(record, ensure_ascii=False, default=spelled)
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _llava(samples: Iterable[Sample], out: Path) -> int:
     count = 0
     with replacing(out) as part, _beside(out) as keep, part.open("w", encoding="utf-8", newline="\n") as stream:
         stream.write("[")
         for sample in samples:
             stream.write(",\n" if count else "\n")
-            json.dump(_written(sample, keep, f"{count:09d}").llava(sample), stream, ensure_ascii=False)
+            stream.write(_json(_written(sample, keep, f"{count:09d}").llava(sample), sample))
             count += 1
         stream.write("\n]\n")
     return count
@@ -169,8 +191,7 @@ def _messages(samples: Iterable[Sample], out: Path) -> int:
     count = 0
     with replacing(out) as part, _beside(out) as keep, part.open("w", encoding="utf-8", newline="\n") as stream:
         for sample in samples:
-            json.dump(_written(sample, keep, f"{count:09d}").record(sample), stream, ensure_ascii=False)
-            stream.write("\n")
+            stream.write(_json(_written(sample, keep, f"{count:09d}").record(sample), sample) + "\n")
             count += 1
     return count
 
@@ -256,12 +277,13 @@ def _row(sample: Sample, name: str) -> dict[str, Any]:
         return name
 
     record = _written(sample, keep, name).record(sample)
-    meta = json.dumps(record["meta"], ensure_ascii=False) if "meta" in record else None
-    return {
-        **{key: record.get(key) for key in ("id", "messages", "rejected", "objects")},
-        "images": files,
-        "meta": meta,
-    }
+    told = {key: record.get(key) for key in ("id", "messages", "rejected", "objects")}
+    try:
+        json.dumps(told, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        cause = f"sample {sample.id}: half a surrogate pair stands outside its meta, which Parquet cannot hold"
+        raise DataError(cause, "write the whole character, or another format") from None
+    return {**told, "images": files, "meta": _json(record["meta"], sample) if "meta" in record else None}
 
 
 def _webdataset(samples: Iterable[Sample], out: Path) -> int:
@@ -289,7 +311,7 @@ def _pack(archive: tarfile.TarFile, sample: Sample, name: str) -> None:
         return f"{name}.{ending}"
 
     record = _written(sample, keep, name).record(sample)
-    add(f"{name}.json", json.dumps(record, ensure_ascii=False).encode())
+    add(f"{name}.json", _json(record, sample).encode())
 
 
 WRITERS: dict[str, Callable[[Iterable[Sample], Path], int]] = {

@@ -279,8 +279,17 @@ def _name(medium: Medium) -> str:
 
 
 def _texts(sample: Sample, name: str) -> tuple[str, ...]:
-    """A list in the sample's `meta`, of texts or of annotators' objects; empty where there is none."""
+    """A list in the sample's `meta`, of texts or of annotators' objects; empty where there is none.
+
+    Raises:
+        DataError: it is no list, or an object in it has no answer.
+    """
     found = sample.meta.get(name) or ()
+    if not isinstance(found, list | tuple) or any(isinstance(one, Mapping) and "answer" not in one for one in found):
+        raise DataError(
+            f"{sample.id}: the {name} in its meta are no list of texts, or of objects with an answer",
+            f'write {{"meta": {{"{name}": ["…", …]}}}} or {{"meta": {{"{name}": [{{"answer": "…"}}, …]}}}}',
+        )
     return tuple(str(one["answer"] if isinstance(one, Mapping) else one) for one in found)
 
 

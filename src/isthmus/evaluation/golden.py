@@ -6,6 +6,7 @@ folders that `isthmus eval --out` writes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,21 +65,31 @@ def _changes(task: Task, column: Column, now: Sequence[Prediction], folder: Path
     header, golden = answers.read(path)
     if column != "cosine" and (header.rule, header.scoring) != (task.rule, answers.SCORING):
         raise DataError(f"{path}: its answers were scored by another rule", "keep predictions of this version")
-    before, after = ({one.id: one for one in some} for some in (golden, now))
-    pairs = [(before[name], after[name]) for name in after if name in before]
-    alike = [(old, new) for old, new in pairs if (old.prompt, old.choices) == (new.prompt, new.choices)]
-    same = {old.id for old, _ in alike}
+    before, after = _numbered(golden), _numbered(now)
+    pairs = {key: (before[key], after[key]) for key in after if key in before}
+    same = {key for key, (old, new) in pairs.items() if (old.prompt, old.choices) == (new.prompt, new.choices)}
+    alike = [pair for key, pair in pairs.items() if key in same]
     scores = [(x, y) for old, new in alike for x, y in zip(old.scores, new.scores)]
     return Changes(
         task=task.name,
         column=column,
         items=len(now),
-        others=tuple(name for name in {**before, **after} if name not in same),
+        others=tuple(key[0] for key in {**before, **after} if key not in same),
         changed=tuple(old.id for old, new in alike if (old.prediction, old.right) != (new.prediction, new.right)),
         lost=sum((old.right or 0) > (new.right or 0) for old, new in alike),
         won=sum((old.right or 0) < (new.right or 0) for old, new in alike),
         apart=max((abs(x - y) for x, y in scores), default=0.0),
     )
+
+
+def _numbered(predictions: Sequence[Prediction]) -> dict[tuple[str, int], Prediction]:
+    """Each by its id and how many stand before it that have the same: ids of joined files start again."""
+    seen = Counter[str]()
+    found: dict[tuple[str, int], Prediction] = {}
+    for one in predictions:
+        found[one.id, seen[one.id]] = one
+        seen[one.id] += 1
+    return found
 
 
 def table(found: Sequence[Changes]) -> Table:
