@@ -24,6 +24,7 @@ from isthmus.exporting import TOLERANCE
 from isthmus.model import VLM, VLMConfig
 from isthmus.processor import MARKER
 from isthmus.speakers.endpoint import Endpoint
+from isthmus.speakers.local import PLAIN
 from isthmus.speakers.remote import Remote
 from isthmus.speakers.settings import RemoteConfig
 from isthmus.speakers.usage import Meter
@@ -107,8 +108,8 @@ class Ours:
         ids = batch.input_ids_BT.masked_fill(batch.modality_BT > 0, PICTURE)[0]
         told = self.model.generate(
             batch,
+            **PLAIN,
             max_new_tokens=LONGEST,
-            do_sample=False,
             pad_token_id=processor.pad,
             return_dict_in_generate=True,
             output_logits=True,
@@ -140,7 +141,8 @@ class Native:
         tokenizer, inputs = self.processor.tokenizer, self._inputs(question)
         ids = inputs["input_ids"][0]
         logits = self.model(**inputs).logits[0].float()
-        told = self.model.generate(**inputs, max_new_tokens=LONGEST, do_sample=False)[0]
+        plain = PLAIN | {"suppress_tokens": self.model.generation_config.suppress_tokens}  # an export's marker
+        told = self.model.generate(**inputs, **plain, max_new_tokens=LONGEST)[0]
         answer = told[len(ids) :]
         return Seen(
             tokenizer.decode(answer, skip_special_tokens=True).strip(),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from http_server import KEY, NAME, running
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlavaForConditionalGeneration
+from transformers import AutoTokenizer, GenerationConfig, LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
 import chat_server
@@ -128,6 +128,31 @@ def test_a_server_equals_the_directory_it_serves(folders: tuple[Path, Path], mon
     assert [each.what for each in checks] == STEPS and [each.equal for each in checks] == [None] * 4 + [True] * 2
     assert checks[1].note.startswith(f"{form.see(ASKED).length} in both")
     assert apart.equal is False and " and " in apart.note
+
+
+def test_a_models_own_penalty_parts_none_of_its_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stir(composed.model("llama", aspect="crop"))
+    plain = parity.Ours(model).see(ASKED)
+    model.generation_config.repetition_penalty = 1.3
+    model.save_pretrained(tmp_path / "ours")
+    llava.export(tmp_path / "ours", tmp_path / "theirs")
+    assert GenerationConfig.from_pretrained(tmp_path / "theirs").repetition_penalty == 1.3
+    ours, theirs = (parity.form(str(tmp_path / folder)) for folder in ("ours", "theirs"))
+    assert ours.see(ASKED).tokens == theirs.see(ASKED).tokens == plain.tokens
+    monkeypatch.setenv("PARITY_KEY", KEY)
+    with running(model) as (_, address):
+        served = parity.form(f"{address}/v1", NAME, "PARITY_KEY")
+        assert [each.equal for each in parity.compare(ours, served, ASKED)] == [None] * 4 + [True] * 2
+
+
+def test_an_export_that_is_asked_never_says_its_own_marker(folders: tuple[Path, Path]) -> None:
+    form = parity.form(str(folders[1]))
+    assert isinstance(form, parity.Native)
+    asked, head = parity.Question("hi there"), form.model.lm_head.weight
+    tokens = form.see(asked).tokens
+    with torch.no_grad():  # the marker is likelier than the likeliest word
+        head[form.model.config.image_token_id] = 100 * head[tokens[0]]
+    assert form.see(asked).tokens == tokens
 
 
 def test_an_endpoint_that_answers_alike_and_weighs_otherwise_is_found(folders: tuple[Path, Path]) -> None:

@@ -34,31 +34,35 @@ class Grammar:
 
 
 class Grammars:
-    """Makes grammars for one tokenizer; its vocabulary is read at the first one.
-
-    Raises:
-        ConfigError: llguidance is not installed.
-    """
+    """Makes grammars for one tokenizer; its vocabulary is read at the first one, or found unreadable for good."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self._tokenizer = tokenizer
 
     @functools.cached_property
-    def _vocabulary(self) -> Any:
+    def _vocabulary(self) -> Any | None:
+        """None where llguidance cannot tell the bytes of a token, as of decoders that join words with spaces."""
         try:
             from llguidance.hf import from_tokenizer
         except ImportError:
             raise ConfigError("llguidance is not installed", "pip install 'isthmus[serve]'") from None
-        return from_tokenizer(self._tokenizer)
+        try:
+            return from_tokenizer(self._tokenizer)
+        except ValueError:
+            return None
 
     def schema(self, schema: dict[str, Any]) -> Grammar:
         """The grammar of a JSON schema.
 
         Raises:
             ConfigError: llguidance is not installed.
-            DataError: llguidance does not know how to keep it, or it is too large.
+            DataError: llguidance does not know how to keep it, or it is too large; or it cannot read the tokenizer.
         """
         vocabulary = self._vocabulary  # first: it says what to install
+        if vocabulary is None:
+            raise DataError(
+                "this model's tokenizer cannot be held to a schema", "leave response_format and forced tools out"
+            )
         from llguidance import LLMatcher
 
         try:

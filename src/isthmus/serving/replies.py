@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import secrets
 import time
@@ -19,10 +20,10 @@ from isthmus.serving.sampling import Chosen
 
 @dataclass
 class Growing:
-    """One answer so far."""
+    """One answer so far; `spelled` are its tokens with their log-probabilities, where these are told."""
 
     text: str = ""
-    chosen: list[Chosen] = field(default_factory=list)
+    spelled: list[dict[str, Any]] = field(default_factory=list)
     done: Done | None = None
 
 
@@ -61,9 +62,10 @@ class Reply:
         answer = self.answers[event.index]
         if isinstance(event, Piece):
             answer.text += event.text
-            answer.chosen += event.chosen
+            spelled = self._spell(event.chosen, begins=not answer.spelled)
+            answer.spelled += spelled
             if not self.tools:
-                yield self._chunk(event.index, {"content": event.text}, None, event.chosen)
+                yield self._chunk(event.index, {"content": event.text}, None, spelled)
             return
         answer.done = event
         message, reason = self._message(answer)
@@ -71,7 +73,7 @@ class Reply:
             delta = {"content": message["content"]} if message["content"] is not None else {}
             if calls := message.get("tool_calls"):
                 delta["tool_calls"] = [{"index": place, **call} for place, call in enumerate(calls)]
-            yield self._chunk(event.index, delta, None, answer.chosen)
+            yield self._chunk(event.index, delta, None, answer.spelled)
         yield self._chunk(event.index, {}, reason)
 
     def opening(self) -> Iterator[dict[str, Any]]:
@@ -88,7 +90,7 @@ class Reply:
         choices = []
         for index, answer in enumerate(self.answers):
             message, reason = self._message(answer)
-            logprobs = self._logprobs(answer.chosen)
+            logprobs = self._logprobs(answer.spelled)
             choices.append({"index": index, "message": message, "finish_reason": reason, "logprobs": logprobs})
         return self._frame("chat.completion") | {"choices": choices, "usage": self.usage}
 
@@ -117,26 +119,41 @@ class Reply:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
     def _chunk(
-        self, index: int, delta: dict[str, Any], reason: str | None, chosen: Sequence[Chosen] = ()
+        self, index: int, delta: dict[str, Any], reason: str | None, spelled: Sequence[dict[str, Any]] = ()
     ) -> dict[str, Any]:
-        logprobs = self._logprobs(chosen) if chosen else None
+        logprobs = self._logprobs(spelled) if spelled else None
         choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
         return self._frame("chat.completion.chunk") | {"choices": [choice]}
 
-    def _logprobs(self, chosen: Sequence[Chosen]) -> dict[str, Any] | None:
-        if not self.logprobs:
-            return None
-        content = [
-            self._spelled(one.token, one.logprob) | {"top_logprobs": [self._spelled(*other) for other in one.top]}
-            for one in chosen
-        ]
-        return {"content": content, "refusal": None}
+    def _logprobs(self, spelled: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+        return {"content": list(spelled), "refusal": None} if self.logprobs else None
 
-    def _spelled(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = str(self.tokenizer.decode([token]))
+    def _spell(self, chosen: Sequence[Chosen], begins: bool) -> list[dict[str, Any]]:
+        """Tokens with their log-probabilities and the likeliest others; `begins` with the first of the answer."""
+        if not self.logprobs:
+            return []
+        content = []
+        for place, one in enumerate(chosen):
+            behind = [] if begins and not place else self._anchor
+            top = [self._spelled(*other, behind) for other in one.top]
+            content.append(self._spelled(one.token, one.logprob, behind) | {"top_logprobs": top})
+        return content
+
+    def _spelled(self, token: int, logprob: float | None, behind: list[int]) -> dict[str, Any]:
+        """A token as it reads behind another: SentencePiece drops the space of what begins a text."""
+        text = str(self.tokenizer.decode([*behind, token]))[len(str(self.tokenizer.decode(behind))) :]
         whole = "\ufffd" not in text  # part of a character has no spelling of its own
         value = None if logprob is None else max(logprob, -9999.0)
         return {"token": text, "logprob": value, "bytes": list(text.encode()) if whole else None}
+
+    @functools.cached_property
+    def _anchor(self) -> list[int]:
+        """A token of plain letters, none that stands for a byte; nothing where there is none."""
+        for token in range(len(self.tokenizer)):
+            text = str(self.tokenizer.decode([token]))
+            if text.isascii() and text.isalpha() and str(self.tokenizer.convert_ids_to_tokens(token)).endswith(text):
+                return [token]
+        return []
 
 
 def event(data: dict[str, Any]) -> bytes:

@@ -14,6 +14,42 @@ from isthmus.data.collate import Look
 from isthmus.model import VLM
 from isthmus.types import Batch, Sample, Turn
 
+PLAIN: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "min_length": 0,
+} | dict.fromkeys(
+    (
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "encoder_no_repeat_ngram_size",
+        "encoder_repetition_penalty",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "exponential_decay_length_penalty",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "guidance_scale",
+        "min_new_tokens",
+        "min_p",
+        "no_repeat_ngram_size",
+        "remove_invalid_values",
+        "renormalize_logits",
+        "repetition_penalty",
+        "sequence_bias",
+        "suppress_tokens",
+        "temperature",
+        "top_h",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "watermarking_config",
+    )
+)
+"""Options of `generate` with which the model's own logits decide: of its generation_config.json only the end tokens
+count. The server decodes so, and likelihoods are measured so."""
+
 
 class Local:
     """Speaks with a VLM.
@@ -21,12 +57,13 @@ class Local:
     Args:
         model: the model; answers are computed in its own arithmetic.
         look: how media become pixels or features; the processor's own by default.
-        decode: options of `generate` (`max_new_tokens`, `do_sample`, `temperature`, `top_p`, `num_beams`).
+        decode: options of `generate` (`max_new_tokens`, `do_sample`, `temperature`, `top_p`, `num_beams`) in place of
+            `PLAIN`'s; the model's own settings say only where an answer ends.
     """
 
     def __init__(self, model: VLM, look: Look | None = None, **decode: Any):
         self.model, self.look = model, look
-        self.decode = {"max_new_tokens": 128, "do_sample": False, "pad_token_id": model.processor.pad} | decode
+        self.decode = PLAIN | {"max_new_tokens": 128, "pad_token_id": model.processor.pad} | decode
 
     def say(self, turns: Sequence[Turn]) -> str:
         """The answer to a conversation that ends with the user."""
