@@ -47,6 +47,24 @@ def test_a_whole_model_s_connector_reads_what_its_llm_is_told() -> None:
     assert LEFT_TEXT in processor.decode(batch.input_ids_BT[0])
 
 
+@pytest.mark.parametrize(("template", "told"), [("plain", "first"), ("chat", "second")])
+def test_a_caption_is_read_with_the_picture_that_it_is_of(template: str, told: str) -> None:
+    """`plain` keeps the first picture and its answer; a conversation that is too long its last ones."""
+    small = {"queries": 3, "layers": 1, "width": 16, "heads": 2, "inner": 24, "dropout": 0.0}
+    options = {**small, "text": True, "vocabulary": tiny.VOCAB + 1, "positions": 64}
+    processor = composed.model("llama", "blip2", options).processor
+    talks = [
+        (Turn.say("user", composed.picture(n), "what?"), Turn.say("assistant", f"the {word}"))
+        for n, word in enumerate(("first", "second"))
+    ]
+    sample = Sample(talks[0] + talks[1])
+    cut = {"max_length": len(processor.collator()([Sample(talks[0])]).input_ids_BT[0]) + 8, "overlong": "oldest"}
+    batch = processor.collator(None, template, **(cut if template == "chat" else {}))([sample])
+    assert batch.media["image"].row_N.tolist() == [0]
+    (ids,) = batch.extra_text["image"]
+    assert processor.decode(ids[ids >= 0][1:-1]) == f"the {told}"
+
+
 def test_questions_that_differ_in_their_region_alone_cannot_share_a_picture() -> None:
     one, other = ((Turn.say("user", WIDE, "What is at ", box), Turn.say("assistant", "it")) for box in (LEFT, RIGHT))
     assert read(Sample(one, branches=(one,))) == {"image": [f"What is at {LEFT_TEXT}"]}

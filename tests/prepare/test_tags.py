@@ -91,14 +91,17 @@ def test_users_bring_tags_in_their_records(tmp_path):
     talk = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "a cat"}]
     records = [
         {"id": str(n), "image": "cat.png", "conversations": talk, "meta": meta}
-        for n, meta in enumerate([{"tags": ["cat", ["sofa", 0.7], ["dog", 0.01]]}, {}, {"tags": [3]}])
+        for n, meta in enumerate(
+            [{"tags": ["cat", ["sofa", 0.7], ["dog", 0.01]]}, {}, {"tags": [3]}, {"tags": "cat | sofa"}]
+        )
     ]
     (tmp_path / "my.json").write_text(json.dumps(records))
     opened = tags.open_set(Source(name=str(tmp_path / "my.json"), split="test", tags={"by": "record"}), seed=0)
     assert listed(opened[0]) == ["cat", "sofa"]  # the third was too unsure
     assert listed(opened[1]) == []
-    with pytest.raises(DataError, match="meta.tags"):
-        opened[2]
+    for bad in (2, 3):
+        with pytest.raises(DataError, match="meta.tags"):
+            opened[bad]
 
 
 def test_a_task_asks_with_tags(embedded):

@@ -49,7 +49,8 @@ class Reader:
             shown = [(medium, index) for index, turn in enumerate(turns) for medium in turn.media]
             if not media and self.reading.of == "answer":
                 rows.setdefault("text", []).append(self.encode(_answer(turns).text.strip()))
-            for medium, index in shown[len(shown) - len(media) :]:
+            start = _start([medium for medium, _ in shown], media)
+            for medium, index in shown[start : start + len(media)]:
                 self._check(sample, turns, index)
                 said = turns[index] if self.reading.of == "question" else _answer(turns[index:])
                 rows.setdefault(KIND[type(medium)], []).append(self.encode(said.text.strip()))
@@ -75,6 +76,13 @@ class Reader:
                     f"sample {sample.id}: its questions share the picture's tokens, which depend on the question here",
                     "give each question a sample of its own (options: {together: false})",
                 )
+
+
+def _start(shown: Sequence[Medium], kept: Sequence[Medium]) -> int:
+    """Where the media that were kept begin among those of the turns: a caption keeps the first, a cut the last."""
+    last = len(shown) - len(kept)
+    fits = (at for at in range(last, -1, -1) if all(one is other for one, other in zip(shown[at:], kept)))
+    return next(fits, last)
 
 
 def padded(rows: Sequence[list[int]]) -> Tensor:

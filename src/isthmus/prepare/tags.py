@@ -177,6 +177,8 @@ def _of_record(sample: Sample, shown: Sequence[Image]) -> list[tuple[Tag, ...]]:
     """`meta.tags`: names, or pairs of a name and how sure its tagger was; none where the record has none."""
     given = sample.meta.get("tags", [])
     try:
+        if not isinstance(given, list | tuple):  # a text would be a tag per letter
+            raise TypeError
         found = tuple(Tag(one) if isinstance(one, str) else Tag(str(one[0]), float(one[1])) for one in given)
     except (TypeError, ValueError, IndexError, KeyError):
         raise DataError(
