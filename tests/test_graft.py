@@ -524,6 +524,9 @@ def test_refusals_name_the_cause():
             graft(model, path, name, Probe([]))
     with pytest.raises(ConfigError, match="reads its weight"):
         graft(vision("siglip"), "head.attention.out_proj", "probe", Probe([]))
+    for name in ("linear1", "self_attn", "norm2"):
+        with pytest.raises(ConfigError, match=f"{name} is called in training alone"):
+            graft(nn.TransformerEncoderLayer(WIDTH, 2, batch_first=True), name, "probe", Sideless([]))
     model.model.norm.forward = model.model.norm.forward  # what libraries that hook forward do
     with pytest.raises(ConfigError, match="put there by another library"):
         graft(model, "model.norm", "probe", Probe([]))

@@ -249,6 +249,11 @@ def _check_host(root: nn.Module, path: str, name: str) -> None:
         raise ConfigError(f"{name!r} cannot name a graft", "use letters, digits and underscores")
     if isinstance(parent, nn.MultiheadAttention):
         raise ConfigError(f"{path} is never called: nn.MultiheadAttention reads its weight", "graft on its parent")
+    if isinstance(parent, nn.TransformerEncoderLayer) and parent.activation_relu_or_gelu:  # else it is never fused
+        raise ConfigError(
+            f"{path} is called in training alone: nn.TransformerEncoderLayer reads its weight otherwise",
+            "leave it out, or graft on its parent",
+        )
     if isinstance(host, nn.ModuleList | nn.ModuleDict):
         raise ConfigError(f"{path} is a list of modules and is never called", "graft on its items")
     _check_swappable(root, path)

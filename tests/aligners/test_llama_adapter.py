@@ -7,6 +7,7 @@ import math
 import peft
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -14,7 +15,7 @@ import composed
 from composed import MIX, picture, sample, stir
 from isthmus import parts, planning, sites
 from isthmus.aligners.llama_adapter import Prompted
-from isthmus.config import Budget, LLMConfig, ObjectiveConfig, Stage
+from isthmus.config import Budget, LLMConfig, LoRA, ObjectiveConfig, Stage
 from isthmus.model import VLM
 from isthmus.recipes.llama_adapter import LANGUAGE, VISUAL, llama_adapter
 from isthmus.training.optimizer import adamw, choose
@@ -202,6 +203,31 @@ def test_an_affine_linear_scales_what_comes_out_or_what_goes_in(tune):
     x, affine = torch.randn(2, 5, 32), host.grafts["affine"]
     linear = lambda x: x @ host.weight.T + affine.bias  # noqa: E731
     torch.testing.assert_close(host(x), affine.scale * linear(x) if tune == "scale" else linear(affine.scale * x))
+
+
+@torch.no_grad()
+def test_lora_inside_of_blocks_acts_outside_of_training_too():
+    """As it does once it is folded into the weights, of which torch makes the same in one piece."""
+    vlm = stir(model("v2-released", blocks=2))
+    connector, batch = vlm.connectors["image"].eval(), vlm.processor.collator()([TALK])
+    features = vlm.encode("image", batch.media["image"])
+    born = connector(features, None)
+    vlm.add_lora(["connectors.*.linear*"], LoRA(r=2), "sft")
+    for name, parameter in vlm.named_parameters():
+        if ".grafts.sft." in name:
+            parameter.normal_(generator=torch.Generator().manual_seed(1))
+    found = connector(features, None)
+    with torch.enable_grad():
+        torch.testing.assert_close(found, connector(features, None))
+    assert (found - born).abs().max() > 0.1
+    assert len(vlm.merge_lora("sft")) == 4
+    torch.testing.assert_close(found, connector(features, None), atol=1e-4, rtol=1e-4)
+    fused = []
+    for block in connector.blocks:
+        fused.append(nn.TransformerEncoderLayer(16, 2, 64, 0.0, "gelu", batch_first=True, norm_first=True).eval())
+        fused[-1].load_state_dict(block.state_dict())
+    connector.blocks = nn.ModuleList(fused)
+    torch.testing.assert_close(found, connector(features, None), atol=1e-4, rtol=1e-4)
 
 
 def test_no_layer_has_both_kinds_of_prompts():

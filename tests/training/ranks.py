@@ -136,6 +136,30 @@ def fail(world: World, recipe: Recipe, stage: Stage, folder: Path, engine: Engin
         sys.exit(error.code)
 
 
+def unvalidated(world: World, recipe: Recipe, stage: Stage, folder: Path, engine: Engine, together: bool) -> None:
+    """A validation that fails in all processes after some work, or in the last one amid it; each says how it ends."""
+    vlm = small.build(recipe)
+    good, mute = (Share(vlm)(50, 0) for _ in range(2))
+    mute.labels_BT.fill_(-100)
+
+    def raise_(*arguments: Any) -> None:
+        raise DataError("cat.png: cannot be read", "mend it")
+
+    def validate(step: Step) -> float:
+        if not together and world.rank == world.size - 1:
+            step.register_forward_pre_hook(raise_)
+        held_out([good] * 2)(step)
+        return held_out([mute] * 2)(step)
+
+    feed = Share(vlm, size=stage.batch_size, world=world)
+    with world.started(torch.device("cpu")):
+        try:
+            common = {"steps": 6, "validate": validate, "console": small.quiet(), "engine": engine, "world": world}
+            run_stage(vlm, stage, feed, folder, **common)  # type: ignore[arg-type]
+        except IsthmusError as error:
+            sys.exit(error.code)
+
+
 def leave(world: World, folder: Path) -> None:
     """How many threads a process has before and after DDP is gone, whose world has come to its end before."""
     with world.started(torch.device("cpu")):

@@ -12,6 +12,7 @@ import small
 import torch
 
 from isthmus.config import Budget, Recipe
+from isthmus.training import checkpoint
 from isthmus.training.log import read_rows
 from isthmus.training.loop import derive, marks, run_stage, steps_for
 from isthmus.training.step import Step
@@ -125,6 +126,68 @@ def test_a_validation_loss_that_is_no_number_stops_the_stage(recipe: Recipe, tmp
         run_stage(
             vlm, made, small.Colours(vlm), tmp_path, steps=6, validate=lambda step: next(said), console=small.quiet()
         )
+
+
+class Killed(small.Colours):
+    """The process is ended by force while it makes the batch of a step."""
+
+    at: int | None = None
+
+    def __call__(self, step: int, micro: int) -> Batch:
+        if step == self.at:
+            raise KeyboardInterrupt
+        return super().__call__(step, micro)
+
+
+@pytest.mark.parametrize("mark", [3, 6])
+@pytest.mark.parametrize("fault", [RuntimeError("no memory"), DataError("mute", "speak")], ids=["any", "ours"])
+def test_a_validation_that_fails_loses_no_step_and_is_made_up_for(
+    recipe: Recipe, tmp_path: Path, mark: int, fault: Exception
+) -> None:
+    """The run goes on with it, and once more if it is killed before its next checkpoint."""
+    made, said = small.stage(train=DROPPING, evaluate_every=0.5, save_every=0.5), {3: 0.5, 6: 0.9}
+    done: list[int] = []
+
+    def go(name: str, fails: bool = False, killed: int | None = None) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+        vlm, folder = small.build(recipe), tmp_path / name
+        feed = Killed(vlm)
+        feed.at = killed
+
+        def validate(step: Step) -> float:
+            now = max(row["step"] for row in read_rows(folder / "metrics.jsonl"))
+            done.append(now)
+            if fails and now == mark:
+                raise fault
+            return said[now]
+
+        result = run_stage(vlm, made, feed, folder, steps=6, validate=validate, console=small.quiet())
+        return result, feed, small.weights(vlm)
+
+    whole, _, expected = go("whole")
+    assert whole.at.best_step == 3 and done == [3, 6]
+    for _ in range(2):  # at once again if it is not mended
+        with pytest.raises(type(fault), match=str(fault.args[0])):
+            go("parts", fails=True)
+        assert checkpoint.damage(tmp_path / f"parts/checkpoints/step-{mark:07d}") is None
+    assert done[2:] == ([3, 3] if mark == 3 else [3, 6, 6])
+    if mark == 3:
+        with pytest.raises(KeyboardInterrupt):
+            go("parts", killed=4)
+    last, feed, found = go("parts")
+    assert min(feed.asked, default=6) == mark  # nothing is trained again
+    assert (last.at.best_step, last.at.best_loss) == (3, 0.5) and losses(tmp_path / "parts") == losses(
+        tmp_path / "whole"
+    )
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    told = {
+        row["step"]: row["validation_loss"]
+        for row in read_rows(tmp_path / "parts/metrics.jsonl")
+        if "validation_loss" in row
+    }
+    assert told == said
+    known = len(done)
+    go("parts")
+    assert len(done) == known  # what was validated is not validated again
 
 
 def test_a_gradient_that_is_not_finite_is_named(recipe: Recipe, tmp_path: Path) -> None:

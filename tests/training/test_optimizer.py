@@ -15,7 +15,7 @@ from rich.console import Console
 
 from isthmus.config import Recipe
 from isthmus.training.loop import run_stage
-from isthmus.training.optimizer import PATIENCE, Watch, adamw, choose, rate, table
+from isthmus.training.optimizer import PATIENCE, Trained, Watch, adamw, choose, norms, rate, table
 from isthmus.training.step import Step
 from isthmus.types import ConfigError, IsthmusError
 
@@ -209,6 +209,20 @@ def test_a_tensor_outside_of_the_graph_is_named_once_all_media_were_seen(recipe:
     watch = Watch(step, list(trained.values()))
     with pytest.raises(IsthmusError, match=r"got no gradient: vlm\.(llm|connectors)"):
         watch.look([batch])
+
+
+def test_norms_of_parts_without_a_gradient_are_zero_where_the_parameters_are() -> None:
+    """On a GPU, torch's default device is another than that of the parameters; here it is the one that is no CPU."""
+    names = ("vlm.connectors.image.weight", "vlm.llm.a", "vlm.llm.b")
+    trained = [Trained(name, torch.nn.Parameter(torch.ones(2)), 1e-3, 0.0) for name in names]
+    none = {"grad_norm": 0.0, "grad_norm_connectors": 0.0, "grad_norm_llm": 0.0}
+    with torch.device("meta"):
+        found = norms(trained)
+    assert {name: float(norm) for name, norm in found.items()} == none
+    trained[1].parameter.grad, trained[2].parameter.grad = torch.tensor([2.0, 1.0]), torch.tensor([0.0, 2.0])
+    with torch.device("meta"):
+        found = norms(trained)
+    assert {name: float(norm) for name, norm in found.items()} == {**none, "grad_norm": 3.0, "grad_norm_llm": 3.0}
 
 
 def test_a_gradient_that_stays_zero_is_worth_a_warning(recipe: Recipe) -> None:

@@ -256,6 +256,21 @@ def test_a_fault_in_one_process_ends_all_with_it_and_what_was_done_is_kept(recip
     assert checkpoint_state(tmp_path)["step"] == 2
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_a_validation_that_fails_in_all_processes_loses_no_step(recipe: Recipe, tmp_path: Path, engine: str) -> None:
+    whole = alone(recipe, stage(), tmp_path / "whole")
+    parts = (recipe, stage(), tmp_path / "parts", ENGINES[engine])
+    assert ranks.start(2, ranks.unvalidated, *parts, True) == [3, 3]
+    assert checkpoint_state(tmp_path / "parts")["step"] == 3
+    assert ranks.start(2, ranks.learn, *parts) == [0, 0]
+    same(whole, tmp_path / "parts")
+
+
+def test_a_validation_that_fails_in_one_process_leaves_nobody_waiting(recipe: Recipe, tmp_path: Path) -> None:
+    assert ranks.start(2, ranks.unvalidated, recipe, stage(), tmp_path, ENGINES["ddp"], False)[1] == 3
+    assert checkpoint_state(tmp_path)["step"] == 2
+
+
 def test_a_process_that_is_killed_is_said_to_be_gone(tmp_path: Path) -> None:
     assert ranks.start(2, ranks.gone, tmp_path) == [0, -9]
     assert (tmp_path / "said").read_text() == "another process of this training is gone"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from isthmus.config import Recipe
 from isthmus.forecast.batches import draw
 from isthmus.training import validation
 from isthmus.training.log import read_rows
+from isthmus.training.parallel import World
 from isthmus.training.run import Run, limits, mix_of, train
+from isthmus.training.step import held_out
 from isthmus.training.toy import toy
 from isthmus.training.validation import Validation
 from isthmus.types import Batch, DataError
@@ -40,6 +44,67 @@ def test_sources_count_by_their_shares() -> None:
     assert some(None) == {"validation_loss": 3.0, "validation_loss_b": 3.0}  # type: ignore[arg-type]
     with pytest.raises(DataError, match="nothing to learn from"):
         Validation({"a": silent}, {"a": 1.0})(None)  # type: ignore[arg-type]
+
+
+class Drawing:
+    """A step that draws in each batch as often as the batch says, in one process of several."""
+
+    def __init__(self, rank: int, size: int):
+        self.world, self.sound, self.drawn = Counted(rank, size), True, dict[str, list[float]]()
+        self.own: Sequence[Any] = ()
+
+    def eval(self) -> None: ...
+
+    def parameters(self) -> Iterator[torch.Tensor]:
+        yield torch.zeros(())
+
+    def scales(self, batches: Sequence[Any]) -> dict[str, float]:
+        self.own = batches
+        return {}
+
+    def __call__(self, batch: Any, scales: dict[str, float]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        drawn = torch.rand(batch.draws).tolist()
+        if batch in self.own:  # else it counts nothing
+            self.drawn[batch.name] = drawn
+        return torch.zeros(()), {}
+
+
+class Counted(World):
+    """Of several processes that never meet."""
+
+    def total(self, counts: Sequence[Any]) -> list[Any]:
+        return list(counts)
+
+
+@dataclass
+class Named:
+    name: str
+    draws: int
+
+    def to(self, device: torch.device) -> Named:
+        return self
+
+
+def test_what_is_drawn_for_any_source_does_not_depend_on_the_processes() -> None:
+    sources = {"a": 3, "b": 4, "c": 2}
+    batches = {name: [Named(f"{name}{n}", 2 + n) for n in range(count)] for name, count in sources.items()}
+    validate = Validation({name: held_out(each) for name, each in batches.items()}, dict.fromkeys(sources, 1.0))
+
+    def drawn(rank: int, size: int) -> dict[str, list[float]]:
+        step = Drawing(rank, size)
+        torch.manual_seed(7)
+        validate(step)  # type: ignore[arg-type]
+        return step.drawn
+
+    alone = drawn(0, 1)
+    assert len({row[0] for row in alone.values()}) == len(alone) == 9
+    for size in (2, 3):
+        for rank in range(size):
+            share = drawn(rank, size)
+            assert share and share == {name: alone[name] for name in share}
+    torch.manual_seed(7)  # the first source's, and so a single one's, by hand
+    for number, seed in enumerate(torch.randint(2**62, (3,)).tolist()):
+        assert alone[f"a{number}"] == torch.rand(2 + number, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def test_a_long_source_of_small_weight_does_not_choose_the_model(recipe: Recipe, tmp_path: Path) -> None:

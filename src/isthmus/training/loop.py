@@ -10,7 +10,8 @@ import hashlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
@@ -30,7 +31,6 @@ from isthmus.types import IGNORE, Batch, ConfigError, IsthmusError, NotFinite
 
 WARM, TIMED, GLANCE = 2, 8, 0.05
 """Calibration runs 2 optimizer steps unmeasured and 8 measured, or as many as fit into 5 % of the budget."""
-
 
 Validate: TypeAlias = Callable[[Step], float | Mapping[str, float]]
 
@@ -148,16 +148,9 @@ class _Runner:
             step.recompute()
         self.step, self.stage, self.feed, self.folder = step, stage, feed, folder
         self.seed, self.validate, self.device, self.dtype, self.engine = seed, validate, device, dtype, engine
-        self.world, self.sound = step.world, True
+        self.world = step.world
         self.spread = parallel.spread(
-            step,
-            step.units(),
-            self.world,
-            device,
-            engine.parallel,
-            engine.shard_frozen,
-            step.uneven(),
-            step.drifting(),
+            step, step.units(), self.world, device, engine.parallel, engine.shard_frozen, step.uneven(), step.drifting()
         )
         self.trained = trained = optimizer.anew(step, trained)
         self.adamw = optimizer.adamw(trained, stage.betas)
@@ -184,6 +177,8 @@ class _Runner:
         progress = log.Progress(console, self.stage.name, steps, state.step)
         with metrics, progress, interrupts(progress.say) as stopped:
             self.step.ready()
+            if state.step in evaluations and self.world.any(self.world.main and _unseen(state, file)):
+                self._evaluate(state, metrics, saves)
             while state.step < steps and not self.world.any(stopped()):
                 row = self._advance(state, steps, saves, progress.say)
                 with self.world.together():
@@ -206,19 +201,12 @@ class _Runner:
     def _advance(
         self, state: checkpoint.State, steps: int, saves: checkpoint.Checkpoints, say: Callable[[str], None]
     ) -> log.Row:
-        """One optimizer step and its row; a step that fails before its update leaves a checkpoint of the one before.
-
-        Of several processes, each knows of the others' errors where these are ours.
-        """
+        """One optimizer step and its row; a step that fails before its update leaves a checkpoint of the one before."""
         began = time.perf_counter()
-        try:
+        with self._kept(state, saves):
             batches = self._batches(state.step)
             waited = time.perf_counter() - began
             loss, shares, norms = self._learn(state.step, steps, batches, say)
-        except Exception as error:
-            if state.step and self.sound and (self.world.size == 1 or isinstance(error, IsthmusError)):
-                saves.save(state)
-            raise
         seconds = time.perf_counter() - began
         samples, tokens, supervised = self.world.total(_sizes(batches))
         state.step += 1
@@ -241,16 +229,29 @@ class _Runner:
             "seconds": seconds,
         }
 
+    @contextmanager
+    def _kept(self, state: checkpoint.State, saves: checkpoint.Checkpoints) -> Iterator[None]:
+        """What fails inside leaves a checkpoint of the state; of several processes all have to fail, as ours do."""
+        try:
+            yield
+        except Exception as error:
+            if state.step and self.step.sound and (self.world.size == 1 or isinstance(error, IsthmusError)):
+                saves.save(state)
+            raise
+
     def _evaluate(self, state: checkpoint.State, metrics: log.Metrics, saves: checkpoint.Checkpoints) -> None:
-        found = self._validate()
-        loss = found["validation_loss"]
-        self.step.ready()
-        if not math.isfinite(loss):  # of a number that is none, no later one would ever be the better
-            raise NotFinite(
-                f"step {state.step}: the validation loss is not finite", "lower the learning rate, or look at the data"
-            )
-        with self.world.together():
-            metrics.write({"step": state.step, **found})
+        """A validation that fails leaves a checkpoint without it; a run that goes on from there has it first."""
+        with self._kept(state, saves):
+            found = self._validate()
+            loss = found["validation_loss"]
+            self.step.ready()
+            if not math.isfinite(loss):  # of a number that is none, no later one would ever be the better
+                raise NotFinite(
+                    f"step {state.step}: the validation loss is not finite",
+                    "lower the learning rate, or look at the data",
+                )
+            with self.world.together():
+                metrics.write({"step": state.step, **found})
         if state.improves(loss):
             state.best_step, state.best_loss = state.step, loss
             saves.save_best(state)
@@ -310,11 +311,11 @@ class _Runner:
         factor = optimizer.rate(number, steps, self.stage.warmup, self.stage.schedule, self.stage.floor or 0.0)
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * factor
-        self.sound = False
+        self.step.sound = False
         self.adamw.step()
         self.adamw.zero_grad()
         self.step.after_step()
-        self.sound = True
+        self.step.sound = True
         return sum(values), dict(zip(shares, values)), sizes
 
     def _draw_and_backward(self, number: int, batches: list[Batch]) -> dict[str, Tensor]:
@@ -327,7 +328,7 @@ class _Runner:
         """Gradients of a whole optimizer step; each term's share of the loss."""
         scales = self.step.scales(batches)
         sums = {name: torch.zeros((), device=self.device) for name in scales}
-        self.sound = self.world.size == 1  # a process that fails from here on cannot wait for the others
+        self.step.sound = self.world.size == 1  # a process that fails from here on cannot wait for the others
         for number, batch in enumerate(batches, start=1):
             with self.spread.micro(last=number == len(batches)):
                 with self._autocast():
@@ -336,7 +337,7 @@ class _Runner:
                     total.backward()
             for name, share in shares.items():
                 sums[name] += share
-        self.sound = True
+        self.step.sound = True
         return sums
 
     def _autocast(self) -> torch.autocast:
@@ -383,6 +384,12 @@ def _sizes(batches: list[Batch]) -> list[int]:
         sum(int((batch.segment_BT > 0).sum()) for batch in batches),
         sum(int((each != IGNORE).sum()) for each in labels),
     ]
+
+
+def _unseen(state: checkpoint.State, metrics: Path) -> bool:
+    """Whether a state knows nothing of a validation at its step."""
+    rows = [row for row in log.read_rows(metrics) if row["step"] == state.step and "validation_loss" in row]
+    return not rows or state.improves(rows[-1]["validation_loss"])
 
 
 def marks(share: float | None, steps: int) -> set[int]:

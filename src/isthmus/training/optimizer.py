@@ -196,7 +196,8 @@ def norms(trained: Sequence[Trained]) -> dict[str, Tensor]:
         gradients = parts.setdefault(each.name.removeprefix("vlm.").partition(".")[0], [])
         if each.parameter.grad is not None:
             gradients.append(each.parameter.grad)
-    each_part = {part: norm(gradients) for part, gradients in parts.items()}
+    none = torch.zeros((), device=trained[0].parameter.device)  # torch has the norm of nothing on the CPU
+    each_part = {part: norm(gradients) if gradients else none for part, gradients in parts.items()}
     whole_norm = torch.linalg.vector_norm(torch.stack(list(each_part.values())))
     return {"grad_norm": whole_norm, **{f"grad_norm_{part}": value for part, value in each_part.items()}}
 

@@ -46,6 +46,8 @@ class Step(nn.Module):
         self.companions = nn.ModuleDict()
         self.weights = {term.name: term.weight for term in terms}
         self.world = world
+        self.sound = True
+        """Whether the weights are those of a finished step, and no process waits for this one amid its work."""
         for term in self.terms.values():
             term.world = world
             term.check(vlm)
@@ -275,7 +277,7 @@ def held_out(batches: Sequence[Batch]) -> Callable[[Step], float]:
     """A validation for `run_stage`: the stage's own loss over fixed batches, in eval mode and without gradient.
 
     Processes that train together share the batches out; all run the same number, if need be one that counts nothing.
-    What terms draw in a batch does not depend on who runs it.
+    What terms draw in a batch does not depend on who runs it, nor does what is drawn after all batches.
     """
 
     @torch.no_grad()
@@ -286,12 +288,16 @@ def held_out(batches: Sequence[Batch]) -> Callable[[Step], float]:
         mine = range(step.world.rank, len(batches), step.world.size)
         scales = step.scales([batches[number] for number in mine])
         loss = 0.0
-        for number in mine:
-            torch.manual_seed(seeds[number])
-            loss += float(step(batches[number].to(device), scales)[0])
-        if len(mine) * step.world.size < len(batches):
-            step(batches[0].to(device), scales)
-        return step.world.total([loss])[0] / step.world.size
+        step.sound = step.world.size == 1  # a process that fails from here on cannot wait for the others
+        with torch.random.fork_rng(devices=[]):  # seeds are drawn on the CPU
+            for number in mine:
+                torch.manual_seed(seeds[number])
+                loss += float(step(batches[number].to(device), scales)[0])
+            if len(mine) * step.world.size < len(batches):
+                step(batches[0].to(device), scales)
+        (loss,) = step.world.total([loss])
+        step.sound = True
+        return loss / step.world.size
 
     return validate
 
