@@ -232,6 +232,24 @@ def test_forward_continues_a_cache_by_hand(model):
     torch.testing.assert_close(again.logits[:, -1], model(**inputs).logits[:, -1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@torch.no_grad()
+def test_forward_hears_of_the_route_what_run_does(family):
+    options = {"queries": 3, "layers": 2, "width": 16, "heads": 2, "inner": 24, "vocabulary": 320, "bottleneck": 4}
+    aggregator = {"heads": 2, "inner": 24}
+    lion = stir(composed.model(family, "lion", {**options, "aggregator": aggregator}, taps=(2, 1), layer=3)).eval()
+    batch = lion.processor.collator()([sample("hi there", route=route) for route in (0, 1)])
+    given = {"input_ids": batch.input_ids_BT, "attention_mask": batch.segment_BT}
+    if family == "t5":
+        given["decoder_input_ids"] = batch.decoder_ids_BU
+    expected = logits(lion, batch)
+    for route in (batch.route_BT, torch.tensor([[0], [1]])):
+        torch.testing.assert_close(lion(**given, route=route).logits, expected, atol=1e-5, rtol=1e-5)
+    assert (lion(**given).logits - expected)[1].abs().max() > 1e-2
+    with pytest.raises(DataError, match="routes of shape"):
+        lion(**given, route=torch.zeros(3, 1, dtype=torch.long))
+
+
 @torch.no_grad()
 def test_places_of_pictures_are_told_from_placeholders_where_they_are_not_given(model):
     inputs = model.processor(images=[picture(1).source, picture(2).source], text=["<image><image>a", "b"])

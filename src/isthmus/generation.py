@@ -90,8 +90,8 @@ class Generation(GenerationMixin):
             past_key_values = None
         if self.config.is_encoder_decoder:
             if encoder_outputs is None:
-                batch = self.as_batch(input_ids, attention_mask, pixel_values, image_at, instruction_ids)
-                attention_mask = batch.segment_BT
+                batch = self.as_batch(input_ids, attention_mask, pixel_values, image_at, instruction_ids, route)
+                attention_mask, route = batch.segment_BT, batch.route_BT
                 encoder_outputs = self._read(batch)
             read_BTD = encoder_outputs.last_hidden_state
             hidden_BTD = self.tell(decoder_input_ids, read_BTD, attention_mask, route, past_key_values)
@@ -106,7 +106,8 @@ class Generation(GenerationMixin):
         past = Past(past_key_values, vision, media_at)
         segment_BS = (attention_mask > 0).long()
         if inputs_embeds is None:
-            batch = self.as_batch(input_ids, attention_mask[:, -length:], pixel_values, image_at, instruction_ids)
+            here = None if route is None else route[:, -length:]
+            batch = self.as_batch(input_ids, attention_mask[:, -length:], pixel_values, image_at, instruction_ids, here)
             connected = self.connect(batch)
             inputs_embeds = self.embed(batch, connected)
             if modality is None:
@@ -177,13 +178,8 @@ class Generation(GenerationMixin):
     def _prompt(self: Any, ids_BT: Tensor | None, kwargs: dict[str, Any]) -> Batch:
         """The processor's tensors, taken out of generate's arguments, as a batch."""
         ids_BT = kwargs.pop("input_ids", ids_BT)
-        names = ("attention_mask", "pixel_values", "image_at", "instruction_ids")
-        route = kwargs.pop("route", None)
-        batch = self.as_batch(ids_BT, *(kwargs.pop(name, None) for name in names))
-        if route is None:
-            return batch
-        route_B1 = torch.as_tensor(route, device=batch.input_ids_BT.device).reshape(-1, 1)
-        return replace(batch, route_BT=route_B1.expand_as(batch.input_ids_BT))
+        names = ("attention_mask", "pixel_values", "image_at", "instruction_ids", "route")
+        return self.as_batch(ids_BT, *(kwargs.pop(name, None) for name in names))
 
     def create_masks_for_generate(self, attention_mask: Tensor | None, **unused: Any) -> Tensor | None:
         """The 2-D mask as it is: a mask built here, without the modality, would lose the joint's rule."""
@@ -213,11 +209,16 @@ class Generation(GenerationMixin):
         pixels: Tensor | None = None,
         image_at: Tensor | None = None,
         instruction_ids: Tensor | None = None,
+        route: Tensor | int | None = None,
     ) -> Batch:
         """Ids, mask, pixels, their places and what is asked of them as a batch of one segment per row.
 
+        Args:
+            route: one number, one per row, or one per id.
+
         Raises:
-            DataError: the places of the pixels are neither given nor to be told from placeholders.
+            DataError: the places of the pixels are neither given nor to be told from placeholders; or the routes are
+                of other rows.
         """
         modality_BT, media = self.modality(ids_BT), {}
         if pixels is not None:
@@ -232,7 +233,8 @@ class Generation(GenerationMixin):
             media["image"] = Media(row_N, torch.ones_like(row_N), at_N, pixels=pixels)
         segment_BT = torch.ones_like(ids_BT) if mask_BT is None else (mask_BT > 0).long()
         extra_text = {} if instruction_ids is None else {"image": instruction_ids}
-        return Batch(ids_BT, segment_BT, modality_BT, media=media, extra_text=extra_text)
+        route_BT = None if route is None else _routes(torch.as_tensor(route, device=ids_BT.device), ids_BT)
+        return Batch(ids_BT, segment_BT, modality_BT, media=media, route_BT=route_BT, extra_text=extra_text)
 
     # ------------------------------------------------------------------------------------ its directory
 
@@ -286,3 +288,15 @@ class Generation(GenerationMixin):
         remedy = "place it with .to(device); fewer bits are composed with `bits` of the recipe"
         refuse(more, "from_pretrained", remedy, LOADING)
         return storage.load(cls, folder, torch_dtype or dtype, revision, attn_implementation, config)
+
+
+def _routes(route: Tensor, ids_BT: Tensor) -> Tensor:
+    """A route, or one per row, as one per id; one per id as it is."""
+    if route.shape == ids_BT.shape:
+        return route
+    if route.numel() not in (1, len(ids_BT)):
+        raise DataError(
+            f"routes of shape {list(route.shape)} for ids of shape {list(ids_BT.shape)}",
+            "pass one number, one per row, or one per id of the prompt",
+        )
+    return route.reshape(-1, 1).expand_as(ids_BT)

@@ -160,6 +160,29 @@ def test_a_tap_is_brought_to_the_places_of_the_tokens() -> None:
     torch.testing.assert_close(connector.seen(features)[0, :, 0], blocks)
 
 
+def test_a_tap_is_brought_to_the_places_of_interleaved_encoders() -> None:
+    encoder = {"taps": ("1",), "also": [{"source": str(composed.vision_folder("siglip"))}], "join": "interleave"}
+    model = composed.model("llama", "asvr", {**OPTIONS, "tokenizer": "1"}, **encoder)
+    features = model.encoders["image"](model.encoders["image"].blank())
+    rows, columns = features.grid
+    numbers = torch.arange(float(rows * columns // 2))
+    features.taps["1"] = numbers[None, :, None].expand(1, -1, 3)
+    found = model.connectors["image"].seen(features)[0, :, 0]
+    assert (rows, columns) == (4, 8) and model.queries("image") == 32
+    assert torch.equal(found, numbers.repeat_interleave(2))  # place by place, a token of each encoder
+
+
+def test_vectors_that_have_no_places_are_refused() -> None:
+    connector = step_of({**OPTIONS, "pool": 2}).vlm.connectors["image"]
+    connector.of = "shallow"
+    with pytest.raises(ConfigError, match="17 vectors of a picture are neither a square"):
+        connector.seen(Features(torch.zeros(1, 16, 3), {"shallow": torch.zeros(1, 17, 3)}, (4, 4)))
+    connector = step_of().vlm.connectors["image"]
+    connector.of = "shallow"
+    with pytest.raises(ConfigError, match="98 vectors of a picture are neither a square"):
+        connector.seen(Features(torch.zeros(1, 98, 3), {"shallow": torch.zeros(1, 49, 3)}))
+
+
 def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(ConfigError, match="the joint llava has no codes"):
         step_of({}, joint="llava", fitted=False)

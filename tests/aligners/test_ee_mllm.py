@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, PhiConfig
+from transformers import AutoModelForCausalLM, DynamicCache, PhiConfig
 
 import composed
 import isthmus
@@ -22,9 +22,11 @@ from isthmus import aligner as aligners
 from isthmus import fuse, graft, sites
 from isthmus.aligners.ee_mllm import flops
 from isthmus.connectors import composite
+from isthmus.evaluation.gap import states
+from isthmus.evaluation.gap.states import Pair
 from isthmus.model import VLM
 from isthmus.recipes.ee_mllm import ee_mllm
-from isthmus.types import Batch, ConfigError, Modality, Past, Side
+from isthmus.types import Batch, ConfigError, Modality, Past, Sample, Side, Turn
 
 
 def grown(family: str = "llama", **options: Any) -> VLM:
@@ -155,6 +157,70 @@ def test_what_a_layer_does_to_media_by_hand(visual):
             expected = expected + layer.mlp(layer.post_attention_layernorm(expected))
         before = after[at]
         close(before, expected)
+
+
+# ---------------------------------------------------------------------------------------------- the same weights
+
+PAIRS = [
+    Pair(Sample((Turn.say("user", picture(number), "what is it?"),), f"p{number}"), words)
+    for number, words in enumerate(("no", "a big house on the left " * 3))
+]
+"""A short answer: its column is beyond the rows of text. And a long one, beside which every column is a row of text."""
+
+
+def weights(model: VLM, batch: Batch) -> list[Tensor]:
+    """What each layer tells of its attention, [B, T, H, S]: rows of queries are chosen by what they are."""
+    told: list[Tensor] = []
+    with states.weighing(model, lambda _, weights_BHTS: told.append(weights_BHTS.transpose(1, 2))):
+        model.run(batch)
+    return told
+
+
+@torch.no_grad()
+def test_weights_of_skipping_are_those_of_the_rule_in_every_row():
+    skip, rule = grown(), grown(compute="rule")
+    batch = skip.processor.collator()(MIX)  # rows of different lengths, with one picture, none, and two
+    real_BT = batch.segment_BT > 0
+    found, expected = weights(skip, batch), weights(rule, batch)
+    assert len(found) == len(expected) == 3
+    for mine, theirs in zip(found, expected):
+        assert mine.shape == theirs.shape
+        close(mine[real_BT], theirs[real_BT])
+
+
+@pytest.mark.parametrize("visual", ["ffn", "keys"])
+@torch.no_grad()
+def test_weights_of_media_that_ask_nothing_are_none(visual):
+    model, rule = grown(visual=visual), grown(compute="rule")
+    batch = rule.processor.collator()([MIX[2]])
+    media_BT = image_at(batch)
+    found = weights(model, batch)
+    close(found[0][~media_BT], weights(rule, batch)[0][~media_BT])  # before layers differ in what they do to media
+    assert not any(each[media_BT].any() for each in found)
+    for each in found:
+        close(each[~media_BT].sum(-1), torch.ones(int((~media_BT).sum()), 4))
+
+
+@torch.no_grad()
+def test_weights_behind_a_prefix_are_those_of_the_whole_row():
+    model, told = grown(), []
+    batch = model.processor.collator()([MIX[2]])
+    embeds, cut = model.embed(batch, model.connect(batch)), int(batch.media["image"].at_N[1])
+    past = Past(DynamicCache(config=model.llm.config))
+    model.think(embeds[:, :cut], batch.segment_BT[:, :cut], batch.modality_BT[:, :cut], None, past)
+    with states.weighing(model, lambda _, weights_BHTS: told.append(weights_BHTS.transpose(1, 2))):
+        model.think(embeds[:, cut:], batch.segment_BT, batch.modality_BT, None, past)
+    for mine, theirs in zip(told, weights(grown(compute="rule"), batch), strict=True):
+        close(mine, theirs[:, cut:])
+
+
+@pytest.mark.parametrize("pairs", [PAIRS[:1], PAIRS], ids=["short", "long"])
+@torch.no_grad()
+def test_the_gap_of_skipping_is_that_of_the_rule(pairs):
+    skip, rule = (states.see(grown(compute=compute), pairs, keep=0) for compute in ("skip", "rule"))
+    for mine, theirs in zip(skip.mass_NH, rule.mass_NH, strict=True):
+        close(mine, theirs)
+    assert len(skip.mass_NH) == 3 and skip.places == rule.places
 
 
 # ---------------------------------------------------------------------------------------------- who knows of whom

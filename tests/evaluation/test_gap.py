@@ -87,6 +87,12 @@ def test_every_picture_has_a_map(llava):
 def test_places_are_claimed_only_where_tokens_have_them(llava):
     pooled = composed.model(options={"pool": 2})
     assert states.grid(llava) == (4, 4) and states.grid(pooled) == (2, 2)
+    for aligner, options in (("asvr", {"levels": 2, "size": 4, "width": 8, "depth": 1}), ("victor", {"size": 16})):
+        smaller = {"pool" if aligner == "asvr" else "grid": 2}
+        wrapped, whole = (composed.model(aligner=aligner, options=options | more) for more in (smaller, {}))
+        assert states.grid(wrapped) == (2, 2) and states.grid(whole) == (4, 4)
+        (found,) = states.attention_map(wrapped, PAIRS[0].prompt.turns)
+        assert found.shape == (2, 2) and wrapped.queries("image") == 4
     queries = composed.model(aligner="blip2")
     assert states.grid(queries) is None
     with pytest.raises(ConfigError, match="one for one"):

@@ -14,6 +14,8 @@ Differs:
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -156,18 +158,34 @@ class Coded(Connector):
         return self.inner(features, context)
 
     def seen(self, features: Features) -> Tensor:
-        """What codes are made of, one vector per place of the inner connector's tokens: [N, Q, E]."""
+        """What codes are made of, one vector per place of the inner connector's tokens: [N, Q, E].
+
+        Raises:
+            ConfigError: what has to be brought to those places is no grid, or they are none.
+        """
         x_NSE = features.x_NSE if self.of == "features" else features.taps[self.of]
         count = self.tokens(features.x_NSE.shape[1])
         if x_NSE.shape[1] == count:
             return x_NSE
-        side, wanted = (round(number**0.5) for number in (x_NSE.shape[1], count))
-        grid = features.grid if self.of == "features" and features.grid else (side, side)
+        grid = _places(x_NSE.shape[1], features.grid if self.of == "features" else None)
         x_NEHW = x_NSE.mT.unflatten(2, grid)
-        return F.adaptive_avg_pool2d(x_NEHW.float(), wanted).flatten(2).mT
+        return F.adaptive_avg_pool2d(x_NEHW.float(), _places(count, features.grid)).flatten(2).mT
 
     def codes(self, features: Features) -> Tensor:
         """x [N, S, E] -> codes [N, Q, L]."""
         assert self.codebook is not None
         x_NQE = self.seen(features)
         return self.codebook(x_NQE.flatten(0, 1)).unflatten(0, x_NQE.shape[:2])
+
+
+def _places(count: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+    """Rows and columns of so many vectors: those of `grid` if it has as many, else a square's."""
+    if grid is not None and grid[0] * grid[1] == count:
+        return grid
+    side = math.isqrt(count)
+    if side * side != count:
+        raise ConfigError(
+            f"{count} vectors of a picture are neither a square nor the encoder's grid",
+            "set tokenizer: features, or class_token: drop where the encoder keeps one",
+        )
+    return side, side

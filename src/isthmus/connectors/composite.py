@@ -5,7 +5,8 @@ github.com/icip-cas/SAISA) let text look at media while media do not look at eac
 
 Text rows of a call are gathered and run through the layer's own attention, whose cache is stood in for by one that
 joins the media's keys and values to theirs. So no score among media is computed, and no mask over whole rows is built
-where nothing else needs one. A medium's token that attends to itself alone comes out as its value, through W_o.
+where nothing else needs one. A medium's token that attends to itself alone comes out as its value, through W_o. Where
+a kernel tells weights, they are told of whole rows.
 
 Differs: works on ragged batches, packed rows, prefixes that are reused, and text on both sides of a picture.
 """
@@ -99,9 +100,18 @@ class MediaAttention(Graft):
         cached = 0 if cache is None else cache.get_seq_length(host.layer_idx)
         kw["attention_mask"] = _mask(kw.get("attention_mask"), rows, side, cached, x.dtype)
         kw["past_key_values"] = _Joined(cache, rows, key_MHd, value_MHd)
-        text_BUD, *more = base(text_BUD, *args, **kw)
+        text_BUD, weights_BHUS, *more = base(text_BUD, *args, **kw)
         out_MD = _through(host, value_MHd) if self.echo else torch.zeros_like(media_MD)
-        return rows.join(text_BUD, out_MD), *more
+        whole = None if weights_BHUS is None else self._weights(weights_BHUS, rows, x.shape[1])
+        return rows.join(text_BUD, out_MD), whole, *more
+
+    def _weights(self, text_BHUS: Tensor, rows: Rows, length: int) -> Tensor:
+        """Weights of text rows -> those of all T = `length`, [B, H, T, S]; media's are on themselves or nowhere."""
+        _, heads, _, seen = text_BHUS.shape
+        media_MS = text_BHUS.new_zeros(len(rows.media), seen)
+        if self.echo:
+            media_MS.scatter_(1, (rows.media % length + seen - length)[:, None], 1)
+        return rows.join(text_BHUS.transpose(1, 2), media_MS[:, None].expand(-1, heads, -1)).transpose(1, 2)
 
 
 class TextOnly(Graft):

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from isthmus import sites
 from isthmus.config import Source
+from isthmus.connectors.codebook import Coded
 from isthmus.connectors.pool import Pool
+from isthmus.connectors.token_pool import TokenPool
 from isthmus.data import sets
 from isthmus.data.collate import Look
 from isthmus.evaluation.gap.measures import attention_mass
@@ -286,6 +288,8 @@ def grid(model: VLM) -> tuple[int, int] | None:
     """Rows and columns of the picture's tokens, where each stands for a place of it; None where they are queries."""
     connector, encoder = model.connectors["image"], model.encoders["image"]
     rows, columns = encoder.grid
+    while isinstance(connector, Coded | TokenPool):  # each token of the inner one stays where it is
+        connector = connector.inner
     if isinstance(connector, Pool):
         side = connector.side
         return (side, side) if connector.inner.tokens(side * side) == side * side else None
