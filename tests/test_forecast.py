@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import composed
 from isthmus import compose, planning, recipes
 from isthmus.cli.app import app
+from isthmus.comparing.budget import operations
 from isthmus.config import Recipe, Stage
 from isthmus.costs import costs
 from isthmus.forecast import _mean, calibrate, forecast, kept, resident, was
@@ -172,6 +173,16 @@ def test_encoding_in_every_step_takes_the_encoder_and_no_room_for_features(data)
     assert anew.flops - once.flops == pytest.approx(encoder)
     first, second = forecast(recipe.but(stages=(stage, later)), CPU, 0).stages  # one that trains it, and all do
     assert (first.flops, first.memory["features"]) == (anew.flops, 0) and second.flops > anew.flops
+
+
+def test_options_that_a_stage_sets_of_the_joint_count_from_that_stage_on(data):
+    recipe = staged(data, {"connectors.*": 1e-3}, "ee_mllm")
+    (first,) = recipe.stages
+    told = recipe.but(stages=(first, first.but(name="told", joint={"visual": "ffn"}), first.but(name="more")))
+    always = recipe.but(aligner=recipe.aligner.but(options={"visual": "ffn"}))
+    (plain,), (skips,) = (forecast(each, CPU, 0).stages for each in (recipe, always))
+    assert [stage.flops for stage in forecast(told, CPU, 0).stages] == [plain.flops, skips.flops, skips.flops]
+    assert skips.flops < plain.flops and operations(told) == [plain.flops, skips.flops, skips.flops]
 
 
 def test_published_recipes_are_planned_with_assumed_samples():

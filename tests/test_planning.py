@@ -10,9 +10,11 @@ import composed
 from isthmus import cost_table, papers, recipes
 from isthmus.aligners.ee_mllm import flops
 from isthmus.cli.app import app
+from isthmus.config import Stage
 from isthmus.costs import BYTES, TEXT, costs, measure
 from isthmus.planning import plan
 from isthmus.recipes.published import FIGURES
+from test_contract import LION, TAPS
 from test_papers import ROOT
 
 HEAD = 2 * 4096 * 32000
@@ -68,6 +70,19 @@ def test_counts_without_numbers_are_those_of_a_real_run(joint):
     real = composed.model(aligner=joint)
     with sdpa_kernel(SDPBackend.MATH):  # a CPU's flash attention is not counted
         assert measure(real) == costs(composed.recipe(aligner=joint))
+
+
+@pytest.mark.parametrize(
+    ("joint", "options", "change", "encoder"),
+    [("ee_mllm", {}, {"visual": "ffn"}, {}), ("lion", {**LION, "visual_input": "both"}, {"shown": "qformer"}, TAPS)],
+)
+def test_options_that_stages_set_are_those_of_a_joint_that_had_them_from_the_start(joint, options, change, encoder):
+    first = Stage(name="first", train={"connectors.*": 1e-3}, budget={"steps": 1}, data=[{"name": "none"}])
+    second = first.but(name="second", joint=change)
+    staged = composed.recipe("llama", joint, options, **encoder).but(stages=(first, second))
+    plain = composed.recipe("llama", joint, {**options, **change}, **encoder).but(stages=(first,))
+    assert costs(staged) == costs(plain) != costs(staged.but(stages=(first,)))
+    assert plan(staged).tokens == plan(plain).tokens and plan(staged).parts == plan(plain).parts
 
 
 # ---------------------------------------------------------------------------------------------- the page

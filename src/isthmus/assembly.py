@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,34 +60,65 @@ def rejoin(model: VLM, options: dict[str, Any]) -> None:
     """Give the joint other options, in place; its weights stay, which therefore must all fit.
 
     Raises:
-        ConfigError: an option is wrong, or it changes the joint's parameters or vocabulary.
+        ConfigError: an option is wrong, or it changes the joint's parts, their parameters or its vocabulary.
     """
-    config = {**model.config.aligner, "options": {**model.config.aligner.get("options", {}), **options}}
-    joint, width = aligners.build(config["name"], config["options"]), sites.embedding(model.llm).weight.shape[1]
-    connectors = {kind: joint.connector(kind, encoder, width) for kind, encoder in model.encoders.items()}
-    fits = joint.new_tokens() == model.aligner.new_tokens()
-    fits &= all(_alike(new, model.connectors[kind]) for kind, new in connectors.items())
-    for path, name, addition in joint.grafts(model.llm, model.encoders, width):
-        fits &= name in (there := graft.at(model.get_submodule(path))) and _alike(addition, there[name])
-    if not fits:
-        raise ConfigError(
-            f"{', '.join(options)}: these options change what {joint.name} consists of",
-            "set them in aligner.options, for all stages",
-        )
-    for kind, new in connectors.items():
-        old = model.connectors[kind]
-        new.load_state_dict(old.state_dict())
-        model.connectors[kind] = new.to(next(old.parameters()).device).train(old.training)
-    model.aligner, model.config.aligner = joint, config
+    rebuild(model, options)
     before = model.processor
     model.processor = VLMProcessor.of(model, before.tokenizer, before.system)
     model.processor.template = before.template
 
 
-def _alike(one: nn.Module, other: nn.Module) -> bool:
-    """Whether both have the same tensors by name and shape."""
-    shapes = [{name: tensor.shape for name, tensor in each.state_dict().items()} for each in (one, other)]
-    return shapes[0] == shapes[1]
+def rebuild(model: VLM, options: dict[str, Any]) -> None:
+    """`rejoin` without the processor, which an outline lacks: every part of the joint is built anew by the options and
+    takes the weights of the one before, with the LoRA that stages put on it."""
+    config = {**model.config.aligner, "options": {**model.config.aligner.get("options", {}), **options}}
+    joint = aligners.build(config["name"], config["options"])
+    width = sites.embedding(model.llm).weight.shape[1]
+    with model.device:
+        built: dict[str, nn.Module] = {
+            f"connectors.{kind}": joint.connector(kind, each, width) for kind, each in model.encoders.items()
+        }
+        built |= {f"heads.{name}": head for name, head in joint.heads(width).items()}
+        built |= dict(_inside(joint, model, width))
+        there = [*(f"connectors.{kind}" for kind in model.connectors), *(f"heads.{name}" for name in model.heads)]
+        there += [path for path, _ in _inside(model.aligner, model, width)]
+    fits = joint.new_tokens() == model.aligner.new_tokens() and list(built) == there  # in the order of their nesting
+    if not fits or not all(_alike(new, model.get_submodule(path)) for path, new in built.items()):
+        raise ConfigError(
+            f"{', '.join(options)}: these options change what {joint.name} consists of",
+            "set them in aligner.options, for all stages",
+        )
+    for path, new in built.items():
+        _replace(model, path, new)
+    model.aligner, model.config.aligner = joint, config
+
+
+def _inside(joint: aligners.Aligner, model: VLM, width: int) -> Iterator[tuple[str, graft.Graft]]:
+    """What a joint adds inside the base parts, newborn, by the dotted name that it has in the model."""
+    for path, name, addition in joint.grafts(model.llm, model.encoders, width):
+        yield f"{path}.{sites.ADDED}.{name}", addition
+
+
+def _alike(new: nn.Module, old: nn.Module) -> bool:
+    """Whether both have the same tensors by name and shape, but for LoRA on the old one."""
+    return _shapes(new) == {key: shape for key, shape in _shapes(old).items() if sites.ADDED not in key.split(".")}
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
+def _replace(model: VLM, path: str, new: nn.Module) -> None:
+    """Put a module where one of the same tensors is, whose weights and LoRA it takes over."""
+    old = model.get_submodule(path)
+    model.set_submodule(path, new)
+    for inner, host in sites.base_modules(old).items():
+        for name, adapter in graft.at(host).items():
+            graft.graft(model, f"{path}.{inner}".removesuffix("."), name, adapter)
+    new.load_state_dict(old.state_dict())
+    for name, parameter in new.named_parameters():
+        parameter.requires_grad_(old.get_parameter(name).requires_grad)
+    new.train(old.training)
 
 
 def _stop_at_turns_end(model: VLM) -> None:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, EncoderDecoderCache
 
-from isthmus import planning, sites
+from isthmus import assembly, planning, sites
 from isthmus.config import Recipe
 from isthmus.model import VLM
 from isthmus.types import Batch, Media, Modality
@@ -85,13 +85,17 @@ class NoNumbers(TorchDispatchMode):
 
 
 def costs(recipe: Recipe) -> Costs:
-    """What one image costs this recipe's model.
+    """What one image costs this recipe's model, with the options of the joint that its stages end with.
 
     Raises:
         ConfigError: parts do not fit.
     """
     dense = recipe.model_copy(update={"llm": recipe.llm.model_copy(update={"bits": None})})
-    return measure(planning.outline(dense))
+    model = planning.outline(dense)
+    for stage in recipe.stages:
+        if stage.joint:
+            assembly.rebuild(model, stage.joint)
+    return measure(model)
 
 
 @torch.no_grad()

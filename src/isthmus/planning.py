@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers.image_processing_base import ImageProcessingMixin
 
-from isthmus import parts, quantised
+from isthmus import assembly, parts, quantised
 from isthmus.config import Recipe
 from isthmus.model import VLM, VLMConfig
 from isthmus.processor import VLMProcessor
@@ -32,7 +32,7 @@ class Plan:
     recipe: str
     parts: dict[str, int]
     tokens: dict[str, int]
-    """Connector tokens of one medium, by kind."""
+    """Connector tokens of one medium, by kind, as the last stage leaves the joint."""
     stages: tuple[StagePlan, ...]
     trained: int
     """Parameters that any stage trains."""
@@ -51,15 +51,17 @@ def plan(recipe: Recipe) -> Plan:
         ConfigError: parts do not fit, or a stage's glob matches nothing.
     """
     model = outline(recipe)
-    tokens = {kind: model.queries(kind) for kind in model.encoders}
     whole = count(model)
     stages, trained = [], dict[str, int]()
     for stage in recipe.stages:
+        if stage.joint:
+            assembly.rebuild(model, stage.joint)
         optimizer.choose(Step(model, stage.objectives), stage)
         awake = count(model, trained=True)
         stages.append(StagePlan(stage.name, sum(awake.values()), awake))
         trained |= {name: each.numel() for name, each in model.named_parameters() if each.requires_grad}
     end = sum(count(model).values())
+    tokens = {kind: model.queries(kind) for kind in model.encoders}
     return Plan(recipe.name, whole, tokens, tuple(stages), sum(trained.values()), end)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from isthmus import planning, quantised
+from isthmus import assembly, planning, quantised
 from isthmus.config import Recipe, Stage
 from isthmus.forecast import calibrate
 from isthmus.forecast.batches import Drawn, draw, row_bytes
@@ -105,6 +105,8 @@ def forecast(recipe: Recipe, device: torch.device, seconds: float = 1.0) -> Fore
 def _stage(
     recipe: Recipe, stage: Stage, model: VLM, device: torch.device, dtype: torch.dtype, seconds: float
 ) -> StageForecast:
+    if stage.joint:
+        assembly.rebuild(model, stage.joint)
     step = Step(model, stage.objectives).to("meta")
     chosen = optimizer.choose(step, stage)
     trained = sum(each.parameter.numel() for each in chosen if each.name.startswith("vlm."))
