@@ -128,6 +128,7 @@ def test_operators_are_grouped_by_what_they_do():
 
 
 @pytest.mark.usefixtures("embedded")
+@pytest.mark.slow
 def test_roofline_accounts_for_a_step(tmp_path):
     roofline = importlib.import_module("roofline")
     assert roofline.main(["--tiny", "--stage", "sft", "--json", str(tmp_path / "r.json")]) == 0

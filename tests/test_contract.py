@@ -380,7 +380,7 @@ def test_the_decoder_of_an_encoder_decoder_knows_the_route():
     assert seen == [[[0], [1]]] * 2
 
 
-@every_decoder
+@each_then_every_decoder
 @torch.no_grad()
 def test_changing_an_image_changes_nothing_before_it(joint, family):
     model = grown(joint, family)
@@ -577,7 +577,7 @@ def test_recomputed_gradients_equal_plain_ones(joint, family):
         assert torch.equal(plain[name], again[name]), name
 
 
-@every
+@each_then_every
 def test_everything_that_should_learn_has_a_gradient_and_sleepers_are_named(joint, family):
     model = newborn(joint, family)
     for name, parameter in model.named_parameters():

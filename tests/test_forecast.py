@@ -175,6 +175,7 @@ def test_encoding_in_every_step_takes_the_encoder_and_no_room_for_features(data)
     assert (first.flops, first.memory["features"]) == (anew.flops, 0) and second.flops > anew.flops
 
 
+@pytest.mark.slow
 def test_options_that_a_stage_sets_of_the_joint_count_from_that_stage_on(data):
     recipe = staged(data, {"connectors.*": 1e-3}, "ee_mllm")
     (first,) = recipe.stages

@@ -44,7 +44,7 @@ def connected(model: VLM, pixels: torch.Tensor) -> np.ndarray:
     "built",
     [
         ("llama", "llava"),
-        ("llama", "blip2", SMALL),
+        pytest.param(("llama", "blip2", SMALL), marks=pytest.mark.slow),
         pytest.param(("llama", "mplug_owl", OWL), marks=pytest.mark.slow),
         pytest.param(("llama", "qwen_vl", {"side": 2, "heads": 4}), marks=pytest.mark.slow),
     ],

@@ -95,8 +95,6 @@ def test_the_folder_depends_on_all_that_features_depend_on(tmp_path):
     assert converted.folder != cache(tmp_path).folder, "an encoder that was converted later writes other rows"
 
 
-@pytest.mark.parametrize("file", ["rows.bin", "index.txt"])
-@pytest.mark.parametrize("cut", [1, 65, 200])
 @torch.no_grad()
 def _changed(how: str, seed: int, folder: Path) -> VLM:
     """A model whose encoder is another than its source's, saved and loaded."""
@@ -130,6 +128,9 @@ def test_an_encoder_that_was_changed_has_features_of_its_own(tmp_path, how):
     assert FeatureCache(VLM.from_pretrained(tmp_path / "plain").encoders["image"], tmp_path).folder == base.folder
 
 
+@pytest.mark.parametrize("file", ["rows.bin", "index.txt"])
+@pytest.mark.parametrize("cut", [1, 65, 200])
+@torch.no_grad()
 def test_an_interrupted_write_loses_the_torn_rows_alone(tmp_path, file, cut):
     cache(tmp_path).fill(PICTURES)
     path = next(tmp_path.rglob(file))

@@ -256,7 +256,7 @@ def test_a_fault_in_one_process_ends_all_with_it_and_what_was_done_is_kept(recip
     assert checkpoint_state(tmp_path)["step"] == 2
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_validation_that_fails_in_all_processes_loses_no_step(recipe: Recipe, tmp_path: Path, engine: str) -> None:
     whole = alone(recipe, stage(), tmp_path / "whole")
     parts = (recipe, stage(), tmp_path / "parts", ENGINES[engine])

@@ -372,7 +372,11 @@ def shaped(recipe: Recipe, batching: str, accumulate: int, workers: int) -> Reci
     return recipe.but(stages=stages, engine={"workers": workers, "save_async": workers == 1})
 
 
-@pytest.mark.parametrize("case", CASES)
+BRIEFER = ("once", "one worker", "in the second stage")
+"""Cases whose ways of stopping are those of others, each with one thing less."""
+
+
+@pytest.mark.parametrize("case", [pytest.param(each, marks=[pytest.mark.slow] * (each in BRIEFER)) for each in CASES])
 def test_a_killed_recipe_equals_one_left_alone(
     pair: Recipe, uninterrupted: Callable[[str, int], Line], tmp_path: Path, case: str
 ) -> None:
