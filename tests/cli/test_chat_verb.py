@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import io
+import time
+from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
 import composed
+from isthmus import assembly
 from isthmus.cli import answer
 from isthmus.cli.app import app
+from isthmus.cli.options import load_for_thread
 from isthmus.speakers.local import Local
 from isthmus.types import Turn
 
@@ -67,3 +72,28 @@ def test_draws_are_repeated_by_their_seed_and_narrowed_by_top_p(tmp_path):
     assert chat(*warm, "4", "--top-p", "0.01") == greedy.say([Turn.say("user", "hi")])
     turns = [Turn.say("system", "be odd"), Turn.say("user", "hi")]
     assert chat("--system", "be odd") == greedy.say(turns) != chat()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the system's threads are counted in /proc")
+def test_loading_leaves_no_threads_behind(monkeypatch):
+    """Workers of a second OpenMP team slow down every operator of the one that answers."""
+
+    def computed(*given):
+        torch.randn(512, 512) @ torch.randn(512, 512)
+        inside.append(tasks())
+        return given
+
+    inside: list[int] = []
+    monkeypatch.setattr(assembly, "load", computed)
+    before = tasks()
+    assert load_for_thread("model", "float32", "cpu") == ("model", "float32", torch.device("cpu"))
+    assert inside[0] > before
+    until = time.monotonic() + 10
+    while tasks() > before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert tasks() <= before
+
+
+def tasks() -> int:
+    """Threads of this process, OpenMP's among them."""
+    return len(list(Path("/proc/self/task").iterdir()))

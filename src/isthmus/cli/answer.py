@@ -65,15 +65,14 @@ def chat(
 
     import torch
 
-    from isthmus.assembly import load
-    from isthmus.cli.options import on
+    from isthmus.cli.options import load_for_thread
     from isthmus.speakers.local import Local
 
     drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     sampling: dict[str, Any] = drawn if temperature else {}
     if seed is not None:
         torch.manual_seed(seed)
-    near = Local(load(model, dtype, on(device)), max_new_tokens=max_tokens, **sampling)
+    near = Local(load_for_thread(model, dtype, device), max_new_tokens=max_tokens, **sampling)
     _talk(console, near, conversation, prompt, model)
 
 

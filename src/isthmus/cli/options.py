@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from isthmus.config import Recipe
     from isthmus.data.formats import Form
+    from isthmus.model import VLM
     from isthmus.speakers.remote import Remote
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
@@ -67,6 +68,21 @@ def on(device: str) -> torch.device:
             "use --device cpu or auto, or install the build of torch for that device",
         )
     return chosen
+
+
+def load_for_thread(model: str, dtype: str, device: str) -> VLM:
+    """`isthmus.load` for a verb whose model is run by another thread than this one.
+
+    A thread that has computed keeps its OpenMP workers. Where those of two threads are more than the cores, libgomp
+    lets all of them sleep between operators instead of spinning, and reading a prompt takes 1.4 times as long. So it
+    is loaded in a thread that ends, and its workers with it.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from isthmus.assembly import load
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(load, model, dtype, on(device)).result()
 
 
 def recipe_of(name: str, overrides: list[str] | None) -> Recipe:

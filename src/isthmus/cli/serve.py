@@ -54,8 +54,7 @@ def serve(
         raise ConfigError(f"{error.name} is not installed", "pip install 'isthmus[serve]'") from None
     from pathlib import Path
 
-    from isthmus.assembly import load
-    from isthmus.cli.options import on
+    from isthmus.cli.options import load_for_thread
     from isthmus.serving.engine import Engine, Sizes
     from isthmus.serving.fetching import Fetcher
     from isthmus.serving.http import Access, Server
@@ -63,7 +62,7 @@ def serve(
 
     listening = listen(host, port)
     sizes = Sizes(max_batch, queue, context, prefix_bytes=prefix_mb << 20, picture_bytes=picture_mb << 20)
-    engine = Engine(load(model, dtype, on(device)), sizes)
+    engine = Engine(load_for_thread(model, dtype, device), sizes)
     server = Server(
         engine,
         name or Path(model).resolve().name,

@@ -82,11 +82,12 @@ class Local:
         Whoever stops listening (closes the iterator) stops the model before its next token.
         """
         streamer = TextIteratorStreamer(self.model.processor.tokenizer, skip_special_tokens=True)
-        batch, failed, left = self._prompt([Sample(tuple(turns))]), [], Event()
+        failed, left = [], Event()
         stopping = StoppingCriteriaList([_Left(left)])
 
         def generate() -> None:
             try:
+                batch = self._prompt([Sample(tuple(turns))])
                 self.model.generate(batch, streamer=streamer, stopping_criteria=stopping, **self.decode)
             except BaseException as error:
                 failed.append(error)
