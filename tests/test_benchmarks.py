@@ -56,6 +56,21 @@ def test_attention_refuses_a_wrong_kernel(tmp_path, monkeypatch):
         assert "refused" in case and "both" not in case and case["errors"]["isthmus"] == pytest.approx(0.05, rel=0.2)
 
 
+# ---------------------------------------------------------------------------------------------- decoding
+
+
+def test_decoding_measures_both_linears_and_refuses_a_wrong_one(tmp_path, monkeypatch):
+    decoding = importlib.import_module("decoding")
+    words = ["--tiny", "--repeats", "2", "--steps", "1", "--json", str(tmp_path / "a.json")]
+    assert decoding.main(words) == 0
+    cases = read(tmp_path / "a.json")["cases"]
+    assert [(case["rows"], case["ratio"]["repeats"]) for case in cases] == [(1, 2), (7, 2)]
+    right = decoding.kernels_linear.few_rows
+    monkeypatch.setattr(decoding.kernels_linear, "few_rows", lambda *given: right(*given) * 1.05)
+    assert decoding.main(words) == 1
+    assert ["refused" in case for case in read(tmp_path / "a.json")["cases"]] == [True, False]
+
+
 # ---------------------------------------------------------------------------------------------- encoding
 
 

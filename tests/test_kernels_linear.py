@@ -1,4 +1,4 @@
-"""The oneDNN Linear equals PyTorch's own, forward and backward, and leaves alone what is not its business."""
+"""Our Linear equals PyTorch's own, forward and backward, and leaves alone what is not its business."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_model_keeps_its_names_and_its_loss(tmp_path):
     folder = tiny.llm_folder(tmp_path)
     ours, plain = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
     assert kernels_linear.use_onednn(ours) == sum(isinstance(each, nn.Linear) for each in plain.modules())
-    assert kernels_linear.use_onednn(ours) == 0 and ours.state_dict().keys() == plain.state_dict().keys()
+    assert ours.state_dict().keys() == plain.state_dict().keys()
     for model in (ours, plain):
         model.requires_grad_(False)
         torch.manual_seed(0)
@@ -86,3 +86,41 @@ def test_a_model_keeps_its_names_and_its_loss(tmp_path):
     for (name, mine), theirs in zip(ours.named_parameters(), plain.parameters(), strict=True):
         if ".grafts." in name:
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(256,), (1, 1, 256), (2, 1, 256), (3, 2, 256), (1, 7, 256)])
+def test_few_rows_equal_float64(bias, shape, monkeypatch):
+    monkeypatch.setattr(kernels_linear, "mkl_is_slow", lambda: True)
+    torch.manual_seed(0)
+    ours, exact = nn.Linear(256, 300, bias=bias), nn.Linear(256, 300, bias=bias).double()
+    exact.load_state_dict(ours.state_dict())
+    assert kernels_linear.use_few_rows(nn.ModuleList([ours])) == 1
+    x = torch.randn(shape)
+    with torch.no_grad():
+        found = ours(x)
+    torch.testing.assert_close(found.double(), exact(x.double()), rtol=1e-5, atol=1e-5)
+    assert found.shape == (*shape[:-1], 300) and found.is_contiguous()
+
+
+def test_few_rows_are_for_decoding_alone(monkeypatch):
+    """Many rows, small weights and whatever may need a gradient are PyTorch's own, to the bit."""
+    monkeypatch.setattr(kernels_linear, "mkl_is_slow", lambda: True)
+    taken = []
+    product = kernels_linear.few_rows
+    monkeypatch.setattr(kernels_linear, "few_rows", lambda x, *rest: taken.append(len(x)) or product(x, *rest))
+    large, small = nn.Linear(256, 300), nn.Linear(8, 8)
+    kernels_linear.use_few_rows(nn.ModuleList([large, small]))
+    with torch.no_grad():
+        for x in (torch.randn(4, 256), torch.randn(5, 256), torch.randn(0, 256)):
+            large(x)
+        small(torch.randn(2, 8))
+    x = torch.randn(2, 256, requires_grad=True)
+    torch.testing.assert_close(torch.autograd.grad(large(x).sum(), x)[0], large.weight.sum(0).expand(2, 256))
+    assert taken == [4]
+
+
+def test_where_mkl_is_not_slow_nothing_is_changed(monkeypatch):
+    monkeypatch.setattr(kernels_linear, "mkl_is_slow", lambda: False)
+    linear = nn.Linear(4, 4)
+    assert kernels_linear.use_few_rows(nn.ModuleList([linear])) == 0 and type(linear) is nn.Linear

@@ -1,40 +1,93 @@
-"""Linears in float32 through oneDNN, on processors where PyTorch's own matrix product is half as fast.
+"""Linears in float32 on AMD's processors, where PyTorch's own matrix product is half as fast as it could be.
 
-PyTorch computes float32 products on CPUs with MKL, which has no AVX-512 code for processors other than Intel's. oneDNN,
-which PyTorch brings along too, has: on an AMD EPYC with AVX-512 it does 205 GFLOP/s on one core where MKL does 97
-(`benchmarks/roofline.py`). Both accumulate in float32 and differ by rounding alone. No model uses it unless asked
-(`use_onednn`): whether its bits are the same run after run with several threads is not shown yet.
+PyTorch computes float32 products on CPUs with MKL, which has no AVX-512 code for processors other than Intel's.
+
+- *Few rows*, as when answers are decoded: MKL streams weights at 8 GB/s where these cores can at 30. With the factors
+  exchanged, (W x')', it does so at 20 (`benchmarks/decoding.py`). Every model's LLM has it where no gradient is asked
+  for.
+- *Many rows*: oneDNN, which PyTorch brings along too, does 205 GFLOP/s on one core of an AMD EPYC with AVX-512 where
+  MKL does 97 (`benchmarks/roofline.py`). No model uses it unless asked (`use_onednn`): whether its bits are the same
+  run after run with several threads is not shown yet.
+
+All accumulate in float32 and differ by rounding alone.
 """
 
 from __future__ import annotations
 
+import functools
+import platform
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+FEW = 4
+"""Rows up to which exchanged factors are faster."""
+SMALL = 1 << 16
+"""Weights below which there is nothing to gain: they stay in the processor's cache."""
+
+
+def use_few_rows(root: nn.Module) -> int:
+    """Give every plain `nn.Linear` inside `root` the class below, where MKL is slow; says how many.
+
+    Names, parameters and `isinstance` stay as they are. What is grafted on comes after it.
+    """
+    return len(_adopted(root)) if mkl_is_slow() else 0
+
 
 def use_onednn(root: nn.Module) -> int:
-    """Give every plain `nn.Linear` inside `root` the class below, before anything is grafted on; says how many.
-
-    Names, parameters and `isinstance` stay as they are, and what is not float32 on a CPU is computed as before.
-    """
-    chosen = [module for module in root.modules() if type(module) is nn.Linear]
+    """The same on any processor, and float32 products of more rows are oneDNN's, forward and backward."""
+    chosen = _adopted(root)
     for module in chosen:
-        module.__class__ = Linear
+        module.onednn = True
     return len(chosen)
 
 
+@functools.cache
+def mkl_is_slow() -> bool:
+    """Whether float32 products are MKL's on a processor that AMD made."""
+    file = Path("/proc/cpuinfo")
+    told = file.read_text(errors="replace") if file.is_file() else platform.processor()
+    return torch.backends.mkl.is_available() and "AuthenticAMD" in told
+
+
 class Linear(nn.Linear):
-    """`nn.Linear` whose float32 products on a CPU, forward and backward, are oneDNN's."""
+    """`nn.Linear` with products of its own for float32 on a CPU; whatever else it is given is computed as before."""
+
+    onednn = False
 
     def forward(self, x: Tensor) -> Tensor:
         plain = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
-        ours = plain and x.numel() and not torch.is_autocast_enabled("cpu")
-        if ours and not torch.compiler.is_compiling():  # inductor cannot lower the operator with sizes that vary
+        if not plain or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+            return F.linear(x, self.weight, self.bias)  # inductor cannot lower oneDNN's operator with sizes that vary
+        rows = x.numel() // x.shape[-1]
+        if 0 < rows <= FEW and self.weight.numel() >= SMALL and not torch.is_grad_enabled():
+            return few_rows(x, self.weight, self.bias)
+        if self.onednn and rows:
             return _Product.apply(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
+
+
+def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., in] times weight [out, in] transposed, as (W x')'; one row is computed twice, which costs nothing.
+
+    With a single row the product would be MKL's matrix-vector product again.
+    """
+    x_RI = x.reshape(-1, x.shape[-1])
+    rows = len(x_RI)
+    y_OR = weight @ (torch.cat([x_RI, x_RI]) if rows == 1 else x_RI).t()
+    y_RO = y_OR[:, :rows].t().contiguous()
+    return (y_RO if bias is None else y_RO + bias).reshape(*x.shape[:-1], -1)
+
+
+def _adopted(root: nn.Module) -> list[Linear]:
+    """The Linears inside `root` that have the class above, or are given it."""
+    for module in root.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+    return [module for module in root.modules() if type(module) is Linear]
 
 
 class _Product(torch.autograd.Function):

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.configuration_utils import SubConfigSpec
 
 from isthmus import aligner as aligners
-from isthmus import fuse, graft, lora, sites, tokens
+from isthmus import fuse, graft, kernels_linear, lora, sites, tokens
 from isthmus.config import EncoderConfig, LoRA
 from isthmus.encoders import Encoder
 from isthmus.generation import Generation
@@ -114,6 +114,7 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
                 f"{self.aligner.name} does not work with an encoder-decoder LLM", "choose a decoder-only LLM"
             )
         self.llm = llm.requires_grad_(False)
+        kernels_linear.use_few_rows(self.llm)
         self.encoders = nn.ModuleDict(encoders).requires_grad_(False)
         width = sites.embedding(llm).weight.shape[1]
         _resize(llm, config.surgery)

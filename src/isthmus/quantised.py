@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from isthmus import sites
+from isthmus import kernels_linear, sites
 from isthmus.graft import at, graft, ungraft
 from isthmus.types import ConfigError
 
@@ -129,7 +129,8 @@ def quantise(root: nn.Module, bits: Bits, dtype: torch.dtype) -> None:
         ConfigError: there is no Linear to pack, or 4 bits without bitsandbytes.
     """
     heads = sites.heads(root)
-    chosen = [path for path, each in sites.linears(root).items() if type(each) is nn.Linear and each not in heads]
+    plain = (nn.Linear, kernels_linear.Linear)
+    chosen = [path for path, each in sites.linears(root).items() if type(each) in plain and each not in heads]
     if not chosen:
         raise ConfigError(f"{type(root).__name__} has no Linear to hold in {bits} bits", "leave bits out")
     for path in chosen:

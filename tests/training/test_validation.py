@@ -18,7 +18,7 @@ from isthmus.training import validation
 from isthmus.training.log import read_rows
 from isthmus.training.parallel import World
 from isthmus.training.run import Run, limits, mix_of, train
-from isthmus.training.step import held_out
+from isthmus.training.step import NothingToLearn, held_out
 from isthmus.training.toy import toy
 from isthmus.training.validation import Validation
 from isthmus.types import Batch, DataError
@@ -38,12 +38,20 @@ def test_sources_count_by_their_shares() -> None:
     assert Validation({"a": lambda step: 1.5}, {"a": 9.0})(None) == {"validation_loss": 1.5}  # type: ignore[arg-type]
 
     def silent(step: Any) -> float:
-        raise DataError("no token is supervised")
+        raise NothingToLearn("no token is supervised")
 
     some = Validation({"a": silent, "b": lambda step: 3.0}, {"a": 9.0, "b": 1.0})
     assert some(None) == {"validation_loss": 3.0, "validation_loss_b": 3.0}  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="nothing to learn from"):
+    with pytest.raises(NothingToLearn, match="nothing to learn from"):
         Validation({"a": silent}, {"a": 1.0})(None)  # type: ignore[arg-type]
+
+
+def test_a_picture_that_cannot_be_read_is_told() -> None:
+    def damaged(step: Any) -> float:
+        raise DataError("a.png: damaged")
+
+    with pytest.raises(DataError, match="a.png: damaged"):
+        Validation({"a": damaged, "b": lambda step: 3.0}, {"a": 9.0, "b": 1.0})(None)  # type: ignore[arg-type]
 
 
 class Drawing:

@@ -24,6 +24,10 @@ RUNGS = ("encoded", "connected", "hidden")
 """What a term may need of the model, each with all before it."""
 
 
+class NothingToLearn(DataError):
+    """No term of a loss is about any of these samples; every process finds the same."""
+
+
 class Step(nn.Module):
     """One forward of everything that a stage trains; what touches a part of the model happens inside it.
 
@@ -62,14 +66,14 @@ class Step(nn.Module):
         Gradients of several processes are averaged, hence the factor.
 
         Raises:
-            DataError: there is nothing to learn from in these batches.
+            NothingToLearn: no term is about any of these batches.
         """
         batches = list(batches)
         own = [sum(term.count(self._left(name, batch)) for batch in batches) for name, term in self.terms.items()]
         counts = dict(zip(self.terms, self.world.total(own)))
         if not any(counts.values()):
             ids = [sample for batch in batches for sample in batch.ids]
-            raise DataError(
+            raise NothingToLearn(
                 f"nothing to learn from in samples {ids[:8]}: no token is supervised",
                 "`isthmus data preview` shows what is trained in each sample",
             )

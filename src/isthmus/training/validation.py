@@ -12,8 +12,8 @@ from isthmus.data import sets
 from isthmus.data.collate import Collator
 from isthmus.data.mix import by_size
 from isthmus.prepare import tags
-from isthmus.training.step import Step, held_out
-from isthmus.types import DataError, Sample
+from isthmus.training.step import NothingToLearn, Step, held_out
+from isthmus.types import Sample
 
 HELD_OUT = 64
 """Validation samples of a stage, as many from each of its sources."""
@@ -37,14 +37,15 @@ class Validation:
         """`validation_loss`, and where sources are several, `validation_loss_NAME` of each that a term is about.
 
         Raises:
-            DataError: no term is about any of them.
+            NothingToLearn: no term is about any of them.
+            DataError: a sample of theirs cannot be read.
         """
         found = dict[str, float]()
         for name, loss in self.losses.items():
-            with contextlib.suppress(DataError):
+            with contextlib.suppress(NothingToLearn):
                 found[name] = loss(step)
         if not found:
-            raise DataError(
+            raise NothingToLearn(
                 "nothing to learn from in the samples held out: no token is supervised",
                 "`isthmus data preview` shows what is trained in each sample",
             )
