@@ -5,14 +5,15 @@
 A random CLIP, a random two-layer projector and SmolLM2-135M (with `--tiny` a random Llama) are saved as ours and
 exported as transformers' LLaVA. With `--llama`, an environment that has xllamacpp, llama.cpp's own server is measured
 too, on our GGUF files; the tower is then a SigLIP and pictures have its size, since llama.cpp misplaces CLIP's class
-token and scales pictures in its own way (`docs/export.md`).
+token and scales pictures in its own way (`docs/export.md`). The LLM's weights are then moved off bfloat16's numbers, in
+which our export would keep them and llama.cpp compute.
 
 Each server runs in a process of its own and answers the same streamed requests, greedily. Every client keeps one
 connection (but with llama.cpp, which says that it keeps one and closes it) and sends one request after the other: first
-each with a picture of its own, then all with one picture. The answers to a few requests, asked one by one, must be the
-same from all, or no speed is told; each server's are then compared with what it says among many, and the share that
-differs is reported. Every case is told as soon as it is measured, and what is done is kept if a later one is
-interrupted.
+each with a picture of its own, then all with one picture. The answers to a few requests, asked one by one, must be
+ours, or a server's speed is not told in the table; each server's are then compared with what it says among many, and
+the share that differs is reported. Every case is told as soon as it is measured, and what is done is kept if a later
+one is interrupted.
 """
 
 from __future__ import annotations
@@ -109,6 +110,9 @@ def build(folder: Path, options: argparse.Namespace) -> dict[str, Path]:
         llm = isthmus.config.LLMConfig(source=str(folder / "llm"))
     encoder = isthmus.config.EncoderConfig(source=str(folder / "tower"), aspect="crop", layer=-2)
     model = isthmus.compose(isthmus.Recipe(encoder=encoder, llm=llm, aligner=embedded.aligner))
+    if options.llama:
+        for parameter in model.llm.parameters():
+            parameter.data.mul_(1 + 2**-12)
     model.processor.tokenizer.chat_template = model.processor.chat_template = TEMPLATE
     made = {"isthmus": folder / "ours"}
     model.save_pretrained(made["isthmus"], whole=True)
@@ -255,19 +259,23 @@ def main(arguments: list[str] | None = None) -> int:
         for _ in range(options.repeats):
             for kind, model in kinds.items():
                 runs[kind].append(measure(kind, model, options))
-                answers = zip(*(each[0]["answers"] for each in runs.values() if each))
-                agreeing = sum(len(set(same)) == 1 for same in answers) / CHECKED
+                agreeing = {kind: agreement(runs["isthmus"], each) for kind, each in runs.items() if each}
                 result = {"machine": where, "agreeing": agreeing, "runs": runs}
                 harness.save("serving_llamacpp" if options.llama else "serving", result, options)
-    print(harness.in_words(where), f"\n{agreeing:.0%} of {CHECKED} answers are the same from {' and '.join(kinds)}")
-    if agreeing < AGREEING:
-        print("refused: no speed is told where the answers differ")
-        return 1
-    print(harness.table(HEADER, [line for kind, each in runs.items() for line in lines(kind, each)]))
+    print(harness.in_words(where))
+    told = [kind for kind, share in agreeing.items() if share >= AGREEING]
+    for kind in kinds:
+        print(f"{kind}: {agreeing[kind]:.0%} of {CHECKED} answers are ours" + ("" if kind in told else "; refused"))
+    print(harness.table(HEADER, [line for kind in told for line in lines(kind, runs[kind])]))
     for kind, each in runs.items():
         flipped = max(run["flipped"] for run in each)
         print(f"{kind}: up to {flipped:.0%} of the answers among others differ from those alone")
-    return 0
+    return int(len(told) < len(kinds))
+
+
+def agreement(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> float:
+    """The share of the answers asked alone that are the same in the first repeat."""
+    return sum(a == b for a, b in zip(ours[0]["answers"], theirs[0]["answers"])) / CHECKED
 
 
 def lines(kind: str, runs: list[dict[str, Any]]) -> Iterator[list[str]]:

@@ -24,7 +24,7 @@ def test_both_servers_are_measured_on_the_same_answers(serving, tmp_path, capsys
     file = tmp_path / "s.json"
     assert serving.main([*SMALL, "--peer", "--json", str(file)]) == 0
     found = json.loads(file.read_text())
-    assert found["agreeing"] == 1 and set(found["runs"]) == {"isthmus", "transformers"}
+    assert found["agreeing"] == {"isthmus": 1, "transformers": 1} and set(found["runs"]) == {"isthmus", "transformers"}
     for (run,) in found["runs"].values():
         assert [case["repeated"] for case in run["cases"]] == [False, True]
         assert all(case["requests_per_second"] > 0 < case["first_token"] <= case["whole"] for case in run["cases"])
@@ -41,4 +41,4 @@ def test_no_speed_is_told_where_answers_differ(serving, tmp_path, monkeypatch, c
     monkeypatch.setattr(serving, "measure", measure)
     assert serving.main([*SMALL, "--peer", "--json", str(tmp_path / "s.json")]) == 1
     told = capsys.readouterr().out
-    assert "0% of 6 answers are the same" in told and "refused" in told and "requests/s" not in told
+    assert "transformers: 0% of 6 answers are ours; refused" in told and "| transformers" not in told
