@@ -280,7 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
     made.add_argument("--length", type=int, default=64, help="tokens of text per sample")
     made.add_argument("--batch", type=int, default=8, help="samples per step")
     made.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    made.add_argument("--onednn", action="store_true", help="Linears in float32 by isthmus.kernels_linear")
+    made.add_argument("--onednn", action="store_true", help="Linears in float32 by oneDNN (isthmus.kernels_linear)")
     options = made.parse_args(arguments)
     if options.tiny:
         options.size, options.length, options.batch, options.steps = "check", 16, 2, 2

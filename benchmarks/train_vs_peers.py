@@ -72,7 +72,7 @@ class Variant:
     attention: str = "isthmus"
     head: str = "supervised"
     onednn: bool = False
-    """Whether Linears in float32 are computed by `isthmus.kernels_linear`."""
+    """Whether Linears in float32 are computed by `isthmus.kernels_linear.use_onednn`."""
 
     @property
     def peer(self) -> bool:
