@@ -120,6 +120,47 @@ def test_few_rows_are_for_decoding_alone(monkeypatch):
     assert taken == [4]
 
 
+def test_few_rows_under_lora_and_what_is_not_plain_float32(monkeypatch):
+    monkeypatch.setattr(kernels_linear, "mkl_is_slow", lambda: True)
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(256, 300)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    kernels_linear.use_few_rows(models[0])
+    for model in models:
+        torch.manual_seed(1)
+        lora.attach(model, "0", LoRA(r=2))
+        next(p for name, p in model.named_parameters() if name.endswith("B")).data.normal_()
+    x = torch.randn(2, 256)
+    with torch.no_grad():
+        torch.testing.assert_close(*(model(x) for model in models), rtol=1e-5, atol=1e-5)
+        assert torch.jit.trace(models[0], x[:1], check_trace=False)(torch.randn(3, 256)).shape == (3, 300)
+        assert lora.merge(models[0]) == ["0"] and type(models[0][0]) is kernels_linear.Linear
+        assert type(Wrapped(models[0][0].weight).linear(x)) is Wrapped
+        empty = nn.Linear(0, 300)
+        kernels_linear.use_few_rows(nn.ModuleList([empty]))
+        assert torch.equal(empty(torch.zeros(2, 0)), empty.bias.expand(2, 300))
+
+
+class Wrapped(torch.Tensor):
+    """A weight of another library: `F.linear` is all that it knows."""
+
+    @staticmethod
+    def __new__(cls, data):
+        return data.detach().as_subclass(cls)
+
+    @classmethod
+    def __torch_function__(cls, function, types, given=(), named=None):
+        if function in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm):
+            raise NotImplementedError
+        return super().__torch_function__(function, types, given, named or {})
+
+    def linear(self, x):
+        """What a Linear of ours makes of it."""
+        module = kernels_linear.Linear(self.shape[1], self.shape[0], bias=False)
+        module._parameters["weight"] = self
+        return module(x)
+
+
 def test_where_mkl_is_not_slow_nothing_is_changed(monkeypatch):
     monkeypatch.setattr(kernels_linear, "mkl_is_slow", lambda: False)
     linear = nn.Linear(4, 4)

@@ -28,6 +28,10 @@ class DataError(IsthmusError):
     code = 3
 
 
+class NothingToLearn(DataError):
+    """No term of a loss is about any of these samples."""
+
+
 class NotFinite(IsthmusError):
     """A loss or a gradient became infinite or not a number; the cause names where first."""
 

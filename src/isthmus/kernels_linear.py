@@ -27,12 +27,15 @@ FEW = 4
 """Rows up to which exchanged factors are faster."""
 SMALL = 1 << 16
 """Weights below which there is nothing to gain: they stay in the processor's cache."""
+PLAIN = (Tensor, nn.Parameter)
+"""What weights may be: those of a library that packs them know `F.linear` alone."""
 
 
 def use_few_rows(root: nn.Module) -> int:
     """Give every plain `nn.Linear` inside `root` the class below, where MKL is slow; says how many.
 
-    Names, parameters and `isinstance` stay as they are. What is grafted on comes after it.
+    Names, parameters and `isinstance` stay as they are; tools that ask for `type(module) is nn.Linear` find none. What
+    is grafted on comes after it.
     """
     return len(_adopted(root)) if mkl_is_slow() else 0
 
@@ -60,14 +63,19 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         plain = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
-        if not plain or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-            return F.linear(x, self.weight, self.bias)  # inductor cannot lower oneDNN's operator with sizes that vary
-        rows = x.numel() // x.shape[-1]
+        if not plain or type(self.weight) not in PLAIN or torch.is_autocast_enabled("cpu") or _traced():
+            return F.linear(x, self.weight, self.bias)
+        rows = x.numel() // x.shape[-1] if x.numel() else 0
         if 0 < rows <= FEW and self.weight.numel() >= SMALL and not torch.is_grad_enabled():
             return few_rows(x, self.weight, self.bias)
         if self.onednn and rows:
             return _Product.apply(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
+
+
+def _traced() -> bool:
+    """Whether a graph is made: it is for any number of rows, and inductor cannot lower oneDNN's operator then."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -114,10 +114,10 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
                 f"{self.aligner.name} does not work with an encoder-decoder LLM", "choose a decoder-only LLM"
             )
         self.llm = llm.requires_grad_(False)
-        kernels_linear.use_few_rows(self.llm)
         self.encoders = nn.ModuleDict(encoders).requires_grad_(False)
         width = sites.embedding(llm).weight.shape[1]
         _resize(llm, config.surgery)
+        kernels_linear.use_few_rows(llm)
         self.vocabulary = tokens.add_tokens(llm, len(self.aligner.new_tokens())) + len(self.aligner.new_tokens())
         self.connectors = nn.ModuleDict(
             {kind: self.aligner.connector(kind, encoder, width) for kind, encoder in encoders.items()}

@@ -26,6 +26,7 @@ from isthmus.errors import ConfigError as ConfigError
 from isthmus.errors import DataError as DataError
 from isthmus.errors import IsthmusError as IsthmusError
 from isthmus.errors import NotFinite as NotFinite
+from isthmus.errors import NothingToLearn as NothingToLearn
 
 IGNORE = -100
 """A label that carries no loss."""

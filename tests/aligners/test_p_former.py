@@ -25,7 +25,7 @@ from isthmus.recipes.p_former import p_former
 from isthmus.training import combination
 from isthmus.training.optimizer import adamw, choose
 from isthmus.training.step import Step
-from isthmus.types import IGNORE, Batch, ConfigError, DataError
+from isthmus.types import IGNORE, Batch, ConfigError, DataError, NothingToLearn
 
 D, Q = tiny.WIDTH, 3
 BEGIN = tiny.BOS
@@ -319,7 +319,7 @@ def test_a_saved_model_takes_its_teacher_along(tmp_path):
 
 def test_what_cannot_be_taught_is_refused_with_the_remedy():
     model = newborn()
-    with pytest.raises(DataError, match="no sentence without a picture"):
+    with pytest.raises(NothingToLearn, match="no sentence without a picture"):
         step_of(model, *TEACHER).scales([batch_of(model, PAIRS)])
     plain = newborn(text=False)
     assert not plain.heads and plain.processor.reading is None

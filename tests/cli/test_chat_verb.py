@@ -17,7 +17,7 @@ from isthmus.cli import answer
 from isthmus.cli.app import app
 from isthmus.cli.options import load_for_thread
 from isthmus.speakers.local import Local
-from isthmus.types import Turn
+from isthmus.types import ConfigError, Turn
 
 
 class Interrupted:
@@ -92,6 +92,15 @@ def test_loading_leaves_no_threads_behind(monkeypatch):
     while tasks() > before and time.monotonic() < until:
         time.sleep(0.01)
     assert tasks() <= before
+
+
+def test_an_error_in_loading_stays_what_it_is(monkeypatch):
+    def missing(*given):
+        raise ConfigError("no such model", "name one")
+
+    monkeypatch.setattr(assembly, "load", missing)
+    with pytest.raises(ConfigError, match="no such model"):
+        load_for_thread("model", "float32", "cpu")
 
 
 def tasks() -> int:

@@ -18,10 +18,10 @@ from isthmus.training import validation
 from isthmus.training.log import read_rows
 from isthmus.training.parallel import World
 from isthmus.training.run import Run, limits, mix_of, train
-from isthmus.training.step import NothingToLearn, held_out
+from isthmus.training.step import held_out
 from isthmus.training.toy import toy
 from isthmus.training.validation import Validation
-from isthmus.types import Batch, DataError
+from isthmus.types import Batch, DataError, NothingToLearn
 
 CPU = torch.device("cpu")
 

@@ -75,14 +75,26 @@ def load_for_thread(model: str, dtype: str, device: str) -> VLM:
 
     A thread that has computed keeps its OpenMP workers. Where those of two threads are more than the cores, libgomp
     lets all of them sleep between operators instead of spinning, and reading a prompt takes 1.4 times as long. So it
-    is loaded in a thread that ends, and its workers with it.
+    is loaded in a thread that ends, and its workers with it. Ctrl-C does not wait for that.
     """
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import Future
+    from threading import Thread
 
     from isthmus.assembly import load
 
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(load, model, dtype, on(device)).result()
+    loaded: Future[VLM] = Future()
+
+    def work() -> None:
+        try:
+            loaded.set_result(load(model, dtype, on(device)))
+        except BaseException as error:
+            loaded.set_exception(error)
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    found = loaded.result()
+    thread.join()
+    return found
 
 
 def recipe_of(name: str, overrides: list[str] | None) -> Recipe:

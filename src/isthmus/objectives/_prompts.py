@@ -14,7 +14,7 @@ from torch import Tensor
 
 from isthmus.config import Frozen
 from isthmus.objectives import Objective
-from isthmus.types import Batch, ConfigError, DataError
+from isthmus.types import Batch, ConfigError, NothingToLearn
 
 if TYPE_CHECKING:
     from isthmus.objectives import VLM
@@ -54,8 +54,10 @@ def sentences(batch: Batch) -> Tensor:
     """What is said without a picture, in the teacher's vocabulary, ids [N, T].
 
     Raises:
-        DataError: there is nothing of the kind.
+        NothingToLearn: there is nothing of the kind.
     """
     if "text" not in batch.extra_text:
-        raise DataError(f"no sentence without a picture among {batch.ids[:8]}", "teach prompts on data of text alone")
+        raise NothingToLearn(
+            f"no sentence without a picture among {batch.ids[:8]}", "teach prompts on data of text alone"
+        )
     return batch.extra_text["text"]

@@ -88,6 +88,8 @@ class Local:
         def generate() -> None:
             try:
                 batch = self._prompt([Sample(tuple(turns))])
+                if left.is_set():
+                    return
                 self.model.generate(batch, streamer=streamer, stopping_criteria=stopping, **self.decode)
             except BaseException as error:
                 failed.append(error)

@@ -18,14 +18,10 @@ from isthmus.config import ObjectiveConfig
 from isthmus.model import VLM
 from isthmus.training.momentum import Momentum
 from isthmus.training.parallel import World, whole
-from isthmus.types import IGNORE, Batch, ConfigError, DataError
+from isthmus.types import IGNORE, Batch, ConfigError, NothingToLearn
 
 RUNGS = ("encoded", "connected", "hidden")
 """What a term may need of the model, each with all before it."""
-
-
-class NothingToLearn(DataError):
-    """No term of a loss is about any of these samples; every process finds the same."""
 
 
 class Step(nn.Module):

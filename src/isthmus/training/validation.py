@@ -12,8 +12,8 @@ from isthmus.data import sets
 from isthmus.data.collate import Collator
 from isthmus.data.mix import by_size
 from isthmus.prepare import tags
-from isthmus.training.step import NothingToLearn, Step, held_out
-from isthmus.types import Sample
+from isthmus.training.step import Step, held_out
+from isthmus.types import NothingToLearn, Sample
 
 HELD_OUT = 64
 """Validation samples of a stage, as many from each of its sources."""
