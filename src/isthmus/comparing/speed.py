@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from isthmus.costs import TEXT, prompt
 from isthmus.evaluation.measure import arithmetic_of
 from isthmus.files import write_text
 from isthmus.model import VLM
+from isthmus.types import Batch
 
 WARM, REPEATS, TOKENS = 1, 5, 17
 
@@ -50,31 +50,25 @@ def speed_of(folder: Path, dtype: torch.dtype, device: torch.device, note: Path)
 
 
 def measure(model: VLM) -> Speed:
-    """Time a model that is alone on its device."""
+    """Time a model that is alone on its device; short and long answers take turns, as machines change their speed."""
     batch = prompt(model, "image").to(model.device)
-
-    def say(tokens: int) -> None:
-        limits = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
-        with arithmetic_of(model):
-            model.generate(batch, **limits, pad_token_id=model.processor.pad)
-
-    first, whole = timed(lambda: say(1), model.device), timed(lambda: say(TOKENS), model.device)
+    turns = [[_seconds(model, batch, tokens) for tokens in (1, TOKENS)] for _ in range(WARM + REPEATS)][WARM:]
+    further = statistics.median(long - short for short, long in turns) / (TOKENS - 1)
     return Speed(
-        prefill=1000 * first,
-        decode=1000 * max(0.0, whole - first) / (TOKENS - 1),
+        prefill=1000 * statistics.median(short for short, _ in turns),
+        decode=1000 * max(0.0, further),
         arithmetic=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         device=str(model.device),
     )
 
 
-def timed(work: Callable[[], None], device: torch.device) -> float:
-    """Median of seconds."""
-    times = []
-    for _ in range(WARM + REPEATS):
-        began = time.perf_counter()
-        work()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[WARM:])
+def _seconds(model: VLM, batch: Batch, tokens: int) -> float:
+    """An answer of so many tokens."""
+    limits = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    began = time.perf_counter()
+    with arithmetic_of(model):
+        model.generate(batch, **limits, pad_token_id=model.processor.pad)
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize(model.device)
+    return time.perf_counter() - began
