@@ -287,7 +287,7 @@ def causes() -> set[str]:
     return found
 
 
-CAUSED = {"ConfigError", "DataError", "IsthmusError", "NotFinite", "Wrong", "refuse"}
+CAUSED = {"ConfigError", "DataError", "IsthmusError", "NotFinite", "NothingToLearn", "Wrong", "refuse"}
 """What is called with a cause; `refuse` of exports puts a reason behind it."""
 
 
