@@ -35,6 +35,8 @@ from tiny_voices import VOICES
 
 DECODERS = ("llama", "qwen2", "qwen3", "opt", "glm")
 """Families of decoder-only LLMs that every joint is tried on."""
+OWN_MASKS = ("bloom", "falcon", "gptj", "mpt")
+"""Older decoder-only families, which compute attention in code of their own, from a mask of padding."""
 MORE_DECODERS = ("gemma", "gemma2", "gemma3_text", "mistral", "phi", "phi3")
 """Decoder-only families with windows, soft-capping, scaled embeddings, fused projections or parallel layers."""
 ENCODER_DECODERS = ("t5", "flan-t5")
@@ -71,6 +73,27 @@ _WINDOW = {"sliding_window": 24, "head_dim": 8}
 """Shorter than most rows, so that a window that is forgotten shows; longer than a picture's sixteen tokens."""
 _GEMMA = {**_GATED, "head_dim": 8, "eos_token_id": 1, "bos_token_id": 2}
 _CAPPED = {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+_OLD = {
+    "vocab_size": VOCAB,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "initializer_range": 0.2,
+}
+_LATENT = {
+    "kv_lora_rank": 8,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+}
 _T5 = {
     "vocab_size": VOCAB,
     "d_model": WIDTH,
@@ -100,7 +123,52 @@ _CONFIGS = {
     "mistral": {**_GATED, **_WINDOW, "tie_word_embeddings": False},
     "phi": {**_DECODER, "intermediate_size": 64, "initializer_range": 0.2},
     "phi3": {**_GATED, **_WINDOW, "tie_word_embeddings": False},
+    "bloom": {**_OLD, "hidden_size": WIDTH, "n_layer": 3, "n_head": 4},
+    "falcon": {**_DECODER, "initializer_range": 0.2},
+    "gptj": {**_OLD, "n_embd": WIDTH, "n_layer": 3, "n_head": 4, "n_positions": 512, "rotary_dim": 4},
+    "mpt": {**_OLD, "d_model": WIDTH, "n_layers": 3, "n_heads": 4, "max_seq_len": 512},
+    "gpt2": {**_OLD, "n_embd": WIDTH, "n_layer": 3, "n_head": 4, "n_positions": 512},
+    "olmo2": _GATED,
+    "stablelm": _GATED,
+    "gpt_oss": {**_GATED, **_WINDOW, "layer_types": _MIXED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {**_GATED, **_LATENT, "num_key_value_heads": 4},
+    "lfm2": {
+        **_GATED,
+        "block_ff_dim": 64,
+        "block_auto_adjust_ff_dim": False,
+        "layer_types": ["conv", "full_attention", "conv"],
+    },
+    "falcon_h1": {
+        **_GATED,
+        "head_dim": 8,
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+    },
+    "llama4_text": {
+        **_GATED,
+        "head_dim": 8,
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 64,
+        "attention_chunk_size": 24,
+        "no_rope_layers": [1, 0, 1],
+    },
     "t5": {**_T5, "eos_token_id": EOS},
+    "bart": {
+        **{name: _T5[name] for name in ("vocab_size", "d_model", "pad_token_id")},
+        "encoder_layers": 2,
+        "decoder_layers": 3,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "max_position_embeddings": 512,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "decoder_start_token_id": EOS,
+        "init_std": 0.2,
+    },
     "flan-t5": {**_T5, "eos_token_id": 1, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
 _TOWER = {

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
-from transformers.masking_utils import create_masks_for_generate
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_masks_for_generate
 
 from isthmus import kernels
 from isthmus.types import ConfigError, DataError, Features, Media
@@ -122,13 +122,20 @@ def masks(
     if not divided and counted and not fixed and is_plain(segment_BS, cached):
         return None
     packed = bool(segment_BS.max() > 1)
-    _check(config, packed or divided)
+    check(config, packed or divided, counted)
     if config._attn_implementation.startswith("flash"):
         return segment_BS > 0
+    reach = segment_BS.shape[1]
+    if cache is not None:  # layers that also carry a state do not tell their length, but that of their mask
+        reach = max(reach, cache.get_max_length(), sum(cache.get_mask_sizes(embeds_BTD.shape[1], 0)))
+    if _masks_by_itself(config):
+        ahead = (
+            reach - segment_BS.shape[1] if fixed and not kernels.takes(config) else 0
+        )  # BLOOM's biases want it whole
+        return torch.nn.functional.pad((segment_BS > 0).long(), (0, ahead))
     if packed and not divided and cache is None and (kinds := _reaching_back(config, segment_BS)) is not None:
         borders = kernels.borders(segment_BS)
         return dict.fromkeys(kinds, borders) if kinds else borders
-    reach = max(segment_BS.shape[1], cache.get_max_length() if cache is not None else 0)
     segment = torch.nn.functional.pad(segment_BS, (0, reach - segment_BS.shape[1]), value=-1)
 
     def allowed(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -138,35 +145,68 @@ def masks(
         return seen if rule is None else seen & rule(b, h, q, kv.clamp(max=segment_BS.shape[1] - 1))
 
     def build(config: PreTrainedConfig, seen: Rule) -> Any:
-        return create_masks_for_generate(
+        made = create_masks_for_generate(
             config=config,
             inputs_embeds=embeds_BTD,
             attention_mask=None,
             past_key_values=cache,
             and_mask_function=seen,
         )
+        return _recurrent(made, segment_BS[:, -embeds_BTD.shape[1] :])
 
-    window = getattr(config, "sliding_window", None)
-    if branch_BS is None or window is None:
+    window: Any = getattr(config, "sliding_window", None)
+    chunk: Any = getattr(config, "attention_chunk_size", None)
+    if chunk is None and (branch_BS is None or window is None):
         return build(config, allowed)
-    # Branches lie behind each other, so that a window of columns would cut them off from what they share.
+    # Branches lie behind each other, so that a window of columns would cut them off from what they share; and chunks
+    # (Llama 4) are counted from where a sample begins, not from where its row does.
     position = torch.nn.functional.pad(positions(segment_BS, branch_BS), (0, reach - segment_BS.shape[1]))
 
     def near(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return allowed(b, h, q, kv) & (position[b, q] - position[b, kv] < window)
+        here, there = position[b, q], position[b, kv]
+        return allowed(b, h, q, kv) & (here - there < window if chunk is None else here // chunk == there // chunk)
 
     wide = copy.copy(config)
-    wide.sliding_window = reach + 1
+    setattr(wide, "sliding_window" if chunk is None else "attention_chunk_size", reach + 1)
     whole, windowed = build(wide, allowed), build(wide, near)
     if not isinstance(whole, dict):
         return windowed  # every layer has the window
-    return {kind: (windowed if kind == "sliding_attention" else whole)[kind] for kind in whole}
+    return {kind: (whole if kind == "full_attention" else windowed)[kind] for kind in whole}
 
 
-def _check(config: PreTrainedConfig, divided: bool) -> None:
-    """Refuse what would be dropped in silence: transformers asks neither a recurrence nor flash attention's kernels
-    about a mask function."""
+def _recurrent(masks: Any, segment_BT: Tensor) -> Any:
+    """The masks with padding told to layers that carry a state along the row, which is all that they hear of masks."""
+    if isinstance(masks, dict) and not (segment_BT > 0).all():
+        padding = dict.fromkeys(masks.keys() & {"linear_attention", "conv"}, (segment_BT > 0).long())
+        return {**masks, **padding}
+    return masks
+
+
+def _masks_by_itself(config: PreTrainedConfig) -> bool:
+    """Whether an LLM builds its masks from padding alone: one that calls no kernel, or whose layers are of kinds of
+    which transformers does not know from outside how they are masked."""
     kinds = set(getattr(config, "layer_types", None) or ())
+    return not kernels.takes(config) or not kinds <= LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING.keys()
+
+
+def check(config: PreTrainedConfig, divided: bool, counted: bool) -> None:
+    """Refuse what would be dropped in silence: transformers asks neither a recurrence nor flash attention's kernels
+    about a mask function.
+
+    Args:
+        divided: samples share rows, or a rule says who sees whom.
+        counted: positions are counted by `positions`.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if (divided or not counted) and _masks_by_itself(config):
+        raise ConfigError(
+            f"{config.model_type} builds its masks by itself, from padding alone, and hears nothing of packed samples, "
+            "branches, or a joint's rule and positions",
+            "set batching to bucketed, and use a joint without them, or another LLM",
+        )
     if divided and any("linear" in kind or "conv" in kind or "hybrid" in kind for kind in kinds):
         raise ConfigError(
             f"{config.model_type} has layers that carry a state along the whole row, across packed samples",

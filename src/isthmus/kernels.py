@@ -3,7 +3,7 @@
 PyTorch's CPU flash attention spends its time on blocks that short rows do not fill: for 32 rows of 36 tokens, forward
 and backward together took 20 to 25 ms per layer in bfloat16 on two cores, plain batched products 3 ms
 (`benchmarks/attention.py`). Longer rows and accelerators keep transformers' sdpa, except where an LLM caps its scores
-(Gemma 2), which sdpa cannot.
+(Gemma 2) or lets a sink take a share of the weights (gpt-oss), which sdpa cannot.
 
 Packed rows come with the borders of their segments in place of a mask, and each segment is computed alone: on a CPU
 in batches of segments of similar length, on an accelerator by PyTorch's flash attention for variable lengths. A dense
@@ -12,6 +12,7 @@ mask over whole rows costs many times as much, because nearly all of what it let
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -59,9 +60,9 @@ def attention(
         options.pop("is_causal", None)  # borders say it
         return _by_segment(module, query, key, value, attention_mask.flatten(), options), None
     length, keys = query.shape[2], key.shape[2]
-    softcap = more.get("softcap")
+    softcap, sinks = more.get("softcap"), more.get("s_aux")
     short = query.device.type == "cpu" and keys <= SHORT.get(query.dtype, 0) and not dropout
-    products = softcap is not None or (short and more.get("s_aux") is None)  # sdpa knows of no cap
+    products = short or softcap is not None or sinks is not None  # sdpa knows of neither, and drops sinks in silence
     if products and attention_mask is None:
         causal = module.is_causal if more.get("is_causal") is None else more["is_causal"]
         seen = torch.ones(length, keys, dtype=torch.bool, device=query.device)
@@ -70,7 +71,7 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if attention_mask.dtype == torch.bool:
         attention_mask = _additive(attention_mask, query.dtype)
-    return _by_products(query, key, value, attention_mask, scaling, softcap, dropout), None
+    return _by_products(query, key, value, attention_mask, scaling, softcap, sinks, dropout), None
 
 
 def mask(*args: Any, dtype: torch.dtype = torch.float32, **more: Any) -> Tensor | None:
@@ -95,6 +96,19 @@ def borders(segment_BT: Tensor) -> Tensor:
     return nn.functional.pad(starts_N, (0, 1), value=segment_BT.numel()).to(torch.int32)[None, None, None]
 
 
+def takes(architecture: PreTrainedConfig) -> bool:
+    """Whether an LLM's layers call the attention function that its config names; older families (BLOOM, Falcon, GPT-J,
+    MPT) compute attention in code of their own, from a mask of padding."""
+    kind: Any = type(architecture)
+    return _takes(kind)
+
+
+@functools.cache
+def _takes(kind: Any) -> bool:
+    known: Any = AutoModelForCausalLM._model_mapping
+    return kind not in known or known[kind]._can_set_attn_implementation()
+
+
 def check_packing(name: str, device: torch.device) -> None:
     """Refuse to pack where only a dense mask over whole rows could keep the samples apart.
 
@@ -115,11 +129,13 @@ def _by_products(
     additive: Tensor,
     scaling: float | None,
     softcap: float | None,
+    sinks: Tensor | None,
     dropout: float,
 ) -> Tensor:
     """Scores, softmax and mixture as three batched products; the query heads that share a key go together.
 
-    Scores are held below `softcap` by a tanh before the mask, as in Gemma 2.
+    Scores are held below `softcap` by a tanh before the mask, as in Gemma 2. A head's sink is one more score, of a key
+    without a value, as in gpt-oss. Values may be narrower than keys, as in DeepSeek.
     """
     rows, heads, length, width = query.shape
     shared, keys = key.shape[1], key.shape[2]
@@ -131,9 +147,12 @@ def _by_products(
         scores = torch.baddbmm(mask, asked, offered, alpha=scale)
     else:
         scores = mask + softcap * (torch.bmm(asked, offered) * (scale / softcap)).tanh()
-    weights = nn.functional.dropout(scores.softmax(-1), dropout)
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, shared, -1, 1).expand(rows, -1, -1, length)
+        scores = torch.cat([scores, column.reshape(*grouped, 1)], -1)
+    weights = nn.functional.dropout(scores.softmax(-1)[..., :keys], dropout)
     mixed = torch.bmm(weights, value.flatten(0, 1))
-    return mixed.view(rows, heads, length, width).transpose(1, 2).contiguous()
+    return mixed.view(rows, heads, length, -1).transpose(1, 2).contiguous()
 
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,7 +168,7 @@ def _by_segment(
     """Attention within the segments of packed rows, [B, T, heads, d]."""
     rows, _, length, _ = query.shape
     grouped = query.device.type in ("cpu", "meta")
-    if not grouped and not _has_flash(query, options):
+    if not grouped and not _has_flash(query, value, options):
         return attention(module, query, key, value, _dense(borders, rows, length), **options)[0]
     query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     if grouped:
@@ -193,10 +212,11 @@ def _similar(spans: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]
     yield group
 
 
-def _has_flash(query: Tensor, options: dict[str, Any]) -> bool:
+def _has_flash(query: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
     """Whether PyTorch's kernel for variable lengths can do this call; elsewhere a dense mask takes its place."""
-    half = _autocast(query).dtype in (torch.float16, torch.bfloat16)
-    return query.device.type == "cuda" and half and not options["dropout"] and options.get("softcap") is None
+    half = _autocast(query).dtype in (torch.float16, torch.bfloat16) and query.shape[-1] == value.shape[-1]
+    plain = not options["dropout"] and options.get("softcap") is None and options.get("s_aux") is None
+    return query.device.type == "cuda" and half and plain
 
 
 def _by_flash(query: Tensor, key: Tensor, value: Tensor, borders: Tensor, scaling: float | None) -> Tensor:

@@ -7,6 +7,7 @@ folder's weights are identified by a hash, so that a joint is never put back on 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -204,20 +205,49 @@ def _check_llm(architecture: PreTrainedConfig, source: str) -> None:
             f"{source}: {architecture.model_type} is not a language model that transformers knows",
             "choose a decoder-only or an encoder-decoder LLM",
         )
+    if getattr(architecture, "hidden_size_per_layer_input", None):
+        raise ConfigError(
+            f"{source}: every layer of {architecture.model_type} looks each token's id up, which a picture has none of",
+            "choose a family without embeddings per layer",
+        )
+    if "past_key_values" not in inspect.signature(_class(architecture).forward).parameters:
+        raise ConfigError(
+            f"{source}: {architecture.model_type} keeps no keys and values of what it has read, to which decoding with "
+            "pictures could go back",
+            "choose an LLM whose layers attend",
+        )
 
 
-def _kernel(architecture: PreTrainedConfig, attention: str) -> str:
-    """Encoder-decoders add position biases to their scores, which our kernel does not know of.
+def _kernel(architecture: PreTrainedConfig, attention: str) -> str | None:
+    """What transformers is to call; None is its own choice.
+
+    That stands for our kernel where it would not do: encoder-decoders add position biases to their scores, which it
+    does not know of, and older families call no kernel at all.
 
     Raises:
-        ConfigError: the LLM caps its attention scores, and the kernel would not.
+        ConfigError: the LLM caps its attention scores, and the kernel would not; or it runs on no such kernel.
     """
     if attention == "sdpa" and getattr(architecture, "attn_logit_softcapping", None) is not None:
         raise ConfigError(
             f"{architecture.model_type} caps its attention scores, which sdpa cannot",
             f"set llm.attention to {kernels.NAME}, eager or flex_attention",
         )
-    return "sdpa" if attention == kernels.NAME and architecture.is_encoder_decoder else attention
+    kind = _class(architecture)
+    if (
+        attention == "sdpa"
+        and not kind._supports_sdpa
+        or attention == "flex_attention"
+        and not kind._supports_flex_attn
+    ):
+        raise ConfigError(
+            f"{architecture.model_type} does not run on {attention}", f"set llm.attention to {kernels.NAME} or eager"
+        )
+    own = architecture.is_encoder_decoder or not kernels.takes(architecture)
+    return None if attention == kernels.NAME and own else attention
+
+
+def _class(architecture: PreTrainedConfig) -> Any:
+    return _auto(architecture)._model_mapping[type(architecture)]
 
 
 def _auto(architecture: PreTrainedConfig) -> Any:

@@ -7,6 +7,7 @@ every attention module with `is_causal`, and the head is run by the model's own 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast
@@ -88,6 +89,20 @@ def attention(layer: nn.Module) -> nn.Module:
     raise ConfigError(f"{type(layer).__name__} has no attention module", "choose a layer that attends")
 
 
+def turns_whole(attention: Any) -> bool:
+    """Whether a family's rotation takes whole queries and keys; StableLM cuts what is turned out of them beforehand."""
+    rotate = vars(inspect.getmodule(type(attention))).get("apply_rotary_pos_emb")
+    if rotate is None:
+        return True
+    share = (getattr(attention.config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+    given, angle = (torch.zeros(1, 1, 1, int(attention.head_dim * part), device="meta") for part in (1, share))
+    try:
+        rotate(given, given, angle[0], angle[0])
+    except RuntimeError:
+        return False
+    return True
+
+
 def mlp(layer: nn.Module) -> nn.Module:
     """The feed-forward module of a layer, without norm and residual.
 
@@ -142,6 +157,12 @@ def _feeds(part: nn.Module) -> bool:
     return not _attends(part) and any(linears(child) and not any(map(_attends, child.modules())) for child in inner)
 
 
+def body(llm: PreTrainedModel) -> nn.Module:
+    """The LLM without its head; Llama 4's class names a part of another class, and would give itself."""
+    named = llm.base_model
+    return named if named is not llm else llm.get_submodule(layers(llm).path.partition(".")[0])
+
+
 def linears(module: nn.Module) -> dict[str, nn.Linear]:
     """Every Linear of the base model inside `module`, by dotted name; grafts' own are left out."""
     return {path: each for path, each in base_modules(module).items() if isinstance(each, nn.Linear)}
@@ -194,7 +215,7 @@ def head(llm: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
     def logits(states: Tensor) -> Tensor:
         given = states.reshape(1, -1, states.shape[-1])
-        return type(llm).forward(_Given(llm, given)).logits.reshape(*states.shape[:-1], -1)
+        return type(llm).forward(_Given(llm, given), inputs_embeds=given).logits.reshape(*states.shape[:-1], -1)
 
     return logits
 

@@ -29,7 +29,7 @@ from isthmus.connectors.pool import Pool
 from isthmus.data.boxes import Brackets
 from isthmus.encoders import Encoder
 from isthmus.graft import Graft, at
-from isthmus.types import Context, Features, Layout, Side
+from isthmus.types import ConfigError, Context, Features, Layout, Side
 
 if TYPE_CHECKING:
     from isthmus.model import VLM
@@ -172,7 +172,12 @@ class CogVLM(Aligner):
             if (last - index) % self.options.every:
                 continue
             idle = self.options.idle or index < last
-            for path, linear in self._chosen(layer, idle).items():
+            chosen = self._chosen(layer, idle)
+            if not chosen and idle:
+                raise ConfigError(
+                    f"{type(layer).__name__} has no Linears that experts could stand beside", "choose another LLM"
+                )
+            for path, linear in chosen.items():
                 yield Addition(f"llm.{stack.path}.{index}.{path}", EXPERT, Expert(linear, self.options.split))
 
     def _chosen(self, layer: nn.Module, idle: bool) -> dict[str, nn.Linear]:

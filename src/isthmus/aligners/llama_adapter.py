@@ -220,6 +220,12 @@ def _check(host: Any) -> None:
             f"{type(host).__name__} has no {', '.join(missing)}, so prompts cannot stand beside its keys",
             "choose an LLM with separate query, key, value and output projections",
         )
+    norms = [norm.weight.numel() for name, norm in host.named_children() if name in ("q_norm", "k_norm")]
+    if any(width != host.head_dim for width in norms) or not sites.turns_whole(host):
+        raise ConfigError(
+            f"{type(host).__name__} normalises or turns queries otherwise than head by head and whole",
+            "choose a Llama-, Qwen-, Mistral-, Gemma-, GLM- or OPT-like LLM",
+        )
 
 
 def _query(host: Any, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:

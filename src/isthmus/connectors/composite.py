@@ -147,6 +147,8 @@ def check(layer: nn.Module) -> str:
         not made
         or norm not in (None, attention.head_dim)
         or attention.q_proj.out_features != _out(attention).in_features
+        or not sites.turns_whole(attention)
+        or dict(attention.named_parameters(recurse=False))  # gpt-oss's sinks
     ):
         raise ConfigError(
             f"{type(attention).__name__} is not made of q_proj, k_proj, v_proj and o_proj alone",

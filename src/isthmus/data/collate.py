@@ -45,7 +45,8 @@ class Collator:
         max_length: decoder tokens per sample; None is no limit.
         overlong: a longer sample is refused, dropped and counted, or loses its oldest turns with their media (and is
             dropped if its last exchange alone is too long).
-        side: where the content of a row stands opposite to its padding: `right` pads on the right.
+        side: where the content of a row stands opposite to its padding: `right` pads on the right, as rows for an
+            encoder always are: some count positions from the first column (BART).
         open_answer: rows end where the assistant is to speak, without labels, padded on the left. An answer at the
             end of a sample is left out; an overlong prompt is always refused.
         bare: media of which nothing is said are samples too, for a stage that can learn from them.
@@ -71,7 +72,7 @@ class Collator:
     ) -> None:
         self.renderer, self.look, self.pad_id = renderer, look, pad_id
         self.max_length, self.overlong = max_length, "error" if open_answer else overlong
-        self.side = "left" if open_answer else side
+        self.side = "right" if renderer.decoder_start is not None else "left" if open_answer else side
         self.open_answer, self.bare, self.after_media = open_answer, bare, after_media
         self.reader = None if open_answer and reader and reader.reading.of == "answer" else reader
         self.dropped: set[str] = set()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,9 @@ from transformers.utils import logging
 from isthmus.config import EncoderConfig
 from isthmus.encoders import Encoder, check_patches, state_index
 from isthmus.types import ConfigError, Features
+
+DESCRIBED = ("image_size", "patch_size", "num_hidden_layers", "hidden_size")
+"""What the config of a vision transformer tells, and that of a convolutional or hierarchical tower does not."""
 
 # EVA's ViT-g as BLIP-2 uses it: transformers holds it, and its AutoModel does not know it alone.
 AutoModel.register(Blip2VisionConfig, Blip2VisionModel, exist_ok=True)
@@ -44,9 +48,9 @@ class Transformer(Encoder):
         self._config, self._source = config, source
         architecture = tower.config
         self.aspect = config.aspect
-        own = architecture.image_size if isinstance(architecture.image_size, int) else architecture.image_size[0]
+        own, self._patch = _side(architecture, "image_size"), _side(architecture, "patch_size")
         self.size = config.image_size or own
-        self.grid = (self.size // architecture.patch_size,) * 2
+        self.grid = (self.size // self._patch,) * 2
         self.width = architecture.hidden_size
         self.tap_widths = {str(tap): self.width for tap in config.taps}
         self._interpolates = self.size != own
@@ -67,6 +71,10 @@ class Transformer(Encoder):
     def forward(self, pixels: Tensor) -> Features:
         """pixels [N, 3, H, W] -> x [N, S, E]."""
         states = self._see(pixels, output_hidden_states=True).hidden_states
+        if len(states[self._layer]) != len(pixels):
+            raise ConfigError(
+                f"{type(self.tower).__name__} lays pictures end to end in one row", "choose a plain vision transformer"
+            )
         taps = {name: self._patches(states[index]) for name, index in self._taps.items()}
         return Features(self._patches(states[self._layer]), taps, self.grid)
 
@@ -76,17 +84,18 @@ class Transformer(Encoder):
 
     def _extra_tokens(self) -> int:
         """How many leading tokens are not patches (class token, registers), counted on one empty picture."""
-        config, name = self.tower.config, type(self.tower).__name__
+        name = type(self.tower).__name__
         if self._interpolates:
-            check_patches(self.size, config.patch_size)
+            check_patches(self.size, self._patch)
         weight = next(self.tower.parameters())
         try:
             with torch.no_grad():
                 seen = self._see(weight.new_zeros(1, 3, self.size, self.size))
         except (TypeError, ValueError, RuntimeError) as error:
+            remedy = "choose a plain vision transformer, for square pictures of one size (no NaFlex)"
             raise ConfigError(
                 f"{name} does not take pictures of {self.size} pixels ({str(error).splitlines()[0]})",
-                "leave image_size out",
+                "leave image_size out" if self._interpolates else remedy,
             ) from None
         extra = seen.last_hidden_state.shape[1] - self.grid[0] * self.grid[1]
         if seen.last_hidden_state.ndim != 3 or extra < 0:
@@ -114,7 +123,7 @@ def load(
 ) -> Transformer:
     """The real tower with its weights from a folder; `auto` is the dtype that they are stored in."""
     whole = AutoConfig.from_pretrained(folder)
-    _vision(whole)
+    _register(_vision(whole))
     with quiet():
         model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     vision = model if not hasattr(whole, "vision_config") else model.vision_model
@@ -125,7 +134,9 @@ def empty(
     config: EncoderConfig, architecture: dict[str, Any], processor: Any, source: dict[str, str], dtype: torch.dtype
 ) -> Transformer:
     """The tower's structure from its architecture's config; weights come from a checkpoint, or never (a plan)."""
-    tower = AutoModel.from_config(_vision(AutoConfig.for_model(**architecture)), dtype=dtype)
+    described = _vision(AutoConfig.for_model(**architecture))
+    _register(described)
+    tower = AutoModel.from_config(described, dtype=dtype)
     return Transformer(config, tower, processor, source)
 
 
@@ -153,11 +164,43 @@ def _vision(config: PreTrainedConfig) -> PreTrainedConfig:
         ConfigError: it describes something else.
     """
     vision = config.vision_config if hasattr(config, "vision_config") else config
-    if lacking := [name for name in ("image_size", "patch_size", "num_hidden_layers") if not hasattr(vision, name)]:
+    if lacking := [name for name in DESCRIBED if not hasattr(vision, name)]:
         raise ConfigError(
             f"{vision.model_type} is not a vision transformer (no {', '.join(lacking)})", "choose another encoder"
         )
     return vision
+
+
+def _register(config: PreTrainedConfig) -> None:
+    """Make a tower known to AutoModel, which knows some only as a part of two (MetaCLIP 2, BLIP, OWL-ViT).
+
+    Raises:
+        ConfigError: transformers has no model of that config.
+    """
+    if type(config) in AutoModel._model_mapping:
+        return
+    module = import_module(type(config).__module__.replace("configuration_", "modeling_"))
+    made = [each for each in vars(module).values() if isinstance(each, type) and issubclass(each, PreTrainedModel)]
+    towers = [each for each in made if each.config_class is type(config) and each.main_input_name == "pixel_values"]
+    plain = [each for each in towers if each.__name__.endswith(("VisionModel", "VisionTransformer"))]
+    if not plain:
+        raise ConfigError(
+            f"{config.model_type} is not a vision tower that transformers knows", "choose another encoder"
+        )
+    AutoModel.register(type(config), plain[-1], exist_ok=True)
+
+
+def _side(config: PreTrainedConfig, name: str) -> int:
+    """A side in pixels that is told as one number or as two equal ones.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    told = getattr(config, name)
+    sides = set(told) if isinstance(told, list | tuple) else {told}
+    if len(sides) != 1:
+        raise ConfigError(f"{config.model_type} has a {name} of {told}", "choose an encoder of square pictures")
+    return sides.pop()
 
 
 def _sized(processor: Any, config: EncoderConfig) -> Any:

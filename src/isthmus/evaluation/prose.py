@@ -195,7 +195,7 @@ def without_joint(llm: PreTrainedModel) -> States:
         embeds_BTD = sites.embedding(llm)(ids_BT)
         mask = fuse.masks(llm.config, embeds_BTD, segment_BT, None, None)
         positions_BT = fuse.positions(segment_BT)
-        output = llm.base_model(
+        output = sites.body(llm)(
             inputs_embeds=embeds_BTD, attention_mask=mask, position_ids=positions_BT, use_cache=False
         )
         return output.last_hidden_state, sites.head(llm)
