@@ -95,7 +95,7 @@ def test_few_rows_equal_float64(bias, shape, monkeypatch):
     torch.manual_seed(0)
     ours, exact = nn.Linear(256, 300, bias=bias), nn.Linear(256, 300, bias=bias).double()
     exact.load_state_dict(ours.state_dict())
-    assert kernels_linear.use_few_rows(nn.ModuleList([ours])) == 1
+    assert kernels_linear.use_in_inference(nn.ModuleList([ours])) == 1
     x = torch.randn(shape)
     with torch.no_grad():
         found = ours(x)
@@ -104,13 +104,13 @@ def test_few_rows_equal_float64(bias, shape, monkeypatch):
 
 
 def test_few_rows_are_for_decoding_alone(monkeypatch):
-    """Many rows, small weights and whatever may need a gradient are PyTorch's own, to the bit."""
+    """Many rows, small weights and whatever may need a gradient have other products."""
     monkeypatch.setattr(kernels_linear, "mkl_is_slow", lambda: True)
     taken = []
     product = kernels_linear.few_rows
     monkeypatch.setattr(kernels_linear, "few_rows", lambda x, *rest: taken.append(len(x)) or product(x, *rest))
     large, small = nn.Linear(256, 300), nn.Linear(8, 8)
-    kernels_linear.use_few_rows(nn.ModuleList([large, small]))
+    kernels_linear.use_in_inference(nn.ModuleList([large, small]))
     with torch.no_grad():
         for x in (torch.randn(4, 256), torch.randn(5, 256), torch.randn(0, 256)):
             large(x)
@@ -125,7 +125,7 @@ def test_few_rows_under_lora_and_what_is_not_plain_float32(monkeypatch):
     torch.manual_seed(0)
     models = [nn.Sequential(nn.Linear(256, 300)) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    kernels_linear.use_few_rows(models[0])
+    kernels_linear.use_in_inference(models[0])
     for model in models:
         torch.manual_seed(1)
         lora.attach(model, "0", LoRA(r=2))
@@ -137,7 +137,7 @@ def test_few_rows_under_lora_and_what_is_not_plain_float32(monkeypatch):
         assert lora.merge(models[0]) == ["0"] and type(models[0][0]) is kernels_linear.Linear
         assert type(Wrapped(models[0][0].weight).linear(x)) is Wrapped
         empty = nn.Linear(0, 300)
-        kernels_linear.use_few_rows(nn.ModuleList([empty]))
+        kernels_linear.use_in_inference(nn.ModuleList([empty]))
         assert torch.equal(empty(torch.zeros(2, 0)), empty.bias.expand(2, 300))
 
 
@@ -164,4 +164,4 @@ class Wrapped(torch.Tensor):
 def test_where_mkl_is_not_slow_nothing_is_changed(monkeypatch):
     monkeypatch.setattr(kernels_linear, "mkl_is_slow", lambda: False)
     linear = nn.Linear(4, 4)
-    assert kernels_linear.use_few_rows(nn.ModuleList([linear])) == 0 and type(linear) is nn.Linear
+    assert kernels_linear.use_in_inference(nn.ModuleList([linear])) == 0 and type(linear) is nn.Linear

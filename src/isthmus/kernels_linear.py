@@ -1,15 +1,15 @@
-"""Linears in float32 on AMD's processors, where PyTorch's own matrix product is half as fast as it could be.
+"""Linears in float32 on AMD's processors, where PyTorch's own matrix product is slower than it could be.
 
-PyTorch computes float32 products on CPUs with MKL, which has no AVX-512 code for processors other than Intel's.
+PyTorch computes float32 products on CPUs with MKL, which has no AVX-512 code for processors other than Intel's. Where
+no gradient is asked for (answers, evaluations, pictures that are encoded) every model's encoder and LLM use instead:
 
-- *Few rows*, as when answers are decoded: MKL streams weights at 8 GB/s where these cores can at 30. With the factors
-  exchanged, (W x')', it does so at 20 (`benchmarks/decoding.py`). Every model's LLM has it where no gradient is asked
-  for.
-- *Many rows*: oneDNN, which PyTorch brings along too, does 205 GFLOP/s on one core of an AMD EPYC with AVX-512 where
-  MKL does 97 (`benchmarks/roofline.py`). No model uses it unless asked (`use_onednn`): whether its bits are the same
-  run after run with several threads is not shown yet.
+- *Few rows*, as when one answer is decoded: MKL streams weights at 8 GB/s where these cores can at 30. With the
+  factors exchanged, (W x')', it does so at 20.
+- *More rows*, as when a prompt is read or many answers are decoded: oneDNN, which PyTorch brings along, where the
+  processor has AVX-512. A new number of rows costs it a millisecond once.
 
-All accumulate in float32 and differ by rounding alone.
+`benchmarks/decoding.py` times both. Training uses oneDNN when asked (`use_onednn`). All accumulate in float32 and
+differ by rounding alone; oneDNN's bits do not depend on the number of threads either, as MKL's do.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ PLAIN = (Tensor, nn.Parameter)
 """What weights may be: those of a library that packs them know `F.linear` alone."""
 
 
-def use_few_rows(root: nn.Module) -> int:
-    """Give every plain `nn.Linear` inside `root` the class below, where MKL is slow; says how many.
+def use_in_inference(*roots: nn.Module) -> int:
+    """Give every plain `nn.Linear` inside `roots` the class below, where MKL is slow; says how many.
 
     Names, parameters and `isinstance` stay as they are; tools that ask for `type(module) is nn.Linear` find none. What
     is grafted on comes after it.
     """
-    return len(_adopted(root)) if mkl_is_slow() else 0
+    return sum(len(_adopted(root)) for root in roots) if mkl_is_slow() else 0
 
 
 def use_onednn(root: nn.Module) -> int:
-    """The same on any processor, and float32 products of more rows are oneDNN's, forward and backward."""
+    """The same on any processor, and float32 products with gradients are oneDNN's too, forward and backward."""
     chosen = _adopted(root)
     for module in chosen:
         module.onednn = True
@@ -56,6 +56,12 @@ def mkl_is_slow() -> bool:
     return torch.backends.mkl.is_available() and "AuthenticAMD" in told
 
 
+@functools.cache
+def _avx512() -> bool:
+    """Whether oneDNN is there, with the instructions by which it is faster."""
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 class Linear(nn.Linear):
     """`nn.Linear` with products of its own for float32 on a CPU; whatever else it is given is computed as before."""
 
@@ -66,8 +72,11 @@ class Linear(nn.Linear):
         if not plain or type(self.weight) not in PLAIN or torch.is_autocast_enabled("cpu") or _traced():
             return F.linear(x, self.weight, self.bias)
         rows = x.numel() // x.shape[-1] if x.numel() else 0
-        if 0 < rows <= FEW and self.weight.numel() >= SMALL and not torch.is_grad_enabled():
-            return few_rows(x, self.weight, self.bias)
+        if rows and self.weight.numel() >= SMALL and not torch.is_grad_enabled():
+            if rows <= FEW:
+                return few_rows(x, self.weight, self.bias)
+            if _avx512():
+                return _linear(x, self.weight, self.bias)
         if self.onednn and rows:
             return _Product.apply(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)

@@ -113,11 +113,15 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
             raise ConfigError(
                 f"{self.aligner.name} does not work with an encoder-decoder LLM", "choose a decoder-only LLM"
             )
+        if not config.is_encoder_decoder:
+            seen_14 = torch.ones(1, 4, dtype=torch.long, device="cpu")  # four tokens of a picture
+            rule, own = self.aligner.rule(seen_14, seen_14), self.aligner.positions(seen_14, seen_14, seen_14)
+            fuse.check(llm.config, rule is not None, own is None)
         self.llm = llm.requires_grad_(False)
         self.encoders = nn.ModuleDict(encoders).requires_grad_(False)
         width = sites.embedding(llm).weight.shape[1]
         _resize(llm, config.surgery)
-        kernels_linear.use_few_rows(llm)
+        kernels_linear.use_in_inference(llm, self.encoders)
         self.vocabulary = tokens.add_tokens(llm, len(self.aligner.new_tokens())) + len(self.aligner.new_tokens())
         self.connectors = nn.ModuleDict(
             {kind: self.aligner.connector(kind, encoder, width) for kind, encoder in encoders.items()}
@@ -263,7 +267,7 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         rule = self.aligner.rule(segment_BS, modality_BS)
         mask = fuse.masks(self.config.text_config, embeds_BTD, segment_BS, past.cache, rule, own_BS is None, branch_BS)
         side = self._side(new, segment_BS, modality_BS, route_BS, past)
-        states = self.llm.base_model(
+        states = sites.body(self.llm)(
             inputs_embeds=embeds_BTD,
             attention_mask=mask,
             position_ids=positions_BT,
