@@ -169,7 +169,8 @@ class VLMProcessor(ProcessorMixin):
         padding: bool | str = True,
         **more: Any,
     ) -> BatchFeature:
-        """Strings with one `<image>` per picture -> input_ids, attention_mask, pixel_values, image_at, left-padded.
+        """Strings with one `<image>` per picture -> input_ids, attention_mask, pixel_values, image_at, left-padded
+        (right-padded for an encoder-decoder).
 
         `image_at` [N, 2] is the row and column of each picture. Where the connector reads the question,
         `instruction_ids` [N, L] are the string without its markers.
@@ -199,14 +200,19 @@ class VLMProcessor(ProcessorMixin):
         renderer, left = self.renderer(), map(_picture, pictures)
         rows = [renderer.render_string(_interleave(string, left)) for string in texts]
         width = max(len(row.ids) for row in rows)
-        gaps = [width - len(row.ids) for row in rows]
+        shift = [0 if self.decoder_start is not None else width - len(row.ids) for row in rows]
+        behind = [width - gap - len(row.ids) for gap, row in zip(shift, rows)]
         inputs: dict[str, Any] = {
-            "input_ids": torch.tensor([[self.pad] * gap + row.ids for gap, row in zip(gaps, rows)]),
-            "attention_mask": torch.tensor([[0] * gap + [1] * len(row.ids) for gap, row in zip(gaps, rows)]),
+            "input_ids": torch.tensor(
+                [[self.pad] * gap + row.ids + [self.pad] * end for gap, row, end in zip(shift, rows, behind)]
+            ),
+            "attention_mask": torch.tensor(
+                [[0] * gap + [1] * len(row.ids) + [0] * end for gap, row, end in zip(shift, rows, behind)]
+            ),
         }
         if pictures:
             inputs["pixel_values"], _ = self.look("image", [image for row in rows for image in row.media])
-            at = [(index, gaps[index] + start) for index, row in enumerate(rows) for start, _ in row.spans]
+            at = [(index, shift[index] + start) for index, row in enumerate(rows) for start, _ in row.spans]
             inputs["image_at"] = torch.tensor(at)
             reader = self.reader(renderer)
             if reader is not None and reader.reading.of == "question":
@@ -265,13 +271,20 @@ class VLMProcessor(ProcessorMixin):
         told = formats.turns([_stood_in(message) for message in messages])
         if self.system is not None and told[0].role != "system":
             told = (Turn.say("system", self.system), *told)
-        written = [{"role": turn.role, "content": "".join(map(_marked, turn.parts))} for turn in told]
+        written = [{"role": turn.role, "content": self._marked(turn.parts)} for turn in told]
         jinja = Template(self.tokenizer).jinja
         return str(
             self.tokenizer.apply_chat_template(
                 written, chat_template=jinja, tokenize=False, add_generation_prompt=open_answer
             )
         )
+
+    def _marked(self, parts: Sequence[Part]) -> str:
+        """A turn in a string for `__call__`, where the line break behind a picture stands once, as when tokenized."""
+        if not self.layouts.get("image", {}).get("after", "").endswith("\n"):
+            return "".join(part.text if isinstance(part, Text) else MARKER for part in parts)
+        string = "".join(part.text if isinstance(part, Text) else f"{MARKER}\n" for part in parts)
+        return string.replace(f"{MARKER}\n\n", f"{MARKER}\n")
 
     def decode(self, ids: Any, **options: Any) -> str:
         """Ids to text; media placeholders are left out."""
@@ -322,11 +335,6 @@ def _stood_in(message: Mapping[str, Any]) -> Mapping[str, Any]:
         return message
     parts = [{"type": "image", "image": MARKER} if part == {"type": "image"} else part for part in content]
     return {**message, "content": parts}
-
-
-def _marked(part: Part) -> str:
-    """A part of a message in a string for `__call__`."""
-    return part.text if isinstance(part, Text) else MARKER
 
 
 def _list(ids: Any) -> list[int]:

@@ -43,6 +43,22 @@ SYSTEM = Turn.say("system", "Be brief.")
 UNENDED = {"glm"}  # ends no answer at the end of a conversation, so an end token is added
 
 
+@pytest.mark.parametrize("name", sorted(zoo()))
+@pytest.mark.parametrize("template", ["chat", "document"])
+def test_a_line_break_behind_a_picture_stands_once(name, template):
+    """LLaVA's data bring one where its layout puts one too; their second one, or that of another layout, is kept."""
+    ours, bare = (renderer(zoo()[name], after=after, template=template) for after in ("\n", ""))
+
+    def ids(renderer, *parts):
+        return renderer.render((Turn.say("user", *parts), Turn.say("assistant", "a dog"))).ids
+
+    assert ids(ours, PICTURE, "\nWhat?") == ids(ours, PICTURE, "What?") == ids(bare, PICTURE, "\nWhat?")
+    assert ids(ours, PICTURE, "\n", PICTURE, "What?") == ids(ours, PICTURE, PICTURE, "What?")
+    assert ids(ours, PICTURE, "\n\nWhat?") == ids(bare, PICTURE, "\n\nWhat?") != ids(ours, PICTURE, "What?")
+    broken, whole = [PICTURE, "\nWhat?"], [PICTURE, "What?"]
+    assert ours.render_string(broken).ids == ours.render_string(whole).ids == bare.render_string(broken).ids
+
+
 @pytest.mark.parametrize("name", sorted(set(zoo()) - {"none"}))
 @pytest.mark.parametrize("with_system", [False, True])
 def test_ids_equal_apply_chat_template(name, with_system):

@@ -179,12 +179,11 @@ class Renderer:
 
     def render_string(self, pieces: Sequence[str | Medium]) -> Rendered:
         """Tokens of a string that was templated elsewhere, in which control tokens count, with media between."""
-        stream = _Stream(self._chat.codec)
+        stream, ended = _Stream(self._chat.codec), ""
         for piece in pieces:
             if isinstance(piece, str):
-                stream.template(piece)
-            else:
-                self._write_medium(stream, piece)
+                stream.template(piece.removeprefix(ended))
+            ended = "" if isinstance(piece, str) else self._write_medium(stream, piece)
         return stream.rendered()
 
     def preview(self, rendered: Rendered) -> RichText:
@@ -272,13 +271,13 @@ class Renderer:
             contents[0] = replace(first, text=first.text.lstrip())
         if contents and strip_right and isinstance(last := contents[-1], Text):
             contents[-1] = replace(last, text=last.text.rstrip())
+        ended = ""
         for content in contents:
             if isinstance(content, Text):
-                stream.text(content.text, trained and not content.given)
+                stream.text(content.text.removeprefix(ended), trained and not content.given)
             elif isinstance(content, Markup):
                 stream.template(content.text)
-            else:
-                self._write_medium(stream, content)
+            ended = self._write_medium(stream, content) if isinstance(content, Medium) else ""
 
     def _contents(self, turn: Turn) -> list[Text | Markup | Medium]:
         """The turn's parts with neighbouring texts joined, and tags in the joint's own words."""
@@ -301,7 +300,8 @@ class Renderer:
             else:
                 yield from (part for part in members if isinstance(part, Text | Medium))
 
-    def _write_medium(self, stream: _Stream, medium: Medium) -> None:
+    def _write_medium(self, stream: _Stream, medium: Medium) -> str:
+        """Write a medium; says what ended its line, which a text behind it may bring along, as LLaVA's data does."""
         kind = KIND[type(medium)]
         if kind not in self.layouts:
             shown = "; frames of a video are pictures (options: {frames: 8})" if kind == "video" else ""
@@ -314,6 +314,7 @@ class Renderer:
         stream.template(layout.before)
         stream.medium(medium, self.placeholders[kind], layout.count, Modality[kind.upper()])
         stream.template(layout.after)
+        return "\n" if layout.after.endswith("\n") else ""
 
     def _colour(self, text: RichText, ids: list[int], trained: list[bool], modality: list[int]) -> None:
         for (kind, learn), group in groupby(zip(ids, trained, modality), key=lambda token: (token[2], token[1])):
