@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import composed
+import isthmus
 from isthmus import compose, planning, recipes
 from isthmus.cli.app import app
 from isthmus.comparing.budget import operations
@@ -283,6 +284,21 @@ def test_a_forecast_is_made_once_for_all_seeds_and_rates(data, tmp_path, monkeyp
     after = kept.key(recipe, CPU)
     Path(data["name"]).write_text(json.dumps(PAIRS))
     assert before != after
+
+
+def test_a_forecast_is_made_anew_once_the_code_has_changed(data, tmp_path, monkeypatch):
+    recipe, before = staged(data, {"connectors.*": 1e-3}), kept.code(Path(isthmus.__file__).parent)
+    seen = {kept.key(recipe, CPU)}
+    sources = [{"a.py": "x = 1"}, {"a.py": "x = 2"}, {"b.py": "x = 2"}, {"a.py": "", "b.py": ""}]
+    for number, written in enumerate(sources):
+        folder = tmp_path / str(number)
+        (folder / "deep").mkdir(parents=True)
+        for name, text in written.items():
+            (folder / "deep" / name).write_text(text)
+        monkeypatch.setattr(isthmus, "__file__", str(folder / "__init__.py"))
+        seen.add(kept.key(recipe, CPU))
+    monkeypatch.undo()
+    assert len(seen) == 5 and kept.code.__wrapped__(Path(isthmus.__file__).parent) == before
 
 
 def test_a_run_that_cannot_be_planned_goes_on(data, tmp_path, monkeypatch):

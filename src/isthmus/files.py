@@ -50,9 +50,9 @@ def sweep(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file's text at once and durably."""
+    """Replace a file's text at once and durably; halves of surrogate pairs, which no file holds, as JSON does."""
     with replacing(path, durable=True) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def sync(path: Path) -> None:

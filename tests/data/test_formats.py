@@ -121,8 +121,38 @@ FAULTS = {
     "weight": ({"messages": [{"role": "assistant", "content": "x", "weight": 2}]}, "neither 0 nor 1", "weight 0 or 1"),
     "nothing learnt": (told(("no", {"weight": 0}), ("no", {"loss": False})), "no answer is learnt", "weight 1"),
     "order": (chat(("user", [{"type": "image", "index": 1}]), images=["a.png"]), "number 1 of images", "in order"),
+    "slip": (chat(("user", "What?"), ("assistant", "x"), imgae="a.png"), "the key 'imgae' is not", "write 'image'"),
+    "slip of a list": (chat(("user", "?"), ("assistant", "x"), IMAGES=["a.png"]), "no 'images'", "write 'images'"),
+    "slip beside a caption": ({"image": "a.png", "text": "x", "converstions": []}, "'converstions'", "conversations"),
+    "slip of settings": (llava(sytem="Be brief."), "the key 'sytem' is not read", "'system'"),
+    "slip in a turn": (told(("no", {"wieght": 0}), ("yes", {})), "the key 'wieght' is not read", "'weight'"),
+    "slip in a region": (
+        chat(("user", "Where?"), ("assistant", [{"type": "box", "box": [1, 1, 2, 2], "untis": "x", "uint": "pixels"}])),
+        "the key 'uint' is not read",
+        "'unit'",
+    ),
     "avoided": ({"prompt": "What?", "completion": "x", "label": False}, "to avoid", "leave it out"),
 }
+
+
+@pytest.mark.parametrize("record", [llava(image="a.png"), chat(("user", "What?"), ("assistant", "x"))])
+def test_what_is_said_besides_may_have_any_name(record, tmp_path, images):
+    """Keys of sets in use, and words that are near to those that are read."""
+    told = dict.fromkeys(["model", "source", "dataset", "page", "stage", "usage", "img", "path", "url", "style"], "x")
+    told |= dict.fromkeys(["width", "height", "score", "age", "system_id", "video_id", "image_id", "mate", "metal"], 1)
+    told |= {"bbox": [1, 2], "image_1": "x", "image_source": "coco", "message": "ok", "tools": [], "metas": "x"}
+    turn = {"name": "x", "refusal": "x", "tool_calls": [], "weights": "x", "loose": 1, "brain": "x", "markdown": "x"}
+    turns = [one | turn for one in record.get("messages", record.get("conversations"))]
+    changed = record | told | {next(key for key in ("messages", "conversations") if key in record): turns}
+    path = write(tmp_path, record, changed)
+    one, two = formats.load(path, images)
+    assert one.turns == two.turns
+
+
+def test_one_of_two_names_is_enough(tmp_path, images):
+    """Who names a picture well may say more of pictures in words of their own."""
+    path = write(tmp_path, llava(image1="x", Images=["x"], conversation=[]))
+    assert len(formats.load(path, images)[0].media) == 1
 
 
 @pytest.mark.parametrize("name", FAULTS)

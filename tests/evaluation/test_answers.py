@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,15 @@ def test_a_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     assert [row["right"] for row in rows[1:]] == [True, False, None]
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_half_a_surrogate_pair_is_kept(tmp_path: Path) -> None:
+    """Streams that break off amid a character leave one, and no UTF-8 holds it."""
+    path = tmp_path / "naming.jsonl"
+    wanted = [replace(prediction(0), prediction="é \ud83d", choices=("\ude00", "b")), prediction(1), prediction(2)]
+    answers.write(path, HEADER, wanted)
+    assert answers.read(path) == (HEADER, wanted)
+    assert "é \\ud83d" in path.read_bytes().decode("utf-8")
 
 
 def test_only_a_complete_file_with_the_same_fingerprint_is_reused(tmp_path: Path) -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+from transformers import GenerationConfig
 
 import composed
 import isthmus
 from isthmus.speakers.local import Local
 from isthmus.types import Turn
 
-pytest.importorskip("lmms_eval", reason="lmms-eval has an environment of its own")
-
 
 def test_the_registry_finds_it_and_it_answers(tmp_path: Path) -> None:
+    pytest.importorskip("lmms_eval", reason="lmms-eval has an environment of its own")
     from lmms_eval.models.registry_v2 import ModelRegistryV2
 
     from isthmus.evaluation import lmms
@@ -41,3 +44,27 @@ def test_the_registry_finds_it_and_it_answers(tmp_path: Path) -> None:
     assert found.generate_until(requests) == [alone[0], alone[1].partition("\n\n")[0].strip(), alone[2]]
     with pytest.raises(NotImplementedError, match="isthmus eval"):
         found.loglikelihood([])
+
+
+@pytest.fixture
+def bridge(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the file defines, with as little in place of lmms-eval as it needs to be imported."""
+    needed = {"api.model": {"lmms": object}, "models.registry_v2": {"ModelManifest": lambda *given, **named: given}}
+    for name, content in needed.items():
+        module = ModuleType(f"lmms_eval.{name}")
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return runpy.run_path(str(Path(isthmus.__file__).parent / "evaluation" / "lmms.py"))
+
+
+def test_tokens_are_drawn_from_as_many_as_transformers_draws_from_by_itself(bridge: dict[str, Any]) -> None:
+    decoding, most = bridge["_decoding"], GenerationConfig._get_default_generation_params()["top_k"]
+    assert decoding({"temperature": 0.7, "top_p": 0.9}) == {
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": most,
+    }
+    assert decoding({"temperature": 0.7, "top_k": 5})["top_k"] == 5
+    for greedy in ({}, {"temperature": 0, "top_p": 1.0, "top_k": 5, "do_sample": True}, {"temperature": None}):
+        assert decoding(greedy | {"until": ["\n"], "max_new_tokens": 8}) == {"do_sample": False, "max_new_tokens": 8}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from isthmus.config import Recipe
 from isthmus.training.optimizer import anew, choose
 from isthmus.training.parallel import World, spread, whole
 from isthmus.training.step import Step
-from isthmus.types import Batch, Sample, Turn
+from isthmus.types import Batch, IsthmusError, Sample, Turn
 
 SHAPE = {"queries": 3, "layers": 2, "width": 16, "heads": 2, "inner": 24, "contrast": 8, "positions": 32}
 OPTIONS = {**SHAPE, "dropout": 0.0, "text": True, "vocabulary": tiny.VOCAB + 1}
@@ -144,6 +145,39 @@ def test_two_processes_have_the_gradients_of_one(one: Path, two: Path, name: str
         near = 1e-6 * largest
         torch.testing.assert_close(found[key], tensor, atol=near, rtol=1e-5, msg=lambda text, k=key: f"{k}: {text}")
         assert tensor.any() or not key.startswith("0."), key
+
+
+REFUSED = {
+    "contrastive": ("llava", ["contrastive"], "DataError", "a sample among ('s1',) has no text to compare with"),
+    "sentences": ("p_former", ["prompt_words", "itm"], "NothingToLearn", "no sentence without a picture among ('s1',)"),
+}
+"""Joints, terms of which the first cannot be about the second process's batch, and what every process says of that."""
+
+
+def test_what_one_process_cannot_learn_from_is_told_by_all_in_one_kind_of_error(recipe: Recipe, tmp_path: Path) -> None:
+    """Of one kind: a validation leaves out sources of which nothing can be learnt, and has to in all processes."""
+    assert ranks.start(2, _refused, recipe, tmp_path) == [0, 0]
+    for rank in range(2):
+        told = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert told == {name: [kind, cause] for name, (_, _, kind, cause) in REFUSED.items()}
+
+
+def _refused(world: World, recipe: Recipe, folder: Path) -> None:
+    told = {}
+    with world.started(torch.device("cpu")):
+        for name, (joint, terms, _, _) in REFUSED.items():
+            aligner = {"name": joint, "options": {} if joint == "llava" else OPTIONS}
+            step = Step(small.build(recipe.but(aligner=aligner)), small.stage(objectives=terms).objectives, world)
+            samples = [small.sample(world.rank), *([sentence(0)] if world.main else [])]
+            batch = step.vlm.processor.collator(template="plain")(samples)
+            if name == "contrastive" and not world.main:
+                batch.labels_BT.fill_(-100)
+            try:
+                step.scales([batch])
+            except IsthmusError as error:
+                told[name] = [type(error).__name__, error.cause]
+            world.barrier()
+    (folder / f"{world.rank}.json").write_text(json.dumps(told))
 
 
 def test_rows_come_in_the_order_in_which_they_were_dealt_and_their_gradients_go_back(tmp_path: Path) -> None:

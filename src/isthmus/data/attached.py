@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image as Pillow
 
+from isthmus.data import slips
 from isthmus.data.faults import Wrong
 from isthmus.data.media import upright_size
 from isthmus.types import Box, DataError, Drawn, Image, Part, Source, Text, Video
@@ -112,6 +113,7 @@ class InMemory:
         return Video(source, span=_span(given))
 
     def region(self, item: Mapping[str, Any]) -> Box:
+        slips.refuse(item, slips.REGION)
         return _box(item.get("box"), item.get("label", ""), item.get("unit", "shares"), None)
 
 
@@ -201,6 +203,7 @@ class Attached:
 
     def region(self, item: Mapping[str, Any]) -> Box:
         """A region that is a part of a message's content."""
+        slips.refuse(item, slips.REGION)
         return _box(item.get("box"), item.get("label", ""), item.get("unit", self.shelf.unit), self.last)
 
     def _next(self, marker: str) -> int:

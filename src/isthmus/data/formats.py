@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from isthmus.config import LATER, Frozen
-from isthmus.data import containers, layouts, video
+from isthmus.data import containers, layouts, slips, video
 from isthmus.data.attached import IMAGE, VIDEO, Attached, InMemory, Shelf, Unit, full
 from isthmus.data.faults import Fault as Fault
 from isthmus.data.faults import Wrong, readable, refuse
@@ -330,6 +330,7 @@ def _message(message: Any, attached: Attached | InMemory) -> Turn:
 
 def _learnt(turn: Turn, said: Mapping[str, Any]) -> Turn:
     """The turn; nothing is learnt of it by OpenAI's `weight` 0, ms-swift's `loss` or axolotl's `train` false."""
+    slips.refuse(said, slips.TURN)
     given = [said.get(key) for key in ("weight", "loss", "train")]
     if any(one not in (None, 0, 1) for one in given):
         raise Wrong("the weight of an answer is neither 0 nor 1", "write weight 0 or 1, or loss or train true or false")

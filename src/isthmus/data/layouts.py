@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
-from isthmus.data import choices
+from isthmus.data import choices, slips
 from isthmus.data.attached import Unit, corners
 from isthmus.data.faults import Wrong
 from isthmus.data.layout import Found, Layout, Raw, has, listed, task, text
@@ -54,10 +54,11 @@ def of(record: Any, name: Name | None) -> Layout:
     """The layout of a record.
 
     Raises:
-        Wrong: it looks like none, or not like the one that is named.
+        Wrong: it looks like none, or not like the one that is named, or one of its keys is misspelt.
     """
     if not isinstance(record, Mapping):
         raise Wrong("the record is not an object", 'write {"conversations": …} or {"messages": …}')
+    slips.refuse(record, slips.RECORD)
     if name in LAYOUTS:
         layout = LAYOUTS[name]
         if not layout.fits(record):

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, cast
 from isthmus.assets import home
 from isthmus.data import containers, formats, indexes, jsons, video
 from isthmus.data.faults import SHOWN, Fault, readable, refuse
+from isthmus.data.folders import called
 from isthmus.data.indexes import Chosen, Index, Part
 from isthmus.data.jsons import Place
 from isthmus.data.media import open_image
@@ -28,7 +29,7 @@ from isthmus.types import ConfigError, DataError, Image, Sample, Video
 
 SEEN = 8
 """Frames by which a video is judged whose reader chooses their number."""
-READING = 4
+READING = 5
 """Raised when the same files are read as other samples than before, or other samples are held out."""
 HASHED = 1 << 30
 """Bytes of a file that is read whole to know whether its content has changed."""
@@ -107,7 +108,7 @@ def stamp(form: formats.Form, container: containers.Container) -> str:
 
 
 def content(form: formats.Form, container: containers.Container) -> str:
-    """Hex digits that change with what the files hold, wherever they lie and whenever they were written.
+    """Hex digits that change with what the files are called and hold, wherever they lie and whenever they were written.
 
     Files beyond `HASHED` bytes are known by their size.
     """
@@ -115,7 +116,7 @@ def content(form: formats.Form, container: containers.Container) -> str:
     with readable(form.path):
         for path in container.files():
             size = path.stat().st_size
-            digest.update(f"{path.name} {size} ".encode())
+            digest.update(os.fsencode(f"{called(path, form.path)} {size} "))
             if size <= HASHED:
                 with path.open("rb") as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())

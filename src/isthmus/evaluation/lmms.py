@@ -3,8 +3,8 @@
 Written against lmms-eval 0.7 (EvolvingLMMs-Lab/lmms-eval), which finds it by the entry point `lmms_eval.models` where
 both packages are installed. Served models need none of this: lmms-eval's own `openai` asks them.
 
-Differs: pictures stand before the text, as in that harness' other models. Log-probabilities and talks of several
-rounds are refused.
+Differs: pictures stand before the text, as in that harness' other models. Of a model's generation_config.json only the
+end tokens count, as everywhere here. Log-probabilities and talks of several rounds are refused.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from isthmus.assembly import load
 from isthmus.speakers.local import Local
 from isthmus.types import Image, Sample, Turn
 
-DECODING = ("max_new_tokens", "do_sample", "temperature", "top_p", "num_beams")
+DECODING = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "num_beams")
 """What a task's `generation_kwargs` may set; `until` cuts the reply, anything else is not ours to honour."""
+TOP_K = 50
+"""Tokens that are drawn from where a task says nothing of it: that harness' other models leave it to transformers."""
 
 
 class Isthmus(lmms):  # type: ignore[misc]
@@ -77,11 +79,10 @@ def _decoding(settings: dict[str, Any]) -> dict[str, Any]:
     chosen = {name: settings[name] for name in DECODING if settings.get(name) is not None}
     if not chosen.get("temperature"):
         chosen |= {"do_sample": False}
-        chosen.pop("temperature", None)
-        chosen.pop("top_p", None)
-    else:
-        chosen.setdefault("do_sample", True)
-    return chosen
+        for name in ("temperature", "top_p", "top_k"):
+            chosen.pop(name, None)
+        return chosen
+    return {"do_sample": True, "top_k": TOP_K, **chosen}
 
 
 def _cut(reply: str, until: str | Sequence[str] | None) -> str:

@@ -72,7 +72,7 @@ class Contrastive(Objective):
     def count(self, batch: Batch) -> int:
         if batch.labels_BT is None or batch.decoder_ids_BU is not None:
             raise _misplaced()
-        return sum(len(media) for media in batch.media.values())
+        return sum(len(_texts(batch, kind)) for kind in batch.media)
 
     def loss(self, step: Step, output: Output, batch: Batch) -> Tensor:
         own = [text for kind in output.connected for text in _texts(batch, kind)]

@@ -177,7 +177,7 @@ class _Runner:
         progress = log.Progress(console, self.stage.name, steps, state.step)
         with metrics, progress, interrupts(progress.say) as stopped:
             self.step.ready()
-            if state.step in evaluations and self.world.any(self.world.main and _unseen(state, file)):
+            if state.step in evaluations and self.world.lead(lambda: _unseen(state, file)):
                 self._evaluate(state, metrics, saves)
             while state.step < steps and not self.world.any(stopped()):
                 row = self._advance(state, steps, saves, progress.say)

@@ -23,12 +23,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from isthmus.types import ConfigError, DataError, IsthmusError, NotFinite
+from isthmus.types import ConfigError, DataError, IsthmusError, NotFinite, NothingToLearn
 
 Number = TypeVar("Number", int, float)
 AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
-FAULTS = {kind.code: kind for kind in (IsthmusError, ConfigError, DataError, NotFinite)}
+FAULTS = {kind.__name__: kind for kind in (IsthmusError, ConfigError, DataError, NothingToLearn, NotFinite)}
+"""Errors by the names under which processes tell each other of them."""
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """Numbers to agree on travel by gloo in any case, so that no accelerator waits for them."""
 PATIENCE = timedelta(hours=12)
@@ -142,7 +143,7 @@ class World:
     @contextmanager
     def together(self) -> Iterator[None]:
         """What fails with one of our errors in one process fails with it in all: none waits for another in vain, and
-        whichever ends first, its message and its exit code say why."""
+        whichever ends first, its message and its exit code say why. Where several fail, all raise the first one's."""
         if self.size == 1:
             yield
             return
@@ -153,22 +154,28 @@ class World:
             fault = error
         failed = self.total([int(fault is not None and rank == self.rank) for rank in range(self.size)])
         if any(failed):
-            heard = self._heard(fault, failed.index(1))
-            raise fault or heard
+            first = failed.index(1)
+            heard = self._heard(fault, first)
+            raise fault if fault is not None and first == self.rank else heard
 
     def _heard(self, own: IsthmusError | None, source: int) -> IsthmusError:
         """The fault of the process with the number `source`, in all of them; it travels as text."""
-        told = [own.code, own.cause, own.remedy] if own is not None and self.rank == source else None
+        told = [_named(own), own.cause, own.remedy] if own is not None and self.rank == source else None
         letters = torch.tensor(list(json.dumps(told).encode()) if told else [], dtype=torch.uint8)
         heard = torch.zeros(self.total([len(letters)])[0], dtype=torch.uint8)
         heard[: len(letters)] = letters
         dist.broadcast(heard, source)
-        code, cause, remedy = json.loads(bytes(heard.tolist()))
-        return FAULTS.get(code, IsthmusError)(cause, remedy)
+        name, cause, remedy = json.loads(bytes(heard.tolist()))
+        return FAULTS[name](cause, remedy)
 
     def barrier(self) -> None:
         """Wait until every process is here."""
         self.total([0])
+
+
+def _named(fault: IsthmusError) -> str:
+    """The nearest of the kinds in `FAULTS`."""
+    return next(kind.__name__ for kind in type(fault).__mro__ if kind.__name__ in FAULTS)
 
 
 class _AllGather(torch.autograd.Function):

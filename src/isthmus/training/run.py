@@ -264,8 +264,8 @@ class Run:
         with self.world.together(), log.counting(self.console, "encoding pictures once") as progress:
             look.fill(media, progress, self.world.rank, self.world.size)
         if self.world.size > 1:
-            look.fill(media)  # finds all there, unless machines keep their caches on disks of their own
-            self.world.barrier()
+            with self.world.together():
+                look.fill(media)  # finds all there, unless machines keep their caches on disks of their own
 
     def train(self, model: VLM, look: Look) -> VLM | None:
         """Run the stages that are not finished; None if interrupted.
@@ -314,7 +314,6 @@ class Run:
         """Let the classifier see what a stage shows, each process its share, where tags of it stand beside pictures."""
         with self.world.together(), log.counting(self.console, "tagging pictures once") as progress:
             tags.look_ahead(stage.data, self.recipe.seed, progress, self.world.rank, self.world.size)
-        self.world.barrier()
 
     def _fill_once(self, look: Look, stage: Stage, data: Data) -> None:
         """Cache a stage's pictures, unless a note beside the cache says that those of its sources are in there.

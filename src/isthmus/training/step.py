@@ -63,10 +63,10 @@ class Step(nn.Module):
 
         Raises:
             NothingToLearn: no term is about any of these batches.
+            DataError: one process has a batch that a term cannot be about.
         """
         batches = list(batches)
-        own = [sum(term.count(self._left(name, batch)) for batch in batches) for name, term in self.terms.items()]
-        counts = dict(zip(self.terms, self.world.total(own)))
+        counts = dict(zip(self.terms, self.world.total([self._count(name, batches) for name in self.terms])))
         if not any(counts.values()):
             ids = [sample for batch in batches for sample in batch.ids]
             raise NothingToLearn(
@@ -75,6 +75,11 @@ class Step(nn.Module):
             )
         size = self.world.size
         return {name: self.weights[name] * size / count if count else 0.0 for name, count in counts.items()}
+
+    def _count(self, name: str, batches: Sequence[Batch]) -> int:
+        """A term's count over this process's batches. Terms may ask the other processes, so all leave off together."""
+        with self.world.together():
+            return sum(self.terms[name].count(self._left(name, batch)) for batch in batches)
 
     def accompany(self) -> None:
         """Once it is settled what trains: the slow copy that terms learn from, and what they keep between steps.
