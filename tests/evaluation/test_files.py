@@ -235,6 +235,20 @@ def test_two_files_are_two_tasks(tmp_path):
     assert [built.name for built, _ in build(configs, 0)] == ["exact-asked", "exact-b"]
 
 
+def test_a_bare_question_can_be_asked_as_it_stands(tmp_path):
+    pictures(tmp_path, "a.png")
+    said = [{"from": "human", "value": "<image>\nAnd this?"}, {"from": "gpt", "value": "cat"}]
+    asked = [
+        {"image": "a.png", "question": "What is this?", "answer": "cat"},
+        {"image": "a.png", "conversations": said},
+    ]
+    path = write(tmp_path, asked)
+    for how, words in ((None, "What is this? Answer in a word or two."), ("none", "What is this?")):
+        options = {} if how is None else {"options": {"instructions": how}}
+        built = task("exact", path, data={"name": str(path), **options})
+        assert [item.prompt.turns[-1].text.strip() for item in built.items] == [words, "And this?"]
+
+
 def test_all_questions_are_asked_and_none_is_held_out(tmp_path):
     assert len(task("exact", questions(tmp_path, ["a"] * 4 + ["b"] * 300)).items) == 304
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image as Pillow
+from PIL import ImageChops, ImageStat
 from typer.testing import CliRunner
 
 import composed
 import page_checks
 from isthmus import sites
 from isthmus.cli.app import app
+from isthmus.cli.gap import _named
 from isthmus.data.media import open_image
-from isthmus.evaluation.gap import effects, page, report, states
+from isthmus.evaluation.gap import drawing, effects, page, report, states
 from isthmus.evaluation.gap.states import Pair
 from isthmus.types import ConfigError, DataError, Image, Modality, Sample, Turn
 
@@ -186,13 +190,45 @@ def test_effects_are_those_of_an_answer_that_depends_on_one_quarter(monkeypatch)
     half = 12.7062 * (blank[0] - blank[1]) / 2  # t of one degree, times the error of two values' mean
     assert (told.low, told.high) == pytest.approx((told.rise - half, told.rise + half), rel=1e-4)
     assert found["another’s picture"].rise == pytest.approx(0) and found["patches shuffled"].rise > 0
-    hidden = effects.occlusion_map(None, pairs[0], 2)
+    hidden = effects.occlusion_map(seeing("pad"), pairs[0], 2)
     assert hidden.flatten().tolist() == pytest.approx([127 / 255, 0, 0, 0])
+
+
+def seeing(aspect):
+    """As much of a model as hiding places asks for."""
+    return SimpleNamespace(config=SimpleNamespace(encoder=lambda kind: SimpleNamespace(aspect=aspect)))
+
+
+@pytest.mark.parametrize(("aspect", "rows"), [("pad", (1, 2)), ("crop", (0, 1, 2, 3)), ("squash", (0, 1, 2, 3))])
+def test_what_was_hidden_lies_where_it_is_drawn(aspect, rows, monkeypatch):
+    """Of a picture four times as wide as high; the answer's NLL is what of the square has changed."""
+    picture, cells = Pillow.new("RGB", (320, 80), (255, 0, 0)), 4
+    whole, side = drawing.base(picture, aspect), drawing.SIDE // cells
+    met = {}
+    for row, column in itertools.product(range(cells), repeat=2):
+        hidden = effects.mask(picture, row, column, cells, aspect)
+        assert (hidden is not None) == (row in rows)
+        if hidden is not None:
+            changed = ImageChops.difference(drawing.base(hidden, aspect), whole).convert("L").point(lambda v: v > 40)
+            left, top, right, bottom = changed.getbbox()
+            assert column * side - 3 <= left < right <= (column + 1) * side + 3
+            assert row * side - 3 <= top < bottom <= (row + 1) * side + 3
+            met[row, column] = changed.histogram()[1] / side**2
+    assert min(met.values()) > (0.4 if aspect == "pad" else 0.9)  # the strip is half as high as two cells
+
+    def nll(model, prompts, words):
+        seen = [drawing.base(prompt.media[0].source, aspect) for prompt in prompts]
+        return torch.tensor([ImageStat.Stat(ImageChops.difference(one, whole)).sum[0] for one in seen])
+
+    monkeypatch.setattr(effects, "nll", nll)
+    pair = Pair(Sample((Turn.say("user", Image(picture), "?"),)), "red")
+    found = effects.occlusion_map(seeing(aspect), pair, cells)
+    assert [bool(row.min() > 0) for row in found] == [row in rows for row in range(cells)]
 
 
 def test_hiding_a_place_hides_that_place():
     picture = Pillow.new("RGB", (30, 30), (255, 0, 0))
-    masked = effects.mask(picture, 1, 2, 3)
+    masked = effects.mask(picture, 1, 2, 3, "pad")
     grey = [(x, y) for x in range(30) for y in range(30) if masked.getpixel((x, y)) == effects.GREY]
     assert len(grey) == 100 and min(grey) == (20, 10) and max(grey) == (29, 19)
 
@@ -265,6 +301,14 @@ def test_the_first_lines_say_what_the_interval_allows(llava, low, high, said):
     effect = effects.Effect((low + high) / 2, low, high)
     text = page.render([replace(found, effects={**found.effects, "blank picture": effect})])
     assert said in text.split('class="lead">')[1].split("</p>")[0]
+
+
+def test_a_model_has_a_name_wherever_the_verb_is_called(tmp_path, monkeypatch):
+    (tmp_path / "demo/sft/model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "demo/sft")
+    assert list(_named(["model", "../sft/model"])) == ["demo-sft A", "demo-sft B"]
+    monkeypatch.chdir("model")
+    assert list(_named([".", "someone/model"])) == ["demo-sft", "someone"]
 
 
 @pytest.mark.usefixtures("embedded")

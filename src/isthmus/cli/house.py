@@ -16,6 +16,7 @@ from isthmus.cli.options import AsJson
 
 def recipes(
     show: Annotated[str | None, typer.Option(help="Print one recipe as YAML, ready to be edited.")] = None,
+    brief: Annotated[bool, typer.Option("--brief", help="With --show: only what differs from the defaults.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a recipe.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -24,11 +25,14 @@ def recipes(
 
     from isthmus import recipes as book
     from isthmus.config import Recipe
+    from isthmus.errors import ConfigError
 
     if schema:
         typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+    elif brief and show is None:
+        raise ConfigError("--brief is about one recipe", "isthmus recipes --show llava --brief")
     elif show is not None:
-        tree = book.named(show).model_dump(mode="json")
+        tree = book.named(show).model_dump(mode="json", exclude_defaults=brief)
         typer.echo(json.dumps(tree, indent=2) if as_json else yaml.safe_dump(tree, sort_keys=False))
     elif as_json:
         typer.echo(json.dumps(book.titles(), indent=2))
@@ -36,9 +40,13 @@ def recipes(
         from rich.console import Console
         from rich.table import Table
 
+        titles, large = book.titles(), book.large()
         table = Table("recipe", "what it is", box=None)
-        for name, title in book.titles().items():
-            table.add_row(f"[bold]{name}[/bold]", title)
+        small = [name for name in titles if name not in large]
+        for heading, names in (("on embedded parts", small), ("in the authors' size", large)):
+            table.add_row(f"\n[dim]{heading}[/dim]")
+            for name in names:
+                table.add_row(f"[bold]{name}[/bold]", titles[name])
         Console().print(table)
 
 
@@ -84,8 +92,10 @@ def examine() -> dict[str, tuple[str, str]]:
         "ok",
         f"dtype=auto means {str(arithmetic('auto', torch.device('cpu'))).removeprefix('torch.')} here",
     )
-    free = shutil.disk_usage(assets.home().parent if not assets.home().exists() else assets.home()).free / 1e9
-    found["disk"] = ("ok" if free > 5 else "note", f"{free:.0f} GB free at {assets.home()}; the demo takes about 3")
+    home = assets.home().absolute()
+    there = next(folder for folder in (home, *home.parents) if folder.is_dir())  # a fresh machine has no cache yet
+    free = shutil.disk_usage(there).free / 1e9
+    found["disk"] = ("ok" if free > 5 else "note", f"{free:.0f} GB free at {home}; the demo takes about 3")
     missing = assets.missing("demo")
     remark = "all there" if not missing else f"missing {', '.join(missing)}; run `isthmus data fetch demo`"
     found["embedded parts"] = ("ok" if not missing else "note", remark)

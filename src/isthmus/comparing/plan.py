@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import Field
 
-from isthmus.comparing import budget, sizing
+from isthmus.comparing import budget, shown, sizing
 from isthmus.comparing.budget import Amount
 from isthmus.comparing.settings import named
 from isthmus.comparing.sizing import RANK, Size
@@ -231,12 +231,15 @@ class Plan(Frozen):
         write_text(file, json.dumps(known | now, indent=1))
 
     def _stamps(self) -> dict[str, str]:
-        """What is trained on and what is asked, each with digits that change with its content."""
-        seed = self.seeds[0]
-        found = {"what is asked": data_hash(task for task, _ in build(self.common.eval, seed))}
+        """What is trained on and what is asked, each with digits that change with its content, pictures apart."""
+        seed, tasks = self.seeds[0], [task for task, _ in build(self.common.eval, self.seeds[0])]
+        found: dict[str, str | None] = {"what is asked": data_hash(tasks)}
+        found["what is asked about"] = shown.digits([item.prompt for task in tasks for item in task.items])
         for source in (source for name in self.recipes for stage in self.recipe(name).stages for source in stage.data):
-            found[named(source)] = content(source.but(weight=1.0), seed)
-        return found
+            if named(source) not in found:
+                found[named(source)] = content(source.but(weight=1.0), seed)
+                found[f"what {named(source)} shows"] = shown.of(source, seed)
+        return {what: digits for what, digits in found.items() if digits is not None}
 
 
 def _fraction(factor: float) -> str:

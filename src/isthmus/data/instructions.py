@@ -20,8 +20,9 @@ from typing import Any, Literal, TypeAlias
 
 from isthmus.data.faults import Wrong
 
-Wording: TypeAlias = Literal["many", "one", "held_out"]
-"""Any of the wordings for training, the first one always, or one of those that training never shows."""
+Wording: TypeAlias = Literal["many", "one", "held_out", "none"]
+"""Any of the wordings for training, the first one always, one of those that training never shows, or no words of ours:
+the record's own (`BARE`)."""
 HELD_OUT = 2
 """So many wordings of each task are kept for evaluation."""
 
@@ -131,6 +132,15 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     ),
 }
 """By task; `{…}` are the record's fields."""
+BARE = {
+    "question": "{question}",
+    "reading": "{question}",
+    "choice": "{context}{question}\n{choices}",
+    "statement": "{statement}",
+    "refer": "{phrase}",
+    "region": "{region}",
+}
+"""What a record asks by itself; of another task, the picture alone."""
 FIELD = re.compile(r"(\{[a-z]+\})")
 
 
@@ -160,6 +170,8 @@ def put(record: Mapping[str, Any], wording: Wording, seed: int) -> dict[str, Any
 
 def choose(task: str, wording: Wording, key: str) -> str:
     """The wording that a key gets."""
+    if wording == "none":
+        return BARE.get(task, "")
     possible = wordings(task, held_out=wording == "held_out")
     digest = int.from_bytes(blake2b(f"{task} {key}".encode(), digest_size=8).digest())
     return possible[0 if wording == "one" else digest % len(possible)]

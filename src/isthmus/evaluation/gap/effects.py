@@ -1,7 +1,7 @@
 """What the answer loses when the picture is changed: blanked, exchanged, its patches shuffled, or one of them masked.
 
-Occlusion: Zeiler & Fergus 2014, arXiv 1311.2901, section 4.2, here with the answer's log-probability as the output.
-Pictures are changed before the encoder sees them, so this asks any joint the same question.
+Occlusion: Zeiler & Fergus 2014, arXiv 1311.2901, section 4.2, here with the answer's log-probability per token as the
+output. Pictures are changed before the encoder sees them, so this asks any joint the same question.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from PIL import Image as Pillow
 from torch import Tensor
 
-from isthmus.data.media import open_image
+from isthmus.data.media import Aspect, Frame, open_image
 from isthmus.evaluation import controls
 from isthmus.evaluation.gap.states import Pair
 from isthmus.evaluation.measure import arithmetic_of
@@ -60,19 +60,30 @@ def effects(model: VLM, pairs: Sequence[Pair], seed: int = 0) -> tuple[float, di
 
 
 def occlusion_map(model: VLM, pair: Pair, cells: int = 6) -> Tensor:
-    """What hiding each cell of a grid over the picture costs the answer: its NLL's rise per token, [cells, cells]."""
-    picture = open_image(pair.picture.source)
-    masked = [
-        with_picture(pair.prompt, mask(picture, row, column, cells)) for row in range(cells) for column in range(cells)
-    ]
-    found_N = nll(model, [pair.prompt, *masked], [pair.words] * (len(masked) + 1))
-    return (found_N[1:] - found_N[0]).view(cells, cells).float()
+    """What hiding each cell costs the answer: its NLL's rise per token, [cells, cells].
+
+    The grid lies over the square that the encoder sees; in a margin there is nothing to hide, and so no cost.
+    """
+    picture, aspect = open_image(pair.picture.source), model.config.encoder("image").aspect
+    places = [(row, column) for row in range(cells) for column in range(cells)]
+    masked = {place: mask(picture, *place, cells, aspect) for place in places}
+    prompts = {place: with_picture(pair.prompt, one) for place, one in masked.items() if one is not None}
+    found_N = nll(model, [pair.prompt, *prompts.values()], [pair.words] * (len(prompts) + 1))
+    rises = torch.zeros(cells, cells)
+    for (row, column), value in zip(prompts, (found_N[1:] - found_N[0]).tolist(), strict=True):
+        rises[row, column] = value
+    return rises
 
 
-def mask(picture: Pillow.Image, row: int, column: int, cells: int) -> Pillow.Image:
-    """The picture with one cell of a grid in grey."""
+def mask(picture: Pillow.Image, row: int, column: int, cells: int, aspect: Aspect) -> Pillow.Image | None:
+    """The picture with what it has in one cell of a grid over its square in grey; None if it has nothing there."""
+    edges = (column / cells, row / cells, (column + 1) / cells, (row + 1) / cells)
+    found = Frame.of(picture.size, aspect).back(edges)
+    if found is None:
+        return None
+    left, top, right, bottom = (round(picture.size[n % 2] * value) for n, value in enumerate(found))
     changed = picture.copy()
-    changed.paste(GREY, _cell(picture, row, column, cells))
+    changed.paste(GREY, (left, top, right, bottom))
     return changed
 
 
@@ -104,16 +115,6 @@ def with_picture(prompt: Sample, picture: Pillow.Image) -> Sample:
         for turn in prompt.turns
     )
     return prompt.but(turns=turns)
-
-
-def _cell(picture: Pillow.Image, row: int, column: int, cells: int) -> tuple[int, int, int, int]:
-    width, height = picture.size
-    return (
-        round(width * column / cells),
-        round(height * row / cells),
-        round(width * (column + 1) / cells),
-        round(height * (row + 1) / cells),
-    )
 
 
 def _effect(rise_N: Tensor) -> Effect:

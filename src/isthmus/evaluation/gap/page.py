@@ -326,7 +326,7 @@ def _method(gaps: Sequence[Gap]) -> str:
         "lens": "nostalgebraist 2020: the LLM’s last norm and head on inner states; nothing is trained for it. At the "
         "input: cosine with the words’ embeddings, from their centre",
         "attention": "of transformers’ plain attention, at the last position before the answer",
-        "hidden places": "Zeiler & Fergus 2014, arXiv 1311.2901; grey cells, the answer’s summed log-probability",
+        "hidden places": "Zeiler & Fergus 2014, arXiv 1311.2901; grey cells, the answer’s log-probability per token",
     }
     facts |= {f"model {gap.model}": f"joint {gap.joint}, fingerprint {gap.fingerprint or 'none'}" for gap in gaps}
     lines = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
