@@ -65,6 +65,27 @@ def test_check_tells_lines_as_text_and_as_json(monkeypatch, capsys, data: Path) 
     assert fault["line"] == line and fault["file"] == str(data) and fault["remedy"]
 
 
+def test_check_tells_alike_faults_once_and_where_pictures_lie(monkeypatch, capsys, data: Path) -> None:
+    said = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "red"}]
+    rows = [{"image": f"{number}.png", "conversations": said} for number in (0, 5, 6, 7, 8)]
+    rows.append({"id": "own", "conversations": [{"from": "human", "value": "red?"}]})
+    file = data.parent / "missing.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    pictures = data.parent / "pictures"
+    assert run(monkeypatch, "check", str(file)) == 3
+    first, where, *lines = capsys.readouterr().out.splitlines()
+    assert (
+        first.startswith(f"{file}:1: no picture 0.png") and where == f"0.png lies in {pictures}/: --images {pictures}"
+    )
+    assert [line.split(":")[1] for line in lines[:2]] == ["2", "3"] and f"{file}:6: own: " in lines[2]
+    assert len(lines) == 4 and lines[3].startswith("2 more like that of line 1: no picture")
+    assert run(monkeypatch, "check", str(file), "--all") == 3
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith(str(file))]) == 6
+    file.write_text("")
+    assert run(monkeypatch, "check", str(file)) == 3
+    assert "holds no conversation" in capsys.readouterr().err
+
+
 def test_check_tells_a_fault_as_soon_as_it_is_found(monkeypatch, capsys, data: Path) -> None:
     def each(form: formats.Form) -> Iterator[formats.Fault]:
         yield formats.Fault(7, "a", "cause", "remedy")
@@ -132,6 +153,32 @@ def test_preview_shows_tokens_and_pictures(monkeypatch, capsys, data: Path, tmp_
     assert text.count('<span class="medium">[image × ') == 2 and "<script" not in text
     assert re.search(r'<span class="learnt">[^<]*&lt;b&gt;red', text) and '<span class="read">' in text
     assert page_checks.faults(text) == []
+
+
+def test_preview_shows_what_a_run_makes_of_a_sample(monkeypatch, capsys, tmp_path: Path) -> None:
+    monkeypatch.setenv("ISTHMUS_HOME", str(tmp_path / "home"))
+    said = [
+        {"role": role, "content": words * times}
+        for times in (300, 1)
+        for role, words in (("user", "red? "), ("assistant", "yes "))
+    ]
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"id": "a[/x]", "messages": said}))
+    stage = {"name": "sft", "data": [{"name": str(file)}], "budget": {"steps": 1}, "train": {"connectors.*": 1e-3}}
+    recipe = tmp_path / "mine.json"
+    recipe.write_text(json.dumps(composed.recipe().model_dump(mode="json") | {"stages": [stage]}))
+    for overlong, told in (
+        ("drop", "left out: longer"),
+        ("oldest", "without its oldest"),
+        ("error", "stops training:"),
+    ):
+        short = ["stages.sft.max_length=100", f"stages.sft.overlong={overlong}"]
+        assert run(monkeypatch, "preview", str(recipe), "-n", "1", *short) == 0
+        printed = capsys.readouterr().out
+        assert "a[/x]" in printed and told in printed
+    page = tmp_path / "page.html"
+    assert run(monkeypatch, "preview", str(recipe), "-n", "1", "--html", str(page), *short) == 0
+    assert "stops training:" in page.read_text()
 
 
 def test_filter_counts_what_each_rule_drops(monkeypatch, capsys, data: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from isthmus.data.faults import Wrong
 from isthmus.data.formats import FileOptions, Form
 from isthmus.data.media import open_image
 from isthmus.data.mix import Mix
+from isthmus.data.pictures import files
 from isthmus.data.records import Records
 from isthmus.data.sets import open_set, stamp
 from isthmus.types import ConfigError, DataError, Image, Sample
@@ -472,6 +473,24 @@ def test_pictures_and_their_texts_are_noticed_below_a_folder_and_beside_other_fi
     (folder / "notes.csv").write_text("of no more use\n")
     (folder / "train" / "cat" / "3.png").symlink_to("nowhere.png")
     assert len(set(stamps)) == 3 and stamp([source], 0) == stamps[-1]
+
+
+def test_linked_folders_of_classes_are_read_and_links_back_are_not(tmp_path: Path) -> None:
+    folder, pool = tmp_path / "pictures", tmp_path / "pool"
+    (folder / "cat").mkdir(parents=True)
+    (pool / "more").mkdir(parents=True)
+    (folder / "cat" / "0.png").write_bytes(png())
+    (pool / "1.png").write_bytes(png(1))
+    for link in ("dog", "hound"):
+        (folder / link).symlink_to(pool)
+    for back, to in ((folder / "cat" / "up", tmp_path), (pool / "more" / "again", pool), (folder / "self", folder)):
+        back.symlink_to(to)
+    assert [sample.turns[1].text for sample in one_by_one(folder)] == ["cat", "dog", "hound"]
+    assert [file.relative_to(folder).as_posix() for file in files(folder, "test")] == [
+        "cat/0.png",
+        "dog/1.png",
+        "hound/1.png",
+    ]
 
 
 @pytest.mark.parametrize("name", ["data.csv", "data.tsv"])

@@ -109,6 +109,17 @@ def test_exif_orientation_is_applied_and_a_damaged_block_ignored():
     assert media.open_image(damaged).size == (2, 1)
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_the_size_of_a_turned_picture_is_that_of_what_is_seen(format):
+    image = Pillow.new("RGB", (6, 4), "red")
+    for orientation in range(1, 9):
+        exif = Pillow.Exif()
+        exif[0x0112] = orientation
+        raw = encoded(image, format, exif=exif)
+        seen = (4, 6) if orientation >= 5 else (6, 4)
+        assert media.upright_size(raw) == media.open_image(raw).size == seen, orientation
+
+
 BAD = {
     "text": b"this is no picture",
     "empty": b"",

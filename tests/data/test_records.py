@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
+from isthmus import cards
 from isthmus.config import Source
 from isthmus.data import formats, records
 from isthmus.data.formats import Form
@@ -224,3 +225,22 @@ def test_a_copy_that_cannot_be_kept_is_said(tmp_path: Path, home: Path) -> None:
     file.write_text("image,caption\n")
     with pytest.raises(DataError, match="indexes: cannot be opened or kept"):
         Records(Form(file))
+
+
+def test_a_folder_that_is_called_otherwise_holds_something_else_and_one_that_moved_the_same(tmp_path: Path) -> None:
+    """The folders of pictures are what they show."""
+    folder = tmp_path / "pictures"
+    (folder / "cat").mkdir(parents=True)
+    Pillow.new("RGB", (2, 2)).save(folder / "cat" / "0.png")
+
+    def told(folder: Path) -> list[str]:
+        form = Form(folder)
+        return [state(form, form.opened()) for state in (records.content, cards._content)]
+
+    before = told(folder)
+    (folder / "cat").rename(folder / "bird")
+    assert not set(told(folder)) & set(before)
+    (folder / "bird").rename(folder / "cat")
+    assert told(folder.rename(tmp_path / "moved")) == before
+    file = write(tmp_path, "lines", 3)
+    assert told(file) == told(file.rename((tmp_path / "moved") / file.name))

@@ -67,6 +67,19 @@ def test_a_limit_keeps_pictures_whole_and_counts_those_of_which_something_is_sai
     assert one.picture == Image(Path("fox.png")) and len(one.sentences) == 2 and len(one.boxes) == 1
 
 
+def test_a_picture_is_one_however_its_path_is_spelt(tmp_path: Path) -> None:
+    """Captions and regions of it come from files in several folders."""
+    (tmp_path / "more").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "more")
+    spelt = (tmp_path / "0.png", tmp_path / "more" / ".." / "0.png", str(tmp_path / "link" / ".." / "0.png"), b"raw")
+    samples = [
+        Sample((Turn.say("user", Image(source), "?"), Turn.say("assistant", f"A fox of file {number}.")))
+        for number, source in enumerate((*spelt, b"raw"))
+    ]
+    fox, raw = instructions.gathered(samples)
+    assert fox.picture == Image(spelt[0]) and len(fox.sentences) == 3 and len(raw.sentences) == 2
+
+
 def test_conversations_are_made_kept_and_not_paid_twice(server: ChatServer, tmp_path: Path) -> None:
     config = RemoteConfig(endpoint=server.endpoint, model="writer", cache=tmp_path / "cache")
     seen, kinds = instructions.gathered(captioned()), ("conversation", "detail", "reasoning")
@@ -91,6 +104,8 @@ def test_conversations_are_made_kept_and_not_paid_twice(server: ChatServer, tmp_
         ("conversation", [("What?", "A."), ("What?", "B.")], "not in the form"),
         ("conversation", [("What does the caption say?", "A fox.")], "speaks of its source"),
         ("conversation", [("Where?", "At [0.12, 0.30, 0.5, 0.6].")], "holds coordinates"),
+        ("conversation", [("What?", "A fox in <image>.")], "holds a marker"),
+        ("conversation", [("What is in <img>1</img>?", "A fox.")], "holds a marker"),
         ("detail", [("Describe.", "A fox.")], "too short"),
         ("detail", [("Describe.", "The fox is very red. " * 15)], "repeats itself"),
         ("conversation", [("What?", "A fox.")], ""),

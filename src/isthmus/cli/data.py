@@ -56,25 +56,32 @@ def check(
     options: FileSettings = None,
     fast: Annotated[bool, typer.Option(help="Leave the pictures' pixels undecoded.")] = False,
     as_json: AsJson = False,
+    every: Annotated[bool, typer.Option("--all", help="A line for each fault, however many are alike.")] = False,
 ) -> None:
     """Find every fault of a file or folder, with line number, id and repair; exit code 3 if there is one."""
-    from isthmus.data import formats, records
+    from isthmus.cli.checking import Telling
+    from isthmus.data import faults, formats, records
 
     form = form_of(path, images, options)
-    faults: list[formats.Fault] = []
+    found: list[faults.Fault] = []
+    samples, telling = 0, Telling(form, every)
     with refine.watched("checking") as passing:
         for one in passing(formats.each(form) if fast else records.found(form)):
-            if isinstance(one, formats.Fault):
-                faults.append(one)
-                if not as_json:
-                    name = f"{one.id}: " if one.id else ""
-                    typer.echo(f"{one.file or path}:{one.line}: {name}{one.message}; {one.remedy}")
+            if not isinstance(one, faults.Fault):
+                samples += 1
+                continue
+            found.append(one)
+            for line in () if as_json else telling.lines(one):
+                typer.echo(line)
+    for line in () if as_json else telling.rest():
+        typer.echo(line)
     if as_json:
-        typer.echo(json.dumps([vars(fault) for fault in faults], indent=2))
-    if faults:
-        if len(faults) == 1:
-            raise DataError(f"{path}: one fault", "the line above names it and its repair")
-        raise DataError(f"{path}: {len(faults):,} faults", "each line above names one and its repair")
+        typer.echo(json.dumps([vars(fault) for fault in found], indent=2))
+    if len(found) == 1:
+        raise DataError(f"{path}: one fault", "the line above names it and its repair")
+    if found:
+        raise DataError(f"{path}: {len(found):,} faults", "the lines above name them and their repair")
+    faults.refuse(path, [], samples)
     if not as_json:
         typer.echo(f"{path}: no fault")
 
@@ -89,6 +96,7 @@ def preview(
 ) -> None:
     """Show what a stage trains on: green tokens carry loss, media stand as blocks, pictures above in small."""
     from rich.console import Console
+    from rich.text import Text
 
     from isthmus.cli import preview as show
     from isthmus.cli.options import recipe_of
@@ -96,20 +104,22 @@ def preview(
 
     chosen = recipe_of(recipe, overrides)
     leg = chosen.stage(stage) if stage else chosen.stages[-1]
-    renderer = show.renderer(chosen, leg)
+    collator = show.collator(chosen, leg)
     data = mix_of(leg, chosen.seed)
     samples = [data.sample(data.mix[index]) for index in range(count)]
     if html is not None:
-        html.write_text(show.page(samples, renderer, f"{chosen.name}, stage {leg.name}"), encoding="utf-8")
+        html.write_text(show.page(samples, collator, f"{chosen.name}, stage {leg.name}"), encoding="utf-8")
         typer.echo(f"{html}: {count} samples")
         return
     console = Console(highlight=False)
     for sample in samples:
-        console.print(f"[bold]{sample.id}[/bold]")
+        console.print(Text(sample.id, "bold"))
+        if fate := show.fate(sample, collator):
+            console.print(Text(fate, "yellow"))
         if console.is_terminal:
             for picture in show.pictures(sample):
                 console.print(show.blocks(picture))
-        console.print(renderer.preview(renderer.render(sample.turns)), end="\n\n")
+        console.print(collator.preview(sample), end="\n\n")
 
 
 @app.command()

@@ -8,13 +8,16 @@ from PIL import Image as Pillow
 from rich.style import Style
 from rich.text import Text as RichText
 
+from isthmus.assembly import rebuild
 from isthmus.config import Recipe, Stage
-from isthmus.data.chat import STYLES, Renderer
+from isthmus.data.chat import STYLES
+from isthmus.data.collate import Collator
 from isthmus.data.media import open_image
 from isthmus.evaluation import html
 from isthmus.evaluation.escaping import escape
 from isthmus.planning import outline, processor
-from isthmus.types import Image, Sample
+from isthmus.training.run import limits
+from isthmus.types import DataError, Image, Sample
 
 COLUMNS = 32
 """Of a picture in the terminal; two pixels stand above each other in each of its cells."""
@@ -22,9 +25,25 @@ CLASSES = {style: name for name, style in STYLES.items()}
 """What the page calls the terminal's styles of tokens; its sheet has colours of them for light and dark."""
 
 
-def renderer(recipe: Recipe, stage: Stage) -> Renderer:
-    """What writes a stage's samples, from the parts' configs and the LLM's tokenizer; no weights are read."""
-    return processor(outline(recipe), recipe).renderer(stage.template)
+def collator(recipe: Recipe, stage: Stage) -> Collator:
+    """What writes a stage's samples in a run, from the parts' configs and the LLM's tokenizer; no weights are read."""
+    model = outline(recipe)
+    for each in recipe.stages[: recipe.stages.index(stage) + 1]:
+        if each.joint:
+            rebuild(model, each.joint)
+    return processor(model, recipe).collator(None, stage.template, **limits(stage))
+
+
+def fate(sample: Sample, collator: Collator) -> str:
+    """What becomes of a sample that is too long; nothing of another."""
+    collator.shortened.discard(sample.id)
+    try:
+        length = collator.lengths(sample)
+    except DataError as error:
+        return f"stops training: {error.cause}; {error.remedy}"
+    if not length:
+        return f"left out: longer than max_length {collator.max_length}"
+    return "trained without its oldest turns: too long with them" if sample.id in collator.shortened else ""
 
 
 def pictures(sample: Sample) -> Iterator[Pillow.Image]:
@@ -45,21 +64,22 @@ def blocks(picture: Pillow.Image) -> RichText:
     return text
 
 
-def page(samples: Sequence[Sample], renderer: Renderer, title: str) -> str:
+def page(samples: Sequence[Sample], collator: Collator, title: str) -> str:
     """A page of samples: pictures, and the tokens in the colours of the terminal."""
-    body = "".join(_sample(sample, renderer) for sample in samples)
+    body = "".join(_sample(sample, collator) for sample in samples)
     lead = "Green tokens carry loss; a picture stands as [image × its tokens]."
     head = f"<header><p class='kind'>What trains</p><h1>{escape(title)}</h1><p class='lead'>{lead}</p></header>"
     return html.document(title, f"{head}\n{body}", "Made by Isthmus")
 
 
-def _sample(sample: Sample, renderer: Renderer) -> str:
+def _sample(sample: Sample, collator: Collator) -> str:
     shown = "".join(html.picture(picture, sample.id) for picture in pictures(sample))
-    text = renderer.preview(renderer.render(sample.turns))
+    text = collator.preview(sample)
     tokens, end = "", 0
     for span in sorted(text.spans):
         tokens += escape(text.plain[end : span.start])
         tokens += f'<span class="{CLASSES[str(span.style)]}">{escape(text.plain[span.start : span.end])}</span>'
         end = span.end
-    heading = f"<h2>{escape(sample.id)}</h2>"
+    heading, met = f"<h2>{escape(sample.id)}</h2>", fate(sample, collator)
+    heading += f"<p>{escape(met)}</p>" if met else ""
     return f'<section>{heading}<p>{shown}</p><pre class="tokens">{tokens}</pre></section>\n'

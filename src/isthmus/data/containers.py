@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from isthmus.data import jsons, tables, tsv
 from isthmus.data.copied import Copied
 from isthmus.data.faults import Wrong
+from isthmus.data.folders import below
 from isthmus.data.jsons import Cell, Place, Shards
 from isthmus.data.layouts import Name
 from isthmus.data.media import PICTURES
@@ -136,7 +137,7 @@ def _folder(path: Path, format: Name | None, beside: Path | None) -> Container:
         return Joined(lines, format, beside)
     if lines:
         return Lines(lines)
-    lists = lists or [one for name in LISTS for one in sorted(path.rglob(name))]
+    lists = lists or [one for name in LISTS for one in sorted(below(path)) if one.name == name]
     return Described(path, lists) if lists else _pictures(path)
 
 
@@ -147,7 +148,7 @@ def _pictures(path: Path) -> Container:
         ConfigError: a file below it seems to say it.
     """
     container = Pictures(path)
-    deep = sorted(one for one in path.rglob("*") if one.suffix in ENDINGS)
+    deep = sorted(one for one in below(path) if one.suffix in ENDINGS)
     if deep and container.silent():
         within = deep[0].relative_to(path)
         remedy = f"name {within} or its folder, and the folder of its pictures as images"
@@ -332,7 +333,7 @@ class Pictures(Copied):
             yield Place(0, number), self._record(picture)
 
     def _pictures(self) -> list[Path]:
-        return sorted(one for one in self.path.rglob("*") if one.suffix.lower() in PICTURES)
+        return sorted(one for one in below(self.path) if one.suffix.lower() in PICTURES)
 
     def _record(self, picture: Path) -> Any:
         name = picture.relative_to(self.path)

@@ -138,7 +138,10 @@ def upright_size(source: Source) -> tuple[int, int]:
             turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         except Exception:  # whatever is wrong, opening it says so in our words
             return open_image(source).size
-    return (picture.height, picture.width) if turned else picture.size
+    if not turned:
+        return picture.size
+    stored = getattr(picture, "tag_v2", {})  # of a TIFF, whose size Pillow may have turned already
+    return stored.get(ExifTags.Base.ImageLength, picture.height), stored.get(ExifTags.Base.ImageWidth, picture.width)
 
 
 @dataclass(frozen=True)

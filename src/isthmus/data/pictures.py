@@ -13,6 +13,8 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from isthmus.config import Frozen, OneSource, Source
+from isthmus.data.faults import readable
+from isthmus.data.folders import below
 from isthmus.types import DataError, Image, Sample, Turn
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
@@ -63,9 +65,10 @@ def files(folder: Path, split: str) -> list[Path]:
     `test` is all of them. A handful leaves nothing to hold out: both parts are then the whole folder.
 
     Raises:
-        DataError: there is no picture.
+        DataError: there is no picture, or no such folder.
     """
-    found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS)
+    with readable(folder):
+        found = sorted(file for file in below(folder) if file.suffix.lower() in ENDINGS)
     if not found:
         raise DataError(f"{folder} holds no picture", f"name a folder with files that end in {', '.join(ENDINGS)}")
     held = {file for file in found if _hash(file.relative_to(folder).as_posix()) % 50 == 0}

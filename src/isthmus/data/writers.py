@@ -142,15 +142,18 @@ def _weight(turn: Turn, sample: Sample) -> dict[str, int]:
     return {"weight": 0}
 
 
+def marker_in(text: str) -> str:
+    """A marker that somebody wrote as a word, which would be read as a picture or region, or not at all."""
+    foreign = FOREIGN.search(text)
+    return next((marker for marker in MARKERS if marker in text), foreign[0] if foreign else "")
+
+
 def _refuse_markers(sample: Sample) -> None:
-    """A marker that somebody wrote as a word would be read as a picture or region, or not at all."""
     for turn in (*sample.turns, *(sample.pair or ())):
         for part in turn.parts:
-            text = part.text if isinstance(part, Text) else ""
-            foreign = FOREIGN.search(text)
-            marker = next((marker for marker in MARKERS if marker in text), foreign and foreign[0][:80])
+            marker = marker_in(part.text) if isinstance(part, Text) else ""
             if marker:
-                raise DataError(f"sample {sample.id}: a text holds the word {marker}", "write it in another way")
+                raise DataError(f"sample {sample.id}: a text holds the word {marker[:80]}", "write it in another way")
 
 
 # ---------------------------------------------------------------------------------------------- JSON

@@ -5,8 +5,8 @@ MiniGPT-4, Zhu et al. 2023, arXiv 2304.10592; official code: github.com/Vision-C
 that sees the picture, asked to go on where they are short, and curated).
 
 Any speaker will do; one that keeps its answers by request goes on after an interruption without asking again. Replies
-that break a rule are left out and counted: those that speak of captions or boxes as the source, hold coordinates, are
-too short or too long, or repeat themselves.
+that break a rule are left out and counted: those that speak of captions or boxes as the source, hold coordinates or a
+marker of pictures, are too short or too long, or repeat themselves.
 
 Differs: the requests are our own words, without seed examples; what was left out is not asked for again.
 """
@@ -18,11 +18,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from os.path import realpath
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from isthmus.data.instructions import choose
+from isthmus.data.writers import marker_in
 from isthmus.prepare.curation import LEAST, curated, repeats
-from isthmus.types import Box, Image, Sample, Text, Turn
+from isthmus.types import Box, Image, Sample, Source, Text, Turn
 
 if TYPE_CHECKING:
     from isthmus.speakers import Speaker
@@ -95,7 +98,7 @@ def gathered(samples: Iterable[Sample], limit: int | None = None, bare: bool = F
     Pictures keep their order; beyond the first `limit` of which something is said, none is kept. With `bare`, nothing
     need be said of them.
     """
-    found: dict[object, Seen] = {}
+    found: dict[Source, Seen] = {}
     for sample in samples:
         pictures = [medium for medium in sample.media if isinstance(medium, Image)]
         if len(pictures) != 1:
@@ -103,7 +106,7 @@ def gathered(samples: Iterable[Sample], limit: int | None = None, bare: bool = F
         answers = [turn for turn in sample.turns if turn.role == "assistant"]
         boxes = tuple(part for turn in answers for part in turn.parts if isinstance(part, Box) and part.label)
         sentences = tuple(turn.text.strip() for turn in answers if _is_sentence(turn))
-        source, full = pictures[0].source, limit is not None and len(found) >= limit
+        source, full = _same(pictures[0].source), limit is not None and len(found) >= limit
         if (sentences or boxes or bare) and (source in found or not full):
             seen = found.get(source, Seen(sample.id, pictures[0], (), ()))
             found[source] = replace(
@@ -132,6 +135,7 @@ def broken(kind: Kind, said: Sequence[tuple[str, str]]) -> str:
     rules: dict[str, Callable[[str], bool]] = {
         "speaks of its source": lambda text: bool(SOURCE.search(text)),
         "holds coordinates": lambda text: bool(NUMBERS.search(text)),
+        "holds a marker": lambda text: bool(marker_in(text)),
     }
     if not said or len({question for question, _ in said}) < len(said):
         return "not in the form that was asked for"
@@ -143,6 +147,11 @@ def broken(kind: Kind, said: Sequence[tuple[str, str]]) -> str:
     if any(repeats(answer) for _, answer in said):
         return "repeats itself"
     return curated(said[0][1]) if kind == "description" else ""
+
+
+def _same(source: Source) -> Source:
+    """What is equal for equal pictures, however their paths are spelt."""
+    return realpath(source) if isinstance(source, str | Path) else source
 
 
 def _is_sentence(turn: Turn) -> bool:

@@ -1,0 +1,64 @@
+"""What `isthmus data check` prints: of alike faults the first ones, and where missing pictures lie instead."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from isthmus.data.faults import SHOWN, Fault
+from isthmus.data.formats import Form
+
+VARIES = re.compile(r"\S*[\d/\\.]\S*|'[^']*'|\"[^\"]*\"")
+"""What differs between the messages of alike faults: numbers, paths and what is quoted."""
+TOLD = 2
+"""Words of a message that say, with the repair, what kind of fault it is; names with spaces may follow."""
+
+
+class Telling:
+    """The lines of faults.
+
+    Args:
+        every: each fault has one; otherwise those after the first `SHOWN` of a kind are counted.
+    """
+
+    def __init__(self, form: Form, every: bool = False) -> None:
+        self.form, self.every = form, every
+        self._kinds = Counter[tuple[str, ...]]()
+        self._first = dict[tuple[str, ...], Fault]()
+        self._elsewhere = set[Path]()
+
+    def lines(self, fault: Fault) -> Iterator[str]:
+        """What is said as soon as a fault is found."""
+        kind = (VARIES.sub("…", fault.remedy), *VARIES.sub("…", fault.message).split()[:TOLD])
+        self._kinds[kind] += 1
+        self._first.setdefault(kind, fault)
+        if not self.every and self._kinds[kind] > SHOWN:
+            return
+        name = "" if _says_the_line(fault) else f"{fault.id}: "
+        yield f"{fault.file or self.form.path}:{fault.line}: {name}{fault.message}; {fault.remedy}"
+        yield from self._found(fault)
+
+    def rest(self) -> Iterator[str]:
+        """What is said of the others at the end."""
+        for kind, count in self._kinds.items():
+            if not self.every and count > SHOWN:
+                first = self._first[kind]
+                yield f"{count - SHOWN:,} more like that of line {first.line}: {first.message} (--all lists them)"
+
+    def _found(self, fault: Fault) -> Iterator[str]:
+        """Where a picture lies that is missing, if it is beside the file or in a folder there; of each folder once."""
+        start = self.form.path if self.form.path.is_dir() else self.form.path.parent
+        missing = re.fullmatch(rf"no (?:picture|video) (.+) in {re.escape(str(self.form.folder))}", fault.message)
+        if not missing:
+            return
+        for folder in (start, *sorted(one for one in start.iterdir() if one.is_dir())):
+            if folder not in self._elsewhere and folder != self.form.folder and (folder / missing[1]).is_file():
+                self._elsewhere.add(folder)
+                yield f"{missing[1]} lies in {folder}/: --images {folder}"
+
+
+def _says_the_line(fault: Fault) -> bool:
+    """Whether the id is none of the record's own, but made of its file and line."""
+    return not fault.id or re.fullmatch(rf"(.*:)?{fault.line}(@\d+)?", fault.id, re.DOTALL) is not None
