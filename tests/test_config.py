@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.config import Recipe, read
+from isthmus.config import Budget, LoRA, Recipe, read
+from isthmus.overrides import ELSEWHERE, fields
 from isthmus.recipes import BOOK
 from isthmus.types import ConfigError
 
@@ -47,7 +48,7 @@ def test_names_of_the_book_are_kept() -> None:
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
 @pytest.mark.parametrize("field", ["lr", "clip", "warmup", "mixing", "evaluate_every", "save_every"])
 def test_a_number_that_is_none_is_refused(tmp_path: Path, field: str, value: str) -> None:
-    assert f"stages.0.{field}: Input should be a finite number" in refused(
+    assert f"stages.one.{field}: Input should be a finite number" in refused(
         tmp_path, STAGE.format(field=f"{field}: {value}")
     )
 
@@ -71,4 +72,107 @@ def read_one(folder: Path, field: str) -> Recipe:
 @pytest.mark.parametrize("budget", ["{minutes: .inf}", "{epochs: .nan}", "{epochs: .inf}", "{steps: -1}"])
 def test_a_budget_ends(tmp_path: Path, budget: str) -> None:
     text = STAGE.format(field="lr: 1e-3").replace("{steps: 1}", budget)
-    assert "stages.0.budget" in refused(tmp_path, text)
+    assert "stages.one.budget" in refused(tmp_path, text)
+
+
+# ---------------------------------------------------------------------------------------------- overrides and faults
+
+
+def of(**fields: object) -> Recipe:
+    stage = {"name": "sft", "data": ["scenes"], "train": {"connectors.*": 1e-3}, "budget": {"epochs": 1}, **fields}
+    return Recipe.model_validate({"stages": [{**stage, "name": "align"}, stage]})
+
+
+def fault(*assignments: str) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        of().override(assignments)
+    return caught.value
+
+
+def test_an_override_of_one_unit_takes_the_place_of_another() -> None:
+    assert of().override(["stages.sft.budget.steps=2"]).stage("sft").budget == Budget(steps=2)
+    assert of().override(["stages.1.budget.steps=2", "stages.sft.budget.minutes=3"]).stages[1].budget.minutes == 3
+    assert of().override(["stages.sft.budget={samples: 9}"]).stage("sft").budget == Budget(samples=9)
+    assert of().override(["stages.sft.budget.steps=2"]).stage("align") == of().stage("align")
+    two = fault("stages.sft.budget={steps: 2, epochs: 1}")
+    assert "stages.sft.budget: a budget is one of steps, samples, epochs, minutes; got ['steps', 'epochs']" in two.cause
+    assert (
+        "'stages.sft.budget.step'; did you mean 'stages.sft.budget.steps'?" in fault("stages.sft.budget.step=2").cause
+    )
+    assert "got none" in fault("stages.sft.budget.epochs=null").cause
+
+
+def test_a_value_without_its_form_is_told_how_it_is_written(tmp_path: Path) -> None:
+    assert fault("stages.sft.budget=2").remedy == "write stages.sft.budget={steps: 2}"
+    assert fault("stages.sft.data=mine.json").remedy == "write stages.sft.data=[mine.json]"
+    assert "write budget: {steps: 3}" in refused(tmp_path, STAGE.format(field="lr: 1e-3").replace("{steps: 1}", "3"))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("learning_rate", "stages.sft.lr"),
+        ("per_device_train_batch_size", "stages.sft.batch_size"),
+        ("gradient_accumulation_steps", "stages.sft.accumulate"),
+        ("max_steps", "stages.sft.budget.steps"),
+        ("num_train_epochs", "stages.sft.budget.epochs"),
+        ("gradient_checkpointing", "stages.sft.recompute"),
+        ("lora_r", "stages.sft.train.KEY.mode.r"),
+        ("image_folder", "stages.sft.data.NAME.images"),
+        ("vision_tower", "encoder.source"),
+        ("bf16", "dtype"),
+    ],
+)
+def test_names_of_other_toolkits_are_told_their_name_here(theirs: str, ours: str) -> None:
+    assert (
+        fault(f"stages.sft.{theirs}=1").cause
+        == f"override: unknown key 'stages.sft.{theirs}'; it is called {ours!r} here"
+    )
+
+
+def test_every_name_of_another_toolkit_has_one_here() -> None:
+    paths = [path for path, _ in fields(Recipe)]
+    for end in map(tuple, (name.split(".") for name in set(ELSEWHERE.values()))):
+        assert any(path[-len(end) :] == end for path in paths), end
+    assert not set(ELSEWHERE) & {path[-1] for path in paths}
+
+
+@pytest.mark.parametrize(
+    ("field", "told"),
+    [
+        ("epochs: 1", "unknown key 'stages.one.epochs'; did you mean 'budget: {epochs: 1}'?"),
+        ("learning_rate: 1e-3", "unknown key 'stages.one.learning_rate'; it is called 'lr' here"),
+        ("lora_r: 8", "unknown key 'stages.one.lora_r'; it is called 'train: {KEY: {mode: {r: 8}}}' here"),
+        ("btach_size: 8", "unknown key 'stages.one.btach_size'; did you mean 'batch_size'?"),
+        ("seed: 8", "unknown key 'stages.one.seed'; did you mean 'seed'?"),
+        ("zzzzzz: 8", "unknown key 'stages.one.zzzzzz'\n"),
+    ],
+)
+def test_an_unknown_key_of_a_file_is_told_the_whole_way(tmp_path: Path, field: str, told: str) -> None:
+    assert told in refused(tmp_path, STAGE.format(field=field))
+
+
+def test_a_key_at_the_top_is_told_where_it_belongs(tmp_path: Path) -> None:
+    assert "unknown key 'epochs'; did you mean 'stages.NAME.budget.epochs'?" in refused(tmp_path, "epochs: 1")
+
+
+def test_a_fault_inside_a_union_is_told_once(tmp_path: Path) -> None:
+    text = STAGE.format(field="lr: 1e-3").replace("'connectors.*': 1e-3", "'llm.*': {mode: {rank: 8, lora_alpha: 3}}")
+    told = refused(tmp_path, text).splitlines()[0].split(": ", 1)[1]
+    assert "stages.one.train.llm.*.mode.lora_alpha'; it is called 'alpha' here" in told and "Input should" not in told
+
+
+def test_a_glob_is_a_key_though_it_has_dots() -> None:
+    made = of().override(["stages.sft.train.connectors.*=2e-3", "stages.align.train.connectors.*.mode.r=4"])
+    assert made.stage("sft").train["connectors.*"].lr == 2e-3
+    assert made.stage("align").train["connectors.*"].mode == LoRA(r=4)
+
+
+def test_a_file_that_is_not_there_is_told_so(tmp_path: Path) -> None:
+    of().save(tmp_path / "mine.yaml")
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path / "mien.yaml")
+    assert caught.value.cause == f"no file {tmp_path / 'mien.yaml'}; did you mean 'mine.yaml'?"
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path / "nowhere/mine.yaml")
+    assert caught.value.cause == f"no file {tmp_path / 'nowhere/mine.yaml'}"

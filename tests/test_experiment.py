@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image as Pillow
+from rich.console import Console
 
 from isthmus import experiment
-from isthmus.config import TaskConfig
+from isthmus.config import Recipe, TaskConfig
 from isthmus.evaluation.results import examples
 from isthmus.evaluation.tasks import Choice, Cut, Item, Task
 from isthmus.experiment import data_hash, free_replies
+from isthmus.forecast import was
+from isthmus.training.parallel import World
 from isthmus.types import Box, Image, Sample, Turn
 
 PICTURE = Image(Pillow.new("RGB", (8, 8)))
@@ -52,3 +57,22 @@ def test_reports_show_the_region_that_was_asked_about(monkeypatch: pytest.Monkey
     (said,) = free_replies(None, None, [(task, TaskConfig(name="t"))])  # type: ignore[arg-type]
     (shown,) = examples({"T": (task, {"after": [None]})})  # type: ignore[dict-item]
     assert said.prompt == shown.question == "What is at [0.000,0.000,0.500,1.000]?"
+
+
+@pytest.mark.parametrize(("trained", "shown"), [(None, False), (object(), True)])
+def test_what_was_planned_is_set_beside_what_it_took_where_training_came_to_its_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, trained: object, shown: bool
+) -> None:
+    """A run that is interrupted has nothing to compare yet."""
+    console = Console(record=True, file=io.StringIO())
+    run = Mock(folder=tmp_path, console=console, recipe=Recipe(), world=World())
+    run.train.return_value = trained
+    monkeypatch.setattr(experiment, "_measure", lambda *_: {})
+    monkeypatch.setattr(experiment, "summarise", Mock())
+    monkeypatch.setattr(experiment, "reports", Mock())
+    monkeypatch.setattr(was, "compare", lambda folder: [was.Stage("a", dict.fromkeys(NUMBERS), NUMBERS)])
+    assert (experiment._done(run) is not None) == shown
+    assert ("planned / was" in console.export_text()) == shown
+
+
+NUMBERS = {"steps_per_second": 1.0, "flops": 1.0, "peak": 1.0}

@@ -10,6 +10,7 @@ import composed
 from isthmus import cost_table, papers, recipes
 from isthmus.aligners.ee_mllm import flops
 from isthmus.cli.app import app
+from isthmus.cli.plan import _bytes, _flop
 from isthmus.config import Stage
 from isthmus.costs import BYTES, TEXT, costs, measure
 from isthmus.planning import plan
@@ -127,9 +128,23 @@ def test_the_verb_takes_one_recipe_or_all(monkeypatch, tmp_path):
     for words in ([], ["llava", "--all"], ["llava", "--write"]):
         assert "one recipe, or --all" in str(runner.invoke(app, ["plan", *words]).exception)
     told = runner.invoke(app, ["plan", "llava-1.5-7b", "--no-steps"]).output
-    assert "576 tokens per image" in told and "288.00 MiB of keys and values" in told
+    assert "576 tokens per image" in told and "288 MiB of keys and values" in told
     (tmp_path / "docs").mkdir()
     monkeypatch.setattr(papers, "checkout", lambda: tmp_path)
     monkeypatch.setattr(recipes, "BOOK", {"llava-1.5-7b": recipes.BOOK["llava-1.5-7b"]})
     assert runner.invoke(app, ["plan", "--all", "--write"]).exit_code == 0
     assert (tmp_path / "docs/costs.md").read_text().count("| `llava-1.5-7b` | 576 | 7.063 B |") == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [(0, "0 FLOP"), (41_472, "41.5 kFLOP"), (999_600, "1 MFLOP"), (1.234e12, "1.23 TFLOP"), (4.5e18, "4,500 PFLOP")],
+)
+def test_operations_are_told_in_three_digits_and_a_unit_that_fits(value, told):
+    assert _flop(value) == told
+
+
+def test_bytes_are_told_in_the_same_way():
+    assert [_bytes(value) for value in (700, 1023, 5000, 288 << 20, 3 << 39)] == [
+        *("700 B", "0.999 KiB", "4.88 KiB", "288 MiB", "1.5 TiB")
+    ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
@@ -18,9 +18,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from isthmus.errors import ConfigError
 from isthmus.errors import nearest as nearest
-from isthmus.overrides import SCHEMA, assign, parse_value
+from isthmus.overrides import OneOf, assign, explain
+from isthmus.overrides import parse_value as parse_value
 
 Model = TypeVar("Model", bound=BaseModel)
+FILES = (".yaml", ".yml", ".json")
+"""How the names of recipes' files end."""
 LATER: dict[str, Any] = {"exclude_if": lambda value: value in (None, {})}
 """Of fields that came later: recipes that leave them out keep their fingerprints."""
 
@@ -138,20 +141,13 @@ class Source(Frozen):
     """What a tagger puts beside every picture (`prepare.tags.Tagging`); nothing by default."""
 
 
-class Budget(Frozen):
+class Budget(Frozen, OneOf):
     """How long a stage lasts; exactly one is given. Minutes are turned into steps once and then frozen."""
 
     steps: int | None = Field(None, ge=0)
     samples: int | None = Field(None, ge=1)
     epochs: float | None = Field(None, gt=0)
     minutes: float | None = Field(None, gt=0)
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        given = [name for name, value in self.model_dump().items() if value is not None]
-        if len(given) != 1:
-            raise ValueError(f"a budget is one of steps, samples, epochs, minutes; got {given or 'none'}")
-        return self
 
 
 Writing: TypeAlias = Literal["chat", "plain", "prefix", "documents"]
@@ -303,6 +299,8 @@ class Recipe(Frozen):
     def override(self, assignments: Sequence[str]) -> Recipe:
         """A copy with dotted assignments applied: `["stages.align.lr=1e-3", "llm=./my-llm"]`.
 
+        A unit of a budget takes the place of another: `stages.align.budget.steps=2`.
+
         Raises:
             ConfigError: a key is unknown, or a value does not fit its field.
         """
@@ -311,8 +309,8 @@ class Recipe(Frozen):
             path, equals, text = assignment.partition("=")
             if not equals:
                 raise ConfigError(f"override {assignment!r} has no '='", "write key=value, e.g. seed=1")
-            assign(tree, path.strip().split("."), parse_value(text), path)
-        return parse(tree, "override")
+            assign(tree, Recipe, path.strip(), parse_value(text))
+        return check(Recipe, tree, "override", dotted=True)
 
     def save(self, path: Path) -> None:
         """Write as YAML or JSON, by the file's ending."""
@@ -325,10 +323,16 @@ def read(path: Path) -> Recipe:
     """Read a recipe from YAML or JSON.
 
     Raises:
-        ConfigError: unreadable, not a mapping, or a field is unknown or wrong.
+        ConfigError: not there, unreadable, not a mapping, or a field is unknown or wrong.
     """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        beside = sorted(each.name for each in path.parent.glob("*") if each.suffix in FILES)
+        raise ConfigError(
+            f"no file {path}{nearest(path.name, beside)}",
+            "check the path; `isthmus recipes --show NAME --brief` prints a recipe to begin with",
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         cause = str(error).splitlines()[0]
         raise ConfigError(
@@ -340,31 +344,18 @@ def read(path: Path) -> Recipe:
 
 
 def parse(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """Validate a tree of plain values, with one line per fault and the nearest name for an unknown key."""
+    """Validate a tree of plain values; what is wrong is told as by `check`."""
     return check(Recipe, tree, where)
 
 
-def check(model: type[Model], tree: Mapping[str, Any], where: str) -> Model:
-    """Validate `tree` against any of our schemas; faults become one `ConfigError`."""
+def check(model: type[Model], tree: Mapping[str, Any], where: str, dotted: bool = False) -> Model:
+    """Validate `tree` against any of our schemas; faults become one `ConfigError`, with what an unknown key may mean.
+
+    Args:
+        dotted: whether the values were written as overrides, so that a remedy is written so, too.
+    """
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        faults = "; ".join(_explain(model, fault) for fault in error.errors())
-        raise ConfigError(f"{where}: {faults}", SCHEMA) from None
-
-
-def _explain(model: type[BaseModel], fault: Any) -> str:
-    """One validation fault in words; an unknown key names the nearest known one."""
-    location = ".".join(str(step) for step in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        key = str(fault["loc"][-1])
-        return f"unknown key {location!r}{nearest(key, sorted(set(_keys(model))))}"
-    message = fault["msg"].removeprefix("Value error, ")
-    return f"{location}: {message}" if location else message
-
-
-def _keys(model: type[BaseModel]) -> Iterator[str]:
-    """Every field name in a schema and the schemas inside it."""
-    root = model.model_json_schema()
-    for schema in [root, *root.get("$defs", {}).values()]:
-        yield from schema.get("properties", {})
+        cause, remedy = explain(model, tree, error, dotted)
+        raise ConfigError(f"{where}: {cause}", remedy) from None

@@ -53,18 +53,26 @@ class Clock:
 
 def experiment(
     recipe: Recipe,
-    folder: Path,
-    device: torch.device,
-    console: Console,
+    folder: str | Path,
+    device: torch.device | None = None,
+    console: Console | None = None,
     world: World = World(),  # noqa: B008 - frozen
 ) -> Report | None:
     """Measure, train, measure again and write `report.html` and `report.json`; None if interrupted.
 
-    What is finished is not done again: stages by their models, measurements by their prediction files. Of several
-    processes in a started world the first one measures and reports; the others help to train, and return None.
+    It is what `isthmus train` does, from Python: `experiment(recipe, "runs/mine")`. What is finished is not done
+    again: stages by their models, measurements by their prediction files. Of several processes in a started world the
+    first one measures and reports; the others help to train, and return None.
+
+    Args:
+        device: where to train; None is an accelerator if there is one.
+        console: where progress goes; None is standard output.
     """
+    folder = Path(folder)
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     with locks.alone(folder, world):
-        return _done(Run(recipe, folder, device, console, world))
+        return _done(Run(recipe, folder, device or torch.device("cpu"), console or Console(highlight=False), world))
 
 
 def _done(run: Run) -> Report | None:
@@ -88,10 +96,11 @@ def _done(run: Run) -> Report | None:
     start = time.perf_counter()
     trained = run.train(model, look)
     clock.add("training, with encoding its pictures", start)
-    if planned := was.compare(folder):
-        console.print(was.table(planned))
+    planned = was.compare(folder)
     if trained is None:
         return None
+    if planned:
+        console.print(was.table(planned))
     start = time.perf_counter()
     after = _measure(run, trained, look, tasks, "after")
     said = free_replies(trained, look, tasks)

@@ -56,7 +56,11 @@ class Registry(Generic[T]):
         modules = self.known()
         if name not in modules:
             names = sorted({*modules, *self.registered})
-            raise ConfigError(f"no {self.what} named {name!r}{nearest(name, names)}", f"there are {names}")
+            raise ConfigError(
+                f"no {self.what} named {name!r}{nearest(name, names)}",
+                f"there are {names}; one that `isthmus.register` was given is known in that process alone, "
+                "one of an installed package by an entry point",
+            )
         if name in self.inside() and (place := _offered(self.group, tuple(sys.path)).get(name)):
             raise ConfigError(
                 f"{self.what} {name!r} is isthmus's own, and {place} offers another", "remove one of them"

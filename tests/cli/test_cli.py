@@ -95,7 +95,37 @@ def test_another_recipe_in_the_same_folder_is_refused(monkeypatch, capsys, tmp_p
     out = str(tmp_path / "run")
     assert run(monkeypatch, "train", str(recipe), "--out", out) == 0
     assert run(monkeypatch, "train", str(recipe), "seed=1", "--out", out) == 2
-    assert "another recipe" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "another recipe" in told and f"`isthmus train {out}` goes on with that one" in told and "delete" not in told
+
+
+@pytest.mark.parametrize("how", [None, KeyboardInterrupt])
+def test_a_folder_goes_on_with_the_recipe_that_it_keeps(monkeypatch, capsys, tmp_path, recipe, how):
+    out, trained = tmp_path / "its run", []
+
+    def interrupted(self, model, look):
+        trained.append((self.recipe, self.folder))
+        if how is not None:
+            raise how
+
+    monkeypatch.setattr(Run, "train", interrupted)
+    words = ("stages.sft.lr=5e-4", "seed=3", "engine.keep=5", "--out", str(out), "--device", "cpu")
+    assert run(monkeypatch, "train", str(recipe), *words) == 130
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    monkeypatch.chdir(tmp_path.parent)
+    name, *line = shlex.split(line)
+    assert name == "isthmus" or name == sys.argv[0]
+    assert line == ["train", str(out), "--device", "cpu"] and run(monkeypatch, *line) == 130
+    first, second = trained
+    assert first == second and first[0].seed == 3 and first[0].engine.keep == 5
+
+
+def test_a_folder_that_is_no_run_is_told_so(monkeypatch, capsys, tmp_path):
+    assert run(monkeypatch, "train", str(tmp_path)) == 2
+    assert f"{tmp_path} holds no run" in capsys.readouterr().err
+    (tmp_path / "run.json").write_text("{}")
+    assert run(monkeypatch, "train", str(tmp_path)) == 2
+    assert "run.json cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -124,6 +154,10 @@ def test_a_fault_of_a_later_stage_is_told_first_and_locks_no_folder(
     [
         (["plan", "lava"], 2, "did you mean 'llava'?", "isthmus recipes"),
         (["plan", "llava", "stages.algn.lr=1"], 2, "no stages named 'algn'; did you mean 'align'?", "align"),
+        (["train", "nope.yaml"], 2, "no file nope.yaml", "isthmus recipes"),
+        (["plan", "llava", "stages.sft.learning_rate=1"], 2, "it is called 'stages.sft.lr' here", "--schema"),
+        (["recipes", "--brief"], 2, "--brief is about one recipe", "--show llava"),
+        (["plan", "llava", "aligner=mine"], 2, "no aligner named 'mine'", "in that process alone"),
         (["plan", "llava", "sede=1"], 2, "unknown key 'sede'; did you mean 'seed'?", "--schema"),
         (["plan", "llava", "stages.align.train={connector.*: 1e-3}"], 2, "matches no parameter", "connectors"),
         (["chat", "no/such/model", "--prompt", "x"], 2, "neither a folder nor", "embedded part"),
@@ -190,3 +224,21 @@ def test_recipes_round_trip_through_what_is_shown(monkeypatch, capsys, tmp_path)
     file = tmp_path / "demo.yaml"
     file.write_text(capsys.readouterr().out)
     assert read(file).fingerprint() == recipes.named("demo").fingerprint()
+
+
+@pytest.mark.parametrize("name", ["demo", "llava", "llava-1.5-7b", "lion"])
+def test_a_brief_recipe_is_the_same_and_short(monkeypatch, capsys, tmp_path, name):
+    assert run(monkeypatch, "recipes", "--show", name, "--brief") == 0
+    file, text = tmp_path / "brief.yaml", capsys.readouterr().out
+    file.write_text(text)
+    assert read(file).fingerprint() == recipes.named(name).fingerprint()
+    assert run(monkeypatch, "recipes", "--show", name) == 0
+    assert f"name: {name}" in text and len(text) < 0.8 * len(capsys.readouterr().out)
+
+
+def test_the_list_has_two_headings_and_tells_recipes_apart(monkeypatch, capsys):
+    assert len(set(recipes.titles().values())) == len(recipes.BOOK) and recipes.APART.keys() <= recipes.BOOK.keys()
+    assert run(monkeypatch, "recipes") == 0
+    told = capsys.readouterr().out
+    small, large = told.split("in the authors' size")
+    assert "on embedded parts" in small and "minigpt4-first " in small and "minigpt4-first-7b" in large

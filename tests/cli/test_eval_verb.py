@@ -110,3 +110,18 @@ def test_names_may_stand_apart(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "asked.jsonl").write_text(json.dumps(record) + "\n")
     words = ["--tasks", "exact, options,", "--data", str(tmp_path / "asked.jsonl")]
     assert [row["task"] for row in measured(saved, tmp_path / "out", *words)] == ["exact-asked", "options-asked"]
+
+
+def test_three_questions_are_shown_with_reply_and_reference(saved: Path, tmp_path: Path) -> None:
+    answers = [f"[b]{n}[/b]" for n in range(5)]
+    records = [{"question": f"How many [{n}]?", "answer": told, "choices": answers} for n, told in enumerate(answers)]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    words = ["--tasks", "exact", "--data", str(tmp_path / "asked.jsonl"), "--out", str(tmp_path / "out")]
+    shown = CliRunner().invoke(app, ["eval", str(saved), *words, "--device", "cpu", "--controls", "none"])
+    lines = [line for line in shown.output.splitlines() if "(reference: " in line]
+    (kept,) = (tmp_path / "out").rglob("exact-asked*.jsonl")
+    told = [json.loads(line) for line in kept.read_text().splitlines()][1:]
+    assert len(lines) == 3 and len(told) == 5
+    for n, line in enumerate(lines):
+        assert line.startswith(f"How many [{n}]? A. [b]0[/b] ")
+        assert line.endswith(f"  {told[n]['prediction']!r} (reference: {told[n]['answer']})")

@@ -11,7 +11,10 @@ import pytest
 from PIL import Image
 
 from isthmus.cli import app
+from isthmus.cli.runs import read
+from isthmus.recipes import BOOK
 from isthmus.training.curves import COLOURS
+from isthmus.training.locks import held
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -47,17 +50,17 @@ def two(tmp_path: Path) -> Path:
 def test_states_steps_losses_and_speed(monkeypatch, capsys, two):
     assert run(monkeypatch, "runs", str(two), "--json") == 0
     found = {Path(each["folder"]).name: each for each in json.loads(capsys.readouterr().out)}
-    assert found["one"]["state"] == "unfinished" and found["two"]["state"] == "done"
+    assert found["one"]["state"] == "stopped" and found["two"]["state"] == "done"
     align, sft = found["one"]["stages"]
     assert (align["state"], align["step"], align["steps"]) == ("done", 40, 40)
-    assert (sft["state"], sft["step"], sft["steps"], sft["loss"], sft["validation"]) == ("unfinished", 3, 40, 1.25, 9.5)
+    assert (sft["state"], sft["step"], sft["steps"], sft["loss"], sft["validation"]) == ("stopped", 3, 40, 1.25, 9.5)
     assert sft["tokens_per_second"] == 200.0
 
 
 def test_the_table_names_every_run_and_stage(monkeypatch, capsys, two):
     assert run(monkeypatch, "runs", str(two / "one")) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any("3/40" in line and "sft" in line and "unfinished" in line and "1.2500" in line for line in lines)
+    assert any("3/40" in line and "sft" in line and "stopped" in line and "1.2500" in line for line in lines)
     assert not any("two" in line for line in lines)
 
 
@@ -87,3 +90,32 @@ def test_faults_are_named(monkeypatch, capsys, tmp_path, text):
     (tmp_path / "run.json").write_text(text)
     assert run(monkeypatch, "runs", str(tmp_path)) == 3
     assert "its run.json cannot be read" in capsys.readouterr().err
+
+
+def test_a_run_that_a_process_is_at_work_in_is_told_from_a_stopped_one(two):
+    one = two / "one"
+    with held(one / "lock", lambda: None):
+        assert (read(one).state, [stage.state for stage in read(one).stages]) == ("training", ["done", "training"])
+    assert (one / "lock").is_file() and read(one).state == "stopped"
+
+
+def test_what_a_run_has_otherwise(monkeypatch, capsys, tmp_path):
+    tree = (
+        BOOK["llava"]().override(["stages.sft.lr=5e-4", "stages.sft.budget.steps=7", "seed=3"]).model_dump(mode="json")
+    )
+    write(tmp_path / "a", {})
+    (tmp_path / "a/run.json").write_text(json.dumps({"recipe": tree}))
+    for name, change in {"b": {}, "c": {"clip": 2.0}}.items():
+        write(tmp_path / name, {})
+        (tmp_path / name / "run.json").write_text(json.dumps({"recipe": mine(seed=len(change), **change)}))
+    assert run(monkeypatch, "runs", *(str(tmp_path / name) for name in "abc"), "--json") == 0
+    a, b, c = (each["differs"] for each in json.loads(capsys.readouterr().out))
+    assert a == {"stages.sft.lr": 5e-4, "stages.sft.budget.steps": 7, "seed": 3}
+    assert b == {} and c == {"stages.align.clip": 2.0, "seed": 1}
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(monkeypatch, "runs", str(tmp_path / "a")) == 0
+    assert "  stages.sft.budget.steps=7 stages.sft.lr=0.0005 seed=3" in capsys.readouterr().out
+
+
+def mine(seed: int, **fields: float) -> dict:
+    return {"name": "mine", "about": str(seed), "stages": [{"name": "align", **fields}, {"name": "sft"}], "seed": seed}

@@ -14,11 +14,14 @@ from isthmus.cli.options import AsJson, Device, DType, Endpoint, KeyEnv, Setting
 if TYPE_CHECKING:
     from isthmus.config import TaskConfig
     from isthmus.evaluation.measure import Measured
+    from isthmus.evaluation.results import Generation, Runs
     from isthmus.evaluation.tasks import Task
 
 Folder = Annotated[
     Path | None, typer.Option("--out", "-o", help="Folder of predictions.  \\[default: runs/eval/RUN-STAGE]")
 ]
+SHOWN = 3
+"""Questions that are printed with their replies."""
 TASKS = "naming,easy-vqa,presence,counting,relation"
 
 
@@ -65,6 +68,7 @@ def evaluate(
     from isthmus import storage
     from isthmus.assembly import load
     from isthmus.cli.options import on, remote_of
+    from isthmus.cli.train import show_replies
     from isthmus.config import TaskConfig, check
     from isthmus.errors import ConfigError, IsthmusError
     from isthmus.evaluation import baseline, catalogue
@@ -117,6 +121,7 @@ def evaluate(
         texts = {task.name for task, _ in told}
         if built:
             console.print(table_of([row for row in found if row.task not in texts]))
+        show_replies(console, _replies([measured[task.name] for task, _ in built]))
         if told:
             console.print(cost_table([row for row in found if row.task in texts]))
         console.print(f"predictions per item: {folder}")
@@ -128,6 +133,24 @@ def evaluate(
         console.print(kept.table(changes))
     if count := sum(one.differing for one in changes):
         raise IsthmusError(f"{count} items are asked or answered otherwise than in {golden}", f"compare with {folder}")
+
+
+def _replies(measured: Sequence[tuple[Task, Runs]]) -> list[Generation]:
+    """The first questions of every task with what was answered, in turns, so that a score can be understood."""
+    from itertools import chain, zip_longest
+
+    from isthmus.evaluation.results import Generation
+
+    each = [
+        [
+            Generation(item.words, told.prediction, reference=told.answer)
+            for item, told in zip(task.items[:SHOWN], runs.get("after", ()))
+            if told.prediction is not None
+        ]
+        for task, runs in measured
+    ]
+    turns = chain.from_iterable(zip_longest(*each))
+    return [said for said in turns if said is not None][:SHOWN]
 
 
 def listed(names: str) -> list[str]:

@@ -19,7 +19,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
 DType = Annotated[str, typer.Option(help="Arithmetic of the base parts: auto, float32, bfloat16.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run.  \\[default: runs/NAME]")]
-RecipeName = Annotated[str, typer.Argument(help="A recipe's name (see `isthmus recipes`), or a .yaml or .json file.")]
+RecipeName = Annotated[
+    str,
+    typer.Argument(help="A recipe's name (see `isthmus recipes`), a .yaml or .json file, or a run's folder, to go on."),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Dotted overrides such as stages.sft.lr=1e-3 encoder=./my-encoder seed=1."),
@@ -98,12 +101,46 @@ def load_for_thread(model: str, dtype: str, device: str) -> VLM:
 
 
 def recipe_of(name: str, overrides: list[str] | None) -> Recipe:
-    """A recipe by name or file, with overrides applied."""
+    """A recipe by name, by file, or as a run's folder keeps it, with overrides applied."""
     from isthmus import recipes
-    from isthmus.config import read
+    from isthmus.config import FILES, read
 
-    recipe = read(Path(name)) if name.endswith((".yaml", ".yml", ".json")) else recipes.named(name)
+    if name.endswith(FILES):
+        recipe = read(Path(name))
+    else:
+        recipe = recipe_in(Path(name)) if is_folder(name) else recipes.named(name)
     return recipe.override(overrides or [])
+
+
+def is_folder(name: str) -> bool:
+    """Whether a folder is meant, and not the recipe of that name."""
+    from isthmus import recipes
+
+    return name not in recipes.BOOK and Path(name).is_dir()
+
+
+def recipe_in(folder: Path) -> Recipe:
+    """The recipe that a run keeps in its folder.
+
+    Raises:
+        ConfigError: it is no run's folder, or its note cannot be read.
+    """
+    import json
+
+    from isthmus.config import parse
+    from isthmus.errors import ConfigError
+
+    note = folder / "run.json"
+    try:
+        return parse(json.loads(note.read_text(encoding="utf-8"))["recipe"], str(note))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{folder} holds no run: there is no run.json", "`isthmus runs` lists runs; a recipe is a name or a file"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{note} cannot be read ({error!r})", "give the recipe again, by its name or file, with --out"
+        ) from None
 
 
 def pairs(settings: list[str] | None) -> dict[str, Any]:

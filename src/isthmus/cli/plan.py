@@ -98,14 +98,10 @@ def _show_one(row: Row, ahead: Forecast | None, as_json: bool) -> None:
     console.print(table)
     console.print(", ".join(f"{tokens} tokens per {kind}" for kind, tokens in planned.tokens.items()))
     console.print(
-        f"prefill of one picture and {cost.text} text tokens: {cost.total / 1e9:,.1f} GFLOP (encoder "
-        f"{cost.encoder / 1e9:,.1f}, connector {cost.joint / 1e9:,.1f}, LLM {cost.llm / 1e9:,.1f}; "
-        f"{cost.text_only / 1e9:,.1f} without the picture)"
+        f"prefill of one picture and {cost.text} text tokens: {_flop(cost.total)} (encoder {_flop(cost.encoder)}, "
+        f"connector {_flop(cost.joint)}, LLM {_flop(cost.llm)}; {_flop(cost.text_only)} without the picture)"
     )
-    console.print(
-        f"kept per picture: {cost.cache / 2**20:,.2f} MiB of keys and values, {cost.aside / 2**20:,.2f} MiB aside, "
-        f"in bfloat16"
-    )
+    console.print(f"kept per picture: {_bytes(cost.cache)} of keys and values, {_bytes(cost.aside)} aside, in bfloat16")
     if ahead is not None and ahead.stages:
         console.print()
         console.print(_training(ahead))
@@ -126,11 +122,11 @@ def _training(ahead: Forecast) -> Table:
 
     stages = ahead.stages
     line("tokens per sample", [_tokens(stage) for stage in stages])
-    line("GFLOP per step", [f"{stage.flops / 1e9:,.4g}" for stage in stages])
+    line("FLOP per step", [_flop(stage.flops) for stage in stages])
     table.add_section()
     for kind in stages[0].memory:
-        line(f"{kind}, MiB", [f"{stage.memory[kind] / 2**20:,.0f}" for stage in stages])
-    line("peak memory, MiB", [f"{stage.peak / 2**20:,.0f}" for stage in stages])
+        line(f"{kind}, memory", [_bytes(stage.memory[kind]) for stage in stages])
+    line("peak memory", [_bytes(stage.peak) for stage in stages])
     table.add_section()
     for kind in stages[0].seconds or ():
         line(f"{kind}, ms per step", [_milliseconds((stage.seconds or {})[kind]) for stage in stages])
@@ -147,7 +143,7 @@ def _show_stages(forecasts: list[Forecast], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps([each.plain() for each in forecasts], indent=2))
         return
-    titles = ("recipe", "stage", "trained", "tokens per sample", "GFLOP/step", "peak, MiB", "ms/step", "steps", "time")
+    titles = ("recipe", "stage", "trained", "tokens per sample", "FLOP/step", "peak memory", "ms/step", "steps", "time")
     table = Table(*titles, box=None)
     for each in forecasts:
         for number, stage in enumerate(each.stages):
@@ -156,8 +152,8 @@ def _show_stages(forecasts: list[Forecast], as_json: bool) -> None:
                 stage.name,
                 f"{stage.trained:,}",
                 _tokens(stage),
-                f"{stage.flops / 1e9:,.4g}",
-                f"{stage.peak / 2**20:,.0f}",
+                _flop(stage.flops),
+                _bytes(stage.peak),
                 "–" if stage.step_seconds is None else f"{1e3 * stage.step_seconds:,.3g}",
                 "?" if stage.steps is None else f"{stage.steps:,}",
                 _clock(stage.stage_seconds),
@@ -177,6 +173,21 @@ def _footnote(forecasts: list[Forecast]) -> str:
     if any(stage.assumed for each in forecasts for stage in each.stages):
         text += "; assumed: the data are not here, so samples of one picture and 64 text tokens"
     return text
+
+
+def _flop(value: float) -> str:
+    return _amount(value, 1000, "FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP")
+
+
+def _bytes(value: float) -> str:
+    return _amount(value, 1024, "B", "KiB", "MiB", "GiB", "TiB")
+
+
+def _amount(value: float, each: int, *units: str) -> str:
+    """Three digits, in the unit that fits."""
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / each, units[1:]
+    return f"{value:.3g} {units[0]}" if value < 999.5 else f"{value:,.0f} {units[0]}"
 
 
 def _milliseconds(seconds: float) -> str:

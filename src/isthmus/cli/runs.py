@@ -15,11 +15,15 @@ from isthmus.cli.options import AsJson
 if TYPE_CHECKING:
     from rich.table import Table
 
-State = Literal["new", "unfinished", "done"]
+State = Literal["new", "training", "stopped", "done"]
 Folders = Annotated[
     list[Path] | None, typer.Argument(help="Folders of runs, or folders that hold some.  \\[default: runs]")
 ]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the loss of all their stages into this PNG.")]
+
+
+SHOWN = 4
+"""Fields that are told of a run that has more otherwise."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +51,27 @@ class RunState:
     date: str
     """When it last told something."""
     stages: tuple[StageState, ...]
+    fields: dict[str, Any]
+    """The recipe's, by dotted names."""
+    locked: bool = False
+    """Whether a process is at work in it."""
 
     @property
     def state(self) -> State:
         states = {stage.state for stage in self.stages}
-        return states.pop() if len(states) == 1 else "unfinished"
+        return "training" if self.locked else states.pop() if len(states) == 1 else "stopped"
+
+    def plain(self, differs: dict[str, Any]) -> dict[str, Any]:
+        told = {name: value for name, value in asdict(self).items() if name not in ("fields", "locked")}
+        return told | {"state": self.state, "differs": differs}
 
 
 def runs(folders: Folders = None, plot: Plot = None, as_json: AsJson = False) -> None:
     """List runs with state, stage, step, loss, validation and speed; newest last.
 
-    A run is `unfinished` while it trains and when it was interrupted: the same `isthmus train` goes on with it.
+    A run is `training` while a process is at work in it, and `stopped` when it was interrupted: `isthmus train FOLDER`
+    goes on with it. Below a run stands what it has otherwise than the recipe of its name, or else than the first run of
+    that name.
     """
     from rich.console import Console
 
@@ -72,7 +86,7 @@ def runs(folders: Folders = None, plot: Plot = None, as_json: AsJson = False) ->
     if plot is not None:
         _plot(found, plot)
     if as_json:
-        typer.echo(json.dumps([asdict(run) | {"state": run.state} for run in found], indent=2))
+        typer.echo(json.dumps([run.plain(differs(run, found)) for run in found], indent=2))
         return
     console = Console(highlight=False)
     console.print(table(found))
@@ -95,31 +109,61 @@ def read(folder: Path) -> RunState:
     """
     from datetime import datetime
 
+    from isthmus.training import locks
     from isthmus.types import DataError
 
     try:
         recipe = json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"]
-        stages = tuple(_stage(folder / stage["name"], stage["name"]) for stage in recipe["stages"])
+        locked = locks.taken(folder / "lock")
+        stages = tuple(_stage(folder / stage["name"], stage["name"], locked) for stage in recipe["stages"])
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{folder}: its run.json cannot be read ({error})", "remove the folder") from None
     told = [file for file in (folder / "run.json", *folder.glob("*/metrics.jsonl")) if file.is_file()]
     last = max(file.stat().st_mtime for file in told)
-    return RunState(str(folder), recipe["name"], datetime.fromtimestamp(last).isoformat(" ", "minutes"), stages)
+    date = datetime.fromtimestamp(last).isoformat(" ", "minutes")
+    return RunState(str(folder), recipe["name"], date, stages, dict(_fields(recipe)), locked)
+
+
+def differs(run: RunState, found: list[RunState]) -> dict[str, Any]:
+    """What a run has otherwise than the recipe of its name, or where that is no recipe of ours, the first such run."""
+    from isthmus.recipes import BOOK
+
+    if run.recipe in BOOK:
+        base = dict(_fields(BOOK[run.recipe]().model_dump(mode="json")))
+    else:
+        base = next(each for each in found if each.recipe == run.recipe).fields | {"seed": 0}
+    return {name: value for name, value in run.fields.items() if value is not None and value != base.get(name)}
+
+
+def _fields(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that training follows from, by its dotted name; stages by theirs."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _fields(value, f"{above}{key}.")
+        elif key == "stages" and not above:
+            for stage in value:
+                yield from _fields({**stage, "name": None}, f"stages.{stage['name']}.")
+        elif above or key not in ("name", "about"):
+            yield above + key, value
 
 
 def table(found: list[RunState]) -> Table:
     """A line per run, and below it one per stage."""
     from rich.table import Table
+    from rich.text import Text
 
     view = Table(box=None, pad_edge=False)
     view.add_column("run", overflow="fold")
     view.add_column("state", no_wrap=True)
     for name in ("step", "loss", "validation", "tokens/s", "last"):
         view.add_column(name, justify="right", no_wrap=True)
-    colour = {"done": "green", "unfinished": "yellow", "new": "dim"}
+    colour = {"done": "green", "training": "cyan", "stopped": "yellow", "new": "dim"}
     for run in found:
         state = f"[{colour[run.state]}]{run.state}[/]"
         view.add_row(f"[bold]{run.folder}[/] {run.recipe}", state, "", "", "", "", run.date)
+        if own := [f"{name}={json.dumps(value)}" for name, value in differs(run, found).items()]:
+            more = f" and {len(own) - SHOWN} more" if len(own) > SHOWN else ""
+            view.add_row(Text("  " + " ".join(own[:SHOWN]) + more, style="dim"))
         for stage in run.stages:
             view.add_row(
                 f"  {stage.name}",
@@ -132,7 +176,7 @@ def table(found: list[RunState]) -> Table:
     return view
 
 
-def _stage(folder: Path, name: str) -> StageState:
+def _stage(folder: Path, name: str, locked: bool) -> StageState:
     from statistics import median
 
     from isthmus.training.log import read_rows
@@ -143,7 +187,7 @@ def _stage(folder: Path, name: str) -> StageState:
     done = (folder / "model").is_dir()
     return StageState(
         name,
-        "done" if done else "unfinished" if manifest.is_file() else "new",
+        "done" if done else "new" if not manifest.is_file() else "training" if locked else "stopped",
         steps[-1]["step"] if steps else 0,
         json.loads(manifest.read_text())["steps"] if manifest.is_file() else None,
         steps[-1]["loss"] if steps else None,

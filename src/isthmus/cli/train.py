@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from isthmus.config import Recipe
+    from isthmus.evaluation.results import Generation
 
 Minutes = typer.Option(min=0.1, help="Minutes of training over all stages; measured once, then a number of steps.")
 FIXED = "4 to 7"
@@ -65,17 +67,19 @@ def train(
     """Train all stages of a recipe, measure where it names tasks, write the report; resumes by itself.
 
     With --minutes the stages share that time as they share their own; overrides come after it.
+    A run's folder in place of a recipe goes on with that run, all that was overridden included.
     """
     from rich.console import Console
 
-    from isthmus.cli.options import recipe_of
+    from isthmus.cli.options import is_folder, recipe_of
     from isthmus.recipes.within import within
 
     chosen = recipe_of(recipe, None)
     if minutes is not None:
         chosen = within(chosen, minutes)
     chosen = chosen.override(overrides or [])
-    _experiment(chosen, out or Path("runs") / chosen.name, device, Console(stderr=as_json, highlight=False), as_json)
+    folder = out or (Path(recipe) if is_folder(recipe) else Path("runs") / chosen.name)
+    _experiment(chosen, folder, device, Console(stderr=as_json, highlight=False), as_json)
 
 
 def _called() -> str:
@@ -95,12 +99,18 @@ def _experiment(recipe: Recipe, folder: Path, device: str, console: Console, as_
     world = World.here()
     console.quiet = not world.main
     chosen = on(device)
-    with world.started(chosen):
-        result = experiment(recipe, folder, world.device(chosen), console, world)
+    try:
+        with world.started(chosen):
+            result = experiment(recipe, folder, world.device(chosen), console, world)
+    except KeyboardInterrupt:
+        if world.size > 1 or not (folder / "run.json").is_file():
+            raise
+        result = None
     if not world.main:
         return
     if result is None:
-        console.print("interrupted; what was done is kept, and the same command goes on from there")
+        console.print("interrupted; what was done is kept, and this goes on from there:")
+        console.print(_going_on(folder, device, as_json, world.size), markup=False, soft_wrap=True)
         raise typer.Exit(130)
     if as_json:
         typer.echo(json.dumps(result.plain()))
@@ -113,9 +123,26 @@ def _experiment(recipe: Recipe, folder: Path, device: str, console: Console, as_
         state = verdict(example.after.right)
         before = f", before: {example.before.prediction}" if example.before else ""
         console.print(f"{example.question}  [bold]{example.after.prediction}[/bold] ({state}{before})")
-    for said in result.generations:
-        console.print(f"[dim]{said.prompt}[/dim]  {said.reply!r} [dim](reference: {said.reference})[/dim]")
+    show_replies(console, result.generations)
     model = folder / recipe.stages[-1].name / "model"
     chat = shlex.join([_called(), "chat", str(model), "--image", "PICTURE.png"])
     after = f"\nreport  {folder / 'report.html'}\nmodel   {model}\nchat    {chat}"
     console.print(after, markup=False, soft_wrap=True)  # to be copied: neither brackets taken out nor lines broken
+
+
+def _going_on(folder: Path, device: str, as_json: bool, processes: int) -> str:
+    """The line that goes on with a run; of several processes each needs what its launcher was told."""
+    if processes > 1:
+        return f"the same launcher, with: train {shlex.quote(str(folder))}"
+    options = ["--device", device] * (device != "auto") + ["--json"] * as_json
+    return shlex.join([_called(), "train", str(folder), *options])
+
+
+def show_replies(console: Console, said: Iterable[Generation]) -> None:
+    """A line for each: what was asked, the reply as it came, and the reference."""
+    from rich.text import Text
+
+    for each in said:
+        asked = " ".join(each.prompt.split())
+        told = Text.assemble((asked, "dim"), f"  {each.reply!r} ", (f"(reference: {each.reference})", "dim"))
+        console.print(told, soft_wrap=True)

@@ -100,6 +100,17 @@ BOOK: dict[str, Callable[[], Recipe]] = {
     "lion-4b": lambda: lion("published"),
 }
 """Recipes by the name that the command line knows."""
+APART = {
+    "asvr-without": "here without its term",
+    "lion": "three stages, a router over two adapters",
+    "lion-single": "all in one stage",
+    "lion-mixture-none-single": "one adapter, all in one stage",
+    "lion-last-layer": "without the aggregator: the encoder's last layer alone",
+    "minigpt4": "a short curated last stage",
+    "minigpt4-first": "without the curated last stage",
+    "minigpt4-first-7b": "here without that stage",
+}
+"""What tells recipes apart whose own lines are the same; a recipe's own line stays as it is, for its fingerprint."""
 
 
 def named(name: str) -> Recipe:
@@ -116,5 +127,10 @@ def named(name: str) -> Recipe:
 
 
 def titles() -> dict[str, str]:
-    """One line about every recipe."""
-    return {name: build().about for name, build in BOOK.items()}
+    """One line about every recipe, no two the same."""
+    return {name: "; ".join(filter(None, (build().about, APART.get(name)))) for name, build in BOOK.items()}
+
+
+def large() -> list[str]:
+    """The names of those in their authors' size, whose LLM is described and not here."""
+    return [name for name, build in BOOK.items() if build().llm.architecture is not None]

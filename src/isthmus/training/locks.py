@@ -60,11 +60,19 @@ def held(path: Path, wait: Callable[[], None]) -> Iterator[int]:
             _OWN.discard(file)
 
 
-def _take(descriptor: int) -> bool:
+def taken(path: Path) -> bool:
+    """Whether somebody holds a lock file now."""
+    if not path.is_file():
+        return False
+    with path.open() as file:
+        return not _take(file.fileno(), shared=True)
+
+
+def _take(descriptor: int, shared: bool = False) -> bool:
     try:
         import fcntl  # here, because not every system has it
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except (ImportError, OSError):

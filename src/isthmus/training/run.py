@@ -213,7 +213,7 @@ class Run:
             if wrong := agreement.of_recipe(was | {"stages": begun}, plain):
                 raise ConfigError(
                     f"{self.folder} holds a run of another recipe: {agreement.told(wrong)}",
-                    "name another folder with --out, or delete that one",
+                    f"`isthmus train {self.folder}` goes on with that one; --out names a folder for this one",
                 )
             told["dtype"] = known["dtype"]
         else:
