@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
+from PIL import Image as Pillow
 from rich.console import Console
 
 import composed
 import isthmus
 from isthmus import cards
-from isthmus.config import LoRA
+from isthmus.config import LoRA, Stage
+from isthmus.data.sets import open_set
+from isthmus.errors import ConfigError
 from isthmus.experiment import experiment
 from isthmus.exporting import llava, peft
 from isthmus.training.toy import toy
@@ -52,6 +55,7 @@ def test_a_card_says_what_the_run_did(run: Path) -> None:
         manifest = json.loads((run / row[0] / "manifest.json").read_text())
         assert row[3] == str(manifest["steps"]) == "2" and row[4] == str(manifest["run"]["batch_size"])
     assert "`llm.*self_attn.*` LoRA r 2 at 0.01" in stages[1][1]
+    assert [row[5] for row in stages] == ["0.01", "0.001, 0.01"]
     sources = [each for name in ("align", "tune") for each in json.loads((run / name / "data.json").read_text())]
     assert [row[5] for row in lines(model, "Data")] == [each["hash"] for each in sources]
     assert [row[3] for row in lines(model, "Data")] == [str(each["size"]) for each in sources]
@@ -93,12 +97,17 @@ def test_exported_directories_carry_the_lineage_on(run: Path, tmp_path: Path) ->
     for folder in found:
         card = ModelCard.load(folder / "README.md")
         assert card.data.library_name == "peft" and len(lines(card, "Training")) == 2
+    assert {row[3] for row in lines(card, "Parts") if row[0] == "LoRA"} == {"in this directory"}
     plain = composed.model("llama", aspect="crop")
+    plain.add_lora(["llm.*.q_proj"], LoRA(r=2), "sft")
+    plain.add_lora(["encoders.*.fc1", "llm.*.v_proj"], LoRA(r=2), "both")
     plain.save_pretrained(tmp_path / "plain")
     parity = llava.export(tmp_path / "plain", tmp_path / "theirs")
     card = ModelCard.load(tmp_path / "theirs/README.md")
     assert card.data.library_name == "transformers"
     assert f"LlavaForConditionalGeneration, largest difference of logits {parity.difference:.1e}" in card.text
+    merged = ["merged into the LLM", "merged into the LLM and the encoder"]
+    assert [row[3] for row in lines(card, "Parts") if row[0] == "LoRA"] == merged
 
 
 def test_a_figure_that_is_none_is_a_dot(run: Path) -> None:
@@ -162,3 +171,21 @@ def test_a_model_that_is_loaded_and_saved_again_is_the_same_bytes(tmp_path: Path
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one.keys() == two.keys() >= {"README.md", "model.safetensors", "tokenizer.json"}
     assert {name for name in one if one[name] != two[name]} == set()
+
+
+def test_a_note_of_an_older_version_is_completed_and_then_holds(tmp_path: Path) -> None:
+    (tmp_path / "pictures" / "cat").mkdir(parents=True)
+    Pillow.new("RGB", (2, 2)).save(tmp_path / "pictures" / "cat" / "0.png")
+    source = {"name": str(tmp_path / "pictures")}
+    tree = {"name": "sft", "data": [source], "budget": {"steps": 1}, "train": {"connectors.*": 1e-3}}
+    stage = Stage.model_validate(tree)
+    opened = [open_set(stage.data[0], 0).card]
+    (tmp_path / cards.STEPS).touch()
+    old = {**source, "size": 1, "hash": "then", "content": ["of its names alone"]}
+    (tmp_path / cards.DATA).write_text(json.dumps([old]))
+    cards.note_data(tmp_path, stage, opened, 0)
+    (noted,) = json.loads((tmp_path / cards.DATA).read_text())
+    assert noted["hash"] == "then" and len(noted[cards.CONTENT]) == 1
+    (tmp_path / "pictures" / "cat").rename(tmp_path / "pictures" / "bird")
+    with pytest.raises(ConfigError, match="has changed since stage"):
+        cards.note_data(tmp_path, stage, opened, 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from isthmus.assets import packages
 from isthmus.config import Source, Stage
-from isthmus.data import sets
+from isthmus.data import folders, sets
 from isthmus.data.containers import Container
 from isthmus.data.formats import Form
 from isthmus.errors import ConfigError
@@ -29,6 +30,8 @@ NAME = "README.md"
 MARK = "<!-- Written by Isthmus at every save. Delete this line, and the text is yours and stays. -->"
 DATA = "data.json"
 """In a stage's folder: what its sources were when it began."""
+CONTENT = "contents"
+"""There, what each file or folder held. Called anew when it is told otherwise: a note without it is completed."""
 RECIPE, REPORT, STEPS = "run.json", "report.json", "manifest.json"
 TASK = "image-text-to-text"
 EMBEDDED: dict[str, packages.Package] = {"smollm2-135m-instruct": packages.LLM, "efficientnet-lite0": packages.LITE}
@@ -71,6 +74,7 @@ class Export:
         of: which numbers these are.
         caveats: what its readers do otherwise than the model did where its figures come from; with any, these are
             left out.
+        merged: whether LoRA has become part of what it changes.
     """
 
     what: str
@@ -79,13 +83,14 @@ class Export:
     difference: float | None = None
     of: str = "logits"
     caveats: Sequence[str] = ()
+    merged: bool = True
 
 
 # ---------------------------------------------------------------------------------------------- gathering
 
 
 def note_data(folder: Path, stage: Stage, opened: Sequence[sets.Card], seed: int) -> None:
-    """Write down what a stage's sources are at its beginning; from its first step on, a note stays.
+    """Write down what a stage's sources are at its beginning; from its first step on, what is noted stays.
 
     Raises:
         ConfigError: the stage has begun, and a source holds something else now.
@@ -93,20 +98,21 @@ def note_data(folder: Path, stage: Stage, opened: Sequence[sets.Card], seed: int
     file = folder / DATA
     noted = [_noted(source, card, seed) for source, card in zip(stage.data, opened, strict=True)]
     if file.is_file() and (folder / STEPS).is_file():
-        for was, now in zip(json.loads(file.read_text()), noted, strict=True):
-            if was["size"] != now["size"] or was.get("content", now["content"]) != now["content"]:
+        before = json.loads(file.read_text())
+        for was, now in zip(before, noted, strict=True):
+            if was["size"] != now["size"] or was.get(CONTENT, now[CONTENT]) != now[CONTENT]:
                 raise ConfigError(
                     f"{now['name']} has changed since stage {stage.name} began: "
                     f"{was['size']:,} samples then, {now['size']:,} now",
                     "put the old file back, or name another folder with --out",
                 )
-        return
+        noted = [{**now, **was} for was, now in zip(before, noted, strict=True)]
     folder.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(noted, indent=1))
 
 
 def _noted(source: Source, card: sets.Card, seed: int) -> dict[str, Any]:
-    known = {"hash": sets.stamp([source], seed), "content": list(sets.each_state(source, seed, _content))}
+    known = {"hash": sets.stamp([source], seed), CONTENT: list(sets.each_state(source, seed, _content))}
     return {**asdict(card), "split": source.split, "weight": source.weight, **known}
 
 
@@ -119,7 +125,7 @@ def _content(form: Form, container: Container) -> str:
     digest = hashlib.sha256()
     for path in container.files():
         size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
+        digest.update(os.fsencode(f"{folders.called(path, form.path)} {size} "))
         with path.open("rb") as file:
             for start in range(0, size, max(SPOT, -(-size // SPOTS))):
                 file.seek(start)
@@ -190,7 +196,7 @@ def card(config: Mapping[str, Any], told: Lineage, exported: Export | None = Non
         told = replace(told, report={**told.report, "rows": []})
     sections = [
         _opening(config, told, exported),
-        _parts(config),
+        _parts(config, exported is not None and exported.merged),
         *([_training(told), _data(told), _figures(told)] if told.stages else []),
         _licences(config, told),
         f"## Use\n\n```python\n{exported.code if exported else _OWN}\n```",
@@ -269,7 +275,7 @@ def called(source: str) -> str:
     return f"{Path(source).name} ({'a local folder' if Path(source).exists() else 'not found from here'})"
 
 
-def _parts(config: Mapping[str, Any]) -> str:
+def _parts(config: Mapping[str, Any], merged: bool) -> str:
     rows = []
     for role, source, revision, weights in _sources(config):
         package = EMBEDDED.get(source)
@@ -278,10 +284,20 @@ def _parts(config: Mapping[str, Any]) -> str:
     added = ", ".join(f"{key} {value}" for key, value in config["aligner"].get("options", {}).items())
     rows.append(("joint", config["aligner"]["name"], added or "the joint's own defaults", "in this directory"))
     for lora in config.get("lora") or ():
-        rows.append(("LoRA", lora["name"], f"r {lora['r']}, on {' '.join(lora['globs'])}", "in this directory"))
+        where = f"merged into {_changed(lora['globs'])}" if merged else "in this directory"
+        rows.append(("LoRA", lora["name"], f"r {lora['r']}, on {' '.join(lora['globs'])}", where))
     text = "## Parts\n\n" + _table(("part", "source", "revision or options", "weights"), rows)
     full = " ".join(f"`{glob}`" for glob in config.get("trained") or () if not glob.startswith("connectors"))
     return f"{text}\n\nBase parameters trained in full: {full}." if full else text
+
+
+def _changed(globs: Sequence[str]) -> str:
+    """The parts that LoRA changes, by the first word of its globs."""
+    first = {glob.partition(".")[0] for glob in globs}
+    return " and ".join(words for word, words in _ROOTS.items() if word in first) if first <= _ROOTS.keys() else "them"
+
+
+_ROOTS = {"llm": "the LLM", "encoders": "the encoder", "connectors": "the joint"}
 
 
 def _training(told: Lineage) -> str:
@@ -290,12 +306,18 @@ def _training(told: Lineage) -> str:
         trains = ", ".join(f"`{glob}` {_how(how)}" for glob, how in stage.settings["train"].items())
         losses = " + ".join(each["name"] for each in stage.settings["objectives"])
         rows.append((stage.settings["name"], trains, losses, "?" if stage.steps is None else stage.steps,
-                     stage.settings["batch_size"], f"{stage.settings['lr']:g}"))  # fmt: skip
+                     stage.settings["batch_size"], _rates(stage.settings)))  # fmt: skip
     said = [f"Stage {each.settings['name']}, on the way: {text}." for each in told.stages for text in each.changed]
     if told.start:
         said.append(f"Begun with the model {called(told.recipe['start'])}, fingerprint {told.start}.")
     table = _table(("stage", "what trains", "loss", "steps", "samples per step", "rate"), rows)
     return "\n\n".join(["## Training", table, *said])
+
+
+def _rates(settings: Mapping[str, Any]) -> str:
+    """The learning rates that a stage has trained with, each once."""
+    rates = (settings["lr"] if how["lr"] is None else how["lr"] for how in settings["train"].values())
+    return ", ".join(dict.fromkeys(f"{rate:g}" for rate in rates))
 
 
 def _how(how: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import carded
 import pytest
 import torch
 from transformers import AutoProcessor, Blip2Config, Blip2ForConditionalGeneration, PreTrainedModel
@@ -116,6 +117,18 @@ def test_aspect_and_a_missing_chat_template_are_carried_over(tmp_path: Path, tow
     forms = (parity.form(str(tmp_path / name)) for name in ("ours", "theirs"))
     checks = parity.compare(*forms, parity.Question("what is it?", wide))
     assert [each.equal for each in checks] == EQUAL, checks
+
+
+@pytest.mark.parametrize("joint", list(NATIVE))
+def test_the_cards_code_asks_what_parity_asks(
+    tmp_path: Path, tower: Path, joint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built(tower, joint, "llama").save_pretrained(tmp_path / "ours")
+    blip2.export(tmp_path / "ours", tmp_path / "theirs", joint)
+    told = carded.run(tmp_path / "theirs", tmp_path, monkeypatch)
+    form = parity.form(str(tmp_path / "theirs"))
+    seen = form.see(parity.Question("What is this?", composed.picture(1)))
+    assert seen.tokens is not None and tuple(told["answer"].tolist()) == seen.tokens[: len(told["answer"])]
 
 
 REFUSED = {

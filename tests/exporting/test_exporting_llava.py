@@ -248,6 +248,14 @@ def test_a_number_that_is_none_is_not_equal():
             exporting.Parity.between(same, other).require("export")
 
 
+def test_an_import_leaves_the_kernels_of_both_models_named(tmp_path):
+    """transformers warns where attention has no kernel's name."""
+    reference = LlavaForConditionalGeneration.from_pretrained(theirs(tmp_path)).eval()
+    ours = llava.from_llava(reference, AutoProcessor.from_pretrained(tmp_path, backend="pil"), str(tmp_path))
+    assert reference.model.language_model.config._attn_implementation is not None
+    assert ours.llm.config._attn_implementation is not None
+
+
 def test_parity_notices_a_wrong_weight(tmp_path):
     reference = LlavaForConditionalGeneration.from_pretrained(theirs(tmp_path)).eval()
     ours = llava.from_llava(reference, AutoProcessor.from_pretrained(tmp_path, backend="pil"), str(tmp_path))

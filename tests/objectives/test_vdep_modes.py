@@ -187,8 +187,10 @@ def test_a_folder_of_pictures_is_a_source(tmp_path: Path) -> None:
     shown = {split: {one.media[0].source for one in part} for split, part in parts.items()}
     assert shown["train"] | shown["val"] == shown["test"] == set((tmp_path / "deep").iterdir())
     assert not shown["train"] & shown["val"] and 0 < len(shown["val"]) < 10
-    with pytest.raises(DataError, match="holds no picture"):
-        open_set(Source(name="pictures", images=tmp_path / "nowhere"), 0)
+    (tmp_path / "empty").mkdir()
+    for name, cause in (("empty", "holds no picture"), ("nowhere", "No such file")):
+        with pytest.raises(DataError, match=cause):
+            open_set(Source(name="pictures", images=tmp_path / name), 0)
     with pytest.raises(ConfigError, match="not both"):
         open_set(source.but(options={"of": ["naming"]}), 0)
 

@@ -71,7 +71,7 @@ class Transformer(Encoder):
     def forward(self, pixels: Tensor) -> Features:
         """pixels [N, 3, H, W] -> x [N, S, E]."""
         states = self._see(pixels, output_hidden_states=True).hidden_states
-        if len(states[self._layer]) != len(pixels):
+        if states[self._layer].shape[0] != pixels.shape[0]:  # `len` would fix the number of pictures in a graph
             raise ConfigError(
                 f"{type(self.tower).__name__} lays pictures end to end in one row", "choose a plain vision transformer"
             )

@@ -76,8 +76,21 @@ def export(source: str | Path, out: Path, to: str) -> Parity:
     theirs, processor = convert(ours, native)
     parity = Parity.between(before, trial.theirs(theirs, native.instructed))
     parity.require(f"export of {source}")
-    write(theirs, processor, source, out, parity)
+    write(theirs, processor, source, out, parity, _ASKED + _HEARD if native.instructed else _ASKED)
     return parity
+
+
+_ASKED = """from PIL import Image
+
+question = [{"role": "user", "content": "<image>" * processor.num_query_tokens + "What is this?"}]
+inputs = processor.tokenizer.apply_chat_template(
+    question, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+inputs |= processor.image_processor(Image.open("cat.png").convert("RGB"), return_tensors="pt")"""
+_HEARD = """
+heard = processor.qformer_tokenizer("What is this?", return_tensors="pt")
+inputs |= {f"qformer_{name}": heard[name] for name in ("input_ids", "attention_mask")}"""
+"""Their processors put the picture before the whole text, and let the Q-Former hear all of it."""
 
 
 def _require_fit(ours: VLM, native: Native) -> None:

@@ -28,10 +28,10 @@ from isthmus.data import media
 from isthmus.encoders import hf
 from isthmus.encoders.hf import Transformer
 from isthmus.exporting import Parity, Trial, answering, dense, opened, projector, refuse
-from isthmus.exporting.native import add_marker, marked, picture_processor, write
+from isthmus.exporting.native import add_marker, begins_alone, by_parts, marked, picture_processor, reads_texts, write
 from isthmus.model import VLM, VLMConfig
 from isthmus.processor import MARKER, VLMProcessor
-from isthmus.types import ConfigError
+from isthmus.types import ConfigError, Layout
 
 
 def import_llava(source: Path, out: Path) -> Parity:
@@ -69,13 +69,14 @@ def from_llava(theirs: LlavaForConditionalGeneration, processor: LlavaProcessor,
     )
     tower = theirs.model.vision_tower
     encoder = Transformer(chosen, tower, processor.image_processor, {"source": source})
+    text = copy.deepcopy(config.text_config)  # a VLMConfig takes the kernel's name out of what it is given
     llm = parts.empty_llm(config.text_config, LLMConfig().attention)
     llm.base_model.load_state_dict(theirs.model.language_model.state_dict())
     llm.get_output_embeddings().load_state_dict(theirs.lm_head.state_dict())
     llm.generation_config = theirs.generation_config
     ours = VLM(
         VLMConfig(
-            text_config=config.text_config,
+            text_config=text,
             llm={"config": LLMConfig(source=source).model_dump(), "weights": None},
             encoders={
                 "image": {
@@ -124,8 +125,18 @@ def export(source: str | Path, out: Path) -> Parity:
     theirs, processor = to_llava(ours)
     parity = Parity.between(before, trial.logits(theirs, theirs.config.image_token_id))
     parity.require(f"export of {source}")
-    write(theirs, processor, source, out, parity)
+    write(theirs, processor, source, out, parity, _ASKED)
     return parity
+
+
+_ASKED = """question = [{"type": "image", "path": "cat.png"}, {"type": "text", "text": "What is this?"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": question}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+)"""
 
 
 def _require_fit(ours: VLM) -> None:
@@ -149,6 +160,9 @@ def to_llava(ours: VLM) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     encoder, joint = ours.encoders["image"], projector(ours)
     chosen = ours.config.encoder("image")
     tokenizer, text = marked(ours), copy.deepcopy(ours.llm.config)  # its vocabulary may grow by the marker below
+    begins_alone(tokenizer)
+    layout, told = Layout(**ours.processor.layouts["image"]), ours.processor.system
+    template = by_parts(tokenizer.chat_template, layout, told, reads_texts(tokenizer))
     image_token = tokenizer.convert_tokens_to_ids(MARKER)
     strategy: Any = "default" if chosen.class_token == "drop" and encoder.extra else "full"
     config = LlavaConfig(
@@ -182,7 +196,7 @@ def to_llava(ours: VLM) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
         vision_feature_select_strategy=strategy,
         image_token=MARKER,
         num_additional_image_tokens=encoder.extra,
-        chat_template=tokenizer.chat_template,
+        chat_template=template,
     )
     return theirs, processor
 

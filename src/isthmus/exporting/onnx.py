@@ -6,6 +6,10 @@ The LLM stays outside: its runtimes take embeddings, and each has its own export
 from __future__ import annotations
 
 import importlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,19 +114,37 @@ def _write(sight: Sight, pixels: Tensor, file: Path) -> None:
     """One graph for any number of pictures."""
     number = torch.export.Dim("pictures", min=1)
     try:
-        torch.onnx.export(
-            sight,
-            (pixels,),
-            file,
-            dynamo=True,
-            input_names=["pixels"],
-            output_names=["vectors"],
-            dynamic_shapes={"pixels": {0: number}},
-            verbose=False,
-        )
+        with _quiet():
+            torch.onnx.export(
+                sight,
+                (pixels,),
+                file,
+                dynamo=True,
+                input_names=["pixels"],
+                output_names=["vectors"],
+                dynamic_shapes={"pixels": {0: number}},
+                verbose=False,
+            )
     except torch.onnx.OnnxExporterError as error:
         cause = str(error).strip().splitlines()[0]
         raise IsthmusError(f"torch cannot write this encoder and joint as ONNX ({cause})", "keep it as it is") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without two things that torch tells its own developers: operators that no model here has, a deprecated check."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    registration.addFilter(_of_use)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+            yield
+    finally:
+        registration.removeFilter(_of_use)
+
+
+def _of_use(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("torchvision is not installed")
 
 
 def _run(file: Path, pixels: Tensor) -> Tensor:

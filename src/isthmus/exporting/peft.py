@@ -63,7 +63,7 @@ def export_adapters(source: str | Path, out: Path) -> dict[Path, int]:
         base = model.config.llm if part == "llm" else model.config.encoders[part.split(".")[1]]
         folder = out / part / name
         peft_file.write(model.get_submodule(places[part]), name, folder, base["config"]["source"])
-        adapter = cards.Export(f"an adapter of peft for {part}", "peft", _PEFT)
+        adapter = cards.Export(f"an adapter of peft for {part}", "peft", _PEFT, merged=False)
         cards.write_export(parts.folder(str(source)), folder, adapter)
         written[folder] = hosts
     return written

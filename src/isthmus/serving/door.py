@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from isthmus.serving import journal
 from isthmus.serving.refusals import invalid
 
+log = logging.getLogger(__name__)
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+UNKNOWN = "unknown_host"
 
 
 class Door:
@@ -45,6 +49,7 @@ class Door:
             await send(message)
 
         if self.hosts and not self._known(scope):
+            log.info("%s", journal.refused(421, scope["path"], UNKNOWN))
             await self._refuse(dressed)
             return
         await self.app(scope, receive, dressed)
@@ -60,7 +65,7 @@ class Door:
         return port.isdecimal() and port.isascii() and name in self.hosts
 
     async def _refuse(self, send: Send) -> None:
-        told = invalid("this server does not have the name in the Host header; see --allow-host", code="unknown_host")
+        told = invalid("this server does not have the name in the Host header; see --allow-host", code=UNKNOWN)
         body = json.dumps(told.body).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 421, "headers": headers})

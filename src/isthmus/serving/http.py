@@ -24,7 +24,7 @@ from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from isthmus.serving import browser, description, embeddings, protocol, replies
+from isthmus.serving import browser, description, embeddings, journal, protocol, replies
 from isthmus.serving.answers import Event, Failed, Job, TooLong
 from isthmus.serving.door import Door
 from isthmus.serving.engine import Engine
@@ -34,13 +34,14 @@ from isthmus.serving.intake import Intake
 from isthmus.serving.limits import Limits
 from isthmus.serving.metrics import Metrics
 from isthmus.serving.prompts import Prompt
-from isthmus.serving.refusals import Refusal, invalid, refusal
+from isthmus.serving.refusals import Refusal, invalid, left, refusal
 from isthmus.serving.sampling import Settings
 from isthmus.types import ConfigError, DataError, IsthmusError, Turn
 
 Result = TypeVar("Result")
 HELD = 512 << 20
 """Bytes of all bodies together that are held at once."""
+CHAT = "/v1/chat/completions"
 INTAKE = 4
 """Requests whose contents are looked at side by side."""
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class Server:
         """The application: routes with a key, and `/health` without one."""
         app = FastAPI(title="Isthmus", docs_url=None, redoc_url=None, openapi_url=None)
         guarded = APIRouter(dependencies=[Depends(self.authorise)])
-        guarded.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
+        guarded.add_api_route(CHAT, self.chat, methods=["POST"])
         guarded.add_api_route("/v1/embeddings", self.embed, methods=["POST"])
         guarded.add_api_route("/v1/models", self.models, methods=["GET"])
         guarded.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])
@@ -130,10 +131,9 @@ class Server:
         tools = [tool["name"] for tool in asked.offered]
         tokenizer = self.engine.model.processor.tokenizer
         reply = replies.Reply(asked.model, len(prompt.ids), settings.n, tools, tokenizer, bool(asked.logprobs))
-        log.info("%s: %d tokens, %d pictures", reply.id, len(prompt.ids), len(prompt.seen))
         if asked.stream:
             usage = bool(asked.stream_options and asked.stream_options.include_usage)
-            stream = self._stream(job, first, events, reply, usage, began)
+            stream = self._stream(job, first, events, reply, usage, began, len(prompt.seen))
             return StreamingResponse(
                 stream,
                 media_type="text/event-stream",
@@ -145,6 +145,7 @@ class Server:
         finally:
             job.cancel()  # nothing to an answer that is whole
         self._count("chat", 200, began)
+        log.info("%s", journal.answered(reply.prompt_tokens, reply.told, len(prompt.seen), began))
         return JSONResponse(reply.body())
 
     async def embed(self, request: Request) -> Response:
@@ -158,6 +159,7 @@ class Server:
         ]
         usage = {"prompt_tokens": found.tokens, "total_tokens": found.tokens}
         self._count("embeddings", 200, began)
+        log.info("%s", journal.answered(found.tokens, 0, 0, began))
         return JSONResponse({"object": "list", "data": data, "model": asked.model, "usage": usage})
 
     async def models(self) -> Response:
@@ -207,7 +209,7 @@ class Server:
         except TimeoutError:
             raise Refusal(408, "the body took too long to arrive", "timeout") from None
         except ClientDisconnect:
-            raise _left() from None
+            raise left() from None
         finally:
             self.held -= held
 
@@ -277,15 +279,23 @@ class Server:
 
     def _check_name(self, name: str) -> None:
         if name != self.name:
-            raise Refusal(404, "there is no such model here; see /v1/models", "model_not_found", "model")
+            message = f"no model {journal.named(name)} here; this server has {journal.named(self.name)}"
+            raise Refusal(404, message, "model_not_found", "model")
 
     # ------------------------------------------------------------------------------------ giving out
 
     async def _stream(
-        self, job: Job, first: Event, events: asyncio.Queue[Event], reply: replies.Reply, usage: bool, began: float
+        self,
+        job: Job,
+        first: Event,
+        events: asyncio.Queue[Event],
+        reply: replies.Reply,
+        usage: bool,
+        began: float,
+        pictures: int,
     ) -> AsyncIterator[bytes]:
         """Events as they come; whoever stops listening cancels the request."""
-        status = 200
+        told = left()
         try:
             for chunk in reply.opening():
                 yield replies.event(chunk)
@@ -293,7 +303,6 @@ class Server:
             while True:
                 if isinstance(event, Failed):
                     told = refusal(event.error)
-                    status = told.status
                     yield replies.failed(told)
                     return
                 for chunk in reply.hear(event):
@@ -306,7 +315,9 @@ class Server:
             yield replies.END
         finally:
             job.cancel()
-            self._count("chat", status, began)
+            self._count("chat", 200 if reply.whole or told.status == 499 else told.status, began)
+            whole = journal.answered(reply.prompt_tokens, reply.told, pictures, began)
+            log.info("%s", whole if reply.whole else journal.refused(told.status, CHAT, told.code))
 
     async def _while_there(
         self, request: Request, work: Coroutine[Any, Any, Result] | asyncio.Future[Result]
@@ -321,7 +332,7 @@ class Server:
         try:
             await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not working.done():
-                raise _left()
+                raise left()
             return await working
         finally:
             working.cancel()
@@ -329,9 +340,10 @@ class Server:
 
     async def _refused(self, request: Request, error: Exception) -> Response:
         """An error in the protocol's form; of what is not ours, only the log says more."""
-        told = _routed(error) if isinstance(error, HTTPException) else refusal(error)
+        told = refusal(error)
         if told.status == 500:
             log.error("a request failed: %s", type(error).__name__, exc_info=error)
+        log.info("%s", journal.refused(told.status, request.scope["path"], told.code))
         self.metrics.requests.labels("refused", str(told.status)).inc()
         return JSONResponse(told.body, told.status, told.headers)
 
@@ -345,19 +357,6 @@ class Server:
 
     def close(self) -> None:
         self.threads.shutdown(wait=False, cancel_futures=True)
-
-
-def _routed(error: HTTPException) -> Refusal:
-    """Starlette's own refusals: no such path, wrong method."""
-    words = {404: "there is nothing at this path", 405: "this path takes another method"}
-    return Refusal(
-        error.status_code, words.get(error.status_code, "the request is refused"), headers=dict(error.headers or {})
-    )
-
-
-def _left() -> Refusal:
-    """Nobody reads it; the log and the metrics do."""
-    return Refusal(499, "the client has gone", "client_closed_request")
 
 
 def _listener(events: asyncio.Queue[Event]) -> Callable[[Event], None]:

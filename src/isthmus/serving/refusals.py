@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from starlette.exceptions import HTTPException
+
 from isthmus.serving.answers import Broken, Full, Late, Stopping, TooLong
 from isthmus.types import DataError
 
@@ -30,6 +32,14 @@ class Refusal(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+ROUTED = {404: "there is nothing at this path", 405: "this path takes another method"}
+
+
+def left() -> Refusal:
+    """Nobody reads it; the log and the metrics do."""
+    return Refusal(499, "the client has gone", "client_closed_request")
+
+
 def invalid(message: str, param: str | None = None, code: str | None = None) -> Refusal:
     """The request itself is wrong."""
     return Refusal(400, message, code, param)
@@ -39,6 +49,9 @@ def refusal(error: Exception) -> Refusal:
     """What is told of an error; of one that is not ours, nothing."""
     if isinstance(error, Refusal):
         return error
+    if isinstance(error, HTTPException):  # Starlette's own: no such path, wrong method
+        words = ROUTED.get(error.status_code, "the request is refused")
+        return Refusal(error.status_code, words, headers=dict(error.headers or {}))
     if isinstance(error, TooLong):
         return invalid(error.cause, "messages", "context_length_exceeded")
     if isinstance(error, Full):

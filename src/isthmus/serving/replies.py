@@ -57,6 +57,11 @@ class Reply:
     def whole(self) -> bool:
         return all(answer.done is not None for answer in self.answers)
 
+    @property
+    def told(self) -> int:
+        """Tokens of the answers that have ended."""
+        return sum(answer.done.tokens for answer in self.answers if answer.done is not None)
+
     def hear(self, event: Piece | Done) -> Iterator[dict[str, Any]]:
         """Take in what the engine tells; the chunks that follow from it."""
         answer = self.answers[event.index]
@@ -96,7 +101,7 @@ class Reply:
 
     @property
     def usage(self) -> dict[str, Any]:
-        told = sum(answer.done.tokens for answer in self.answers if answer.done is not None)
+        told = self.told
         reused = next((answer.done.reused for answer in self.answers if answer.done is not None), 0)
         return {
             "prompt_tokens": self.prompt_tokens,
