@@ -154,6 +154,7 @@ def test_there_and_back_is_the_same_model(tmp_path):
     with torch.no_grad():
         found = again(**{**inputs, "input_ids": moved}).logits[..., :VOCAB]
         torch.testing.assert_close(found, ours(**inputs).logits, atol=1e-5, rtol=1e-5)
+    assert again.processor.tokenizer.chat_template == tiny.CHATML
     talk = [Sample((Turn.say("user", picture(1), "what is it?"),))]
     assert torch.equal(again.processor.prompts(talk).modality_BT, ours.processor.prompts(talk).modality_BT)
 

@@ -99,6 +99,8 @@ def from_llava(theirs: LlavaForConditionalGeneration, processor: LlavaProcessor,
     else:
         joint[0].load_state_dict(first.state_dict())
         joint[2].load_state_dict(second.state_dict())
+    if template := processor.tokenizer.chat_template:  # an export's is the LLM's own again
+        processor.tokenizer.chat_template = template.removeprefix(by_parts("", Layout(0, after="\n")))
     ours.processor = VLMProcessor.of(ours, processor.tokenizer)
     return ours.eval()
 
