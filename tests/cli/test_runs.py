@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -81,6 +82,15 @@ def test_the_picture_has_a_colour_per_stage(monkeypatch, capsys, two):
     for colour in COLOURS[:4]:
         wanted = tuple(int(colour[at : at + 2], 16) for at in (1, 3, 5))
         assert (np.abs(pixels - wanted).max(-1) < 40).sum() > 40, colour
+
+
+def test_runs_of_one_name_in_several_folders_have_curves_of_their_own(monkeypatch, two):
+    drawn = []
+    monkeypatch.setattr("isthmus.training.curves.draw_together", lambda curves, file: drawn.append(curves) or True)
+    for joint in ("llava", "flamingo"):
+        shutil.copytree(two / "one", two / "joints" / joint / "seed0")
+    assert run(monkeypatch, "runs", str(two / "joints"), "--plot", str(two / "curves.png")) == 0
+    assert {name.split(" ")[0] for name in drawn[0]} == {"flamingo/seed0", "llava/seed0"}
 
 
 @pytest.mark.parametrize("text", ["{", "{}"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -160,7 +161,7 @@ def table(found: list[RunState]) -> Table:
     colour = {"done": "green", "training": "cyan", "stopped": "yellow", "new": "dim"}
     for run in found:
         state = f"[{colour[run.state]}]{run.state}[/]"
-        view.add_row(f"[bold]{run.folder}[/] {run.recipe}", state, "", "", "", "", run.date)
+        view.add_row(Text.assemble((run.folder, "bold"), f" {run.recipe}"), state, "", "", "", "", run.date)
         if own := [f"{name}={json.dumps(value)}" for name, value in differs(run, found).items()]:
             more = f" and {len(own) - SHOWN} more" if len(own) > SHOWN else ""
             view.add_row(Text("  " + " ".join(own[:SHOWN]) + more, style="dim"))
@@ -202,12 +203,19 @@ def _plot(found: list[RunState], file: Path) -> None:
     from isthmus.types import DataError
 
     curves = {
-        f"{Path(run.folder).name} · {stage.name}": read_rows(Path(run.folder) / stage.name / "metrics.jsonl")
-        for run in found
+        f"{name} · {stage.name}": read_rows(Path(run.folder) / stage.name / "metrics.jsonl")
+        for name, run in zip(_short([run.folder for run in found]), found)
         for stage in run.stages
     }
     if not draw_together(curves, file):
         raise DataError("none of these runs has made a step", "wait for the first, or name other folders")
+
+
+def _short(folders: list[str]) -> list[str]:
+    """Folders by what follows the one that all of them lie in: `llava/seed0`."""
+    paths = [Path(folder).absolute() for folder in folders]
+    above = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(above).as_posix() for path in paths]
 
 
 def _number(value: Any, how: str) -> str:
