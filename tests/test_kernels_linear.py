@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+import composed
 import tiny
-from isthmus import kernels_linear, lora
+from isthmus import exporting, kernels_linear, lora
 from isthmus.config import LoRA
 
 
@@ -165,3 +166,12 @@ def test_where_mkl_is_not_slow_nothing_is_changed(monkeypatch):
     monkeypatch.setattr(kernels_linear, "mkl_is_slow", lambda: False)
     linear = nn.Linear(4, 4)
     assert kernels_linear.use_in_inference(nn.ModuleList([linear])) == 0 and type(linear) is nn.Linear
+
+
+def test_an_export_is_compared_in_pytorchs_own_arithmetic(monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels_linear, "mkl_is_slow", lambda: True)
+    source = tmp_path / "ours"
+    composed.model("llama").save_pretrained(source)
+    model = exporting.opened(source, tmp_path / "out")
+    assert any(isinstance(each, nn.Linear) for each in model.modules())
+    assert not any(isinstance(each, kernels_linear.Linear) for each in model.modules())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, Blip2Processor, InstructBlipProcessor
 
-from isthmus import parts
+from isthmus import kernels_linear, parts
 from isthmus.config import check
 from isthmus.data.media import MOST_PIXELS, open_image
 from isthmus.encoders import hf
@@ -223,7 +223,9 @@ def form(source: str, name: str | None = None, key_env: str | None = None) -> Fo
     folder = parts.folder(source)
     config = folder / "config.json"
     if not config.is_file() or json.loads(config.read_text()).get("model_type") == VLMConfig.model_type:
-        return Ours(VLM.from_pretrained(folder, dtype=torch.float32))
+        ours = VLM.from_pretrained(folder, dtype=torch.float32)
+        kernels_linear.use_pytorch(ours)
+        return Ours(ours)
     try:
         with hf.quiet():
             model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)

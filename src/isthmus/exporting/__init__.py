@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from isthmus import parts, quantised
+from isthmus import kernels_linear, parts, quantised
 from isthmus.connectors.codebook import Coded
 from isthmus.model import VLM
 from isthmus.types import ConfigError, IsthmusError
@@ -56,14 +56,16 @@ def refuse(what: str, reasons: Iterable[tuple[bool, str]], remedy: str = KEEP) -
 
 
 def opened(source: str | Path, out: Path) -> VLM:
-    """The model that is to be exported, in float32.
+    """The model that is to be exported, in float32 and in PyTorch's own arithmetic, which what is written will have.
 
     Raises:
         ConfigError: it would be written over itself.
     """
     if out.resolve() == parts.folder(str(source)).resolve():
         raise ConfigError(f"{out} holds the model itself, which an export would write over", "name another folder")
-    return VLM.from_pretrained(source, dtype=torch.float32)
+    model = VLM.from_pretrained(source, dtype=torch.float32)
+    kernels_linear.use_pytorch(model)
+    return model
 
 
 @dataclass(frozen=True)

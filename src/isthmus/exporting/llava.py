@@ -20,7 +20,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from isthmus import parts
+from isthmus import kernels_linear, parts
 from isthmus.aligners.llava import LLaVA
 from isthmus.config import AlignerConfig, EncoderConfig, LLMConfig
 from isthmus.connectors.mlp import MLP
@@ -46,6 +46,7 @@ def import_llava(source: Path, out: Path) -> Parity:
         theirs = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     ours = from_llava(theirs, processor, str(source))
+    kernels_linear.use_pytorch(ours)
     parity = compare(ours, theirs)
     parity.require(f"import of {source}")
     ours.save_pretrained(out, whole=True)
