@@ -40,6 +40,8 @@ JOINTS = (
 )
 """The first is the baseline; then the ones that differ most. InstructBLIP is not among them: its joint reads the
 question, so that the questions about a picture cannot share its tokens, as they do here."""
+ONE_STAGE = "llava-sft-only"
+"""LLaVA without the stages that only the projector learns in, all of the budget in `sft`."""
 TASKS = ("easy-vqa", "presence")
 RATES, SHARE = (0.3, 1.0, 3.0), 0.2
 """Recipes are made for five minutes; a shorter training may want larger rates. A trial has some ten steps of `sft`."""
@@ -52,7 +54,10 @@ TOGETHER = 2
 def options_of(words: Sequence[str] | None) -> argparse.Namespace:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument(
-        "joints", nargs="*", default=list(JOINTS), help=f"recipes by name or .yaml file, beside {JOINTS[0]}"
+        "joints",
+        nargs="*",
+        default=list(JOINTS),
+        help=f"recipes by name or .yaml file, or {ONE_STAGE}; beside {JOINTS[0]}",
     )
     made.add_argument("--seeds", type=int, default=5)
     made.add_argument("--budget", default="30e12flops", help="of each run, as `isthmus compare` reads it")
@@ -65,6 +70,16 @@ def options_of(words: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--json", type=Path, default=NUMBERS)
     made.add_argument("--tiny", action="store_true", help="no search, in this process; its numbers mean nothing")
     return made.parse_args(words)
+
+
+def recipe(name: str) -> Any:
+    """A recipe by its name or file, or the one that is this table's own."""
+    from isthmus.cli.options import recipe_of
+
+    if name != ONE_STAGE:
+        return recipe_of(name, None)
+    llava = recipe_of("llava", None)
+    return llava.but(name=name, about=f"{llava.about}, without the first stages", stages=llava.stages[-1:])
 
 
 def sources() -> list[Any]:
@@ -189,11 +204,9 @@ any of them ends. Do not carry its order over to large models without a comparis
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    from isthmus.cli.options import recipe_of
-
     options = options_of(words)
     names = options.joints if options.tiny else dict.fromkeys([JOINTS[0], *options.joints])
-    joints = [recipe_of(name, None) for name in names]
+    joints = [recipe(name) for name in names]
     if options.prepare:
         prepare(joints, options)
     else:

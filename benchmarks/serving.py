@@ -1,12 +1,14 @@
 """Requests per second and time to the first token of `isthmus serve`, and of `transformers serve` on the same weights.
 
-    python benchmarks/serving.py [--peer] [--llama PYTHON] [--clients 1 4 16] [--steps N] [--tokens N] [--json FILE]
+    python benchmarks/serving.py [--peer] [--llama PYTHON] [--clients 1 4 16] [--patch 32] [--steps N] [--tokens N]
+        [--json FILE]
 
 A random CLIP, a random two-layer projector and SmolLM2-135M (with `--tiny` a random Llama) are saved as ours and
-exported as transformers' LLaVA. With `--llama`, an environment that has xllamacpp, llama.cpp's own server is measured
-too, on our GGUF files; the tower is then a SigLIP and pictures have its size, since llama.cpp misplaces CLIP's class
-token and scales pictures in its own way (`docs/export.md`). The LLM's weights are then moved off bfloat16's numbers, in
-which our export would keep them and llama.cpp compute.
+exported as transformers' LLaVA. A picture is 49 tokens, with `--patch 16` 196, as many as for a CLIP or SigLIP of the
+base size. With `--llama`, an environment that has xllamacpp, llama.cpp's own server is measured too, on our GGUF files;
+the tower is then a SigLIP and pictures have its size, since llama.cpp misplaces CLIP's class token and scales pictures
+in its own way (`docs/export.md`). The LLM's weights are then moved off bfloat16's numbers, in which our export would
+keep them and llama.cpp compute.
 
 Each server runs in a process of its own and answers the same streamed requests, greedily. Every client keeps one
 connection (but with llama.cpp, which says that it keeps one and closes it) and sends one request after the other: first
@@ -90,7 +92,7 @@ class Heard:
 def build(folder: Path, options: argparse.Namespace) -> dict[str, Path]:
     """The same model in the form that each server reads."""
     tiny, square = options.tiny, {"height": SIDE, "width": SIDE}
-    shape = (TINY_TOWER if tiny else TOWER) | {"image_size": SIDE, "patch_size": 32}
+    shape = (TINY_TOWER if tiny else TOWER) | {"image_size": SIDE, "patch_size": options.patch}
     torch.manual_seed(0)
     if options.llama:
         SiglipVisionModel(SiglipVisionConfig(**shape)).save_pretrained(folder / "tower")
@@ -291,6 +293,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--peer", action="store_true", help="measure `transformers serve` too")
     made.add_argument("--llama", default="", help="the Python of an environment with xllamacpp: measure llama.cpp too")
     made.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
+    made.add_argument("--patch", type=int, choices=(16, 32), default=32, help="side of what is one token, in pixels")
     made.add_argument("--tokens", type=int, default=32, help="longest answer")
     return made
 

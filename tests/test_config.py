@@ -130,6 +130,11 @@ def test_names_of_other_toolkits_are_told_their_name_here(theirs: str, ours: str
     )
 
 
+def test_what_others_count_in_steps_is_told_to_be_a_share_here() -> None:
+    for theirs, ours in (("warmup_steps", "warmup"), ("eval_steps", "evaluate_every"), ("save_steps", "save_every")):
+        assert fault(f"stages.sft.{theirs}=1").cause.endswith(f"'stages.sft.{ours}' here, and is a share of all steps")
+
+
 def test_every_name_of_another_toolkit_has_one_here() -> None:
     paths = [path for path, _ in fields(Recipe)]
     for end in map(tuple, (name.split(".") for name in set(ELSEWHERE.values()))):

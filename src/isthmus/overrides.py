@@ -60,6 +60,8 @@ ELSEWHERE = {
     for theirs in names.split()
 }
 """What fields are called in other toolkits, and the end of their path here."""
+SHARES = {"warmup", "evaluate_every", "save_every"}
+"""Fields that are shares of a stage, where others count steps."""
 
 
 class OneOf(BaseModel):
@@ -242,7 +244,10 @@ def _meant(model: type[BaseModel], names: Sequence[str], value: Any, dotted: boo
     paths = [path for path, _ in fields(model)]
     end = tuple(ELSEWHERE.get(key.lower(), key).split("."))
     found = [path for path in paths if path[-len(end) :] == end]
-    how = "; it is called {!r} here" if key.lower() in ELSEWHERE and found else "; did you mean {!r}?"
+    how = "; did you mean {!r}?"
+    if key.lower() in ELSEWHERE and found:
+        counted = key.lower().endswith("_steps") and end[-1] in SHARES
+        how = "; it is called {!r} here" + ", and is a share of all steps" * counted
     beside = [path for path in paths if _fits(path[:-1], above)]
     for some in (beside, paths):
         close = [] if found else difflib.get_close_matches(key, sorted({path[-1] for path in some}), 1, 0.5)

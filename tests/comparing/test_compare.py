@@ -89,7 +89,7 @@ def test_rates_are_tried_at_the_same_cost_for_all(finished: Outcome, place: Path
     assert not any(rates.alike for rates in finished.rates.values())  # one step teaches, too
     for name, rates in finished.rates.items():
         assert set(rates.losses) == {0.5, 2.0} and rates.at_edge
-        assert rates.losses[rates.chosen] == min(loss for loss in rates.losses.values() if loss is not None)
+        assert rates.losses[rates.chosen] <= 1.1 * min(loss for loss in rates.losses.values() if loss is not None)
         used = json.loads((place / "comparison" / name / "seed0" / "run.json").read_text())["recipe"]["stages"][0]
         assert used["train"]["connectors.*"]["lr"] == pytest.approx(1e-2 * rates.chosen)
     trials = sorted((place / "comparison").glob("*/rates/*"))
@@ -286,8 +286,11 @@ def test_trials_without_a_validation_loss_did_not_diverge(tmp_path: Path) -> Non
         compare._chosen(trials)
 
 
-def test_of_equal_losses_the_rate_nearest_to_the_recipe_is_chosen() -> None:
+def test_of_losses_alike_the_rate_nearest_to_the_recipe_is_chosen() -> None:
     assert compare.chosen({1 / 3: 2.0, 1.0: 2.0, 3.0: None}).chosen == 1.0
+    assert compare.chosen({1.0: 0.519, 3.0: 0.491}).chosen == 1.0  # better by less than a tenth
+    assert compare.chosen({1.0: 0.549, 3.0: 0.491, 9.0: 0.48}).chosen == 3.0
+    assert compare.chosen({1.0: -1.0, 3.0: -1.05, 9.0: 4.0}).chosen == 1.0
     assert compare.chosen({}).chosen == 1.0
     assert compare.chosen({1.0: None}) is None
 
@@ -309,6 +312,15 @@ def test_rates_that_the_trials_did_not_tell_apart_are_said(finished: Outcome) ->
     shown = page.render(replace(finished, rates=tried))
     assert shown.count("<small>all alike</small>") == 1 and shown.count("<small>at the edge</small>") == 2
     assert {rates.steps for rates in finished.rates.values()} == {1}  # a fifth of two steps, and one at least
+
+
+def test_runs_that_ended_far_above_the_trial_of_their_rate_are_said(finished: Outcome) -> None:
+    name = finished.names[0]
+    count = len([run for run in finished.runs if run.name == name])
+    (loss,) = {run.validation for run in finished.runs if run.name == name and run.seed == finished.seeds[0]}
+    for trial, apart in ((loss / 1.4, ""), (loss / 1.6, f" of {count} runs of {name} came apart")):
+        said = " ".join(advice(replace(finished, rates={name: Rates({1.0: trial, 3.0: None}, 1.0, 20)})))
+        assert apart in said if apart else "came apart" not in said
 
 
 def test_the_command_can_be_given_to_a_shell_as_it_stands() -> None:

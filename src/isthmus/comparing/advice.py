@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 from isthmus.comparing.outcome import Cell, Cost, Line, Outcome
@@ -12,6 +13,8 @@ NAMED = 4
 """Settings that differ and are named in the recommendation; the page has them all."""
 FEW = 10
 """Steps of a trial's last stage below which its loss says little of its rate."""
+APART = 1.5
+"""A run has come apart where its validation loss is so many times that of the much shorter trial of its rate."""
 
 
 def advice(outcome: Outcome) -> tuple[str, ...]:
@@ -168,6 +171,14 @@ def _rates(outcome: Outcome) -> Iterator[str]:
             f"Trials of the learning rates of {_list([*short])} had {max(short.values())} steps or fewer in their last "
             "stage, which hardly tells rates apart. Lengthen them with --share or --budget."
         )
+    for name, rates in outcome.rates.items():
+        ended = [run.validation for run in outcome.runs if run.name == name and run.validation is not None]
+        apart = sum(loss > APART * (rates.losses[rates.chosen] or math.inf) for loss in ended)
+        if apart:
+            yield (
+                f"{apart} of {len(ended)} runs of {name} came apart: they ended far above the trial of their learning "
+                "rate, which is too high for a whole run. Compare again with lower factors in --grid."
+            )
     if edge := [name for name, rates in outcome.rates.items() if rates.at_edge]:
         yield (
             f"The best learning rates of {_list(edge)} lie at the edge of what was tried: beyond it may be better "

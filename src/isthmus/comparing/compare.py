@@ -40,6 +40,8 @@ from isthmus.files import write_text
 from isthmus.training import log
 from isthmus.training.machine import arithmetic
 
+CLOSE = 0.1
+"""How far above the lowest loss of trials another counts as close to it, as a share."""
 NOT_FINITE = "a loss or gradient of {} was not finite"
 
 
@@ -299,15 +301,17 @@ def _chosen(trials: Mapping[float, Job]) -> Rates | None:
 
 
 def chosen(losses: Mapping[float, float | None], steps: int = 0) -> Rates | None:
-    """The factor with the lowest loss, of equals the one nearest to 1; 1 where nothing was tried.
+    """The factor nearest to 1 of those whose loss is within a tenth of the lowest; 1 where nothing was tried.
 
-    None where all diverged.
+    None where all diverged. A trial is shorter than what it is for, and the longer the training, the lower the best
+    learning rate (Bjorck et al. 2024, arXiv 2409.19913): what gains little in a trial may come apart in a run.
     """
     finite = {factor: loss for factor, loss in losses.items() if loss is not None}
-    if losses and not finite:
-        return None
-    nearest_first = sorted(finite, key=lambda factor: abs(math.log(factor)))
-    return Rates(losses, min(nearest_first, key=finite.__getitem__) if finite else 1.0, steps)
+    if not finite:
+        return None if losses else Rates(losses, 1.0, steps)
+    lowest = min(finite.values())
+    close = [factor for factor, loss in finite.items() if loss - lowest <= CLOSE * abs(lowest)]
+    return Rates(losses, min(close, key=lambda factor: abs(math.log(factor))), steps)
 
 
 # ---------------------------------------------------------------------------------------------- after the runs

@@ -36,8 +36,9 @@ def rates(outcome: Outcome) -> str:
     )
     return f"""<div class="wide" tabindex="0"><table class="costs">
 <caption>Validation loss of trials that last {outcome.share:.0%} of the budget each, under a seed of their own; all the
-learning rates of a recipe are multiplied. The lowest is chosen, for each joint from the same factors at the same
-cost: {len(factors) * outcome.share:.0%} of a run on top, once per joint.</caption>
+learning rates of a recipe are multiplied. Of those within a tenth of the lowest loss the one nearest to the recipe's
+own is chosen, for each joint from the same factors at the same cost: {len(factors) * outcome.share:.0%} of a run on
+top, once per joint.</caption>
 <thead><tr><th scope="col">joint</th>{heads}<th scope="col">steps of the last stage</th><th scope="col">chosen</th></tr>
 </thead><tbody>{body}</tbody></table></div>
 """
