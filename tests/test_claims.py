@@ -57,5 +57,5 @@ def test_every_claim_has_recipes_that_differ(script) -> None:
         else:
             base, other = script.GROUPS[claim.group]()
         assert (base.name, other.name) == (claim.base, claim.other) and book.named(base.name)
-        plain = base.but(name="", about="")
-        assert plain != other.but(name="", about="") and (plain.encoder, plain.llm) == (other.encoder, other.llm)
+        plain = base.but(name="x", about="")
+        assert plain != other.but(name="x", about="") and (plain.encoder, plain.llm) == (other.encoder, other.llm)
