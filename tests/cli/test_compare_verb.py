@@ -133,8 +133,10 @@ def test_interrupted_it_saves_and_exits_130(embedded, tmp_path) -> None:
 @pytest.mark.slow
 def test_a_run_that_fails_is_named_with_its_log(embedded, tmp_path) -> None:
     file = tmp_path / "broken.yaml"
-    recipes(tmp_path)[0].but(name="broken", llm=str(tmp_path / "nowhere")).save(file)
+    recipe = recipes(tmp_path)[0].but(name="broken")
+    recipe.save(file)
+    (Path(recipe.llm.source) / "model.safetensors").unlink()  # what a plan does not read
     words = [str(file), "--budget", "2-steps", "--seeds", "1", "--no-search", "--device", "cpu"]
     done = subprocess.run([*COMMAND, *words, "--out", str(tmp_path / "out")], capture_output=True, text=True)
-    assert done.returncode == 1 and "broken, seed 0 ended with exit code 2" in done.stderr
+    assert done.returncode == 1 and "broken, seed 0 ended with exit code" in done.stderr
     assert "seed0.log" in done.stderr

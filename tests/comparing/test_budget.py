@@ -75,6 +75,17 @@ def test_counts_are_compared_in_samples(tmp_path: Path) -> None:
     assert whole[0] / whole[1] == pytest.approx(32 / 40, rel=0.2)  # a share of the data is held out
 
 
+def test_steps_are_shared_as_a_recipe_shares_its_own(tmp_path: Path) -> None:
+    """Stages of unlike batches keep their shares of steps, and with them those of samples."""
+    first, second = toy(tmp_path).stages
+    stages = (first.but(batch_size=8, budget=Budget(steps=10)), second.but(batch_size=4, budget=Budget(steps=30)))
+    recipe = toy(tmp_path).but(stages=stages)
+    assert [stage.budget.steps for stage in apply(recipe, parse("40-steps")).stages] == [10, 30]
+    assert [stage.budget.samples for stage in apply(recipe, parse("200-samples")).stages] == [80, 120]
+    epochs = recipe.but(stages=[stage.but(budget=Budget(samples=40)) for stage in stages])
+    assert [stage.budget.steps for stage in apply(epochs, parse("300-steps")).stages] == [100, 200]
+
+
 def test_minutes_beside_counts_have_no_shares(tmp_path: Path) -> None:
     recipe = toy(tmp_path)
     first, second = recipe.stages

@@ -19,11 +19,13 @@ from comparing_runs import TASKS, recipes, small
 from isthmus import planning
 from isthmus.cli.compare import factors_of
 from isthmus.comparing import compare, page, speed
+from isthmus.comparing import plan as plans
 from isthmus.comparing.advice import advice
 from isthmus.comparing.judge import judged
 from isthmus.comparing.outcome import Cell, Line, Outcome, Rates
 from isthmus.comparing.plan import Common, Job, Plan, scaled
 from isthmus.comparing.settings import Setting, settings
+from isthmus.comparing.sizing import Size
 from isthmus.comparing.speed import Speed
 from isthmus.comparing.table import markdown, tables
 from isthmus.config import Source, Stage, TaskConfig
@@ -34,7 +36,7 @@ from isthmus.recipes.llava import llava
 from isthmus.recipes.qwen_vl import qwen_vl
 from isthmus.recipes.vdep import vdep
 from isthmus.training.log import read_rows
-from isthmus.types import ConfigError
+from isthmus.types import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +217,55 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(tmp_path: Path)
     assert not (tmp_path / "comparison" / "plan.json").exists()
 
 
+def own_questions(folder: Path, pictures: int) -> TaskConfig:
+    """A task of four questions about so many pictures."""
+    for number in range(pictures):
+        composed.picture(number).source.save(folder / f"{number}.png")
+    asked = [{"image": f"{n % pictures}.png", "question": f"What is {n}?", "answer": "a cat"} for n in range(4)]
+    (folder / "asked.json").write_text(json.dumps(asked))
+    return TaskConfig(name="exact", options={"data": {"name": str(folder / "asked.json")}})
+
+
+def test_a_recipe_that_cannot_be_trained_is_told_first_and_can_be_mended(tmp_path: Path) -> None:
+    one, two = recipes(tmp_path)
+    wrong = two.but(aligner={"name": "llava", "options": {"projector": "liner"}})
+    with pytest.raises(ConfigError, match="aligner llava: projector"):
+        small(tmp_path, wrong, one, seeds=1, tasks=[own_questions(tmp_path, 2)])
+    folder = tmp_path / "comparison"
+    assert not list(folder.rglob("run.json"))
+    plan = plans.read(folder)
+    assert plan is not None and plan.recipes["two"] == wrong
+    mended = plan.with_recipes([two], folder)
+    assert dict(mended.recipes) == {"one": one, "two": two}
+    (folder / "two").mkdir()  # something has been done with it
+    with pytest.raises(ConfigError, match="another recipe named 'two'") as told:
+        plan.with_recipes([two], folder)
+    assert f"delete {folder / 'two'}" in told.value.remedy
+
+
+def test_the_size_of_a_recipe_that_is_replaced_is_found_anew(tmp_path: Path) -> None:
+    one, two = recipes(tmp_path)
+    known = {"one": Size(trained=10), "two": Size(value=3, trained=10)}
+    plan = Plan(
+        recipes={"one": one, "two": two},
+        common=Common(eval=TASKS),
+        budget="2-steps",
+        seeds=(0,),
+        baseline="one",
+        parameters="one",
+        sizes=known,
+    )
+    assert plan.with_recipes([two.but(about="mended")], tmp_path).sizes == {"one": known["one"]}
+    assert plan.with_recipes([one.but(about="mended")], tmp_path).sizes == {}  # the other was to be as large as it
+    assert plan.with_recipes([one], tmp_path).sizes == known
+
+
+def test_pictures_that_cannot_be_exchanged_are_told_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="same picture"):
+        small(tmp_path, *recipes(tmp_path), tasks=[own_questions(tmp_path, 1)])
+    assert not (tmp_path / "comparison" / "plan.json").exists()
+
+
 # ---------------------------------------------------------------------------------------------- equal terms
 
 
@@ -282,8 +333,19 @@ def test_trials_without_a_validation_loss_did_not_diverge(tmp_path: Path) -> Non
         rows = job.folder / recipe.stages[-1].name / "metrics.jsonl"
         rows.parent.mkdir(parents=True)
         rows.write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")
-    with pytest.raises(ConfigError, match="one, rates: nothing was held out"):
+    with pytest.raises(ConfigError, match="one, rates: nothing was held out") as told:
         compare._chosen(trials)
+    assert "--no-search" in told.value.remedy  # with --grid 1 there would be a trial, too
+
+
+def test_trials_end_with_a_validation_whatever_the_recipe_says(tmp_path: Path) -> None:
+    one = recipes(tmp_path)[0]
+    quiet = one.but(stages=[stage.but(evaluate_every=None) for stage in one.stages])
+    for recipe, every in ((one, one.stages[-1].evaluate_every), (quiet, 1.0)):
+        common = Common(eval=TASKS)
+        plan = Plan(recipes={"one": recipe}, common=common, budget="20-steps", seeds=(0,), baseline="one")
+        assert plan.trial(tmp_path, "one", 1.0).recipe.stages[-1].evaluate_every == every
+        assert plan.run(tmp_path, "one", 0).recipe.stages[-1].evaluate_every == recipe.stages[-1].evaluate_every
 
 
 def test_of_losses_alike_the_rate_nearest_to_the_recipe_is_chosen() -> None:
@@ -334,7 +396,12 @@ def test_the_command_can_be_given_to_a_shell_as_it_stands() -> None:
     assert words[words.index("--data") + 1] == "my data.json"
     assert words[words.index("--set") + 1] == "system=It's $HOME; `x`"
     assert factors_of(words[words.index("--grid") + 1]) == plan.factors == (1 / 3, 1.0, 3.0)
-    assert plan.but(seeds=(3, 5)).command.endswith("# seeds 3, 5")
+    assert plan.command.endswith("# not in the book: it's mine, see plan.json")
+    assert plan.but(seeds=(3, 5)).command.endswith("; seeds 3, 5")
+    book = plan.but(recipes={"llava": llava()}, baseline="llava")
+    assert "#" not in book.command
+    changed = plan.but(recipes={"llava": llava().but(seed=3)}, baseline="llava")
+    assert changed.command.endswith("# not in the book: llava, see plan.json")
 
 
 def test_a_speed_is_measured_anew_in_other_arithmetic(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -50,6 +50,15 @@ def test_figures_are_sound_and_say_what_they_show(drawn: str) -> None:
         assert len(re.findall('class="sign"', text)) == len(NAMES)
 
 
+def test_ticks_close_together_are_told_apart() -> None:
+    """Of large sets intervals are narrow: .50, .505 and .51 are three numbers."""
+    cells = {name: Cell(Level(0.505, (0.505,), 0.5, 0.51, 0.5, 0.51), {}, None) for name in ("a", "b")}
+    text = figures.forest(Line("t", "Task", "accuracy", 20_000, 9_000, cells), ["a", "b"], "a")
+    ticks = [(float(x), float(told)) for x, told in re.findall(r'class="tick" x="([\d.]+)"[^>]*>([^<]+)<', text)]
+    steps = {round((told - before) / (x - start), 6) for (start, before), (x, told) in zip(ticks, ticks[1:])}
+    assert len(ticks) > 2 and len(steps) == 1
+
+
 def test_joints_are_told_apart_without_colour() -> None:
     """By those who see few colours, and by everybody on grey paper."""
 

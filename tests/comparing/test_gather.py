@@ -98,6 +98,27 @@ def test_what_has_no_picture_is_contrasted_in_words() -> None:
     assert "<img" not in page._contrast(contrast, "one") and "yes" in page._contrast(contrast, "one")
 
 
+def test_shares_of_right_are_contrasted_too() -> None:
+    """As VQA accuracy scores: from a half on an answer is right, and 0.0 is wrong as much as False."""
+    items = tuple(Item(Sample((Turn.say("user", "?"),), f"{n}"), "yes", (), f"{n}", "") for n in range(5))
+    shares = {"one": (0.0, 1.0, 0.3, 0.6, None), "two": (1.0, 0.0, 0.9, 1.0, 1.0)}
+    answers: gather.Answers = {
+        name: {"t": [{"after": [replace(one, right=share) for one, share in zip(predicted("aaaaa"), each)]}]}
+        for name, each in shares.items()
+    }
+    task = Choice("t", items, (Cut("all"),))
+    contrast = Quality(answers, gather.questions([task]), "one", draws=50).contrast("two")
+    assert (contrast.won, contrast.lost, contrast.items) == (2, 1, 5)
+    whole = Whole("t", items, (Cut("all"),))
+    assert Quality(answers, gather.questions([whole]), "one", draws=50).contrast("two").items == 0
+
+
+class Whole(Choice):
+    """A task whose scores depend on all items together, as CIDEr does."""
+
+    divisible = False
+
+
 def test_items_that_differ_are_shown_with_their_own_pictures() -> None:
     colours = [(n, 100, 200) for n in range(4)]
     asked = [Turn.say("user", Image(Pillow.new("RGB", (4, 4), colour)), f"{n}?") for n, colour in enumerate(colours)]

@@ -280,6 +280,8 @@ def test_joints_are_measured_as_far_as_they_can_be(llava, flamingo):
     assert not first.skipped and len(first.layers) == 4 and first.layers[0].mass is None and first.layers[1].mass
     assert set(aside.skipped) == {"centroids", "lens", "attention"} and aside.layers[2].gap is None
     assert -1 <= aside.layers[2].cka <= 1 and aside.shown[0].lens == {} and aside.shown[0].attention is None
+    distance = page.render([aside, first]).split("<b>Distance of the centroids</b>")[1].split("</figure>")[0]
+    assert 'class="line1"' in distance and 'class="line0"' not in distance  # the second's, as in the key
     text = page.render([first, aside])
     found = Page(text).found
     assert page_checks.faults(text) == []

@@ -70,7 +70,7 @@ def apply(recipe: Recipe, amount: Amount, per_step: Sequence[float] = ()) -> Rec
     Raises:
         ConfigError: see `shares`.
     """
-    parts = shares(recipe)
+    parts = shares(recipe, amount.unit)
     if amount.unit == "minutes":
         budgets = [Budget(minutes=round(amount.value * part, 6)) for part in parts]
     elif amount.unit == "samples":
@@ -82,8 +82,11 @@ def apply(recipe: Recipe, amount: Amount, per_step: Sequence[float] = ()) -> Rec
     return recipe.but(stages=tuple(stage.but(budget=each) for stage, each in zip(recipe.stages, budgets)))
 
 
-def shares(recipe: Recipe) -> list[float]:
-    """What part of a recipe's own budget each stage has: of its minutes, or of its samples.
+def shares(recipe: Recipe, unit: Unit = "samples") -> list[float]:
+    """What part of a recipe's own budget each stage has: of its minutes, or else of its samples or its steps.
+
+    Args:
+        unit: of what is shared out. Steps go by steps, so that stages of unlike batches keep their shares of samples.
 
     Raises:
         ConfigError: there is no stage, or minutes stand beside counts.
@@ -91,13 +94,15 @@ def shares(recipe: Recipe) -> list[float]:
     lengths = [_length(recipe, stage) for stage in recipe.stages]
     if not lengths:
         raise ConfigError(f"{recipe.name} has no stage to train", "give it one under `stages`")
-    if len({unit for _, unit in lengths}) > 1:
+    if len({own for _, own in lengths}) > 1:
         raise ConfigError(
             f"{recipe.name}: some stages last minutes and others are counted, so that they have no shares",
             "give all stages minutes, or all of them steps, samples or epochs",
         )
-    total = sum(length for length, _ in lengths)
-    return [length / total for length, _ in lengths]
+    counted = [length for length, _ in lengths]
+    if unit == "steps" and lengths[0][1] == "samples":
+        counted = [length / stage.batch_size for length, stage in zip(counted, recipe.stages)]
+    return [length / sum(counted) for length in counted]
 
 
 def _length(recipe: Recipe, stage: Stage) -> tuple[float, Unit]:
@@ -126,6 +131,10 @@ def dealt(whole: int, parts: Sequence[float]) -> list[int]:
 # ---------------------------------------------------------------------------------------------- operations
 
 
+class Uncountable(ConfigError):
+    """A recipe that can be trained, whose steps cannot be counted without numbers."""
+
+
 def operations(recipe: Recipe) -> list[float]:
     """Operations of an optimizer step of each stage, the mean over its first batches.
 
@@ -134,13 +143,14 @@ def operations(recipe: Recipe) -> list[float]:
     save memory.
 
     Raises:
-        ConfigError: a step cannot be counted without numbers.
+        Uncountable: a step cannot be counted without numbers.
+        ConfigError, DataError, IsthmusError: parts do not fit, or data are not there.
     """
     once = recipe.but(stages=tuple(stage.but(recompute=False) for stage in recipe.stages))
     try:
         return [stage.flops for stage in forecast(once, torch.device("cpu"), seconds=0.0).stages]
     except RuntimeError as error:  # an operator that needs numbers, or has no meaning without
-        raise ConfigError(
+        raise Uncountable(
             f"the operations of {recipe.name} cannot be counted: {str(error).splitlines()[0]}",
             "give the budget in samples, steps or minutes",
         ) from None

@@ -258,8 +258,9 @@ def operations(plan: Plan, place: Place) -> dict[str, list[float]]:
         file = place.folder / name / "operations.json"
         if not file.is_file():
             place.console.print(f"counting the operations of {name}", highlight=False)
+            counted = _counted(plan.recipe(name), needed=plan.amount.unit == "flops")
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(_counted(plan.recipe(name), needed=plan.amount.unit == "flops")))
+            write_text(file, json.dumps(counted))
         found[name] = json.loads(file.read_text())
     return found
 
@@ -267,7 +268,7 @@ def operations(plan: Plan, place: Place) -> dict[str, list[float]]:
 def _counted(recipe: Recipe, needed: bool) -> list[float]:
     try:
         return budget.operations(recipe)
-    except ConfigError:
+    except budget.Uncountable:
         if needed:
             raise
         return []
@@ -295,7 +296,7 @@ def _chosen(trials: Mapping[float, Job]) -> Rates | None:
     if lengths and not any(loss is not None for loss in losses.values()):
         raise ConfigError(
             f"{next(iter(trials.values())).label}: nothing was held out to choose a learning rate by",
-            "lengthen max_length, so that held-out samples fit, or try one learning rate: --grid 1",
+            "lengthen max_length, so that held-out samples fit, or leave the rates as they are: --no-search",
         )
     return chosen(losses, min(lengths, default=0))
 
@@ -358,7 +359,7 @@ def _outcome(
         share=plan.share,
         runs=tuple(gather.trained(name, job) for name, jobs in group.items() for job in jobs),
         settings=(*_sizes(plan, recipes), *settings(recipes)),
-        contrasts=tuple(quality.contrast(name) for name in recipes if name != plan.baseline),
+        contrasts=tuple(found for name in recipes if name != plan.baseline and (found := quality.contrast(name)).items),
         curves=gather.curves(group),
         method={
             "command": plan.command,

@@ -63,7 +63,7 @@ def forest(line: Line, names: Sequence[str], baseline: str) -> str:
         return _NAMES + (_ACROSS - _NAMES - 60) * (min(max(value, low), high) - low) / (high - low)
 
     foot = height - 24
-    drawn = [_upright(place(tick), 4, foot, short(tick, 2) if tick else "0", "grid") for tick in ticks]
+    drawn = [_upright(place(tick), 4, foot, number_short(round(tick, 6)), "grid") for tick in ticks]
     drawn.append(_upright(place(line.cells[baseline].level.value), 4, foot, "", "base"))
     for number, name in enumerate(names):
         level, y = line.cells[name].level, _ROW * number + _ROW / 2 + 2

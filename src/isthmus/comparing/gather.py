@@ -191,17 +191,21 @@ class Quality:
     # ------------------------------------------------------------------------------------ item by item
 
     def contrast(self, name: str) -> Contrast:
-        """What this joint had right and the baseline wrong under the first seed, and the other way round."""
+        """What this joint had right and the baseline wrong under the first seed, and the other way round.
+
+        Of tasks whose items are scored one by one; a share counts as right from a half on.
+        """
         won: list[tuple[Question, int]] = []
         lost: list[tuple[Question, int]] = []
         count = 0
-        for question in (question for question in self.primary if question.task.unit == "accuracy"):
+        asked = (each for each in self.primary if each.task.unit == "accuracy" and each.task.divisible)
+        for question in asked:
             ours, theirs = (self.answers[each][question.task.name][0]["after"] for each in (name, self.baseline))
             for place, (a, b) in enumerate(zip(ours, theirs)):
                 if question.cut.takes(a.kind) and a.id == b.id == question.task.items[place].prompt.id:
                     count += 1
-                    won += [(question, place)] * bool(a.right and b.right is False)
-                    lost += [(question, place)] * bool(b.right and a.right is False)
+                    won += [(question, place)] * (_had(a) is True and _had(b) is False)
+                    lost += [(question, place)] * (_had(b) is True and _had(a) is False)
         dice = random.Random(f"{self.seed} {name}")
         drawn = [(name, place) for place in dice.sample(won, min(SHOWN, len(won)))]
         drawn += [(self.baseline, place) for place in dice.sample(lost, min(SHOWN, len(lost)))]
@@ -217,6 +221,11 @@ class Quality:
         }
         picture = None if image is None else open_image(image.source, item.prompt.id)
         return Shown(question.cut.label, item.words, item.answer, picture, said, right)
+
+
+def _had(prediction: Prediction) -> bool | None:
+    """Whether an answer is right, by half at least; None: not scored."""
+    return None if prediction.right is None else prediction.right >= 0.5
 
 
 # ---------------------------------------------------------------------------------------------- costs

@@ -321,7 +321,10 @@ def _gain(gap: Gap | None) -> str:
 
 
 def _contrasts(outcome: Outcome) -> str:
-    note = f"Under seed {outcome.seeds[0]}. Of the items that differ, the seed draws up to three of each side."
+    note = (
+        f"Under seed {outcome.seeds[0]}. Of the items that differ, the seed draws up to three of each side. Where an "
+        "answer is right by a share, a half and more counts as right."
+    )
     return f'<p class="note">{note}</p>' + "".join(_contrast(each, outcome.baseline) for each in outcome.contrasts)
 
 

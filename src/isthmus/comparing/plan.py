@@ -22,9 +22,10 @@ from isthmus.comparing.sizing import RANK, Size
 from isthmus.config import Frozen, Recipe, Source, TaskConfig, check
 from isthmus.data.sets import content
 from isthmus.errors import ConfigError, DataError
-from isthmus.evaluation.measure import build
+from isthmus.evaluation.measure import build, check_exchanges
 from isthmus.experiment import data_hash
 from isthmus.files import write_text
+from isthmus.recipes import BOOK
 from isthmus.training.checkpoint import remove
 
 TRIAL_SEED = 1_000_003
@@ -126,8 +127,10 @@ class Plan(Frozen):
         return Job(recipe, folder / name / f"seed{seed}", f"{name}, seed {seed}")
 
     def trial(self, folder: Path, name: str, factor: float, per_step: Sequence[float] = ()) -> Job:
-        """One short run that tries a rate; nothing but its validation loss is measured."""
+        """One short run that tries a rate; nothing but its validation loss is measured, at its end at least."""
         short = budget.apply(scaled(self.recipe(name), factor), self.amount.times(self.share), per_step)
+        *others, last = short.stages
+        short = short.but(stages=(*others, last.but(evaluate_every=last.evaluate_every or 1.0)))
         place = folder / name / "rates" / f"x{factor:.3g}"
         return Job(short.but(seed=TRIAL_SEED, eval=()), place, f"{name}, rates × {factor:.3g}", trial=True)
 
@@ -135,7 +138,8 @@ class Plan(Frozen):
     def command(self) -> str:
         """What makes this comparison, where its recipes are in the book: ready for a shell, rates and all.
 
-        Seeds other than the first ones and settings of tasks can be chosen from Python alone: a comment tells of them.
+        A comment tells of recipes that come from files, and of what can be chosen from Python alone: seeds other than
+        the first ones, and settings of tasks.
         """
         words = ["isthmus", "compare", *self.recipes, "--budget", self.budget, "--seeds", str(len(self.seeds))]
         words += ["--baseline", self.baseline]
@@ -148,6 +152,8 @@ class Plan(Frozen):
         fields = {name: size.by for name, size in self.sizes.items() if size.by != RANK}
         words += [word for name, field in fields.items() for word in ("--size", f"{name}={field}")]
         asked, comments = self.common.eval, []
+        if own := [name for name, recipe in self.recipes.items() if name not in BOOK or BOOK[name]() != recipe]:
+            comments.append(f"not in the book: {', '.join(own)}, see plan.json")
         if asked != self.recipes[self.baseline].eval:
             limits = {task.limit for task in asked}
             words += ["--tasks", ",".join(dict.fromkeys(task.name for task in asked))]
@@ -161,17 +167,21 @@ class Plan(Frozen):
         return shlex.join(words) + (f"  # {'; '.join(comments)}" if comments else "")
 
     def with_recipes(self, recipes: Sequence[Recipe], folder: Path) -> Plan:
-        """With these recipes beside its own.
+        """With these recipes beside its own, or in place of one of which nothing is in the folder.
 
         Raises:
             ConfigError: another recipe has such a name already.
         """
         added = {recipe.name: recipe for recipe in recipes}
-        if taken := [name for name, recipe in added.items() if self.recipes.get(name, recipe) != recipe]:
+        changed = [name for name, recipe in added.items() if self.recipes.get(name, recipe) != recipe]
+        if taken := [name for name in changed if (folder / name).exists()]:
             raise ConfigError(
-                f"{folder} compares another recipe named {taken[0]!r}", "give the new one a `name` of its own"
+                f"{folder} compares another recipe named {taken[0]!r}",
+                f"give the new one a `name` of its own, or delete {folder / taken[0]} to begin anew with it",
             )
-        return self.but(recipes=self.recipes | added)
+        again = self.sizes if self.parameters in changed else changed  # the others' sizes may follow from that one
+        sizes = {name: size for name, size in self.sizes.items() if name not in again}
+        return self.but(recipes=self.recipes | added, sizes=sizes)
 
     @property
     def target(self) -> int:
@@ -219,6 +229,7 @@ class Plan(Frozen):
 
         Raises:
             ConfigError: something has changed.
+            DataError: something cannot be read, or a task's pictures cannot be exchanged.
         """
         file, now = folder / "data.json", self._stamps()
         known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -232,7 +243,9 @@ class Plan(Frozen):
 
     def _stamps(self) -> dict[str, str]:
         """What is trained on and what is asked, each with digits that change with its content, pictures apart."""
-        seed, tasks = self.seeds[0], [task for task, _ in build(self.common.eval, self.seeds[0])]
+        seed, built = self.seeds[0], build(self.common.eval, self.seeds[0])
+        check_exchanges(built)
+        tasks = [task for task, _ in built]
         found: dict[str, str | None] = {"what is asked": data_hash(tasks)}
         found["what is asked about"] = shown.digits([item.prompt for task in tasks for item in task.items])
         for source in (source for name in self.recipes for stage in self.recipe(name).stages for source in stage.data):

@@ -94,7 +94,7 @@ Line = Sequence[tuple[int, float]]
 
 
 def curves(lines: Mapping[str, Line], words: str, level: float | None = None, log: bool = False) -> str:
-    """One measure over layers, a line per model; `level` is what chance would give, dashed."""
+    """One measure over layers, a line per model, which may be empty; `level` is what chance would give, dashed."""
     scale = math.log10 if log else float
     values = [scale(value) for line in lines.values() for _, value in line]
     values += [scale(level)] if level is not None else []
@@ -126,6 +126,7 @@ def curves(lines: Mapping[str, Line], words: str, level: float | None = None, lo
     drawn = "".join(
         _line([(x(layer), y(scale(value))) for layer, value in line], number)
         for number, line in enumerate(lines.values())
+        if line
     )
     told = f"{words}: {_story(lines)}"
     return (
@@ -154,4 +155,4 @@ def mark(x: float, y: float, number: int) -> str:
 
 
 def _story(lines: Mapping[str, Line]) -> str:
-    return "; ".join(f"{name} from {line[0][1]:.3g} to {line[-1][1]:.3g}" for name, line in lines.items())
+    return "; ".join(f"{name} from {line[0][1]:.3g} to {line[-1][1]:.3g}" for name, line in lines.items() if line)

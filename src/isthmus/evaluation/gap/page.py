@@ -167,9 +167,8 @@ def _charts(gaps: Sequence[Gap]) -> str:
     for chart in CHARTS:
         found = {gap.model: [(layer.number, chart.value(layer)) for layer in gap.layers] for gap in gaps}
         lines = {name: [(n, v) for n, v in line if v is not None] for name, line in found.items()}
-        lines = {name: line for name, line in lines.items() if line}
-        if lines:
-            levels = {chart.chance(gap) for gap in gaps if gap.model in lines} if chart.chance else set()
+        if any(lines.values()):
+            levels = {chart.chance(gap) for gap in gaps if lines[gap.model]} if chart.chance else set()
             svg = drawing.curves(lines, chart.title, levels.pop() if len(levels) == 1 else None, chart.log)
             figures.append(
                 f"<figure><figcaption><b>{escape(chart.title)}</b><small>{escape(chart.about)}</small></figcaption>"
