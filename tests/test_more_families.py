@@ -6,16 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, StaticCache
 
 import composed
 import tiny
 from composed import MIX
-from isthmus import kernels, parts, sites
+from isthmus import fuse, kernels, parts, sites
 from isthmus.config import LLMConfig
-from isthmus.types import Batch, ConfigError, Past
+from isthmus.types import Batch, ConfigError, DataError, Past
 
 ODD = ("bloom", "falcon", "gptj", "mpt", "deepseek_v3", "falcon_h1", "gpt2", "gpt_oss", "lfm2", "llama4_text")
+ODD += ("gpt_neo", "jamba")
 
 
 def padding_told(family: str):
@@ -44,7 +45,7 @@ def test_a_left_padded_batch_with_pictures_equals_transformers_own_forward(famil
     theirs = AutoModelForCausalLM.from_pretrained(composed.llm_folder(family), dtype=torch.float32).eval()
     theirs.get_input_embeddings().weight[tiny.PAD] = 1.0
     expected = theirs(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits
-    if family in ("gptj", "gpt2"):  # these do not tell positions from padding
+    if family in ("gptj", "gpt2", "gpt_neo"):  # these do not tell positions from padding
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         expected = theirs(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False).logits
     close(logits(model, batch)[mask > 0], expected[mask > 0])
@@ -53,26 +54,93 @@ def test_a_left_padded_batch_with_pictures_equals_transformers_own_forward(famil
         close(expected[row, -len(alone) :], alone)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("family", ODD)
-@torch.no_grad()
-def test_cached_decoding_equals_the_full_forward(family, cache):
-    model = padding_told(family)
-    batch = model.processor.prompts(MIX)
-    real, length = batch.segment_BT > 0, batch.input_ids_BT.shape[1]
-    cut = length - 2
-    config = model.config.text_config
-    held = DynamicCache(config=config) if cache == "dynamic" else StaticCache(config=config, max_cache_len=length + 3)
+def continued(model, batch: Batch, held, step: int) -> torch.Tensor:
+    """Logits of a batch whose last six columns come by so many at a time, on what a cache holds of those before."""
+    length = batch.input_ids_BT.shape[1]
+    cut = length - 6
     begun = {name: getattr(batch, name)[:, :cut] for name in ("input_ids_BT", "segment_BT", "modality_BT")}
     routes = None if batch.route_BT is None else batch.route_BT[:, :cut]
     output = model.run(replace(batch, **begun, route_BT=routes), past=Past(held), keep=True)
     found = [output.head(output.hidden_BTD)]
-    for column in range(cut, length):
-        seen = {name: getattr(batch, name)[:, : column + 1] for name in ("segment_BT", "modality_BT")}
-        new = replace(batch, input_ids_BT=batch.input_ids_BT[:, column : column + 1], media={}, route_BT=None, **seen)
+    for column in range(cut, length, step):
+        end = column + step
+        seen = {name: getattr(batch, name)[:, :end] for name in ("segment_BT", "modality_BT")}
+        new = replace(batch, input_ids_BT=batch.input_ids_BT[:, column:end], media={}, route_BT=None, **seen)
         output = model.run(new, past=output.past, keep=True)
         found.append(output.head(output.hidden_BTD))
-    close(torch.cat(found, 1)[real], logits(model, batch)[real])
+    return torch.cat(found, 1)
+
+
+def empty(model, batch: Batch, cache: str):
+    config = model.config.text_config
+    if cache == "dynamic":
+        return DynamicCache(config=config)
+    return StaticCache(config=config, max_cache_len=batch.input_ids_BT.shape[1] + 3)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", [family for family in ODD if family != "gpt_neo"])
+@torch.no_grad()
+def test_cached_decoding_equals_the_full_forward(family, cache):
+    model = padding_told(family)
+    batch = model.processor.prompts(MIX)
+    real = batch.segment_BT > 0
+    close(continued(model, batch, empty(model, batch, cache), 1)[real], logits(model, batch)[real])
+
+
+@torch.no_grad()
+def test_local_windows_are_right_in_a_dynamic_cache_and_refused_in_a_static_one():
+    """GPT-Neo's windows end where the cache does, which in a static one is behind what was written: theirs go wrong."""
+    model = padding_told("gpt_neo")
+    batch = model.processor.prompts(MIX)
+    real, expected = batch.segment_BT > 0, logits(model, batch)
+    close(continued(model, batch, empty(model, batch, "dynamic"), 1)[real], expected[real])
+    with pytest.raises(ConfigError, match="from the end of a static cache"):
+        model.generate(batch, max_new_tokens=2, cache_implementation="static")
+    ids = torch.arange(20, 60)[None]
+    static = StaticCache(config=model.llm.config, max_cache_len=80)
+    theirs = model.llm(input_ids=ids, past_key_values=static).logits
+    assert (theirs - model.llm(input_ids=ids, use_cache=False).logits).abs().max() > 0.1, "else refuse no longer"
+
+
+@pytest.mark.parametrize("family", sorted({*ODD, *fuse.ONE_BY_ONE}))
+@torch.no_grad()
+def test_several_tokens_on_a_past_equal_the_full_forward_or_are_refused(family):
+    model = padding_told(family)
+    batch = model.processor.prompts(MIX)
+    real, held = batch.segment_BT > 0, empty(model, batch, "dynamic")
+    if family not in fuse.ONE_BY_ONE:
+        close(continued(model, batch, held, 3)[real], logits(model, batch)[real])
+        return
+    with pytest.raises(ConfigError, match="forgets the state of its layers where 3 tokens"):
+        continued(model, batch, held, 3)
+    ids = torch.arange(20, 60)[None]
+    expected, held = model.llm(input_ids=ids, use_cache=False).logits, empty(model, batch, "dynamic")
+    model.llm(input_ids=ids[:, :37], past_key_values=held, use_cache=True)
+    theirs = model.llm(input_ids=ids[:, 37:], past_key_values=held, use_cache=True).logits
+    assert (theirs - expected[:, 37:]).abs().max() > 0.01, "else refuse no longer"
+
+
+@pytest.mark.parametrize("family", ["t5", "flan-t5", "bart"])
+@torch.no_grad()
+def test_labels_alone_are_shifted_for_the_decoder_as_transformers_shifts_them(family):
+    model = composed.model(family)
+    prompt = model.processor.prompts(MIX)
+    labels = torch.tensor([[40, 41, 42, tiny.EOS], [50, tiny.EOS, -100, -100], [60, 61, tiny.EOS, -100]])
+    mask, media = (prompt.segment_BT > 0).long(), prompt.media["image"]
+    places = torch.stack([media.row_N, media.at_N], 1)
+    given = {"input_ids": prompt.input_ids_BT, "pixel_values": media.pixels, "image_at": places}
+    found = model(**given, attention_mask=mask, labels=labels)
+    embeds = model.embed(prompt, model.connect(prompt))
+    expected = AutoModelForSeq2SeqLM.from_pretrained(composed.llm_folder(family), dtype=torch.float32).eval()(
+        inputs_embeds=embeds, attention_mask=mask, labels=labels
+    )
+    close(found.logits, expected.logits)
+    close(found.loss, expected.loss)
+    count = int((labels != -100).sum())
+    close(model(**given, attention_mask=mask, labels=labels, num_items_in_batch=2 * count).loss, expected.loss / 2)
+    with pytest.raises(DataError, match="needs decoder_input_ids"):
+        model(**given, attention_mask=mask)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "llama4_text", "gpt2", "olmo2", "stablelm"])
@@ -144,6 +212,7 @@ def test_what_needs_more_than_a_mask_of_padding_refuses_packed_rows(family):
     [
         ("mamba", {}, "isthmus", "mamba keeps no keys and values"),
         ("rwkv", {}, "isthmus", "rwkv keeps no keys and values"),
+        ("minimax", {}, "isthmus", "minimax keeps what it has read in a cache of its own"),
         ("gemma3n_text", {}, "isthmus", "looks each token's id up"),
         ("gpt_oss", {}, "sdpa", "gpt_oss does not run on sdpa"),
     ],

@@ -20,6 +20,8 @@ from isthmus.types import ConfigError, DataError, Features, Media
 
 Rule: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """`rule(batch, head, q, kv) -> bool`, on index tensors; q and kv are absolute positions in the row."""
+ONE_BY_ONE = ("jamba", "recurrent_gemma", "zamba")
+"""Families whose layers forget their state where several tokens follow it, in transformers' own code."""
 
 
 def splice(embeds_BTD: Tensor, at_BT: Tensor, y_MD: Tensor, what: str) -> Tensor:
@@ -119,6 +121,7 @@ def masks(
     cached = cache.get_seq_length() if cache is not None else 0
     fixed = cache is not None and cache.is_compileable
     divided = rule is not None or branch_BS is not None
+    _check_past(config, cached, fixed, embeds_BTD.shape[1])
     if not divided and counted and not fixed and is_plain(segment_BS, cached):
         return None
     packed = bool(segment_BS.max() > 1)
@@ -216,6 +219,24 @@ def check(config: PreTrainedConfig, divided: bool, counted: bool) -> None:
         raise ConfigError(
             f"{config._attn_implementation} hears nothing of packed samples, branches or a joint's rule",
             "set llm.attention to isthmus, which computes packed rows by flash attention too, or to flex_attention",
+        )
+
+
+def _check_past(config: PreTrainedConfig, cached: int, fixed: bool, new: int) -> None:
+    """Refuse what transformers' own code of a family would read wrong, without a word.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    if fixed and "local" in (getattr(config, "attention_layers", None) or ()):
+        raise ConfigError(
+            f"{config.model_type} counts its local windows from the end of a static cache, however little it holds",
+            "decode with a dynamic cache",
+        )
+    if cached and new > 1 and config.model_type in ONE_BY_ONE:
+        raise ConfigError(
+            f"{config.model_type} forgets the state of its layers where {new} tokens at once follow what it has read",
+            "pass one token at a time, or the whole prompt again",
         )
 
 

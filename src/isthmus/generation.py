@@ -73,7 +73,8 @@ class Generation(GenerationMixin):
                 where it is left out.
             instruction_ids: [N, L], what the connector reads beside each image, -1 at padding (see `Reading`).
             labels: [B, T], unshifted, -100 where there is no loss.
-            decoder_input_ids: [B, U], with labels of that shape, for an encoder-decoder.
+            decoder_input_ids: [B, U], with labels of that shape, for an encoder-decoder; made from labels where they
+                are left out, as transformers makes them, and each then predicts the label in its own column.
             encoder_outputs: its encoder's states, where they are known already.
             modality, route: [B, past + T], carried by `generate`; pass `modality` when continuing a cache by hand
                 that holds images.
@@ -84,18 +85,22 @@ class Generation(GenerationMixin):
 
         Raises:
             ConfigError: an argument of transformers that has no meaning here, such as `output_hidden_states`.
+            DataError: an encoder-decoder is given neither decoder_input_ids nor labels.
         """
+        targets = None if labels is None else labels[:, 1:]
         refuse(more, "forward", "call model.run, or hook the layers, for what it does not return", STEPPING)
         if use_cache is False:
             past_key_values = None
         if self.config.is_encoder_decoder:
+            if decoder_input_ids is None:
+                decoder_input_ids, targets = self._shifted(labels), labels
             if encoder_outputs is None:
                 batch = self.as_batch(input_ids, attention_mask, pixel_values, image_at, instruction_ids, route)
                 attention_mask, route = batch.segment_BT, batch.route_BT
                 encoder_outputs = self._read(batch)
             read_BTD = encoder_outputs.last_hidden_state
             hidden_BTD = self.tell(decoder_input_ids, read_BTD, attention_mask, route, past_key_values)
-            return self._answer(hidden_BTD, labels, logits_to_keep, past_key_values, num_items_in_batch)
+            return self._answer(hidden_BTD, targets, logits_to_keep, past_key_values, num_items_in_batch)
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         given: Any = input_ids if inputs_embeds is None else inputs_embeds
         rows, length = given.shape[:2]
@@ -116,24 +121,32 @@ class Generation(GenerationMixin):
         if modality is None:
             modality = torch.zeros_like(attention_mask)
         hidden_BTD, _, _ = self.think(inputs_embeds, segment_BS, modality, route, past)
-        return self._answer(hidden_BTD, labels, logits_to_keep, past_key_values, num_items_in_batch)
+        return self._answer(hidden_BTD, targets, logits_to_keep, past_key_values, num_items_in_batch)
+
+    def _shifted(self: Any, labels: Tensor | None) -> Tensor:
+        """What an encoder-decoder's decoder reads to write labels, as its family shifts them."""
+        shift = getattr(self.llm, "prepare_decoder_input_ids_from_labels", None)
+        if labels is None or shift is None:
+            remedy = "pass them" if shift is None else "pass them, or labels to make them from"
+            raise DataError("an encoder-decoder needs decoder_input_ids", remedy)
+        return shift(labels=labels)
 
     def _answer(
         self: Any,
         hidden_BTD: Tensor,
-        labels: Tensor | None,
+        targets: Tensor | None,
         logits_to_keep: int | Tensor,
         cache: Cache | None,
         items: int | Tensor | None,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the loss where labels are given: its mean, or its sum divided by `items`."""
+        """Logits, and the loss where targets of the first of them are given: its mean, or its sum by `items`."""
         kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep or None, None)
         logits = sites.head(self.llm)(hidden_BTD[:, kept])
         loss = None
-        if labels is not None:
-            flat = logits[:, :-1].flatten(0, 1).float()
+        if targets is not None:
+            flat = logits[:, : targets.shape[1]].flatten(0, 1).float()
             loss = nn.functional.cross_entropy(
-                flat, labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="mean" if items is None else "sum"
+                flat, targets.flatten(), ignore_index=IGNORE, reduction="mean" if items is None else "sum"
             )
             loss = loss if items is None else loss / items
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)

@@ -216,6 +216,11 @@ def _check_llm(architecture: PreTrainedConfig, source: str) -> None:
             "pictures could go back",
             "choose an LLM whose layers attend",
         )
+    if not _class(architecture)._supports_default_dynamic_cache():
+        raise ConfigError(
+            f"{source}: {architecture.model_type} keeps what it has read in a cache of its own, not in transformers'",
+            "choose another LLM",
+        )
 
 
 def _kernel(architecture: PreTrainedConfig, attention: str) -> str | None:

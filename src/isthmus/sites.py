@@ -164,8 +164,10 @@ def body(llm: PreTrainedModel) -> nn.Module:
 
 
 def linears(module: nn.Module) -> dict[str, nn.Linear]:
-    """Every Linear of the base model inside `module`, by dotted name; grafts' own are left out."""
-    return {path: each for path, each in base_modules(module).items() if isinstance(each, nn.Linear)}
+    """Every Linear of the base model inside `module`, by dotted name; grafts' own are left out, and the routers of
+    experts that are Linears by class and return a pair (Llama 4, PhiMoE)."""
+    found = {path: each for path, each in base_modules(module).items() if isinstance(each, nn.Linear)}
+    return {path: each for path, each in found.items() if "Router" not in type(each).__name__}
 
 
 def base_modules(module: nn.Module) -> dict[str, nn.Module]:

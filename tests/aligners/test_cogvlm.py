@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import composed
 from composed import MIX, picture, sample, stir
@@ -55,6 +56,23 @@ def test_a_newborn_equals_the_plain_llm_on_the_same_embeddings_and_positions(fam
 
 
 @torch.no_grad()
+def test_beside_routed_experts_a_newborn_equals_transformers_own_forward():
+    vlm = model("llama4_text", idle=True)
+    assert experts(vlm) and not any("router" in name for name in experts(vlm)), "a router returns a pair"
+    batch = vlm.processor.collator()([TALK])
+    place = torch.arange(batch.input_ids_BT.shape[1])
+    positions = vlm.aligner.positions(place[None], batch.segment_BT, batch.modality_BT)
+    causal = place[:, None] >= place
+    chunked = causal & (place[:, None] // 24 == place // 24)
+    masks = {"full_attention": additive(causal[None, None]), "chunked_attention": additive(chunked[None, None])}
+    theirs = AutoModelForCausalLM.from_pretrained(composed.llm_folder("llama4_text"), dtype=torch.float32).eval()
+    theirs.set_attn_implementation("eager")
+    embeds = vlm.embed(batch, vlm.connect(batch))
+    expected = theirs(inputs_embeds=embeds, position_ids=positions, attention_mask=masks, use_cache=False).logits
+    torch.testing.assert_close(logits(vlm, batch), expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_random_experts_do_not_begin_as_the_llm():
     vlm = model(start="random")
     batch = vlm.processor.collator()([TALK])
@@ -100,7 +118,7 @@ def test_the_end_marker_goes_through_the_llms_own_weights():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "opt", "glm"])
+@pytest.mark.parametrize("family", ["llama", "opt", "glm", "llama4_text"])
 def test_gathered_positions_equal_choosing_between_both(family):
     fast, plain = stir(model(family)), stir(model(family, split=False))
     batch = fast.processor.collator()(MIX)

@@ -51,14 +51,18 @@ def test_a_tower_that_is_known_as_half_of_a_model_alone_is_built_from_its_config
         ("DINOv3ViTModel", {**TOWER, "num_register_tokens": 4}, 5),
         ("BeitModel", TOWER, 1),
         ("Aimv2VisionModel", TOWER, 0),
+        ("YolosModel", {**TOWER, "image_size": [32, 32], "num_detection_tokens": 5}, 1),
     ],
 )
 @torch.no_grad()
 def test_tokens_that_are_no_patches_are_left_out(tmp_path, name, fields, extra):
-    encoder = parts.load_encoder(folder(tmp_path, name, fields), torch.float32)
+    chosen = folder(tmp_path, name, fields)
+    encoder = parts.load_encoder(chosen, torch.float32)
     pixels = torch.randn(2, 3, 32, 32)
     expected = encoder.tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
-    assert torch.equal(encoder(pixels).x_NSE, expected[:, extra:]) and encoder.tokens == 16
+    assert torch.equal(encoder(pixels).x_NSE, expected[:, extra : extra + 16]) and encoder.tokens == 16
+    keeping = parts.load_encoder(chosen.model_copy(update={"class_token": "keep"}), torch.float32)
+    assert torch.equal(keeping(pixels).x_NSE, expected[:, : extra + 16]) and keeping.tokens == extra + 16
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ class Transformer(Encoder):
         self.width = architecture.hidden_size
         self.tap_widths = {str(tap): self.width for tap in config.taps}
         self._interpolates = self.size != own
+        self._behind = int(getattr(architecture, "num_detection_tokens", 0))  # YOLOS appends them to the patches
         self.extra = self._extra_tokens()
         depth = architecture.num_hidden_layers
         self._layer = state_index(config.layer, depth)
@@ -97,13 +98,14 @@ class Transformer(Encoder):
                 f"{name} does not take pictures of {self.size} pixels ({str(error).splitlines()[0]})",
                 "leave image_size out" if self._interpolates else remedy,
             ) from None
-        extra = seen.last_hidden_state.shape[1] - self.grid[0] * self.grid[1]
+        extra = seen.last_hidden_state.shape[1] - self._behind - self.grid[0] * self.grid[1]
         if seen.last_hidden_state.ndim != 3 or extra < 0:
             raise ConfigError(f"{name} does not keep one state per patch", "choose a plain vision transformer")
         return extra
 
     def _patches(self, x_NSE: Tensor) -> Tensor:
-        return x_NSE if self._config.class_token == "keep" else x_NSE[:, self.extra :]
+        first = 0 if self._config.class_token == "keep" else self.extra
+        return x_NSE[:, first : x_NSE.shape[1] - self._behind]
 
 
 @contextmanager
