@@ -304,6 +304,15 @@ def test_trl_s_prompts_with_completions_and_preferences(tmp_path, images):
     assert said.turns == turns
 
 
+def test_of_answers_in_a_trl_prompt_nothing_is_learnt(tmp_path):
+    ask, early, good = {"role": "user", "content": "What?"}, *({"role": "assistant", "content": c} for c in ("a", "b"))
+    prompt = [ask, early, ask]
+    path = write(tmp_path, {"prompt": prompt, "completion": [good]}, {"prompt": prompt, "chosen": "b", "rejected": "c"})
+    asked = Turn.say("user", "What?")
+    for sample in formats.load(path):
+        assert sample.turns == (asked, Turn("assistant", (Text("a", given=True),)), asked, Turn.say("assistant", "b"))
+
+
 def test_pictures_that_no_marker_places_stand_first_where_that_is_asked_for(tmp_path, images):
     unmarked, marked = llava("What?"), llava("What is <image>?")
     (fault,) = formats.check(write(tmp_path, unmarked, marked), images)

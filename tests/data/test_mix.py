@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from itertools import permutations
 from pathlib import Path
@@ -115,6 +116,24 @@ def test_a_window_holds_each_of_its_draws_once_whatever_the_ranks(batching, worl
     assert all(sum(len(rank[step]) for rank in ranks) == 8 for step in range(12))
 
 
+@pytest.mark.parametrize(
+    "size, batch_size, epochs", [(125, 8, 1), (100, 32, 3), (700, 16, 2), (5000, 32, 1), (9, 32, 1)]
+)
+@pytest.mark.parametrize("batching", ["bucketed", "shuffled"])
+def test_an_epoch_shows_every_sample_and_none_much_oftener_than_another(batching, size, batch_size, epochs):
+    made = Batches(Mix([range(size)], [1], 0), batch_size, batching, lambda ref: 10 + ref[1] * 7919 % size)
+    steps = [made[step] for step in range(math.ceil(epochs * size / batch_size))]
+    seen = Counter(item for batch in steps for _, item in batch)
+    assert len(seen) == size and all(len(batch) == batch_size for batch in steps)
+    assert max(seen.values()) - min(seen.values()) <= 1
+    assert size < batch_size or all(len(set(batch)) > batch_size / 2 for batch in steps)
+
+
+def test_a_small_set_beside_a_large_one_fills_no_batch_with_one_sample():
+    made = Batches(Mix([range(5000), range(50)], [1, 1], 0), 16, "bucketed", lambda ref: 10 + ref[1] * 7919 % 5000)
+    assert all(len(set(made[step])) > 12 for step in range(100))
+
+
 @given(BATCHINGS, st.integers(0, 20), st.sampled_from([(2, 1), (4, 1), (1, 4), (2, 2), (1, 8)]))
 @settings(deadline=None)
 def test_a_step_has_the_same_samples_for_any_ranks_and_micro_batches(batching, step, split):
@@ -160,7 +179,7 @@ def test_short_samples_leave_no_rank_of_a_packed_step_without_work():
 def test_samples_of_length_zero_are_left_out(batching):
     short = Batches(MIX, 8, batching, lambda ref: 0 if ref[1] % 2 else 10, window=6)
     assert all(item % 2 == 0 for step in range(12) for _, item in short[step])
-    with pytest.raises(DataError, match="all 256 samples of steps 0 to 31"):
+    with pytest.raises(DataError, match="all 232 samples of steps 0 to 28"):
         Batches(MIX, 8, batching, lambda ref: 0)[0]
 
 

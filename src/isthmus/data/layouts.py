@@ -123,7 +123,8 @@ def _trl(record: Raw, name: str) -> Found:
         return
     if record.get("label") is False:
         raise Wrong("the completion is labelled as one to avoid", "leave it out")
-    prompt = _messages(record.get("prompt", []), "user")
+    asked = _messages(record.get("prompt", []), "user")
+    prompt = [{**said, "weight": 0} if isinstance(said, Mapping) else said for said in asked]  # TRL learns none of it
     told = _messages(record["completion" if "completion" in record else "chosen"], "assistant")
     other = _messages(record["rejected"], "assistant") if "rejected" in record else []
     shared = next((place for place, (one, two) in enumerate(zip(told, other)) if one != two), 0)

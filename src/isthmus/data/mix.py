@@ -8,7 +8,9 @@ neither time nor memory depends on how far a run has come or on how large a set 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence, Sized
+from fractions import Fraction
 from hashlib import blake2b
 from itertools import cycle, islice
 from typing import Literal, TypeAlias
@@ -77,6 +79,11 @@ class Mix:
         """As many draws as the sets have items together; a set with a large share repeats sooner."""
         return sum(self.sizes)
 
+    @property
+    def unrepeated(self) -> Fraction:
+        """Draws after which the first of the sets has shown all of its items."""
+        return min(Fraction(size * len(self._cycle), count) for size, count in zip(self.sizes, self._counts))
+
     def __getitem__(self, index: int) -> Ref:
         cycle, place = divmod(index, len(self._cycle))
         number, k = self._cycle[place]
@@ -87,9 +94,11 @@ class Mix:
 class Batches:
     """Batches over a mix: `batches[step]` are the samples of a step, a pure function of the step.
 
-    Draws are planned in windows of `window` batches. `bucketed` sorts a window by length, so that a batch pads
-    little, and shuffles the order of its batches; `packed` fills the rows of a step with its samples, whole ones. A
-    sample of length 0 is left out. Which samples a step has depends on neither ranks nor micro-batches.
+    Draws are planned in windows of at most `window` batches. A whole number of windows makes an epoch of the set that
+    is through first: so an epoch shows every sample, and none stands beside itself because a window repeats it.
+    `bucketed` sorts a window by length, so that a batch pads little, and shuffles the order of its batches; `packed`
+    fills the rows of a step with its samples, whole ones. A sample of length 0 is left out. Which samples a step has
+    depends on neither ranks nor micro-batches.
 
     Args:
         mix: the stream of samples.
@@ -123,7 +132,10 @@ class Batches:
             )
         if length is None and batching != "shuffled":
             raise ConfigError(f"{batching} batching needs the samples' lengths", "give a length, or shuffle")
-        self.mix, self.batch_size, self.window, self.seed = mix, batch_size, window, seed
+        self.mix, self.batch_size, self.seed = mix, batch_size, seed
+        steps = mix.unrepeated / batch_size
+        self._wide = steps / math.ceil(steps / window)
+        self.window = len(self._steps(0))
         self.world_size, self.rank = world_size, rank
         self.max_length, self.max_media, self.least = max_length, max_media, least
         self._length, self._media = length, media
@@ -132,7 +144,7 @@ class Batches:
 
     @property
     def drawn(self) -> int:
-        """Samples that a window is made of, before any is left out."""
+        """Samples that the first window is made of, before any is left out."""
         return self.window * self.batch_size
 
     def __getitem__(self, step: int) -> list[Ref]:
@@ -153,10 +165,10 @@ class Batches:
         Raises:
             DataError: overlong samples were left out until nothing of a window remained.
         """
-        window, place = divmod(step, self.window)
+        window = step // self._wide
         if window not in self._planned:
             self._planned = {window: self._plan(window)}
-        return self._planned[window][place]
+        return self._planned[window][step - self._steps(window).start]
 
     def padding_share(self, steps: range) -> float:
         """Share of the tokens of these steps' batches on this rank that is padding."""
@@ -169,35 +181,38 @@ class Batches:
             padded += sum(max(micro) * len(micro) for micro in (lengths[k :: self.least] for k in range(self.least)))
         return 1 - real / padded
 
+    def _steps(self, window: int) -> range:
+        """The steps of a window. Its width need not be a whole number: a step is of the window in which it starts."""
+        return range(math.ceil(window * self._wide), math.ceil((window + 1) * self._wide))
+
     def _plan(self, number: int) -> list[list[list[Ref]]]:
         """The batches of a window, each a list of rows."""
-        draws = self.drawn
-        refs = [self.mix[index] for index in range(number * draws, (number + 1) * draws)]
+        steps, size = self._steps(number), self.batch_size
+        refs = [self.mix[index] for index in range(steps.start * size, steps.stop * size)]
         if self._length is None:
-            return self._arrange(refs, [1] * draws, number)
+            return self._arrange(refs, [1] * len(refs), number)
         lengths = [self._length(ref) for ref in refs]
         kept = [(ref, length) for ref, length in zip(refs, lengths) if length > 0]
         if not kept:
             raise DataError(
-                f"all {draws} samples of steps {number * self.window} to {(number + 1) * self.window - 1} are longer "
-                "than max_length",
+                f"all {len(refs)} samples of steps {steps[0]} to {steps[-1]} are longer than max_length",
                 "raise max_length, or set overlong to oldest",
             )
         # Every micro-batch of every rank has a row: where too few are left, some stand in for those that were left out.
-        kept += islice(cycle(tuple(kept)), max(0, self.window * self.world_size * self.least - len(kept)))
+        kept += islice(cycle(tuple(kept)), max(0, len(steps) * self.world_size * self.least - len(kept)))
         return self._arrange([ref for ref, _ in kept], [length for _, length in kept], number)
 
     def _shuffled(self, refs: list[Ref], lengths: list[int], number: int) -> list[list[list[Ref]]]:
-        return _deal([[ref] for ref in refs], self.window)
+        return _deal([[ref] for ref in refs], len(self._steps(number)))
 
     def _bucketed(self, refs: list[Ref], lengths: list[int], number: int) -> list[list[list[Ref]]]:
         order = sorted(range(len(refs)), key=lengths.__getitem__)
-        return self._shuffle(_deal([[refs[index]] for index in order], self.window), number)
+        return self._shuffle(_deal([[refs[index]] for index in order], len(self._steps(number))), number)
 
     def _packed(self, refs: list[Ref], lengths: list[int], number: int) -> list[list[list[Ref]]]:
         least = self.world_size * self.least
         batches = []
-        for batch in _deal(list(zip(refs, lengths)), self.window):
+        for batch in _deal(list(zip(refs, lengths)), len(self._steps(number))):
             sizes, media = [length for _, length in batch], [self._media(ref) for ref, _ in batch]
             rows = pack(sizes, media, self.max_length, self.max_media, least)
             batches.append([[batch[index][0] for index in row] for row in rows])
