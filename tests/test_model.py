@@ -192,6 +192,14 @@ def test_logits_to_keep(model):
 
 
 @torch.no_grad()
+def test_labels_at_placeholders_are_not_learnt(model):
+    inputs = model.processor(images=picture(1).source, text="<image>what is it?")
+    labels = inputs["input_ids"].clone()
+    masked = labels.masked_fill(labels >= model.vocabulary, IGNORE)
+    assert (labels != masked).any() and model(**inputs, labels=labels).loss == model(**inputs, labels=masked).loss
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_the_loss_is_transformers_own_on_text(family):
     model, llm = composed.model(family), bare(family)

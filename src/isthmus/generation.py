@@ -72,7 +72,7 @@ class Generation(GenerationMixin):
             image_at: [N, 2], row and column of each image, as the processor gives them; told from the placeholders
                 where it is left out.
             instruction_ids: [N, L], what the connector reads beside each image, -1 at padding (see `Reading`).
-            labels: [B, T], unshifted, -100 where there is no loss.
+            labels: [B, T], unshifted, -100 where there is no loss; there is none at placeholders either.
             decoder_input_ids: [B, U], with labels of that shape, for an encoder-decoder; made from labels where they
                 are left out, as transformers makes them, and each then predicts the label in its own column.
             encoder_outputs: its encoder's states, where they are known already.
@@ -145,8 +145,9 @@ class Generation(GenerationMixin):
         loss = None
         if targets is not None:
             flat = logits[:, : targets.shape[1]].flatten(0, 1).float()
+            wanted = targets.masked_fill(self.modality(targets) > 0, IGNORE).flatten()
             loss = nn.functional.cross_entropy(
-                flat, targets.flatten(), ignore_index=IGNORE, reduction="mean" if items is None else "sum"
+                flat, wanted, ignore_index=IGNORE, reduction="mean" if items is None else "sum"
             )
             loss = loss if items is None else loss / items
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)

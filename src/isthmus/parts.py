@@ -50,9 +50,9 @@ def folder(source: str, revision: str | None = None) -> Path:
     try:
         return _own_shards(Path(snapshot_download(source, revision=revision, allow_patterns=WANTED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        cause = str(error).splitlines()[0]
+        cause = "" if isinstance(error, HFValidationError) else f" ({str(error).splitlines()[0]})"  # no hub's name
         raise ConfigError(
-            f"{source!r} is neither a folder nor a model that can be downloaded ({cause})",
+            f"{source!r} is neither a folder nor a model that can be downloaded{cause}",
             f"name a folder, a hub model, or an embedded part ({EMBEDDED_LLM}, {EMBEDDED_ENCODER})",
         ) from None
 

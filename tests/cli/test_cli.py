@@ -160,7 +160,12 @@ def test_a_fault_of_a_later_stage_is_told_first_and_locks_no_folder(
         (["plan", "llava", "aligner=mine"], 2, "no aligner named 'mine'", "in that process alone"),
         (["plan", "llava", "sede=1"], 2, "unknown key 'sede'; did you mean 'seed'?", "--schema"),
         (["plan", "llava", "stages.align.train={connector.*: 1e-3}"], 2, "matches no parameter", "connectors"),
-        (["chat", "no/such/model", "--prompt", "x"], 2, "neither a folder nor", "embedded part"),
+        (
+            ["chat", "no/such/model", "--prompt", "x"],
+            2,
+            "neither a folder nor a model",
+            "embedded part",
+        ),
     ],
 )
 def test_errors_are_a_cause_and_a_remedy(monkeypatch, capsys, words, code, cause, remedy):
