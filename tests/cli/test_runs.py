@@ -58,6 +58,13 @@ def test_states_steps_losses_and_speed(monkeypatch, capsys, two):
     assert sft["tokens_per_second"] == 200.0
 
 
+def test_a_trial_of_a_comparison_is_done_though_its_model_is_gone(tmp_path):
+    write(tmp_path / "x3", {"align": [3.0] * 40, "sft": [1.0] * 40})
+    assert read(tmp_path / "x3").state == "stopped"  # every step taken, and killed before anything was written
+    (tmp_path / "x3" / "report.json").write_text("{}")
+    assert read(tmp_path / "x3").state == "done"
+
+
 def test_the_table_names_every_run_and_stage(monkeypatch, capsys, two):
     assert run(monkeypatch, "runs", str(two / "one")) == 0
     lines = capsys.readouterr().out.splitlines()

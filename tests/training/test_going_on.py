@@ -138,6 +138,8 @@ def test_a_run_goes_on_under_what_changes_no_step_and_is_refused_by_name(pair: R
     eased = first.but(recompute=True, save_every=0.5, evaluate_every=None)
     assert train(pair.but(stages=[eased], about="said otherwise", eval=("presence",)), folder, CPU) is not None
     assert json.loads((folder / "run.json").read_text())["recipe"]["about"] == "said otherwise"
+    assert train(pair.but(stages=[eased], about="nothing else", eval=("presence",)), folder, CPU) is not None
+    assert json.loads((folder / "run.json").read_text())["recipe"]["about"] == "nothing else"
     with pytest.raises(ConfigError, match=r"another recipe: seed was 0; stages\.align\.lr was 0\.001"):
         train(pair.but(stages=[first.but(lr=0.5)], seed=1), folder, CPU)
 

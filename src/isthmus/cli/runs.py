@@ -185,12 +185,15 @@ def _stage(folder: Path, name: str, locked: bool) -> StageState:
     rows = read_rows(folder / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     manifest = folder / "manifest.json"
-    done = (folder / "model").is_dir()
+    taken = steps[-1]["step"] if steps else 0
+    planned = json.loads(manifest.read_text())["steps"] if manifest.is_file() else None
+    # a comparison's trial of a learning rate leaves its report and no model
+    done = (folder / "model").is_dir() or (taken == planned and (folder.parent / "report.json").is_file())
     return StageState(
         name,
-        "done" if done else "new" if not manifest.is_file() else "training" if locked else "stopped",
-        steps[-1]["step"] if steps else 0,
-        json.loads(manifest.read_text())["steps"] if manifest.is_file() else None,
+        "done" if done else "new" if planned is None else "training" if locked else "stopped",
+        taken,
+        planned,
         steps[-1]["loss"] if steps else None,
         next((row["validation_loss"] for row in reversed(rows) if "validation_loss" in row), None),
         median(row["tokens_per_second"] for row in steps) if steps else None,

@@ -206,7 +206,7 @@ class Run:
                     f"{recipe.start} is another model than the one that the run in {self.folder} began with",
                     "put the old one back, or name another folder with --out",
                 )
-            if known["fingerprint"] == told["fingerprint"]:
+            if known["fingerprint"] == told["fingerprint"] and known["recipe"] == plain:
                 return
             was = known["recipe"]
             begun = [one for one in was["stages"] if (self.folder / one["name"] / checkpoint.MANIFEST).is_file()]
