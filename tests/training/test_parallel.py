@@ -363,7 +363,7 @@ def test_packed_rows_hold_so_many_pictures_and_what_is_left_out_is_told(tmp_path
     too_long = {
         data.sample(data.mix[index]).id for index in range(256) if not tight.lengths(data.sample(data.mix[index]))
     }
-    assert f"; {len(too_long)} of the first 256 samples left out, too long" in feed.first()
+    assert f"; {len(too_long)} of the first 40 samples left out, too long" in feed.first()
 
 
 def test_all_stages_of_a_recipe_and_its_feature_cache(tmp_path: Path) -> None:
