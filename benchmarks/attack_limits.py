@@ -20,6 +20,10 @@ from attacked import KEY, NAME, Target, data_url, shown, target, user
 from isthmus.serving.limits import Limits
 
 LIMITS = Limits()
+DEPTH = 200
+"""Of braces in a body, which pydantic's parser sets."""
+HEAD = 16_384
+"""Bytes of a head, which h11 sets."""
 LEAK = re.compile(r"0x[0-9a-f]{6,}|Traceback|File \"|site-packages|/usr/|/home/|/tmp/|PIL\.|torch\.|" + KEY)
 Body = dict[str, Any]
 Case = tuple[str, int, Callable[[int], Body], str]
@@ -145,22 +149,36 @@ def _bodies(server: Target) -> Iterator[Row]:
         headers = {"Content-Type": "application/json"}
         statuses.append(server.http.post("/v1/chat/completions", content=raw.encode(), headers=headers).status_code)
     yield "bytes of a body", LIMITS.body, statuses, [200, 200, 413]
-    nested = ['{"a":' * depth + "1" + "}" * depth for depth in (50, 100_000)]
+    nested = ['{"a":' * (depth - 1) + "1" + "}" * (depth - 1) for depth in (DEPTH - 1, DEPTH, DEPTH + 1, 100_000)]
     bodies = [json.dumps(asked())[:-1] + f', "unknown": {deep}}}' for deep in nested]
     headers = {"Content-Type": "application/json"}
     found = [server.http.post("/v1/chat/completions", content=body, headers=headers).status_code for body in bodies]
-    yield "depth of JSON, 50 and 100 000", "the parser's", found, [200, 400]
-    heads = [
-        b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX: " + b"x" * n + b"\r\n\r\n"
-        for n in (60_000, 1_000_000)
-    ]
-    answers = [server.raw(head) for head in heads]
+    yield "depth of JSON, and 100 000", DEPTH, found, [200, 200, 400, 400]
+    sizes = (HEAD - 1, HEAD, HEAD + 1, 1_000_000)
     yield (
-        "bytes of a head, 60 000 and a million",
-        65_536,
-        [int(a.split()[1]) if a else 400 for a in answers],
-        [200, 400],
+        "bytes of a head that is not whole, and a million",
+        HEAD,
+        [_headed(server, n) for n in sizes],
+        [200, 200, 400, 400],
     )
+
+
+def _headed(server: Target, size: int) -> int:
+    """The status of a request whose head stands at so many bytes, and is whole with one more."""
+    begins = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX: "
+    head = begins + b"x" * (size - len(begins) - 3) + b"\r\n\r"
+    with socket.create_connection(("127.0.0.1", server.port), 60) as link:
+        link.sendall(head)
+        link.settimeout(2 if size <= HEAD else 10)  # until it has read all of it, or refused it
+        try:
+            answer = link.recv(64)
+        except TimeoutError:
+            link.settimeout(60)
+            link.sendall(b"\n")
+            answer = link.recv(64)
+        except ConnectionError:
+            return 400
+    return int(answer.split()[1]) if answer else 400
 
 
 def _smallest(server: Target) -> Iterator[Row]:
@@ -185,9 +203,9 @@ def _tokens(server: Target) -> Iterator[Row]:
 
 
 def _times(server: Target) -> Iterator[Row]:
-    """A body that is whole shortly before, and shortly after, its time."""
+    """A body that is whole a second before, and a second after, its time."""
     statuses = []
-    for seconds in (LIMITS.reading - 3, LIMITS.reading + 3):
+    for seconds in (LIMITS.reading - 1, LIMITS.reading + 1):
         body = json.dumps(asked()).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
         with socket.create_connection(("127.0.0.1", server.port), 60) as link:
@@ -203,7 +221,7 @@ def _times(server: Target) -> Iterator[Row]:
                 link.sendall(body[-1:])
                 first = link.recv(64)
             statuses.append(int(first.split()[1]))
-    yield "seconds of a body, three before and after", LIMITS.reading, statuses, [200, 408]
+    yield "seconds of a body, one before and after", LIMITS.reading, statuses, [200, 408]
 
 
 # ---------------------------------------------------------------------------------------------- any body

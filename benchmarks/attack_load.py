@@ -27,7 +27,7 @@ MARGIN = 1e-3
 """Between the two likeliest tokens, in nats: sums in another batch shape differ by a thousandth of it."""
 LEAVING = 500
 SLOW = 200
-ROW = ["--max-batch", "16", "--queue", "64", "--max-tokens", "256"]
+ROW = ["--max-batch", "16", "--queue", "64"]
 
 
 def talks(count: int) -> list[list[dict[str, Any]]]:
@@ -60,7 +60,7 @@ def clear(server: Target, talk: list[dict[str, Any]]) -> str | None:
 def crowd(model: Path, options: argparse.Namespace) -> dict[str, Any]:
     """S2: everybody hears the answer that he would hear alone; a queue that is full says so and lives."""
     clients, each = (8, 4) if options.tiny else (CLIENTS, options.steps)
-    with target(model, *ROW) as server:
+    with target(model, *ROW, "--max-tokens", "256") as server:
         alone = [(talk, clear(server, talk)) for talk in talks(12 if options.tiny else 60)]
         known = [(talk, answer) for talk, answer in alone if answer is not None]
         statuses: Counter[int] = Counter()
@@ -138,49 +138,88 @@ def _overflow(server: Target, known: list[Any], count: int) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------- leaving
 
-WAYS = ("stream", "stream at once", "whole", "half a body", "half a head", "reset")
+MIDWAY = "midway"
+WAYS = ("stream", "stream at once", "whole", "half a body", "half a head")
+LONG = 1024
+"""Tokens of an answer, so many that nobody leaves behind its end."""
+AT_REST = ("files", "threads", "running", "waiting", "prefix_bytes", "picture_bytes")
 
 
 def leaving(model: Path, options: argparse.Namespace) -> dict[str, Any]:
     """S3: whoever leaves, his slot is free within a step, and nothing is left over; slow sockets are closed."""
     count, slow = (30, 20) if options.tiny else (LEAVING, SLOW)
-    with target(model, *ROW) as server:
-        talk = talks(2)[1]
+    with target(model, *ROW, "--max-tokens", str(LONG)) as server:
+        talk = _endless(server)
         for _ in range(40):
             server.ask(talk)
-        _abandon(server, 40, talk)
+        _all_looking(server, talk)
+        for way in (MIDWAY, *WAYS):
+            _abandon(server, way, 40, talk)
         _settled(server)
-        before = _state(server)
-        for begun in range(0, count, 50):
-            _abandon(server, min(50, count - begun), talk)
+        before, done = _state(server), len(server.logged("steps"))
+        midway = _midway(server, count, talk)
+        for way in WAYS:
+            _abandon(server, way, count, talk)
         freed = _settled(server)
         after = _state(server)
-        steps = server.logged("steps")
+        steps = server.logged("steps")[done:]
         late = [number for number in steps if number > 1]
         healthy = server.ask(talk).status_code == 200
         sockets = _slowloris(server, slow)
         alive = server.alive
     grown = {name: round(after[name] - before[name], 2) for name in before}
-    late_threads = {"threads": INTAKE - 1}  # those that look at requests start one by one, when they are first needed
-    watched = ("files", "threads", "running", "waiting")
-    leaked = {name: grown[name] for name in watched if grown[name] > late_threads.get(name, 0)}
+    leaked = {name: grown[name] for name in AT_REST if grown[name] > 0}
     return {
-        "what": f"{count} disconnects in {len(WAYS)} ways; {2 * slow} sockets that send a byte a second",
-        "found": f"{len(steps)} rows freed, at most {max(steps, default=0)} step after; left over: "
-        f"{leaked or 'nothing'}; a request takes {sockets['median_beside']:.2f} s beside slow sockets, "
+        "what": f"{count} streams reset midway, {count} disconnects in each of {len(WAYS)} other ways; "
+        f"{2 * slow} sockets that send a byte a second",
+        "found": f"{midway} rows freed midway, {len(steps)} in all, at most {max(steps, default=0)} step after; "
+        f"left over: {leaked or 'nothing'}; a request takes {sockets['median_beside']:.2f} s beside slow sockets, "
         f"{sockets['median_alone']:.2f} s without; {sockets['open']} of them open after {sockets['seconds']:.0f} s",
+        "freed_midway": midway,
         "steps_until_free": Counter(map(str, steps)),
         "seconds_until_idle": freed,
         "before": before,
         "after": after,
         "slow_sockets": sockets,
-        "passed": len(steps) > count // 4 and not late and not leaked and grown["resident MiB"] < 64 and healthy
+        "passed": midway >= count and not late and not leaked and grown["resident MiB"] < 64 and healthy
         and sockets["passed"] and alive,
     }  # fmt: skip
 
 
-def _abandon(server: Target, count: int, talk: list[dict[str, Any]]) -> None:
-    at_once(count, lambda number: _leave(server.port, WAYS[number % len(WAYS)], talk))
+def _endless(server: Target) -> list[dict[str, Any]]:
+    """A conversation whose answer does not end by itself."""
+    for talk in talks(60):
+        if server.ask(talk, max_tokens=LONG).json()["choices"][0]["finish_reason"] == "length":
+            return talk
+    raise SystemExit("every answer of this model ends by itself")
+
+
+def _all_looking(server: Target, talk: list[dict[str, Any]]) -> None:
+    """Ask until all threads that look at requests run: they start one by one, when they are first needed."""
+    most = server.threads + INTAKE - 1
+    for _ in range(50):
+        at_once(2 * INTAKE, lambda number: server.ask(talk))
+        if server.threads >= most:
+            break
+
+
+def _midway(server: Target, count: int, talk: list[dict[str, Any]]) -> int:
+    """Reset streams that have begun until so many rows were freed on their way; how many it were."""
+    begun = len(server.logged("steps"))
+    freed = 0
+    for _ in range(2 * count):  # on a busy machine an answer may be whole before its client is heard
+        if freed >= count:
+            break
+        _abandon(server, MIDWAY, min(50, count - freed), talk)
+        _settled(server)
+        freed = len(server.logged("steps")) - begun
+    return freed
+
+
+def _abandon(server: Target, way: str, count: int, talk: list[dict[str, Any]]) -> None:
+    """So many clients that leave in one way, at most 50 at once: the queue has room for all of them."""
+    for begun in range(0, count, 50):
+        at_once(min(50, count - begun), lambda number: _leave(server.port, way, talk))
 
 
 def _leave(port: int, way: str, talk: list[dict[str, Any]]) -> None:
@@ -188,9 +227,9 @@ def _leave(port: int, way: str, talk: list[dict[str, Any]]) -> None:
     asked = {
         "model": NAME,
         "messages": talk,
-        "max_tokens": 256,
+        "max_tokens": LONG,
         "temperature": 0,
-        "stream": "stream" in way or way == "reset",
+        "stream": way in (MIDWAY, "stream", "stream at once"),
     }
     body = json.dumps(asked).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n".encode()
@@ -202,12 +241,15 @@ def _leave(port: int, way: str, talk: list[dict[str, Any]]) -> None:
             link.sendall(head + body[: len(body) // 2])
         else:
             link.sendall(head + body)
-        if way in ("stream", "reset"):
+        if way == "stream":
             link.recv(4096)
         if way == "whole":
             time.sleep(0.05)
-        if way == "reset":
-            link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if way == MIDWAY:
+            heard = b""
+            while heard.count(b"data: ") < 3 and (piece := link.recv(4096)):  # the first says who speaks
+                heard += piece
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, not closed
 
 
 def _settled(server: Target) -> float:

@@ -19,14 +19,27 @@ def script(monkeypatch):
     return importlib.import_module
 
 
+def stands(script, tmp_path, capsys, *names: str) -> None:
+    """Run these attacks at a tiny size; each must find that the promise is kept."""
+    file = tmp_path / "found.json"
+    done = script("attack_server").main(["--tiny", "--only", *names, "--json", str(file)])
+    assert done == 0, capsys.readouterr().out + file.read_text()
+    found = json.loads(file.read_text())["attacks"]
+    assert list(found) == list(names) and all(each["passed"] for each in found.values())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_server_stands_every_attack(script, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["S1", "S2", "S3", "S4", "S5"])
+def test_a_server_stands_every_attack(name, script, tmp_path, capsys):
+    stands(script, tmp_path, capsys, name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_server_stands_bodies_made_from_its_description(script, tmp_path, capsys):
     pytest.importorskip("schemathesis")
-    file = tmp_path / "found.json"
-    assert script("attack_server").main(["--tiny", "--json", str(file)]) == 0, capsys.readouterr().out
-    found = json.loads(file.read_text())["attacks"]
-    assert list(found) == ["S1", "S2", "S3", "S4", "S5", "S6"] and all(each["passed"] for each in found.values())
+    stands(script, tmp_path, capsys, "S6")
 
 
 @pytest.mark.slow

@@ -1,19 +1,20 @@
 """Whether two forms of one model are the same: what each makes of a question, compared step by step.
 
 A form is a model in memory or a directory of ours, a directory of a class of transformers, or an endpoint. An endpoint
-tells the greedy text and, where it can, how long the prompt was and how likely each token of the answer.
+tells the greedy text and, where it can, the tokens of prompt and answer, how likely the latter were, and the vector of
+a picture.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor, Blip2Processor, InstructBlipProcessor
 
 from isthmus import kernels_linear, parts
@@ -23,15 +24,13 @@ from isthmus.encoders import hf
 from isthmus.exporting import TOLERANCE
 from isthmus.model import VLM, VLMConfig
 from isthmus.processor import MARKER
-from isthmus.speakers.endpoint import Endpoint
+from isthmus.serving import told
+from isthmus.serving.spelling import Spelling
 from isthmus.speakers.local import PLAIN
 from isthmus.speakers.remote import Remote
 from isthmus.speakers.settings import RemoteConfig
-from isthmus.speakers.usage import Meter
-from isthmus.speakers.wire import messages
-from isthmus.types import ConfigError, Image, IsthmusError, Sample, Turn
+from isthmus.types import Batch, ConfigError, Image, Sample, Turn
 
-Found = TypeVar("Found")
 EXACT = 1e-5
 """Of prepared pictures."""
 LONGEST = 64
@@ -54,15 +53,17 @@ class Question:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a form made of a question; an endpoint tells `text`, and perhaps `length` and `logprobs`.
+    """What a form made of a question; an endpoint tells `text`, and perhaps all but `logits` and `pixels`.
 
     Attributes:
         pixels: the prepared picture.
-        ids: the prompt's tokens, `PICTURE` where the picture stands.
+        vector: what encoder and joint make of it, one vector of length 1.
+        ids: the prompt's tokens, `PICTURE` where the picture stands; an endpoint has its own placeholder there.
         length: how many they are.
         logits: at every position of the prompt, [T, V].
         tokens: the greedy answer.
         logprobs: of each of its tokens.
+        spelled: its tokens as bytes; None for part of a character.
         text: the same in words.
     """
 
@@ -73,6 +74,8 @@ class Seen:
     logits: Tensor | None = None
     tokens: tuple[int, ...] | None = None
     pixels: Tensor | None = None
+    vector: Tensor | None = None
+    spelled: tuple[bytes | None, ...] | None = None
 
 
 class Form(Protocol):
@@ -106,7 +109,7 @@ class Ours:
         output = self.model.run(batch)
         assert output.hidden_BTD is not None  # every joint with an LLM has states
         ids = batch.input_ids_BT.masked_fill(batch.modality_BT > 0, PICTURE)[0]
-        told = self.model.generate(
+        answered = self.model.generate(
             batch,
             **PLAIN,
             max_new_tokens=LONGEST,
@@ -114,16 +117,26 @@ class Ours:
             return_dict_in_generate=True,
             output_logits=True,
         )
-        answer = told.sequences[0] if self.model.config.is_encoder_decoder else told.sequences[0, len(ids) :]
+        whole = answered.sequences[0]
+        answer = whole if self.model.config.is_encoder_decoder else whole[len(ids) :]
+        spell = Spelling(processor.tokenizer)
         return Seen(
             processor.decode(answer, skip_special_tokens=True).strip(),
             len(ids),
-            _logprobs(answer, told.logits),
+            _logprobs(answer, answered.logits),
             tuple(ids.tolist()),
             output.head(output.hidden_BTD)[0].float(),
             tuple(answer.tolist()),
             batch.media["image"].pixels if "image" in batch.media else None,
+            self._vector(batch),
+            tuple(spell(token, first=not place)[1] for place, token in enumerate(answer.tolist())),
         )
+
+    def _vector(self, batch: Batch) -> Tensor | None:
+        """A picture by itself, as `/v1/embeddings` makes a vector of it; None where the joint reads the question."""
+        if "image" not in batch.media or batch.extra_text:
+            return None
+        return F.normalize(self.model.connect(batch)["image"][0].float().mean(0), dim=0).cpu()
 
 
 @dataclass(frozen=True)
@@ -142,8 +155,7 @@ class Native:
         ids = inputs["input_ids"][0]
         logits = self.model(**inputs).logits[0].float()
         plain = PLAIN | {"suppress_tokens": self.model.generation_config.suppress_tokens}  # an export's marker
-        told = self.model.generate(**inputs, **plain, max_new_tokens=LONGEST)[0]
-        answer = told[len(ids) :]
+        answer = self.model.generate(**inputs, **plain, max_new_tokens=LONGEST)[0, len(ids) :]
         return Seen(
             tokenizer.decode(answer, skip_special_tokens=True).strip(),
             len(ids),
@@ -184,21 +196,7 @@ class Served:
     def see(self, question: Question) -> Seen:
         with self.remote as remote:
             text = remote.say([question.turn])
-        return Seen(text, *self._weighed(question))
-
-    def _weighed(self, question: Question) -> tuple[int | None, tuple[float, ...] | None]:
-        """The prompt's length and the answer's log-probabilities; None of what the endpoint does not tell."""
-        config = self.remote.config
-        body = config.request() | {"messages": messages([question.turn], config.picture), "logprobs": True}
-        with closing(Endpoint(config, Meter(config))) as endpoint:
-            try:
-                reply = json.loads(endpoint.fetch(body))
-            except (IsthmusError, ValueError):  # it has just answered: it takes no `logprobs`
-                return None, None
-        return (
-            _found(lambda: int(reply["usage"]["prompt_tokens"])),
-            _found(lambda: tuple(float(each["logprob"]) for each in reply["choices"][0]["logprobs"]["content"])),
-        )
+        return Seen(text, **vars(told.told(self.remote.config, question.turn)))
 
 
 def form(source: str, name: str | None = None, key_env: str | None = None) -> Form:
@@ -245,10 +243,10 @@ def compare(one: Form, other: Form, question: Question) -> list[Check]:
     """Every step from the picture to the answer, in the order in which they depend on each other."""
     a, b = one.see(question), other.see(question)
     return [
-        _numbers("prepared picture", a.pixels, b.pixels, EXACT),
+        _picture(a, b),
         _prompt(a, b),
         _logits(a, b),
-        _sequence(f"first {LONGEST} greedy tokens", a.tokens, b.tokens),
+        _tokens(a, b),
         _answer(a, b),
         Check("greedy text", a.text == b.text, "" if a.text == b.text else f"{a.text!r} and {b.text!r}"),
     ]
@@ -273,14 +271,47 @@ def _numbers(what: str, a: Tensor | None, b: Tensor | None, tolerance: float) ->
     return Check(what, difference <= tolerance, f"largest difference {difference:.1e}")
 
 
+def _picture(a: Seen, b: Seen) -> Check:
+    """The prepared picture, or what encoder and joint make of it, where an endpoint tells no more."""
+    found = _numbers("prepared picture", a.pixels, b.pixels, EXACT)
+    if found.equal is not None or a.vector is None or b.vector is None:
+        return found
+    behind = _numbers(found.what, a.vector, b.vector, TOLERANCE)
+    return Check(found.what, behind.equal, f"behind encoder and joint, {behind.note}")
+
+
 def _prompt(a: Seen, b: Seen) -> Check:
     """The prompt's tokens, or how many they are, where an endpoint tells no more."""
-    found = _sequence("token ids of the prompt", a.ids, b.ids)
+    found = _sequence("token ids of the prompt", _marked(a.ids, b.ids), _marked(b.ids, a.ids))
     if found.equal is not None or a.length is None or b.length is None:
         return found
     if a.length != b.length:
         return Check(found.what, False, f"{a.length} and {b.length} of them")
     return Check(found.what, None, f"{a.length} in both, {UNTOLD} which")
+
+
+def _marked(ids: tuple[int, ...] | None, other: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """The ids with `PICTURE` for the placeholder that an endpoint has where the other's picture begins."""
+    if ids is None or other is None or PICTURE in ids or PICTURE not in other[: len(ids)]:
+        return ids
+    placeholder = ids[other.index(PICTURE)]
+    return tuple(PICTURE if each == placeholder else each for each in ids)
+
+
+def _tokens(a: Seen, b: Seen) -> Check:
+    """The answer's tokens: by their ids, or, where an endpoint tells no ids, by their bytes, the end left out."""
+    what = f"first {LONGEST} greedy tokens"
+    found = _sequence(what, a.tokens, b.tokens)
+    if found.equal is not None or a.spelled is None or b.spelled is None:
+        return found
+    pairs = list(zip(a.spelled, b.spelled))
+    apart = next((place for place, (x, y) in enumerate(pairs) if x != y and None not in (x, y)), None)
+    if apart is not None:
+        x, y = pairs[apart]
+        return Check(what, False, f"by their bytes; the first that differs is number {apart + 1}: {x!r} and {y!r}")
+    if abs(len(a.spelled) - len(b.spelled)) > 1:
+        return Check(what, False, f"{len(a.spelled)} and {len(b.spelled)} of them")
+    return Check(what, True, f"{len(pairs)}, by their bytes")
 
 
 def _answer(a: Seen, b: Seen) -> Check:
@@ -298,14 +329,6 @@ def _logprobs(answer_T: Tensor, logits: Sequence[Tensor]) -> tuple[float, ...]:
     """Of the tokens that were generated, whatever an encoder-decoder's answer begins with."""
     ids_U = answer_T[len(answer_T) - len(logits) :]
     return tuple(float(one_1V[0].float().log_softmax(-1)[token]) for one_1V, token in zip(logits, ids_U))
-
-
-def _found(read: Callable[[], Found]) -> Found | None:
-    """A value of a reply, or None where the reply has another shape."""
-    try:
-        return read()
-    except (KeyError, IndexError, TypeError, ValueError):
-        return None
 
 
 def _sequence(what: str, a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> Check:

@@ -16,6 +16,7 @@ from isthmus import assembly
 from isthmus.cli import answer
 from isthmus.cli.app import app
 from isthmus.cli.options import load_for_thread
+from isthmus.serving import browser
 from isthmus.speakers.local import Local
 from isthmus.types import ConfigError, Turn
 
@@ -48,6 +49,19 @@ def test_an_answer_that_is_stopped_stays_and_a_question_without_one_is_as_if_not
     assert told[2] == [system, ("user", "this?"), ("assistant", "a b"), ("user", "and?")]
     assert told[3] == [system, ("user", "again?")]
     assert [len(turns[1].media) for turns in speaker.heard] == [1, 1, 1, 0]  # the picture waited for the next question
+
+
+def test_a_conversation_begins_with_what_the_page_says_of_the_model(tmp_path):
+    model = composed.model("llama")
+    model.save_pretrained(tmp_path / "m", whole=True)
+    asked = ["chat", str(tmp_path / "m"), "--device", "cpu"]
+    told = CliRunner().invoke(app, asked, input="/quit\n", env={"COLUMNS": "400"})
+    assert told.exit_code == 0, told.output
+    shown = browser.introduction(load_for_thread(str(tmp_path / "m"), "float32", "cpu"), "m", 8)["facts"]
+    assert list(shown) == ["Language model", "Encoder", "Joint", "Parameters"]
+    assert " · ".join(f"{what}: {value}" for what, value in shown.items()) in told.output
+    single = CliRunner().invoke(app, [*asked, "-p", "hi", "--max-tokens", "1"])
+    assert "Parameters" not in single.output
 
 
 def test_ctrl_c_at_a_single_question_ends_the_command():

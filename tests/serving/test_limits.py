@@ -217,11 +217,56 @@ def test_bodies(post, served):
     for raw in (b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"a": NaN}', b'{"a": "\\ud800"}', b'"a"', b"1" * 10_000):
         refused(post(raw=raw), 400)
     refused(post(raw=b"[" * 100_000), 400)
+    nested = ['{"a":' * (depth - 1) + "1" + "}" * (depth - 1) for depth in (200, 201)]
+    within, beyond = (f'{frame[:-1]}, "unknown": {each}}}'.encode() for each in nested)
+    assert post(raw=within).status_code == 200 and "too deeply" in refused(post(raw=beyond), 400)
     refused(post(raw=b'{"messages":' * 10_000), 400)
     deep = '{"type":"object","properties":{"a":' * 60 + "{}" + "}}" * 60
     form = f'{{"type":"json_schema","json_schema":{{"schema":{deep}}}}}'
     refused(post(raw=frame[:-1].encode() + b', "response_format": ' + form.encode() + b"}"), 400)
     assert served[0].held == 0
+
+
+@pytest.mark.parametrize(("size", "status"), [(16_384, b" 200 "), (16_385, b" 400 ")])
+def test_the_size_of_a_head_that_is_not_whole(size, status, served):
+    host, port = served[1].removeprefix("http://").split(":")
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: "
+    with socket.create_connection((host, int(port)), 60) as link:
+        link.sendall(head + b"x" * (size - len(head) - 3) + b"\r\n\r")
+        if status == b" 200 ":
+            time.sleep(1)  # it has read all of it by now, and waits for more
+            link.sendall(b"\n")
+        assert status in link.recv(64)
+
+
+BROUGHT = {"injected": "OWNED", "add_generation_prompt": False, "messages": [], "eos_token": "OWNED"}
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"chat_template_kwargs": BROUGHT},
+        {"chat_template": "OWNED"},
+        {"documents": [{"title": "OWNED", "text": "OWNED"}]},
+        {"prompt_token_ids": [1, 2, 3], "add_generation_prompt": False, "continue_final_message": True},
+        BROUGHT | {"messages": None},
+    ],
+    ids=["arguments", "template", "documents", "ids", "at the top"],
+)
+def test_no_caller_brings_a_template_or_its_arguments(field):
+    """The template says whatever it is given; nothing of it reaches the prompt."""
+    model = composed.model("llama")
+    tokenizer = model.processor.tokenizer
+    tokenizer.chat_template += "{{ injected }}{{ documents or '' }}"
+    with running(model) as (server, address), httpx2.Client(base_url=address, headers=HEADERS, timeout=60) as client:
+        body = {"model": NAME, "max_tokens": 2, "temperature": 0, "messages": user(said("hi"))}
+        heard = []
+        prepare = server.engine.prepare
+        server.engine.prepare = lambda turns: heard.append(prepare(turns)) or heard[-1]
+        for asked in (body, field | body):
+            assert client.post("/v1/chat/completions", json=asked).status_code == 200
+    plain, brought = heard
+    assert brought.ids == plain.ids and "OWNED" not in tokenizer.decode(brought.ids)
 
 
 def test_the_pictures_sizes(post):

@@ -30,6 +30,8 @@ from isthmus.types import ConfigError, Sample
 ASKED = parity.Question("what is it?", picture(1))
 STEPS = ["prepared picture", "token ids of the prompt", "logits", "first 64 greedy tokens"]
 STEPS += ["its log-probabilities", "greedy text"]
+SERVED = [True, True, None, True, True, True]
+"""Of an endpoint: all but logits."""
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +126,14 @@ def test_a_server_equals_the_directory_it_serves(folders: tuple[Path, Path], mon
         checks = parity.compare(form, parity.form(f"{address}/v1", NAME, "PARITY_KEY"), ASKED)
         other = parity.Ours(stir(composed.model("llama", aspect="crop", options={"projector": "linear"})))
         served = parity.form(f"{address}/v1", NAME, "PARITY_KEY")
-        apart = parity.compare(other, served, ASKED)[-1]
-    assert [each.what for each in checks] == STEPS and [each.equal for each in checks] == [None] * 4 + [True] * 2
-    assert checks[1].note.startswith(f"{form.see(ASKED).length} in both")
-    assert apart.equal is False and " and " in apart.note
+        apart = parity.compare(other, served, ASKED)
+        told = parity.form(f"{address}/v1", NAME, "PARITY_KEY").see(ASKED)
+    assert [each.what for each in checks] == STEPS and [each.equal for each in checks] == SERVED
+    assert checks[0].note.startswith("behind encoder and joint") and checks[1].note == f"{form.see(ASKED).length}"
+    seen = form.see(ASKED)
+    assert checks[3].note == f"{len(seen.tokens)}" and told.tokens == seen.tokens
+    assert torch.allclose(told.vector, seen.vector, atol=1e-5) and len(told.ids) == len(seen.ids)
+    assert apart[0].equal is apart[-1].equal is False and " and " in apart[-1].note
 
 
 def test_a_models_own_penalty_parts_none_of_its_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +148,7 @@ def test_a_models_own_penalty_parts_none_of_its_forms(tmp_path: Path, monkeypatc
     monkeypatch.setenv("PARITY_KEY", KEY)
     with running(model) as (_, address):
         served = parity.form(f"{address}/v1", NAME, "PARITY_KEY")
-        assert [each.equal for each in parity.compare(ours, served, ASKED)] == [None] * 4 + [True] * 2
+        assert [each.equal for each in parity.compare(ours, served, ASKED)] == SERVED
 
 
 def test_an_export_that_is_asked_never_says_its_own_marker(folders: tuple[Path, Path]) -> None:
@@ -155,6 +161,13 @@ def test_an_export_that_is_asked_never_says_its_own_marker(folders: tuple[Path, 
     assert form.see(asked).tokens == tokens
 
 
+@pytest.fixture
+def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The endpoint takes requests for embeddings, too."""
+    monkeypatch.setattr(chat_server, "faults", lambda *_: [])
+
+
+@pytest.mark.usefixtures("lenient")
 def test_an_endpoint_that_answers_alike_and_weighs_otherwise_is_found(folders: tuple[Path, Path]) -> None:
     form = parity.form(str(folders[0]))
     seen = form.see(ASKED)
@@ -170,6 +183,54 @@ def test_an_endpoint_that_answers_alike_and_weighs_otherwise_is_found(folders: t
     assert [each.equal for each in untold] == [None, False, None, None, None, True]
     assert [each.equal for each in apart] == [None, None, None, None, False, True]
     assert "1.0e-02" in apart[4].note
+
+
+def of_endpoint(form: parity.Form, seen: parity.Seen, **told) -> list[parity.Check]:
+    """The comparison with an endpoint that answers alike and tells this beside it, asked with `return_token_ids`."""
+    choice = {"message": {"content": seen.text}} | {name: told.pop(name) for name in ("logprobs",) if name in told}
+    choice |= {"token_ids": told.pop("token_ids")} if "token_ids" in told else {}
+    with chat_server.running() as server:
+        server.reply = lambda body: seen.text
+        refused = [chat_server.refusal(400, "unknown field")] if told.pop("strict", False) else []
+        vector = chat_server.Act(body={"data": [{"embedding": told.pop("vector", "none")}]})
+        server.acts = [chat_server.Act(), *refused, chat_server.Act(body={"choices": [choice]} | told), vector]
+        checks = parity.compare(form, parity.form(server.endpoint, NAME), ASKED)
+        assert [body.get("return_token_ids") for body in server.bodies[:2]] == [None, True]
+        return checks
+
+
+@pytest.mark.usefixtures("lenient")
+def test_token_ids_that_an_endpoint_tells_are_compared(folders: tuple[Path, Path]) -> None:
+    form = parity.form(str(folders[0]))
+    seen = form.see(ASKED)
+    ids = [700 if each == parity.PICTURE else each for each in seen.ids]
+    same = of_endpoint(form, seen, prompt_token_ids=ids, token_ids=list(seen.tokens), vector=seen.vector.tolist())
+    assert [each.equal for each in same] == [True, True, None, True, None, True]
+    place, turned = seen.ids.index(parity.PICTURE), (-seen.vector).tolist()
+    moved = [*ids[:place], ids[place - 1], *ids[place + 1 :]]  # a word where the picture begins
+    other = [seen.tokens[0] + 1, *seen.tokens[1:]]
+    apart = of_endpoint(form, seen, prompt_token_ids=moved, token_ids=other, vector=turned)
+    assert [each.equal for each in apart] == [False, False, None, False, None, True]
+    assert "number 1:" in apart[3].note and "behind encoder and joint" in apart[0].note
+
+
+@pytest.mark.usefixtures("lenient")
+def test_without_ids_the_answers_tokens_are_compared_by_their_bytes(folders: tuple[Path, Path]) -> None:
+    form = parity.form(str(folders[0]))
+    seen = form.see(ASKED)
+    assert any(seen.spelled) and len(seen.spelled) == len(seen.tokens)
+
+    def told(spelled):
+        content = [
+            {"token": "", "logprob": value, "bytes": None if raw is None else list(raw)}
+            for value, raw in zip(seen.logprobs, spelled)
+        ]
+        return of_endpoint(form, seen, logprobs={"content": content}, strict=True)
+
+    same, apart = told(seen.spelled), told([b"?", *seen.spelled[1:]])
+    assert [each.equal for each in same] == [None, None, None, True, True, True] and "bytes" in same[3].note
+    assert apart[3].equal is False and "number 1:" in apart[3].note
+    assert told(seen.spelled[:-2])[3].equal is False
 
 
 def test_a_trained_model_equals_what_was_saved_exported_and_served_of_it(
@@ -189,7 +250,7 @@ def test_a_trained_model_equals_what_was_saved_exported_and_served_of_it(
     monkeypatch.setenv("PARITY_KEY", KEY)
     with running(model) as (_, address):
         served = parity.form(f"{address}/v1", NAME, "PARITY_KEY")
-        assert [each.equal for each in parity.compare(trained, served, ASKED)] == [None] * 4 + [True] * 2
+        assert [each.equal for each in parity.compare(trained, served, ASKED)] == SERVED
     saved, exported = (parity.form(str(tmp_path / folder)) for folder in ("saved", "exported"))
     assert [each.equal for each in parity.compare(trained, saved, ASKED)] == [True] * 6
     assert [each.equal for each in parity.compare(trained, exported, ASKED)] == [True] * 4 + [None, True]

@@ -66,18 +66,22 @@ def chat(
     import torch
 
     from isthmus.cli.options import load_for_thread
+    from isthmus.serving.facts import facts
     from isthmus.speakers.local import Local
 
     drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     sampling: dict[str, Any] = drawn if temperature else {}
     if seed is not None:
         torch.manual_seed(seed)
-    near = Local(load_for_thread(model, dtype, device), max_new_tokens=max_tokens, **sampling)
-    _talk(console, near, conversation, prompt, model)
+    loaded = load_for_thread(model, dtype, device)
+    near = Local(loaded, max_new_tokens=max_tokens, **sampling)
+    _talk(console, near, conversation, prompt, model, facts(loaded))
 
 
-def _talk(console, speaker, conversation: Conversation, prompt: str | None, name: str) -> None:
-    """One question, or a conversation until its end."""
+def _talk(
+    console, speaker, conversation: Conversation, prompt: str | None, name: str, about: dict[str, str] | None = None
+) -> None:
+    """One question, or a conversation until its end; `about` says of what the model is made, where that is known."""
     from rich.markup import escape
 
     if prompt is not None:
@@ -86,6 +90,9 @@ def _talk(console, speaker, conversation: Conversation, prompt: str | None, name
     console.print(
         f"[dim]{name}. /image PATH shows a picture, /new starts afresh, Ctrl-C stops an answer, /quit leaves.[/dim]"
     )
+    if about is not None:
+        told = " · ".join(f"{what}: {value}" for what, value in about.items())
+        console.print(f"[dim]{escape(told)}[/dim]")
     while True:
         try:
             said = console.input("[bold cyan]you[/bold cyan] ").strip()

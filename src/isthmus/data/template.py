@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import re
 import secrets
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
+from types import FrameType
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -25,6 +28,9 @@ FALLBACK = (
 """For a tokenizer without a chat template: Vicuna's `USER: … ASSISTANT: …` with the end token after each answer."""
 
 PATTERNS_KEPT = 256
+STEPS, LONGEST = 1 << 20, 1 << 20
+"""Lines that a template may run through and characters that it may write, once filled."""
+REPAIR = "repair the tokenizer's chat template"
 SHORT, REMEMBERED = 64, 1 << 14
 """Characters of a text whose ids are remembered, and how many such texts."""
 
@@ -132,16 +138,51 @@ class Template:
             for role, content in zip(roles, contents)
         ]
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages, chat_template=self.jinja, tokenize=False, add_generation_prompt=prompt
-            )
+            with _bounded(STEPS):
+                text = self._tokenizer.apply_chat_template(
+                    messages, chat_template=self.jinja, tokenize=False, add_generation_prompt=prompt
+                )
+        except _Endless:
+            raise ConfigError(f"the chat template takes more than {STEPS} steps", REPAIR) from None
         except TemplateError as error:
             cause = str(error).splitlines()[0]
             raise ConfigError(
                 f"the chat template refuses the turns {', '.join(roles)}: {cause}",
                 "put a system text into the first user turn, and let user and assistant alternate",
             ) from None
+        if len(text) > LONGEST:
+            raise ConfigError(f"the chat template writes more than {LONGEST} characters", REPAIR)
         return str(text)
+
+
+class _Endless(Exception):
+    """A template took too many steps; no template can catch it."""
+
+
+@contextmanager
+def _bounded(steps: int) -> Iterator[None]:
+    """Count the lines that templates run through in this thread.
+
+    Jinja makes Python of a template; its sandbox bounds what is reached and one `range`, but neither loops inside loops
+    nor macros that call themselves. Steps are counted, not seconds: what is refused is refused on every machine.
+    """
+    left = steps
+
+    def count(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != "<template>":  # where Jinja's come from
+            return None
+        left -= 1
+        if left < 0:
+            raise _Endless
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def _sentinels(roles: Sequence[Role]) -> list[str]:
@@ -172,7 +213,7 @@ def _kept_padding(piece: str, padded: str) -> tuple[bool, bool]:
     for tab, space in product(("\t", ""), (" ", "")):
         if tab + piece + space == padded:
             return bool(tab), bool(space)
-    raise ConfigError("the chat template changes white space inside turns", "repair the tokenizer's chat template")
+    raise ConfigError("the chat template changes white space inside turns", REPAIR)
 
 
 class Codec:

@@ -54,6 +54,8 @@ class Done:
     tokens: int
     reused: int
     """Tokens of the prompt that were known from earlier."""
+    ids: tuple[int, ...] = ()
+    """All tokens of the answer, the one that ended it among them."""
 
 
 @dataclass(frozen=True)
@@ -148,5 +150,5 @@ class Answer:
             self._untold = []
         if ended or cut:
             reason: Literal["stop", "length"] = "length" if cut and not self.speech.stopped else "stop"
-            self.job.end(Done(self.number, reason, len(self.ids), self.reused))
+            self.job.end(Done(self.number, reason, len(self.ids), self.reused, tuple(self.ids)))
         return ended or cut

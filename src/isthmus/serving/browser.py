@@ -11,9 +11,9 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from isthmus import cards
 from isthmus.evaluation.gap import states
 from isthmus.model import VLM
+from isthmus.serving.facts import facts
 from isthmus.serving.refusals import Refusal, invalid
 from isthmus.types import ConfigError, Turn
 
@@ -55,25 +55,6 @@ def _file(name: str) -> Response:
 @cache
 def _read(name: str) -> bytes:
     return (files("isthmus.serving") / "page" / name).read_bytes()
-
-
-def facts(model: VLM) -> dict[str, str]:
-    """Of what the model is made, as a reader would ask; where its parts lie on the server's disk is not told."""
-    named = {kind: cards.called(model.config.encoder(kind).source) for kind in model.config.encoders}
-    encoders = list(named.values()) if len(named) == 1 else [f"{kind}: {name}" for kind, name in named.items()]
-    parameters = sum(each.numel() for each in model.parameters())
-    joint = sum(each.numel() for each in model.connectors.parameters())
-    return {
-        "Language model": cards.called(model.config.llm["config"]["source"]),
-        "Encoder": ", ".join(encoders) or "none",
-        "Joint": model.aligner.name,
-        "Parameters": f"{_millions(parameters)}, of which {_millions(joint)} join the two",
-    }
-
-
-def _millions(count: int) -> str:
-    """Two digits or more."""
-    return f"{count / 1e6:,.0f} M" if count >= 1e7 else f"{count / 1e6:.2g} M" if count >= 1e5 else f"{count:,}"
 
 
 def has_maps(model: VLM) -> bool:

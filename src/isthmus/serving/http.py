@@ -130,7 +130,8 @@ class Server:
         self.metrics.first_token.observe(time.monotonic() - began)
         tools = [tool["name"] for tool in asked.offered]
         tokenizer = self.engine.model.processor.tokenizer
-        reply = replies.Reply(asked.model, len(prompt.ids), settings.n, tools, tokenizer, bool(asked.logprobs))
+        ids = prompt.ids if asked.return_token_ids else None
+        reply = replies.Reply(asked.model, len(prompt.ids), settings.n, tools, tokenizer, bool(asked.logprobs), ids)
         if asked.stream:
             usage = bool(asked.stream_options and asked.stream_options.include_usage)
             stream = self._stream(job, first, events, reply, usage, began, len(prompt.seen))

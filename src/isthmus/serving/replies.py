@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import secrets
 import time
@@ -16,6 +15,7 @@ from isthmus.serving import tools as toolbox
 from isthmus.serving.answers import Done, Piece
 from isthmus.serving.refusals import Refusal
 from isthmus.serving.sampling import Chosen
+from isthmus.serving.spelling import Spelling
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Growing:
     """One answer so far; `spelled` are its tokens with their log-probabilities, where these are told."""
 
     text: str = ""
+    ids: list[int] = field(default_factory=list)
     spelled: list[dict[str, Any]] = field(default_factory=list)
     done: Done | None = None
 
@@ -37,6 +38,7 @@ class Reply:
         tools: names of tools whose calls are looked for; where there are some, an answer is told when it is whole.
         tokenizer: spells tokens in log-probabilities.
         logprobs: whether they are told.
+        ids: the prompt's tokens where token ids are told, as vLLM tells them; else None.
     """
 
     def __init__(
@@ -47,10 +49,11 @@ class Reply:
         tools: Sequence[str],
         tokenizer: PreTrainedTokenizerBase,
         logprobs: bool,
+        ids: Sequence[int] | None = None,
     ):
         self.id, self.created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
         self.model, self.prompt_tokens, self.tools = model, prompt_tokens, list(tools)
-        self.tokenizer, self.logprobs = tokenizer, logprobs
+        self.spelling, self.logprobs, self.ids = Spelling(tokenizer), logprobs, ids
         self.answers = [Growing() for _ in range(n)]
 
     @property
@@ -67,10 +70,12 @@ class Reply:
         answer = self.answers[event.index]
         if isinstance(event, Piece):
             answer.text += event.text
+            ids = [chosen.token for chosen in event.chosen]
+            answer.ids += ids
             spelled = self._spell(event.chosen, begins=not answer.spelled)
             answer.spelled += spelled
             if not self.tools:
-                yield self._chunk(event.index, {"content": event.text}, None, spelled)
+                yield self._chunk(event.index, {"content": event.text}, None, spelled, ids)
             return
         answer.done = event
         message, reason = self._message(answer)
@@ -78,13 +83,13 @@ class Reply:
             delta = {"content": message["content"]} if message["content"] is not None else {}
             if calls := message.get("tool_calls"):
                 delta["tool_calls"] = [{"index": place, **call} for place, call in enumerate(calls)]
-            yield self._chunk(event.index, delta, None, answer.spelled)
-        yield self._chunk(event.index, {}, reason)
+            yield self._chunk(event.index, delta, None, answer.spelled, answer.ids)
+        yield self._chunk(event.index, {}, reason, ids=event.ids[len(answer.ids) :])
 
     def opening(self) -> Iterator[dict[str, Any]]:
         """The first chunk of each answer."""
         for index in range(len(self.answers)):
-            yield self._chunk(index, {"role": "assistant", "content": ""}, None)
+            yield self._chunk(index, {"role": "assistant", "content": ""}, None) | self._prompt_ids
 
     def closing(self) -> dict[str, Any]:
         """The chunk that tells the usage."""
@@ -96,8 +101,17 @@ class Reply:
         for index, answer in enumerate(self.answers):
             message, reason = self._message(answer)
             logprobs = self._logprobs(answer.spelled)
-            choices.append({"index": index, "message": message, "finish_reason": reason, "logprobs": logprobs})
-        return self._frame("chat.completion") | {"choices": choices, "usage": self.usage}
+            choice = {"index": index, "message": message, "finish_reason": reason, "logprobs": logprobs}
+            assert answer.done is not None
+            choices.append(choice | self._token_ids(answer.done.ids))
+        return self._frame("chat.completion") | {"choices": choices, "usage": self.usage} | self._prompt_ids
+
+    @property
+    def _prompt_ids(self) -> dict[str, Any]:
+        return {} if self.ids is None else {"prompt_token_ids": list(self.ids)}
+
+    def _token_ids(self, ids: Sequence[int]) -> dict[str, Any]:
+        return {} if self.ids is None else {"token_ids": list(ids)}
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -124,11 +138,16 @@ class Reply:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
     def _chunk(
-        self, index: int, delta: dict[str, Any], reason: str | None, spelled: Sequence[dict[str, Any]] = ()
+        self,
+        index: int,
+        delta: dict[str, Any],
+        reason: str | None,
+        spelled: Sequence[dict[str, Any]] = (),
+        ids: Sequence[int] = (),
     ) -> dict[str, Any]:
         logprobs = self._logprobs(spelled) if spelled else None
         choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
-        return self._frame("chat.completion.chunk") | {"choices": [choice]}
+        return self._frame("chat.completion.chunk") | {"choices": [choice | self._token_ids(ids)]}
 
     def _logprobs(self, spelled: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         return {"content": list(spelled), "refusal": None} if self.logprobs else None
@@ -139,26 +158,15 @@ class Reply:
             return []
         content = []
         for place, one in enumerate(chosen):
-            behind = [] if begins and not place else self._anchor
-            top = [self._spelled(*other, behind) for other in one.top]
-            content.append(self._spelled(one.token, one.logprob, behind) | {"top_logprobs": top})
+            first = begins and not place
+            top = [self._spelled(*other, first) for other in one.top]
+            content.append(self._spelled(one.token, one.logprob, first) | {"top_logprobs": top})
         return content
 
-    def _spelled(self, token: int, logprob: float | None, behind: list[int]) -> dict[str, Any]:
-        """A token as it reads behind another: SentencePiece drops the space of what begins a text."""
-        text = str(self.tokenizer.decode([*behind, token]))[len(str(self.tokenizer.decode(behind))) :]
-        whole = "\ufffd" not in text  # part of a character has no spelling of its own
+    def _spelled(self, token: int, logprob: float | None, first: bool) -> dict[str, Any]:
+        text, raw = self.spelling(token, first)
         value = None if logprob is None else max(logprob, -9999.0)
-        return {"token": text, "logprob": value, "bytes": list(text.encode()) if whole else None}
-
-    @functools.cached_property
-    def _anchor(self) -> list[int]:
-        """A token of plain letters, none that stands for a byte; nothing where there is none."""
-        for token in range(len(self.tokenizer)):
-            text = str(self.tokenizer.decode([token]))
-            if text.isascii() and text.isalpha() and str(self.tokenizer.convert_ids_to_tokens(token)).endswith(text):
-                return [token]
-        return []
+        return {"token": text, "logprob": value, "bytes": None if raw is None else list(raw)}
 
 
 def event(data: dict[str, Any]) -> bytes:
