@@ -28,7 +28,7 @@ FALLBACK = (
 """For a tokenizer without a chat template: Vicuna's `USER: … ASSISTANT: …` with the end token after each answer."""
 
 PATTERNS_KEPT = 256
-STEPS, LONGEST = 1 << 20, 1 << 20
+STEPS, LONGEST = 1 << 18, 1 << 20
 """Lines that a template may run through and characters that it may write, once filled."""
 REPAIR = "repair the tokenizer's chat template"
 SHORT, REMEMBERED = 64, 1 << 14
