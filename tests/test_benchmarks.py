@@ -74,6 +74,7 @@ def test_decoding_measures_both_linears_and_refuses_a_wrong_one(tmp_path, monkey
 # ---------------------------------------------------------------------------------------------- encoding
 
 
+@pytest.mark.slow
 def test_encoding_measures_every_way(tmp_path, embedded):
     encoding = importlib.import_module("encoding")
     assert encoding.main(["--tiny", "--repeats", "1", "--json", str(tmp_path / "e.json")]) == 0

@@ -542,6 +542,7 @@ def use(path: Path, count: int) -> int:
     return peak
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     small, large = (use(many(tmp_path / f"{count}.jsonl", count), count) for count in (1_000, 10_000))
     assert large - small < 10_000 * 8  # less than one number for each, though all of them were just read through

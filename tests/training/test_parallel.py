@@ -72,7 +72,10 @@ def same(one: Path, other: Path, tolerance: float = 1e-6) -> None:
         torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda text, n=name: n + text)
 
 
-@pytest.mark.parametrize("engine, accumulate", [("ddp", 2), ("fsdp", 2), ("fsdp, frozen parts whole", 1)])
+@pytest.mark.parametrize(
+    "engine, accumulate",
+    [("ddp", 2), ("fsdp", 2), pytest.param("fsdp, frozen parts whole", 1, marks=pytest.mark.slow)],
+)
 def test_two_processes_equal_one(recipe: Recipe, tmp_path: Path, engine: str, accumulate: int) -> None:
     one = alone(recipe, stage(), tmp_path / "one", steps=4)
     made = stage(accumulate=accumulate)
