@@ -82,6 +82,7 @@ TEMPLATES = {
     "namespace": "{{ namespace.__init__.__globals__ }}",
     "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{{ messages[0].content }}",
     "recursion": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(99) }}",
+    "depth": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "long": "{% for a in range(9999) %}" + 16 * "0123456789abcdef" + "{% endfor %}{{ messages[0].content }}",
 }
 

@@ -21,7 +21,7 @@ def of(jinja: str) -> Template:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("loops", "steps"), ("recursion", "steps"), ("long", "characters")], ids=str
+    ("name", "words"), [("loops", "steps"), ("recursion", "steps"), ("depth", "steps"), ("long", "characters")], ids=str
 )
 def test_a_template_that_takes_or_writes_too_much_is_refused_in_a_line(name, words, monkeypatch):
     monkeypatch.setattr(template, "STEPS", 100_000 if words == "steps" else template.STEPS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 from isthmus.comparing.outcome import Cell, Cost, Line, Outcome
@@ -171,19 +170,25 @@ def _rates(outcome: Outcome) -> Iterator[str]:
             f"Trials of the learning rates of {_list([*short])} had {max(short.values())} steps or fewer in their last "
             "stage, which hardly tells rates apart. Lengthen them with --share or --budget."
         )
-    for name, rates in outcome.rates.items():
-        ended = [run.validation for run in outcome.runs if run.name == name and run.validation is not None]
-        apart = sum(loss > APART * (rates.losses[rates.chosen] or math.inf) for loss in ended)
-        if apart:
+    apart = {name: _apart(outcome, name) for name in outcome.rates}
+    for name, (count, ended) in apart.items():
+        if count:
             yield (
-                f"{apart} of {len(ended)} runs of {name} came apart: they ended far above the trial of their learning "
-                "rate, which is too high for a whole run. Compare again with lower factors in --grid."
+                f"{count} of {ended} runs of {name} came apart, ending far above the trial of the learning rate, which "
+                "is too high for a whole run. Compare again with lower factors in --grid."
             )
-    if edge := [name for name, rates in outcome.rates.items() if rates.at_edge]:
+    if edge := [name for name, rates in outcome.rates.items() if rates.at_edge and not apart[name][0]]:
         yield (
             f"The best learning rates of {_list(edge)} lie at the edge of what was tried: beyond it may be better "
             "ones. Widen --grid."
         )
+
+
+def _apart(outcome: Outcome, name: str) -> tuple[int, int]:
+    """How many of a joint's runs came apart, of how many that tell a validation loss."""
+    trial = outcome.rates[name].losses[outcome.rates[name].chosen]
+    ended = [run.validation for run in outcome.runs if run.name == name and run.validation is not None]
+    return sum(trial is not None and loss > APART * trial for loss in ended), len(ended)
 
 
 def _mismatch(outcome: Outcome) -> list[str]:

@@ -127,8 +127,10 @@ class Rates:
 
     @property
     def at_edge(self) -> bool:
-        """Whether a factor beyond those tried might be better still."""
-        return len(self.losses) > 1 and not self.alike and self.chosen in (min(self.losses), max(self.losses))
+        """Whether a factor beyond those tried might be better still: the chosen, outermost, has the lowest loss."""
+        outermost = len(self.losses) > 1 and self.chosen in (min(self.losses), max(self.losses))
+        lowest = min((loss for loss in self.losses.values() if loss is not None), default=None)
+        return outermost and not self.alike and self.losses[self.chosen] == lowest
 
 
 @dataclass(frozen=True)

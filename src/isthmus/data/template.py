@@ -142,7 +142,7 @@ class Template:
                 text = self._tokenizer.apply_chat_template(
                     messages, chat_template=self.jinja, tokenize=False, add_generation_prompt=prompt
                 )
-        except _Endless:
+        except (_Endless, RecursionError):
             raise ConfigError(f"the chat template takes more than {STEPS} steps", REPAIR) from None
         except TemplateError as error:
             cause = str(error).splitlines()[0]
