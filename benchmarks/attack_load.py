@@ -19,7 +19,6 @@ import numpy as np
 from PIL import Image as Pillow
 
 from attacked import KEY, NAME, Target, at_once, data_url, shown, target, user
-from isthmus.serving.http import INTAKE
 
 CLIENTS = 64
 TOKENS = 12
@@ -152,10 +151,7 @@ def leaving(model: Path, options: argparse.Namespace) -> dict[str, Any]:
         talk = _endless(server)
         for _ in range(40):
             server.ask(talk)
-        _all_looking(server, talk)
-        for way in (MIDWAY, *WAYS):
-            _abandon(server, way, 40, talk)
-        _settled(server)
+        warming = _warmed(server, talk)
         before, done = _state(server), len(server.logged("steps"))
         midway = _midway(server, count, talk)
         for way in WAYS:
@@ -178,6 +174,7 @@ def leaving(model: Path, options: argparse.Namespace) -> dict[str, Any]:
         "freed_midway": midway,
         "steps_until_free": Counter(map(str, steps)),
         "seconds_until_idle": freed,
+        "threads_warming_up": warming,
         "before": before,
         "after": after,
         "slow_sockets": sockets,
@@ -194,13 +191,22 @@ def _endless(server: Target) -> list[dict[str, Any]]:
     raise SystemExit("every answer of this model ends by itself")
 
 
-def _all_looking(server: Target, talk: list[dict[str, Any]]) -> None:
-    """Ask until all threads that look at requests run: they start one by one, when they are first needed."""
-    most = server.threads + INTAKE - 1
-    for _ in range(50):
-        at_once(2 * INTAKE, lambda number: server.ask(talk))
-        if server.threads >= most:
+def _warmed(server: Target, talk: list[dict[str, Any]], rounds: int = 8) -> list[int]:
+    """Rounds of everything that follows, until one starts no thread; how many threads there are after each.
+
+    The threads that look at requests begin one by one, when they are first needed, and each brings those of its matrix
+    products along when it first has one. What starts a thread for every client that leaves does so in every round.
+    """
+    counts = [server.threads]
+    for _ in range(rounds):
+        at_once(50, lambda number: server.ask(talk))
+        for way in (MIDWAY, *WAYS):
+            _abandon(server, way, 50, talk)
+        _settled(server)
+        counts.append(server.threads)
+        if counts[-1] <= counts[-2]:
             break
+    return counts
 
 
 def _midway(server: Target, count: int, talk: list[dict[str, Any]]) -> int:

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from html import escape
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -197,23 +198,94 @@ def is_clear(each: Gap) -> bool:
     return low > 0 or high < 0
 
 
-def tables(cases: Sequence[Mapping[str, Any]]) -> str:
-    """Levels, and below them the gaps to the first cell; in bold those whose interval leaves zero out."""
+def tables(cases: Sequence[Mapping[str, Any]], labels: Sequence[str] | None = None) -> str:
+    """Levels, and below them the gaps to the first cell, in bold those whose interval leaves zero out; of all rows, or
+    of those with these labels."""
     if not cases:
         return "Nothing is finished yet."
-    header = ["setting", *cases[0]["levels"]]
-    told = [harness.table(header, [[case["cell"], *map(_interval, case["levels"].values())] for case in cases])]
+    labels = tuple(labels if labels is not None else cases[0]["levels"])
+    levels = [[case["cell"], *(_interval(case["levels"][label]) for label in labels)] for case in cases]
+    told = [harness.table(["setting", *labels], levels)]
+    gaps = [(case["cell"], [case["gaps"][label] for label in labels]) for case in cases if case["gaps"]]
     apart = [
-        [case["cell"], *(f"**{_interval(each)}**" if is_clear(each) else _interval(each) for each in gaps.values())]
-        for case in cases
-        if (gaps := case["gaps"])
+        [cell, *(f"**{_interval(each)}**" if is_clear(each) else _interval(each) for each in some)]
+        for cell, some in gaps
     ]
-    return "\n\n".join([*told, harness.table([f"minus {cases[0]['cell']}", *header[1:]], apart)] if apart else told)
+    return "\n\n".join([*told, harness.table([f"minus {cases[0]['cell']}", *labels], apart)] if apart else told)
 
 
 def _interval(each: Level | Gap) -> str:
     low, high = each.ends
     return f"{each.value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+# ---------------------------------------------------------------------------------------------- the picture
+
+LEFT, PANEL, ROW, TOP = 250, 150, 24, 64
+"""Pixels: width of names, of a panel, height of a row, and what is above the first."""
+STYLE = """text{font:13px system-ui,sans-serif;fill:#24292f}.small{font-size:11px;fill:#57606a}.group{font-weight:600}
+line{stroke:#8c959f;stroke-width:1.6}circle{fill:#8c959f}.zero{stroke:#8c959f;stroke-width:1;stroke-dasharray:3 3}
+.better line{stroke:#0969da}.better circle{fill:#0969da}.worse line{stroke:#bc4c00}.worse circle{fill:#bc4c00}
+@media(prefers-color-scheme:dark){text{fill:#e6edf3}.small{fill:#9198a1}.better line{stroke:#58a6ff}
+.better circle{fill:#58a6ff}.worse line{stroke:#f0883e}.worse circle{fill:#f0883e}}"""
+
+
+def forest(groups: Mapping[str, Sequence[Mapping[str, Any]]], labels: Sequence[str]) -> str:
+    """Every gap with its interval as an SVG, a panel per label, right of the dashed line what is better than a group's
+    first cell; blue and orange are those whose interval leaves zero out."""
+    shown = {group: [case for case in cases if case["gaps"]] for group, cases in groups.items()}
+    shown = {group: cases for group, cases in shown.items() if cases}
+    labels = [label for label in labels if all(label in case["gaps"] for cases in shown.values() for case in cases)]
+    reach = {
+        label: max(abs(end) for cases in shown.values() for case in cases for end in case["gaps"][label].ends) or 1.0
+        for label in labels
+    }
+    drawn, y = [], TOP
+    for group, cases in shown.items():
+        drawn.append(
+            f'<text class="group" x="8" y="{y + 4}">{escape(group)}, minus {escape(groups[group][0]["cell"])}</text>'
+        )
+        y += ROW
+        for case in cases:
+            drawn.append(f'<text x="20" y="{y + 4}">{escape(case["cell"])}</text>')
+            drawn += [_whisker(case["gaps"][label], label, reach[label], at, y) for at, label in enumerate(labels)]
+            y += ROW
+    for at, label in enumerate(labels):
+        middle = _middle(at)
+        drawn.append(f'<line class="zero" x1="{middle}" x2="{middle}" y1="{TOP - 12}" y2="{y - 10}"/>')
+        name, _, rest = label.partition(", ")
+        for row, words in enumerate((name, rest)):
+            drawn.append(
+                f'<text class="small" text-anchor="middle" x="{middle}" y="{20 + 14 * row}">{escape(words)}</text>'
+            )
+        for side in (-1, 1):
+            sign = "−" if (side < 0) != label.endswith(NATS) else "+"
+            place = middle + side * (PANEL / 2 - 24)
+            drawn.append(
+                f'<text class="small" text-anchor="middle" x="{place}" y="{y + 4}">{sign}{reach[label]:.2g}</text>'
+            )
+    width, height = LEFT + PANEL * len(labels), y + 14
+    told = f"Differences with 95 % intervals in {len(labels)} measures; the tables on the page have the numbers"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" role="img" '
+        f'aria-label="{told}"><style>{STYLE}</style>{"".join(drawn)}</svg>\n'
+    )
+
+
+def _middle(panel: int) -> float:
+    return LEFT + PANEL * (panel + 0.5)
+
+
+def _whisker(each: Gap, label: str, reach: float, panel: int, y: float) -> str:
+    """A gap as a point on a line, with what is better to the right."""
+    sign = -1 if label.endswith(NATS) else 1
+    scale = sign * (PANEL / 2 - 8) / reach
+    x, low, high = (_middle(panel) + scale * value for value in (each.value, *each.ends))
+    kind = ("better" if sign * each.value > 0 else "worse") if is_clear(each) else "open"
+    return (
+        f'<g class="{kind}"><line x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}"/>'
+        f'<circle cx="{x:.1f}" cy="{y}" r="3.5"/></g>'
+    )
 
 
 def verdict(cases: Sequence[Mapping[str, Any]], besides: Collection[str] = ()) -> str:

@@ -225,6 +225,11 @@ def _collect(experiment: str, options: argparse.Namespace) -> list[dict[str, Any
     return effects.compare(found, next(iter(EXPERIMENTS[experiment].cells)))
 
 
+def picture(experiment: str) -> Path:
+    """Where the drawing of an experiment lies."""
+    return PAGE.with_name(f"lion_{experiment}.svg")
+
+
 def page(result: Mapping[str, Any], found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """The page of the results."""
     sections = []
@@ -233,7 +238,15 @@ def page(result: Mapping[str, Any], found: Mapping[str, Sequence[Mapping[str, An
         lacking = [cell for cell in trial.cells if cell not in done]
         left = f"Not trained for all seeds yet: {', '.join(lacking)}." if lacking else ""
         told = effects.tables(cases) if cases else ""
-        parts = [f"## {name.capitalize()}", trial.asks, told, effects.verdict(cases), left]
+        seen = f"![Differences from “{next(iter(trial.cells))}”, with their intervals]({picture(name).name})"
+        parts = [
+            f"## {name.capitalize()}",
+            trial.asks,
+            seen if len(done) > 1 else "",
+            told,
+            effects.verdict(cases),
+            left,
+        ]
         sections.append("\n\n".join(part for part in parts if part))
     told = "\n\n".join(sections)
     return f"""# What LION's parts do
@@ -291,6 +304,8 @@ def _report(result: Mapping[str, Any], options: argparse.Namespace) -> int:
     if options.write:
         PAGE.parent.mkdir(parents=True, exist_ok=True)
         PAGE.write_text(page(result, found), encoding="utf-8")
+        for name, cases in ((name, cases) for name, cases in found.items() if len(cases) > 1):
+            picture(name).write_text(effects.forest({EXPERIMENTS[name].asks: cases}, tuple(cases[0]["levels"])))
         print(PAGE)
     return int(any(_left(name, cases, options) for name, cases in found.items()))
 

@@ -1,12 +1,17 @@
 """LLaVA against VDEP in its settings: equal steps, several seeds, each paired with its own seed's LLaVA.
 
-    python benchmarks/vdep_ablation.py [--quick] [--steps 300] [--seeds 0 1 2] [--settings LLaVA VDEP ...] [--write]
+    python benchmarks/vdep_ablation.py [--quick] [--steps 240] [--seeds 0 1 2] [--settings LLaVA VDEP ...] [--write]
         [--minutes M] [--jobs 2]
 
 Stages before the last one are the same in all settings; each seed trains them once, into `runs/vdep/`. An interrupted
 run goes on, and a finished one is not done again. Whatever is finished is collected; `--collect` does nothing else,
-and `--write` turns the figures into `docs/results/vdep.md`. `--quick` is for twenty minutes on two cores: fewer tokens,
-steps, pictures and settings, and a smaller mix of questions. How settings are compared is said in `effects`.
+and `--write` turns the figures into `docs/results/vdep.md` and the picture beside it. `--quick` has fewer tokens, steps
+and pictures: on two cores some two minutes a setting and seed. How settings are compared is said in `effects`.
+
+What is learnt are questions about coloured shapes, where things are in drawn scenes, and what scenes show: fewer kinds
+than other recipes have, so that few steps suffice for LLaVA to read its pictures. `few captions` are settings in which
+a tenth of the pictures come with words, in the stages before, too; `bare pictures` adds all of them without a word, in
+every second sample of the last stage, so that the number of steps and of samples in each is the same.
 """
 
 from __future__ import annotations
@@ -14,31 +19,62 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import effects
 import harness
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "LLaVA": {"alpha": 0},
-    "VDEP": {},
-    "shift 0": {"shift": 0},
-    "alpha 1": {"alpha": 1.0},
-    "ratio 1": {"ratio": 1.0},
-    "attached": {"detach": False, "distance": "cosine"},
-    "alpha 0.01": {"alpha": 0.01},
-    "ratio 0.25": {"ratio": 0.25},
-    "by batch": {"mix_by": "batch"},
-    "pictures alone": {"text": False},
-    "cosine": {"distance": "cosine"},
-    "before the norm": {"layer": "before"},
+FEW = 0.1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What differs from the recipe `vdep`, and what is learnt from."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    share: float = 1.0
+    """Of the pictures, that come with words."""
+    bare: bool = False
+    """Whether every second sample of the last stage is any of the pictures without words."""
+
+    @property
+    def shared(self) -> str:
+        """Where the stages before lie, for all settings that have them in common."""
+        return "shared" if self.share == 1 else f"shared-{self.share:g}"
+
+
+TERM = {
+    "LLaVA": Setting({"alpha": 0}),
+    "VDEP": Setting(),
+    "alpha 1": Setting({"alpha": 1.0}),
+    "ratio 1": Setting({"ratio": 1.0}),
+    "alpha 0.01": Setting({"alpha": 0.01}),
+    "ratio 0.25": Setting({"ratio": 0.25}),
+    "shift 0": Setting({"shift": 0}),
+    "cosine": Setting({"distance": "cosine"}),
+    "by batch": Setting({"mix_by": "batch"}),
+    "before the norm": Setting({"layer": "before"}),
+    "attached": Setting({"detach": False, "distance": "cosine"}),
+    "pictures alone": Setting({"text": False}),
 }
 """What each differs in from the recipe `vdep`, the first ones first; alpha 0 is LLaVA."""
-TASKS = ("easy-vqa", "presence", "relation", "caption")
+BARE = {
+    "LLaVA, few captions": Setting({"alpha": 0}, FEW),
+    "VDEP, few captions": Setting({}, FEW),
+    "VDEP, few captions and bare pictures": Setting({}, FEW, bare=True),
+}
+GROUPS = {
+    "Ratio, weight and what else the paper leaves open": TERM,
+    "Pictures without words beside few with them": BARE,
+}
+"""What is compared, each with the first of its group."""
+SETTINGS = TERM | BARE
+TASKS = ("easy-vqa", "relation", "caption")
 PAGE = Path(__file__).resolve().parent.parent / "docs/results/vdep.md"
 LOOK = 64
-"""Held-out pictures that the image term is measured on."""
+"""Held-out pictures that the image term and the gap are measured on."""
 WORDS = {
     "next": "next vector",
     "copied": "next vector, copied",
@@ -47,34 +83,38 @@ WORDS = {
     "rank": "their effective rank",
 }
 """How figures of the image term are called in the tables."""
+DISTANCES = tuple(f"{where}, {when}" for where in ("input", "last layer") for when in ("before", "after"))
+"""How the distances between the centres of pictures' and words' states are called."""
+BESIDES = (*WORDS.values(), *DISTANCES)
 NUMBERS = ("steps", "warm", "align", "pool", "pictures", "batch", "items")
 """Options that a figure depends on."""
 QUICK: dict[str, Any] = {
     "steps": 60,
     "warm": 150,
-    "align": 10,
+    "align": 5,
     "pool": 5,
     "pictures": 600,
-    "batch": 4,
+    "items": 150,
     "seeds": [0, 1, 2, 3],
-    "settings": ["LLaVA", "VDEP", "alpha 1", "shift 0"],
     "jobs": 2,
     "out": Path("runs/vdep-quick"),
 }
 """What `--quick` changes."""
 
 
-def stages(seed: int, setting: str, options: argparse.Namespace) -> tuple[Any, Any]:
-    """The recipe of the stages that all share, and that of a setting's own last stage."""
+def stages(seed: int, name: str, options: argparse.Namespace) -> tuple[Any, Any]:
+    """The recipe of the stages that all settings like this one share, and that of its own last stage."""
     from isthmus.config import Budget
     from isthmus.recipes.vdep import vdep
 
-    pooled = [f"aligner.options.pool={options.pool}"]
-    shared, recipe = (vdep(**told).but(seed=seed).override(pooled) for told in (SETTINGS["LLaVA"], SETTINGS[setting]))
+    setting = SETTINGS[name]
+    changes = [f"aligner.options.pool={options.pool}", "dtype=bfloat16"]
+    before, recipe = (vdep(**told).but(seed=seed).override(changes) for told in ({"alpha": 0}, setting.options))
+    count = round(setting.share * options.pictures)
     steps = {"warm": options.warm, "align": options.align, "sft": options.steps}
     told = [
         stage.but(
-            data=[smaller(source, options.pictures) for source in stage.data],
+            data=[smaller(each, count) for each in stage.data] if stage.name == "warm" else sources(count),
             batch_size=stage.batch_size if stage.name == "warm" else options.batch,
             budget=Budget(steps=steps[stage.name]),
             evaluate_every=None,
@@ -82,7 +122,29 @@ def stages(seed: int, setting: str, options: argparse.Namespace) -> tuple[Any, A
         )
         for stage in recipe.stages
     ]
-    return shared.but(stages=tuple(told[:-1])), recipe.but(stages=(told[-1],))
+    if setting.bare:
+        told[-1] = told[-1].but(data=[*told[-1].data, bare(options.pictures, weight=2.0)])
+    return before.but(stages=tuple(told[:-1])), recipe.but(stages=(told[-1],))
+
+
+def sources(count: int) -> list[Any]:
+    """So many pictures of shapes and of scenes each, with what is asked of them."""
+    from isthmus.config import Source
+
+    asked = {"kinds": ["relation", "caption"], "together": True, "count": count}
+    return [
+        Source(name="easy-vqa", limit=count, options={"together": True}),
+        Source(name="scenes", options=asked),
+    ]
+
+
+def bare(count: int, weight: float) -> Any:
+    """So many pictures of each source, without a word."""
+    from isthmus.config import Source
+
+    scenes = {"name": "scenes", "options": {"kinds": ["caption"], "count": count}}
+    shapes = {"name": "easy-vqa", "limit": count, "options": {"kinds": ["caption"]}}
+    return Source(name="pictures", weight=weight, options={"of": [shapes, scenes]})
 
 
 def smaller(source: Any, pictures: int) -> Any:
@@ -92,7 +154,7 @@ def smaller(source: Any, pictures: int) -> Any:
     return source.but(options={**source.options, "count": min(source.options["count"], pictures)})
 
 
-def run(seed: int, setting: str, options: argparse.Namespace) -> None:
+def run(seed: int, name: str, options: argparse.Namespace) -> None:
     """Train and measure one setting, in this process."""
     import torch
     from rich.console import Console
@@ -103,22 +165,33 @@ def run(seed: int, setting: str, options: argparse.Namespace) -> None:
     from isthmus.experiment import pictures
     from isthmus.training.run import Run
 
-    shared, own = stages(seed, setting, options)
-    first = Run(shared, options.out / f"seed-{seed}/shared", torch.device("cpu"), Console())
+    shared, own = stages(seed, name, options)
+    first = Run(shared, options.out / f"seed-{seed}" / SETTINGS[name].shared, torch.device("cpu"), Console())
     newborn = first.newborn()
     look = first.look(newborn)
     begun = first.train(newborn, look)
-    folder = where(seed, setting, options).parent
+    folder = where(seed, name, options).parent
     last = Run(own, folder, torch.device("cpu"), Console())
     trained = last.train(begun, look) if begun is not None else None
     if trained is None:
         raise SystemExit(130)
-    built = build([TaskConfig(name=name, limit=options.items, controls=()) for name in TASKS], seed=0)
+    built = build([TaskConfig(name=task, limit=options.items, controls=()) for task in TASKS], seed=0)
     last.fill(look, pictures(task for task, _ in built))
+    before = distances(load(first.model_of(shared.stages[-1]), first.dtype), "before", look)
     model = load(last.model_of(own.stages[0]), last.dtype)
     measured = measure(model, built, 0, folder / "predictions", look=look, settings={"weights": own.fingerprint()})
-    rows = effects.outcomes(measured) | image_term(model, look, last.dtype)
+    rows = effects.outcomes(measured) | image_term(model, look, last.dtype) | before | distances(model, "after", look)
     effects.keep(folder / "figures.json", rows, asked(options), fingerprint=own.fingerprint(), dtype=str(last.dtype))
+
+
+def distances(model: Any, when: str, look: Any) -> effects.Rows:
+    """Between the centres of pictures' and of their captions' states, at the LLM's input and behind its last layer."""
+    from isthmus.evaluation.gap import states
+    from isthmus.evaluation.gap.measures import modality_gap
+
+    seen = states.see(model, states.pairs("scenes", LOOK), keep=1, look=look)
+    found = [modality_gap(seen.image_ND[layer], seen.words_ND[layer]).gap for layer in (0, -1)]
+    return {f"{place}, {when}": effects.alone(value) for place, value in zip(("input", "last layer"), found)}
 
 
 def image_term(model: Any, look: Any, dtype: Any) -> effects.Rows:
@@ -143,8 +216,9 @@ def image_term(model: Any, look: Any, dtype: Any) -> effects.Rows:
     return {WORDS[name]: effects.alone(value) for name, value in found.items()}
 
 
-def where(seed: int, setting: str, options: argparse.Namespace) -> Path:
-    return options.out / f"seed-{seed}" / setting.replace(" ", "-").lower() / "figures.json"
+def where(seed: int, name: str, options: argparse.Namespace) -> Path:
+    folder = name.replace(",", "").replace(" ", "-").lower()
+    return options.out / f"seed-{seed}" / folder / "figures.json"
 
 
 def asked(options: argparse.Namespace) -> dict[str, Any]:
@@ -154,52 +228,74 @@ def asked(options: argparse.Namespace) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- collecting
 
 
-def collect(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Per setting that all its seeds have finished: levels, and gaps to LLaVA of the same seed."""
+def collect(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """By group, per setting that all its seeds have finished: levels, and gaps to the first of the group."""
     found = {}
-    for setting in options.settings:
-        files = [where(seed, setting, options) for seed in options.seeds]
-        if all(file.is_file() for file in files):
-            found[setting] = [effects.read(file, asked(options)) for file in files]
-    return effects.compare(found, "LLaVA", WORDS.values())
+    for group, settings in GROUPS.items():
+        done = {}
+        for name in settings:
+            files = [where(seed, name, options) for seed in options.seeds]
+            if name in options.settings and all(file.is_file() for file in files):
+                done[name] = [effects.read(file, asked(options)) for file in files]
+        if done:
+            found[group] = effects.compare(done, next(iter(settings)), BESIDES)
+    return found
 
 
-def page(result: Mapping[str, Any], cases: Sequence[Mapping[str, Any]], left: Sequence[str]) -> str:
+def page(result: Mapping[str, Any], groups: Mapping[str, Sequence[Mapping[str, Any]]], left: Sequence[str]) -> str:
     """The page of the results."""
-    tasks = [name for name in cases[0]["levels"] if name not in WORDS.values()]
-    tried = len(tasks) * sum(bool(case["gaps"]) for case in cases)
     lacking = f"\nNot trained under all seeds: {', '.join(left)}.\n" if left else ""
     return f"""# VDEP against LLaVA
 
 Written by `python benchmarks/vdep_ablation.py --write`; do not edit it by hand. The numbers are in
 [`vdep_ablation.json`](../../benchmarks/results/vdep_ablation.json), what VDEP is in [its page](../systems/vdep.md).
 
-SmolLM2-135M and EfficientNet-Lite0, {result["pool"] ** 2} tokens per picture, at most {result["pictures"]} pictures of
-every source. All settings of a seed share the stages `warm` ({result["warm"]} steps of 128) and `align`
+SmolLM2-135M and EfficientNet-Lite0, {result["pool"] ** 2} tokens per picture, {result["pictures"]} pictures of
+shapes and as many of scenes. All settings of a seed share the stages `warm` ({result["warm"]} steps of 128) and `align`
 ({result["align"]} of {result["batch"]}); then come {result["steps"]} steps of {result["batch"]} samples of `sft`, with
 the term or without it. Seeds {", ".join(map(str, result["seeds"]))}; {result["items"]} items per task, the same ones.
+Where there are few captions, {FEW:.0%} of the pictures come with words, in all stages.
 
 In brackets is the wider of two intervals at 95 %: of Student's t over seeds, and of a bootstrap over seeds and items.
 Rows in nats are minus the log of the right answer's probability (for captions per token, for choices among them): less
-is better, and they tell small differences earlier than accuracies, which are the others.
+is better, and they tell small differences earlier than accuracies, which are the others. Differences are formed seed by
+seed, and are in bold where their interval leaves zero out; of many, one in twenty would be bold if nothing differed.
 
-The last columns are of {LOOK} held-out pictures, in the term's own unit (mean square of vectors of root mean square 1):
-how far states are from the next vector, how far the next vector is from the one before it (what copying would reach),
-how far states are from their own vector, and whether vectors collapse.
+![Differences from LLaVA with their intervals]({PAGE.with_suffix(".svg").name})
 
-## Levels, then differences from LLaVA of the same seed
+{chr(10).join(part(group, cases) for group, cases in groups.items())}
+## What the columns are
 
-In bold where the interval of a difference leaves zero out. {tried} differences of tasks are looked at; of so many, one
-in twenty would be bold if nothing differed at all.
-
-{effects.tables(cases)}
-
-## What can be told
-
-{effects.verdict(cases, WORDS.values())}
+Of {LOOK} held-out pictures, in the term's own unit (mean square of vectors of root mean square 1): how far states are
+from the next vector, how far the next vector is from the one before it (what copying would reach), how far states are
+from their own vector, and whether vectors collapse. Distances are those between the centres of pictures' states and of
+their captions', all of length 1, before `sft` and after it ([how](../gap.md)): 0 is the same centre, 2 the opposite.
 {lacking}
 {harness.in_words(result["machine"])}
 """
+
+
+def part(group: str, cases: Sequence[Mapping[str, Any]]) -> str:
+    """What one group says: tasks, then what the term does to vectors and states."""
+    tasks = tasks_of(cases)
+    return f"""## {group}
+
+{effects.tables(cases, tasks)}
+
+{effects.verdict(cases, BESIDES) or f"- Only {cases[0]['cell']} is finished."}
+
+### The term itself
+
+{effects.tables(cases, tuple(WORDS.values()))}
+
+### Distance between pictures and words
+
+{effects.tables(cases, DISTANCES)}
+"""
+
+
+def tasks_of(cases: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    return tuple(label for label in cases[0]["levels"] if label not in BESIDES)
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -207,12 +303,12 @@ in twenty would be bold if nothing differed at all.
 
 def main(arguments: list[str] | None = None) -> int:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--steps", type=int, default=300, help="of the last stage (300)")
+    made.add_argument("--steps", type=int, default=240, help="of the last stage (240)")
     made.add_argument("--warm", type=int, default=200, help="steps of the first stage (200)")
     made.add_argument("--align", type=int, default=20, help="steps of the second stage (20)")
     made.add_argument("--batch", type=int, default=7, help="samples per step of the second stage and the last (7)")
     made.add_argument("--pool", type=int, default=7, help="tokens of a picture's side (7)")
-    made.add_argument("--pictures", type=int, default=6000, help="of every source, at most (6000)")
+    made.add_argument("--pictures", type=int, default=1500, help="of shapes, and of scenes (1500)")
     made.add_argument("--items", type=int, default=200, help="per task (200)")
     made.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="all of them")
     effects.arguments(made, "runs/vdep")
@@ -223,20 +319,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 def cells(options: argparse.Namespace) -> Iterator[effects.Work]:
     """Setting by setting, all seeds of one before the next, so that whatever is finished can be compared."""
-    for setting in options.settings:
+    for name in options.settings:
         for seed in options.seeds:
-            yield where(seed, setting, options), lambda seed=seed, setting=setting: run(seed, setting, options)
+            yield where(seed, name, options), lambda seed=seed, name=name: run(seed, name, options)
 
 
 def report(result: Mapping[str, Any], options: argparse.Namespace) -> int:
     """Save and print what is finished; 1 where something is left to do."""
-    cases = collect(options)
-    left = [setting for setting in options.settings if setting not in [case["cell"] for case in cases]]
-    print(effects.tables(cases))
+    groups = collect(options)
+    cases = [case for some in groups.values() for case in some]
+    left = [name for name in options.settings if name not in [case["cell"] for case in cases]]
+    for group, some in groups.items():
+        print(f"\n{group}\n\n{effects.tables(some)}")
     print(harness.save("vdep_ablation", {**result, "cases": cases}, options))
     if options.write and cases:
         PAGE.parent.mkdir(parents=True, exist_ok=True)
-        PAGE.write_text(page(result, cases, left), encoding="utf-8")
+        PAGE.write_text(page(result, groups, left), encoding="utf-8")
+        PAGE.with_suffix(".svg").write_text(effects.forest(groups, tasks_of(cases)), encoding="utf-8")
         print(PAGE)
     return int(bool(left))
 

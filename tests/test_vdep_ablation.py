@@ -23,11 +23,15 @@ def ablation(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("vdep_ablation")
 
 
+def effects_besides() -> tuple[str, ...]:
+    return importlib.import_module("vdep_ablation").BESIDES
+
+
 def leave(effects: Any, folder: Path, setting: str, captions: list[float], presence: list[float]) -> None:
     for seed, (nll, right) in enumerate(zip(captions, presence)):
         at = folder / f"seed-{seed}" / setting
         at.mkdir(parents=True)
-        rows = {"Captions, nats": nll, "Presence": right, "next vector": 1.0}
+        rows = {"Captions, nats": nll, "Presence": right} | dict.fromkeys(effects_besides(), 1.0)
         effects.keep(at / "figures.json", {name: effects.alone(value) for name, value in rows.items()}, NUMBERS)
 
 
@@ -35,13 +39,19 @@ def test_differences_are_paired_and_judged_by_their_interval(ablation: Any, tmp_
     leave(ablation.effects, tmp_path, "llava", [1.0, 2.0, 3.0], [0.5, 0.6, 0.7])
     leave(ablation.effects, tmp_path, "vdep", [0.9, 1.9, 2.9], [0.6, 0.5, 0.7])  # seeds differ by ten times the effect
     leave(ablation.effects, tmp_path, "shift-0", [1.0, 2.0], [0.5, 0.5])  # not all seeds are finished
+    leave(ablation.effects, tmp_path, "llava-few-captions", [3.0, 3.0, 3.0], [0.5, 0.5, 0.5])
+    leave(ablation.effects, tmp_path, "vdep-few-captions", [2.0, 2.0, 2.0], [0.5, 0.5, 0.5])
     monkeypatch.setattr(ablation, "PAGE", tmp_path / "page.md")
     told = ["--collect", "--write", "--out", str(tmp_path), "--json", str(tmp_path / "a.json")]
     told += [part for name, value in NUMBERS.items() for part in (f"--{name}", str(value))]
-    told += ["--settings", "LLaVA", "VDEP", "shift 0"]
+    told += ["--settings", "LLaVA", "VDEP", "shift 0", "LLaVA, few captions", "VDEP, few captions"]
     assert ablation.main(told) == 1
     result = json.loads((tmp_path / "a.json").read_text())
-    assert [case["cell"] for case in result["cases"]] == ["LLaVA", "VDEP"]
+    assert [case["cell"] for case in result["cases"]] == [
+        *("LLaVA", "VDEP"),
+        *("LLaVA, few captions", "VDEP, few captions"),
+    ]
+    assert result["cases"][3]["gaps"]["Captions, nats"]["value"] == -1  # from the first of its own group
     gaps = result["cases"][1]["gaps"]
     captions, presence = gaps["Captions, nats"], gaps["Presence"]
     assert [captions["value"], captions["low"], captions["high"]] == pytest.approx([-0.1] * 3)
@@ -50,6 +60,8 @@ def test_differences_are_paired_and_judged_by_their_interval(ablation: Any, tmp_
     assert "- VDEP: better on Captions, nats" in page and "Not trained under all seeds: shift 0." in page
     assert "**-0.100 [-0.100, -0.100]**" in page and "0.000 [-0.248, 0.248]" in page and "**0.000" not in page
     assert result["cases"][0]["levels"]["Captions, nats"]["each"] == [1.0, 2.0, 3.0]
+    drawing = (tmp_path / "page.svg").read_text()
+    assert drawing.count('<g class="better">') == 2 and drawing.count('<g class="open">') == 2  # captions, presence
     with pytest.raises(SystemExit, match="was made with"):
         ablation.main([*told, "--items", "2"])
 
@@ -57,12 +69,16 @@ def test_differences_are_paired_and_judged_by_their_interval(ablation: Any, tmp_
 def test_settings_differ_from_the_recipe_in_what_they_say(ablation: Any) -> None:
     options = ablation.argparse.Namespace(pool=7, warm=1, align=1, steps=5, pictures=50, batch=3)
     shared = {setting: ablation.stages(0, setting, options) for setting in ablation.SETTINGS}
-    assert len({first.fingerprint() for first, _ in shared.values()}) == 1
+    groups = ablation.GROUPS.values()
+    assert all(len({shared[name][0].fingerprint() for name in settings}) == 1 for settings in groups)
     assert len({last.fingerprint() for _, last in shared.values()}) == len(ablation.SETTINGS)
     assert [term.name for term in shared["LLaVA"][1].stages[0].objectives] == ["lm"]
     assert all(last.stages[0].budget.steps == 5 and last.stages[0].batch_size == 3 for _, last in shared.values())
     sources = [source for legs in shared["VDEP"] for stage in legs.stages for source in stage.data]
     assert {source.limit or source.options["count"] for source in sources} == {50}
+    *few, pictures = shared["VDEP, few captions and bare pictures"][1].stages[0].data
+    assert {source.limit or source.options["count"] for source in few} == {5}
+    assert {source.get("limit") or source["options"]["count"] for source in pictures.options["of"]} == {50}
 
 
 def test_quick_changes_what_was_not_given_and_shares_seeds_out(ablation: Any, monkeypatch: Any, tmp_path: Path) -> None:
