@@ -47,11 +47,13 @@ WARMUP, BETAS, CLIP = 0.1, (0.9, 0.999), 1.0
 
 def prepare(job: dict[str, Any]) -> dict[str, Any]:
     """Write `theirs/`, `ours/`, the batches and the newborn adapter into the folder, weights equal in both forms."""
+    from isthmus import kernels_linear
     from isthmus.exporting import llava
 
     folder = Path(job["folder"])
     theirs, processor = build(job["size"])
     ours = llava.from_llava(theirs, processor, "benchmark")
+    kernels_linear.use_pytorch(ours)  # as theirs computes
     difference = llava.compare(ours, theirs)
     difference.require("the two forms of the model")
     theirs.save_pretrained(folder / "theirs")
