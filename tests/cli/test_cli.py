@@ -28,6 +28,13 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return 0
 
 
+def test_the_version_is_the_packages(monkeypatch, capsys):
+    from importlib.metadata import version
+
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"isthmus {version('isthmus')}\n"
+
+
 def test_the_demo_lasts_as_long_as_its_recipe_says():
     from isthmus.cli.train import demo
 

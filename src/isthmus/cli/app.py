@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
 from isthmus.cli import answer, compare, data, gap, house, measure, parity, plan, runs, serve, torture, train
 from isthmus.errors import IsthmusError
 
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"isthmus {version('isthmus')}")
+        raise typer.Exit
+
+
+def whole(
+    told: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version it is.")
+    ] = False,
+) -> None:
+    """Options that come before any verb."""
+
+
 app = typer.Typer(
+    callback=whole,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
