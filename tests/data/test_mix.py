@@ -155,6 +155,21 @@ def test_bucketing_pads_less_and_still_shuffles():
     assert batches("bucketed", seed=1)[0] != batches("bucketed", seed=2)[0]
 
 
+def test_every_bucketed_batch_has_its_share_of_what_nothing_is_said_of():
+    bare = lambda ref: ref[0] == 1  # noqa: E731  two draws of three are of the first set
+    lengths = lambda ref: 5 if bare(ref) else length(ref)  # noqa: E731
+    mixed = Batches(MIX, 8, "bucketed", lengths, bare=bare)
+    counts = [sum(map(bare, mixed[step])) for step in range(96)]
+    assert set(counts) == {2, 3} and sum(counts) == pytest.approx(8 / 3 * 96, abs=2)
+    assert all(len(mixed[step]) == 8 for step in range(96))
+    spread = [
+        max(found) - min(found) for step in range(96) if (found := [lengths(r) for r in mixed[step] if r[0] == 0])
+    ]
+    assert max(spread) < 60 < 199 - 60  # of 10 to 209: the others are still sorted
+    split = Batches(MIX, 8, "bucketed", lengths)
+    assert max(sum(map(bare, split[step])) for step in range(96)) == 8  # what it is for
+
+
 def test_padding_share_by_hand():
     lengths = {0: 10, 1: 30}
     pair = Batches(Mix([range(2)], [1], 0), 2, "bucketed", lambda ref: lengths[ref[1]], window=1)

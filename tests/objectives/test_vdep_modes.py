@@ -83,6 +83,17 @@ def test_any_number_of_processes_and_micro_batches_draws_the_same(batching: str)
     assert abs(sum(value < 0.5 for value in found[0].values()) - len(found[0]) / 2) < 1  # one may come twice in a step
 
 
+@pytest.mark.parametrize("batching", ["bucketed", "shuffled", "packed"])
+def test_pictures_without_words_are_in_every_batch_as_often_as_they_are_drawn(batching: str) -> None:
+    vlm = composed.model()
+    said = Fixed(SAMPLES[1].but(id=f"said {number}") for number in range(60))
+    bare = Fixed(Sample((Turn("user", (picture(4),)),), f"bare {number}") for number in range(40))
+    leg = stage(*with_term(), batching=batching, batch_size=4, max_length=150)
+    data = Data([said, bare], Mix([said, bare], [1.0, 1.0], 3))  # type: ignore[list-item]
+    feed = Feed(leg, data, vlm.processor.collator(bare=True), 3)
+    assert [sum(name.startswith("bare") for name in feed(step, 0).ids) for step in range(40)] == [2] * 40
+
+
 def each_sample(batch: Batch) -> list[float]:
     """What each sample of a batch drew, in order."""
     assert batch.draw_BT is not None

@@ -96,8 +96,9 @@ class Batches:
 
     Draws are planned in windows of at most `window` batches. A whole number of windows makes an epoch of the set that
     is through first: so an epoch shows every sample, and none stands beside itself because a window repeats it.
-    `bucketed` sorts a window by length, so that a batch pads little, and shuffles the order of its batches; `packed`
-    fills the rows of a step with its samples, whole ones. A sample of length 0 is left out. Which samples a step has
+    `bucketed` sorts a window by length, so that a batch pads little, and shuffles the order of its batches; samples of
+    which nothing is said are the shortest, so they are sorted for themselves and dealt out evenly. `packed` fills the
+    rows of a step with its samples, whole ones. A sample of length 0 is left out. Which samples a step has
     depends on neither ranks nor micro-batches.
 
     Args:
@@ -107,6 +108,7 @@ class Batches:
         max_length: tokens that a packed row holds.
         media: media of a sample, and `max_media` the number that a packed row holds.
         least: micro-batches that a rank's step is split into, `rows[micro::least]` each; every one has a row.
+        bare: whether nothing is said of a sample, so that only some terms of the loss learn from it.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class Batches:
         media: Callable[[Ref], int] = lambda ref: 0,
         max_media: int | None = None,
         least: int = 1,
+        bare: Callable[[Ref], bool] = lambda ref: False,
     ) -> None:
         if batch_size < world_size * least:
             raise ConfigError(
@@ -138,7 +141,7 @@ class Batches:
         self.window = len(self._steps(0))
         self.world_size, self.rank = world_size, rank
         self.max_length, self.max_media, self.least = max_length, max_media, least
-        self._length, self._media = length, media
+        self._length, self._media, self._bare = length, media, bare
         self._arrange = {"bucketed": self._bucketed, "shuffled": self._shuffled, "packed": self._packed}[batching]
         self._planned: dict[int, list[list[list[Ref]]]] = {}
 
@@ -207,7 +210,15 @@ class Batches:
 
     def _bucketed(self, refs: list[Ref], lengths: list[int], number: int) -> list[list[list[Ref]]]:
         order = sorted(range(len(refs)), key=lengths.__getitem__)
-        return self._shuffle(_deal([[refs[index]] for index in order], len(self._steps(number))), number)
+        bare = [[refs[index]] for index in order if self._bare(refs[index])]
+        said = [[refs[index]] for index in order if not self._bare(refs[index])]
+        steps = len(self._steps(number))
+        ends = [(len(refs) * k // steps, len(bare) * k // steps) for k in range(steps + 1)]
+        batches = [
+            [*bare[before:after], *said[start - before : end - after]]
+            for (start, before), (end, after) in zip(ends, ends[1:])
+        ]
+        return self._shuffle(batches, number)
 
     def _packed(self, refs: list[Ref], lengths: list[int], number: int) -> list[list[list[Ref]]]:
         least = self.world_size * self.least

@@ -123,6 +123,7 @@ class Feed:
             world_size=world.size,
             rank=world.rank,
             least=stage.accumulate,
+            bare=self._bare if unlabelled(stage.objectives) else lambda ref: False,
         )
 
     def __call__(self, step: int, micro: int) -> Batch:
@@ -140,6 +141,10 @@ class Feed:
     def _sample(self, ref: Ref, drawn: dict[Ref, float]) -> Sample:
         sample = self._data.sample(ref)
         return sample.but(meta={**sample.meta, "draw": drawn[ref]}) if drawn else sample
+
+    def _bare(self, ref: Ref) -> bool:
+        """Whether nothing is said of a sample."""
+        return all(turn.role != "assistant" for turn in self._data.sample(ref).turns)
 
     def _media(self, ref: Ref) -> int:
         """How many media a sample has, of which a packed row must hold all."""
