@@ -61,7 +61,7 @@ def _tagged(tags: str, percent: int) -> Cell:
 EXPERIMENTS = {
     "conflict": Experiment(
         "Do image-level and region-level tasks get in each other's way, and do adapters per kind cure it?",
-        ("presence", "counting", "relation", "rec", "reg"),
+        ("presence", "caption", "rec-nll", "reg"),
         {
             "one adapter": Cell({"tags": "none", "mixture": "none"}),
             "one per kind": Cell({"tags": "none", "mixture": "hard"}),
@@ -71,7 +71,7 @@ EXPERIMENTS = {
     ),
     "depth": Experiment(
         "Does the aggregator find places that the encoder's last layer has lost?",
-        ("rec", "reg"),
+        ("rec-nll", "reg"),
         {
             "last layer": Cell({"tags": "none", "aggregator": False}, ("region",)),
             "aggregator": Cell({"tags": "none"}, ("region",)),

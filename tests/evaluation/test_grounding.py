@@ -19,7 +19,7 @@ from isthmus.evaluation.score import Scorer
 from isthmus.evaluation.tasks import Choice, Cut, Item, run
 from isthmus.model import VLM
 from isthmus.speakers.local import Local
-from isthmus.types import Box, ConfigError, Grounding, Image, Sample, Turn
+from isthmus.types import IGNORE, Box, ConfigError, Grounding, Image, Sample, Turn
 
 BOX = (0.2, 0.4, 0.6, 0.8)
 
@@ -83,6 +83,20 @@ def test_rec_asks_for_what_is_there_once_and_the_answer_is_right(model: VLM, mon
     wrong = run(task, Scorer(model, reply=lambda prompts: [swapped[place[one.id]] for one in prompts], batch_size=3))
     expected = [overlap(truth(a), truth(b)) for a, b in zip(task.items, [*task.items[1:], task.items[0]])]
     assert [prediction.scores[0] for prediction in wrong] == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.parametrize("joint", ["shikra", "kosmos2"])
+def test_referring_scores_the_answer_as_the_model_learns_to_write_it(joint: str) -> None:
+    """A stage's own loss over the same questions: labels there are what the joint's template makes of the region."""
+    model = composed.model("llama", joint, aspect="pad")
+    task = named("rec-nll")(TaskConfig(name="rec-nll", limit=3), 0)
+    found = run(task, Scorer(model))
+    learnt = samples("refer", 3)
+    batch = model.processor.collator()(learnt)
+    assert [each.id for each in found] == [each.id for each in learnt]
+    written = [model.processor.tokenizer.decode(row[row != IGNORE]) for row in batch.labels_BT]
+    assert all(each.answer in text for each, text in zip(found, written))
+    assert all(each.right is None and each.scores[0] < 0 for each in found)
 
 
 def test_reg_chooses_among_ten_names_with_the_others_of_the_picture(model: VLM) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from isthmus.config import TaskConfig
 from isthmus.data.boxes import overlap
+from isthmus.evaluation.answers import Prediction
 from isthmus.evaluation.score import Scorer
-from isthmus.evaluation.tasks import Builder, Choice, Free, Item, of_scenes
-from isthmus.types import Box, Image, Sample
+from isthmus.evaluation.tasks import Advance, Builder, Choice, Free, Item, Likelihood, of_scenes
+from isthmus.types import Box, Image, Sample, Turn
 
 ENOUGH = 0.5
 """Intersection over union from which a region is right, as RefCOCO is scored."""
@@ -35,6 +37,25 @@ class Locate(Free):
         return None if reply is None else share >= ENOUGH, (share,)
 
 
+@dataclass(frozen=True)
+class Refer(Likelihood):
+    """How surprising the named thing with its region is, written as the model writes regions."""
+
+    def predict(self, scorer: Scorer, prompts: Sequence[Sample], advance: Advance | None) -> list[Prediction]:
+        spell = scorer.model.processor.regions.spell
+        answers = [
+            spell((*prompt.turns, Turn.say("assistant", _labelled(item))))[-1].text
+            for item, prompt in zip(self.items, prompts)
+        ]
+        items = tuple(replace(item, answer=answer) for item, answer in zip(self.items, answers))
+        return Likelihood.predict(replace(self, items=items), scorer, prompts, advance)
+
+
+def _labelled(item: Item) -> Box:
+    (name,) = (name for name, region in item.prompt.meta["boxes"] if region == item.prompt.meta["box"])
+    return Box(item.prompt.meta["box"], f"the {name}")
+
+
 def truth(item: Item) -> Box:
     """The region that an item asks for."""
     return Box(item.prompt.meta["box"])
@@ -45,9 +66,14 @@ def rec(task: TaskConfig, seed: int) -> Locate:
     return of_scenes(Locate, task, seed, "refer", f"Referring, IoU >= {ENOUGH}")
 
 
+def rec_nll(task: TaskConfig, seed: int) -> Refer:
+    """How surprising the answer to `rec` is: it tells models apart that do not hit regions yet."""
+    return of_scenes(Refer, task, seed, "refer", "Referring, NLL")
+
+
 def reg(task: TaskConfig, seed: int) -> Choice:
     """What is in a region, one of ten names; the others that are in the picture are among them."""
     return of_scenes(Choice, task, seed, "region", "Naming a region")
 
 
-TASKS: dict[str, Builder] = {"rec": rec, "reg": reg}
+TASKS: dict[str, Builder] = {"rec": rec, "rec-nll": rec_nll, "reg": reg}
