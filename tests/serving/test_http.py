@@ -105,6 +105,14 @@ def test_whole_and_streamed_answers_are_the_models_own(number, client, model):
     assert last.usage.prompt_tokens_details.cached_tokens > 0  # the same prompt was read a moment ago
 
 
+def test_no_thread_is_begun_for_a_stream(client):
+    before = set(threading.enumerate())
+    for _ in range(3):
+        assert list(ask(client, TALKS[0][0], stream=True))
+    begun = {thread.name for thread in set(threading.enumerate()) - before}
+    assert all(name.startswith("isthmus-intake") for name in begun)
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on this machine")
 def test_the_documents_curl_is_answered(served, client, tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()

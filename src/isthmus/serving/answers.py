@@ -92,6 +92,10 @@ class Job:
         """Nobody waits for the answer any more; its rows leave before the next step."""
         self.cancelled = True
 
+    async def let_go(self) -> None:
+        """`cancel`, for whom an event loop asks: it would give a plain function a thread of its own."""
+        self.cancel()
+
     def end(self, done: Done) -> None:
         """One answer has ended; with the last one the request is over."""
         self.ended += 1

@@ -139,7 +139,7 @@ class Server:
                 stream,
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-cache"},
-                background=BackgroundTask(job.cancel),  # a stream that nobody began to read has no end of its own
+                background=BackgroundTask(job.let_go),  # a stream that nobody began to read has no end of its own
             )
         try:
             await self._while_there(request, _collect(first, events, reply))
