@@ -305,7 +305,7 @@ def _report(result: Mapping[str, Any], options: argparse.Namespace) -> int:
         PAGE.parent.mkdir(parents=True, exist_ok=True)
         PAGE.write_text(page(result, found), encoding="utf-8")
         for name, cases in ((name, cases) for name, cases in found.items() if len(cases) > 1):
-            picture(name).write_text(effects.forest({EXPERIMENTS[name].asks: cases}, tuple(cases[0]["levels"])))
+            picture(name).write_text(effects.forest({name.capitalize(): cases}, tuple(cases[0]["levels"])))
         print(PAGE)
     return int(any(_left(name, cases, options) for name, cases in found.items()))
 

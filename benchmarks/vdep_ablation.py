@@ -58,6 +58,8 @@ TERM = {
     "before the norm": Setting({"layer": "before"}),
     "attached": Setting({"detach": False, "distance": "cosine"}),
     "pictures alone": Setting({"text": False}),
+    "smooth-l1": Setting({"distance": "smooth-l1"}),
+    "a middle layer": Setting({"layer": 20}),
 }
 """What each differs in from the recipe `vdep`, the first ones first; alpha 0 is LLaVA."""
 BARE = {
@@ -66,8 +68,8 @@ BARE = {
     "VDEP, few captions and bare pictures": Setting({}, FEW, bare=True),
 }
 GROUPS = {
-    "Ratio, weight and what else the paper leaves open": TERM,
-    "Pictures without words beside few with them": BARE,
+    "Settings of the term": TERM,
+    "Pictures without words": BARE,
 }
 """What is compared, each with the first of its group."""
 SETTINGS = TERM | BARE

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from isthmus.evaluation.answers import Prediction
+from isthmus.objectives import named
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
 NUMBERS = {"steps": 60, "warm": 5, "align": 5, "pool": 5, "pictures": 9, "batch": 4, "items": 1}
@@ -79,6 +80,16 @@ def test_settings_differ_from_the_recipe_in_what_they_say(ablation: Any) -> None
     *few, pictures = shared["VDEP, few captions and bare pictures"][1].stages[0].data
     assert {source.limit or source.options["count"] for source in few} == {5}
     assert {source.get("limit") or source["options"]["count"] for source in pictures.options["of"]} == {50}
+
+
+def test_what_the_paper_leaves_open_is_swept(ablation: Any) -> None:
+    options = ablation.argparse.Namespace(pool=7, warm=1, align=1, steps=5, pictures=50, batch=3)
+    given = [ablation.stages(0, setting, options)[1].stages[0].objectives for setting in ablation.TERM]
+    terms = [named(term.name, term.options) for objectives in given for term in objectives if term.name == "vdep"]
+    assert {term.options.distance for term in terms} == {"mse", "cosine", "smooth-l1"}
+    assert {term.options.layer for term in terms} == {"last", "before", 20}
+    for what, values in {"shift": {0, 1}, "detach": {True, False}, "mix_by": {"sample", "batch"}}.items():
+        assert {getattr(term.options, what) for term in terms} == values
 
 
 def test_quick_changes_what_was_not_given_and_shares_seeds_out(ablation: Any, monkeypatch: Any, tmp_path: Path) -> None:
