@@ -121,7 +121,8 @@ def prepare(joints: Sequence[Any], options: argparse.Namespace) -> None:
     import torch
     from rich.console import Console
 
-    from isthmus.comparing.compare import Place, common_of, operations, planned
+    from isthmus.comparing.checks import Place, operations
+    from isthmus.comparing.compare import common_of, planned
     from isthmus.comparing.plan import TRIAL_SEED
 
     told = settings(options)

@@ -225,7 +225,10 @@ def test_commands_parse(page):
         if words:  # a verb that is only mentioned has no arguments
             given = command.make_context(line, words).params
             if given.get("recipe") in BOOK:
-                BOOK[given["recipe"]]().override(given["overrides"] or [])
+                told = (given["more"] if verb == "plan" else given["overrides"]) or []
+                further = [word for word in told if verb == "plan" and "=" not in word]
+                for name in (given["recipe"], *further):
+                    BOOK[name]().override([word for word in told if word not in further])
 
 
 def test_the_parser_of_this_test_refuses_what_is_wrong():
@@ -287,7 +290,7 @@ def causes() -> set[str]:
     return found
 
 
-CAUSED = {"ConfigError", "DataError", "IsthmusError", "NotFinite", "NothingToLearn", "Wrong", "refuse"}
+CAUSED = {"ConfigError", "DataError", "IsthmusError", "NotFinite", "NothingToLearn", "Untraceable", "Wrong", "refuse"}
 """What is called with a cause; `refuse` of exports puts a reason behind it."""
 
 

@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 
 import composed
 import isthmus
-from isthmus import compose, planning, recipes
+from isthmus import compose, planning, recipes, sites
 from isthmus.cli.app import app
-from isthmus.comparing.budget import operations
-from isthmus.config import Recipe, Stage
+from isthmus.comparing.budget import Uncountable, operations
+from isthmus.config import Recipe, Stage, read
 from isthmus.costs import costs
-from isthmus.forecast import _mean, calibrate, forecast, kept, resident, was
+from isthmus.forecast import Untraceable, _mean, batches, calibrate, forecast, kept, resident, was
 from isthmus.forecast.batches import draw
 from isthmus.forecast.trace import Ledger, Trace, in_dtype, trace
 from isthmus.training import optimizer
@@ -160,6 +160,40 @@ def test_calls_are_timed_as_often_as_they_are_made():
     assert 5e7 < resident() < 1e11
 
 
+@pytest.mark.parametrize("parts", [("llm",), ("encoder",), ("llm", "encoder")])
+def test_packed_parts_compute_what_dense_ones_do_and_take_less_room(data, parts):
+    plain = staged(data, LORA).but(engine={"cache": False})  # the encoder runs in every step
+    packed = plain.override([f"{part}.bits=8" for part in parts])
+    (dense,), (small,) = (forecast(each, CPU, 0).stages for each in (plain, packed))
+    assert small.flops == dense.flops and small.trained == dense.trained
+    model, saved = planning.outline(plain), 0
+    for root in (model.llm if part == "llm" else model.encoders["image"] for part in parts):
+        heads = sites.heads(root)
+        for host in (each for each in sites.linears(root).values() if each not in heads):
+            saved += 3 * host.weight.numel() - 4 * len(host.weight)  # float32 to int8, with a scale per row
+    assert dense.memory["weights"] - small.memory["weights"] == saved > 0
+
+
+def test_a_step_that_cannot_be_traced_is_one_kind_of_error(data, monkeypatch):
+    recipe = staged(data, {"connectors.*": 1e-3}).but(name="mine")
+    for kernel in ("flex_attention", "flash_attention_2"):
+        told = recipe.override([f"llm.attention={kernel}"])
+        with pytest.raises(Untraceable, match=f"mine can be traced: {kernel}") as raised:
+            forecast(told, CPU, 0)
+        assert "llm.attention=isthmus" in raised.value.remedy
+        with pytest.raises(Uncountable, match="cannot be counted"):
+            operations(told)
+        assert costs(told) == costs(recipe) and planning.plan(told) == planning.plan(recipe)
+
+    def fails(*unused: Any) -> None:
+        raise KeyError("a number")
+
+    monkeypatch.setattr(batches, "probe", fails)  # of an encoder that needs numbers
+    with pytest.raises(Untraceable, match="without numbers: KeyError: 'a number'") as raised:
+        forecast(recipe, CPU, 0)
+    assert isinstance(raised.value.__cause__, KeyError)
+
+
 def test_what_the_formula_of_recompute_does_to_memory(data):
     plain, again = (forecast(staged(data, LORA, recompute=recompute), CPU, 0).stages[0] for recompute in (False, True))
     assert again.memory["activations"] < plain.memory["activations"] and again.flops > 1.2 * plain.flops
@@ -259,6 +293,29 @@ def test_planned_and_was(data, tmp_path):
     assert (tmp_path / "plan.json").stat().st_mtime_ns == before and was.compare(tmp_path / "none") == []
 
 
+def test_stages_of_few_steps_are_compared_in_all_but_time(tmp_path):
+    told = {"step_seconds": 0.5, "flops": 3e9, "peak": 2e9}
+    stages = [{"name": name, **told} for name in ("one", "two", "four", "none")]
+    (tmp_path / "plan.json").write_text(json.dumps({"stages": stages}))
+    for name, steps in (("one", 1), ("two", 2), ("four", 4)):
+        (tmp_path / name).mkdir()
+        rows = [
+            {"step": n, "seconds": 1.0 + n, "operations": 1e9 * (n + 1), "memory_gb": 1 + n / 8} for n in range(steps)
+        ]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = was.compare(tmp_path)
+    assert [stage.was for stage in found] == [
+        {"steps_per_second": None, "flops": 1e9, "peak": 1e9},
+        {"steps_per_second": None, "flops": 1.5e9, "peak": 1.125e9},
+        {"steps_per_second": 1 / 3.5, "flops": 3.5e9, "peak": 1.375e9},  # the first two are not typical
+    ]
+    assert [stage["stage"] for stage in json.loads((tmp_path / "planned.json").read_text())] == ["one", "two", "four"]
+    console = Console(record=True, file=io.StringIO(), width=100)
+    console.print(was.table(found))
+    lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    assert "two 2 / too few to time 3 / 1.5 2 / 1.12" in lines and "four 2 / 0.286 3 / 3.5 2 / 1.38" in lines
+
+
 def test_a_forecast_is_made_once_for_all_seeds_and_rates(data, tmp_path, monkeypatch):
     monkeypatch.setenv("ISTHMUS_HOME", str(tmp_path / "home"))
     made: list[Recipe] = []
@@ -320,6 +377,66 @@ def test_the_verb_tells_it(data, tmp_path):
     for words in ("tokens per sample", "FLOP per step", "activations, memory", "peak memory", "time of the stage"):
         assert words in told, told
     both = runner.invoke(app, ["plan", str(file), "--beside", str(file), "--seconds", "0", "--json"])
-    first, second = json.loads(both.output)
-    assert first["stages"][0]["flops"] == second["stages"][0]["flops"] > 0
+    first, second = (each["training"]["stages"][0] for each in json.loads(both.output))
+    assert first["flops"] == second["flops"] > 0 and first["memory"]["gradients"] == 4 * first["trained"]
     assert "training" not in json.loads(runner.invoke(app, ["plan", str(file), "--no-steps", "--json"]).output)
+
+
+@pytest.fixture
+def files(data, tmp_path) -> list[str]:
+    """Two recipes: one trains the connector, the other LoRA too."""
+    for name, awake in (("one", {"connectors.*": 1e-3}), ("two", LORA)):
+        staged(data, awake).but(name=name).save(tmp_path / f"{name}.yaml")
+    return [str(tmp_path / f"{name}.yaml") for name in ("one", "two")]
+
+
+def test_several_recipes_stand_side_by_side_with_memory_by_kind(files, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    runner, (one, two) = CliRunner(), files
+    named = ["plan", one, "stages.align.batch_size=2", two, "--seconds", "0"]
+    lines = runner.invoke(app, named).output.splitlines()
+    assert max(map(len, lines)) <= 100
+    at = next(number for number, line in enumerate(lines) if line.startswith("memory, MiB"))
+    kinds = lines[at].replace("memory, MiB", "").split()
+    assert kinds[:4] == ["weights", "gradients", "optimizer", "activations"] and kinds[-1] == "peak"
+    assert [line.split()[0] for line in lines[at + 1 : at + 5]] == ["one", "align", "two", "align"]
+    both = json.loads(runner.invoke(app, [*named, "--json"]).output)
+    assert [each["recipe"] for each in both] == ["one", "two"]
+    for line, each in zip(lines[at + 2 : at + 5 : 2], both):
+        (stage,) = each["training"]["stages"]
+        shown = dict(zip(kinds, [float(cell.replace(",", "")) for cell in line.split()[1:]]))
+        for kind in ("weights", "gradients", "optimizer", "activations"):
+            assert shown[kind] == pytest.approx(stage["memory"][kind] / 2**20, rel=0.01)
+        assert sum(shown[kind] for kind in kinds[:-1]) == pytest.approx(shown["peak"], rel=0.01)
+        assert each["image"]["total"] > 0 and stage["sample"]["tokens"] > 0
+    whole = (forecast(read(Path(file)), CPU, 0).stages[0].flops for file in files)  # overrides are of all recipes
+    assert all(each["training"]["stages"][0]["flops"] < 0.6 * flops for each, flops in zip(both, whole))
+    wrong = runner.invoke(app, ["plan", one, "stages.align.lr"]).exception
+    assert "'stages.align.lr' is no recipe, and no override without '='" in str(wrong)
+
+
+def test_recipes_side_by_side_are_not_traced_where_steps_are_not_asked_for(files, monkeypatch):
+    def fails(*unused: Any) -> None:
+        raise AssertionError("traced")
+
+    monkeypatch.setattr("isthmus.forecast.forecast", fails)
+    told = CliRunner().invoke(app, ["plan", files[0], "--beside", files[1], "--no-steps"])
+    assert told.output == CliRunner().invoke(app, ["plan", *files, "--no-steps"]).output
+    assert told.exit_code == 0 and "align" in told.output and "memory" not in told.output
+    both = json.loads(CliRunner().invoke(app, ["plan", *files, "--no-steps", "--json"]).output)
+    assert len(both) == 2 and all(each["image"]["total"] > 0 and "training" not in each for each in both)
+
+
+def test_a_recipe_that_cannot_be_traced_keeps_its_row_and_the_others_their_tables(files):
+    runner, (one, two) = CliRunner(), files
+    recipe = read(Path(one)).override(["llm.attention=flash_attention_2", "name=opaque"])
+    recipe.save(file := Path(one).with_name("opaque.yaml"))
+    alone = runner.invoke(app, ["plan", str(file)])
+    assert alone.exit_code == 0 and f"{planning.plan(recipe).total:,}" in alone.output
+    assert "no forecast: no step of opaque can be traced: flash_attention_2" in alone.output
+    assert "prefill of one picture" in alone.output and "peak memory" not in alone.output
+    both = runner.invoke(app, ["plan", str(file), two, "--seconds", "0"])
+    assert "no forecast: no step of opaque" in both.output and "memory, MiB" in both.output
+    first, second = json.loads(runner.invoke(app, ["plan", str(file), two, "--seconds", "0", "--json"]).output)
+    assert first["training"] is None and "flash_attention_2" in first["untraced"] and first["image"]["total"] > 0
+    assert second["training"]["stages"][0]["flops"] > 0 and "untraced" not in second

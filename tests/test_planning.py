@@ -126,7 +126,7 @@ def test_costs_of_the_page_are_those_of_the_models(name):
 def test_the_verb_takes_one_recipe_or_all(monkeypatch, tmp_path):
     runner = CliRunner()
     for words in ([], ["llava", "--all"], ["llava", "--write"]):
-        assert "one recipe, or --all" in str(runner.invoke(app, ["plan", *words]).exception)
+        assert "one recipe or several, or --all" in str(runner.invoke(app, ["plan", *words]).exception)
     told = runner.invoke(app, ["plan", "llava-1.5-7b", "--no-steps"]).output
     assert "576 tokens per image" in told and "288 MiB of keys and values" in told
     (tmp_path / "docs").mkdir()

@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import composed
 import isthmus
 from composed import stir
 from isthmus import exporting, lora, parts, planning, quantised, sites
 from isthmus.config import Budget, EncoderConfig, LoRA, Recipe, Source, Stage, Train
+from isthmus.costs import costs
 from isthmus.exporting import llava, peft_file
 from isthmus.graft import at, graft
 from isthmus.quantised import Packed
@@ -102,6 +104,19 @@ def test_no_dense_copy_waits_for_the_backward(bits):
     assert sum(kept) <= 256 * 256 * 4 * (0.15 if bits == 4 else 0.26)
     held = sum(t.nbytes for t in host.state_dict().values() if t is not host.bias)
     assert held <= 256 * 256 * (4.6 if bits == 4 else 8.3) / 8 + 4 * 256
+
+
+@every_bits
+def test_products_are_counted_without_numbers_as_those_of_a_dense_linear(bits):
+    """Forward and the gradient of the input; codes have none."""
+    with torch.device("meta"):
+        packed = Packed(nn.Linear(64, 24), bits, torch.float32)
+        x = torch.empty(2, 5, 64, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        y = packed(x)
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * (2 * 5 * 64 * 24 * 2)
+    assert y.shape == (2, 5, 24) and x.grad is not None and x.grad.is_meta
 
 
 # ---------------------------------------------------------------------------------------------- models
@@ -278,6 +293,7 @@ def test_plan_counts_weights_and_refuses_to_train_codes(bits):
     planned = planning.plan(recipe(bits, stages=(stage,)))
     plain = planning.plan(composed.recipe("llama").but(stages=(stage,)))
     assert planned.parts == plain.parts and planned.stages == plain.stages
+    assert costs(recipe(bits)) == costs(composed.recipe("llama", aspect="crop"))
     with pytest.raises(ConfigError, match="are held in 4 or 8 bits"):
         planning.plan(recipe(bits, stages=(stage.but(train={"llm.*": Train()}),)))
 

@@ -90,8 +90,7 @@ def costs(recipe: Recipe) -> Costs:
     Raises:
         ConfigError: parts do not fit.
     """
-    dense = recipe.model_copy(update={"llm": recipe.llm.model_copy(update={"bits": None})})
-    model = planning.outline(dense)
+    model = planning.outline(planning.countable(recipe))
     for stage in recipe.stages:
         if stage.joint:
             assembly.rebuild(model, stage.joint)

@@ -25,7 +25,7 @@ from isthmus.evaluation.measure import Measured, build, check_exchanges, conditi
 from isthmus.evaluation.results import Column, Credit, Curve, Generation, Part, Report, examples, headline, rows
 from isthmus.evaluation.tasks import Task, plain
 from isthmus.files import write_text
-from isthmus.forecast import was
+from isthmus.forecast import kept, was
 from isthmus.model import VLM
 from isthmus.planning import count
 from isthmus.speakers.local import Local
@@ -184,7 +184,7 @@ def summarise(
         fingerprint=recipe.fingerprint(),
         data_hash=data_hash(task for task, _ in tasks),
         seed=recipe.seed,
-        revision=f"isthmus {version('isthmus')}",
+        revision=f"isthmus {version('isthmus')}, code {kept.code(Path(__file__).parent)[:8]}",
         method={
             "rule": rules(tasks),
             "arithmetic": f"{run.dtype} base parts, float32 for what trains; the same in training and measuring",

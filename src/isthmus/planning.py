@@ -8,12 +8,15 @@ from dataclasses import dataclass
 import torch
 from transformers.image_processing_base import ImageProcessingMixin
 
-from isthmus import assembly, parts, quantised
+from isthmus import assembly, kernels, parts, quantised
 from isthmus.config import Recipe
 from isthmus.model import VLM, VLMConfig
 from isthmus.processor import VLMProcessor
 from isthmus.training import optimizer
 from isthmus.training.step import Step
+
+OPAQUE = ("flex_attention", "flash_attention_2")
+"""Attention that does not run on tensors without numbers, or whose products are not seen there."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,18 @@ def plan(recipe: Recipe) -> Plan:
     return Plan(recipe.name, whole, tokens, tuple(stages), sum(trained.values()), end)
 
 
+def countable(recipe: Recipe) -> Recipe:
+    """The recipe with attention whose products can be counted; it computes the same."""
+    if recipe.llm.attention not in OPAQUE:
+        return recipe
+    return recipe.but(llm=recipe.llm.but(attention=kernels.NAME))
+
+
 def outline(recipe: Recipe) -> VLM:
-    """The model's structure on the meta device: shapes and names, no numbers."""
+    """The model's structure on the meta device: shapes and names, no numbers.
+
+    Attention whose package is not here is left to another kernel, which has the same parameters.
+    """
     text = parts.llm_config(recipe.llm)
     architectures = {kind: parts.encoder_architecture(config) for kind, config in recipe.encoders.items()}
     config = VLMConfig(
@@ -79,7 +92,10 @@ def outline(recipe: Recipe) -> VLM:
         aligner=recipe.aligner.model_dump(mode="json"),
     )
     with torch.device("meta"):
-        llm = parts.empty_llm(text, recipe.llm.attention)
+        try:
+            llm = parts.empty_llm(text, recipe.llm.attention)
+        except ImportError:
+            llm = parts.empty_llm(text, countable(recipe).llm.attention)
         encoders = {kind: parts.empty_encoder(config.encoder(kind), architectures[kind]) for kind in architectures}
         if recipe.llm.bits is not None:
             quantised.quantise(llm, recipe.llm.bits, torch.float32)

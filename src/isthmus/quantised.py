@@ -49,8 +49,7 @@ class Packed(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the dtype that a dense Linear would answer in."""
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = _answering(x)
         shape = self.out_features, self.in_features
         y = cast(Tensor, _Product.apply(x.to(dtype), self.packed, self.scale, shape, self.bits))
         return y if self.bias is None else y + self.bias.to(dtype)
@@ -74,6 +73,12 @@ class _Product(torch.autograd.Function):
         packed, scale = ctx.saved_tensors
         shape, bits = ctx.how
         return gradient @ unpack(packed, scale, shape, bits, gradient.dtype), None, None, None, None
+
+
+def _answering(x: Tensor) -> torch.dtype:
+    """The dtype in which a dense Linear would answer; autocast knows nothing of tensors without numbers."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if not x.is_meta and torch.is_autocast_enabled(kind) else x.dtype
 
 
 # ---------------------------------------------------------------------------------------------- codes

@@ -46,6 +46,8 @@ def test_a_finished_comparison_is_shown_and_published(embedded, monkeypatch, cap
     assert page.read_text().startswith("# 2 joints compared")
     assert run(monkeypatch, "compare", "--out", out, "--device", "cpu", "--json") == 0
     assert json.loads(capsys.readouterr().out)["names"] == ["one", "two"]
+    assert run(monkeypatch, "compare", "--out", out, "--device", "cpu", "--baseline", "two", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["baseline"] == "two"
     assert run(monkeypatch, "compare", *written(tmp_path), "--out", out, "--budget", "5-steps", "--no-search") == 2
     assert "another budget" in capsys.readouterr().err
 

@@ -11,7 +11,7 @@ from isthmus import recipes
 from isthmus.comparing import budget
 from isthmus.comparing.budget import Amount, apply, dealt, parse, shares
 from isthmus.config import Budget
-from isthmus.forecast import forecast
+from isthmus.forecast import Untraceable, forecast
 from isthmus.recipes.llava import llava
 from isthmus.training.toy import toy
 from isthmus.types import ConfigError
@@ -113,7 +113,7 @@ def test_operations_are_counted_once_whatever_is_computed_twice(tmp_path: Path) 
 
 def test_what_cannot_be_counted_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*asked: object, **more: object) -> None:
-        raise NotImplementedError("aten::item needs numbers")
+        raise Untraceable("aten::item needs numbers")
 
     monkeypatch.setattr(budget, "forecast", refuse)
     with pytest.raises(ConfigError, match="cannot be counted: aten::item"):
@@ -125,3 +125,26 @@ def test_operations_become_steps(tmp_path: Path) -> None:
     first, second = apply(recipe, parse("1e12flops"), per_step=[1e9, 4e9]).stages
     share = shares(recipe)[0]
     assert (first.budget.steps, second.budget.steps) == (int(1e12 * share / 1e9), int(1e12 * (1 - share) / 4e9))
+
+
+def test_steps_never_take_more_operations_than_were_given(tmp_path: Path) -> None:
+    recipe = toy(tmp_path)
+    only = recipe.but(stages=recipe.stages[:1])
+    for asked, steps in (("1e9flops", 1), ("1.7e9flops", 1), ("2.3e9flops", 2), ("9.6e9flops", 9)):
+        assert apply(only, parse(asked), per_step=[1e9]).stages[0].budget.steps == steps
+
+
+def test_less_than_a_step_is_refused_with_the_least_that_is_enough(tmp_path: Path) -> None:
+    recipe = toy(tmp_path)
+    other, per_step = recipe.but(name="other"), [[2.34e7, 6.1e7], [9.87e7, 1e7]]
+    with pytest.raises(ConfigError, match=r"1 MFLOP are less than one step of some stage of toy, other\ngive") as told:
+        budget.enough([recipe, other], parse("1M-flops"), per_step)
+    least = parse(told.value.remedy.split()[4])
+    for some, costs in zip((recipe, other), per_step):
+        given = [least.value * share / cost for share, cost in zip(shares(some), costs)]
+        assert min(given) >= 1 and [stage.budget.steps for stage in apply(some, least, costs).stages] == [
+            int(steps) for steps in given
+        ]
+    with pytest.raises(ConfigError, match="less than one step"):
+        apply(other, least.times(0.9), per_step[1])
+    assert min(stage.budget.steps for stage in apply(other, least.times(0.1), per_step[1], least=True).stages) == 1

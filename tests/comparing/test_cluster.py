@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 
 from comparing_runs import recipes, small
 from isthmus.comparing import cluster
@@ -54,6 +56,35 @@ def test_a_run_that_fails_is_named_with_its_log(ray, embedded, tmp_path) -> None
         small(tmp_path, one, bad, seeds=1, engine="ray")
     assert "seed0.log" in caught.value.remedy
     assert json.loads((tmp_path / "comparison/one/seed0/report.json").read_text())["rows"]
+
+
+class Nodes:
+    """A cluster of which nothing but its machines is known."""
+
+    def __init__(self, *machines: dict[str, float]) -> None:
+        self.machines = machines
+
+    def nodes(self) -> list[dict[str, object]]:
+        lost = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+        return [lost, *({"Alive": True, "Resources": each} for each in self.machines)]
+
+
+def test_a_run_asks_for_no_more_than_some_machine_has(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    small, large = {"CPU": 2.0, "memory": 1e9}, {"CPU": 4.0, "GPU": 1.0}
+    for machines, device, at_once, threads in (
+        ((small,), "cpu", 1, 2),
+        ((small, large), "cpu", 1, 4),
+        ((small, large), "cpu", 4, 2),
+        (({"CPU": 16.0}, large), "cuda:1", 1, 4),  # that one alone has what is asked for
+    ):
+        monkeypatch.setattr(cluster, "connected", lambda machines=machines: Nodes(*machines))
+        assert cluster.OnRay(Console(), device, at_once).threads() == threads
+    for machines, device, cause in (((small,), "cuda", "has a GPU"), (({"CPU": 0.0},), "cpu", "has a core to give")):
+        monkeypatch.setattr(cluster, "connected", lambda machines=machines: Nodes(*machines))
+        with pytest.raises(ConfigError, match=cause) as told:
+            cluster.OnRay(Console(), device)([], lambda job, outcome: None)
+        assert "start `ray`" in told.value.remedy
 
 
 def test_without_ray_the_extra_is_named(monkeypatch, tmp_path) -> None:

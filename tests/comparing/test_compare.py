@@ -12,15 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import composed
 import page_checks
 from comparing_runs import TASKS, recipes, small
 from isthmus import planning
 from isthmus.cli.compare import factors_of
-from isthmus.comparing import compare, page, speed
+from isthmus.comparing import checks, compare, page, speed
 from isthmus.comparing import plan as plans
 from isthmus.comparing.advice import advice
+from isthmus.comparing.engine import Here
 from isthmus.comparing.judge import judged
 from isthmus.comparing.outcome import Cell, Line, Outcome, Rates
 from isthmus.comparing.plan import Common, Job, Plan, scaled
@@ -28,7 +30,8 @@ from isthmus.comparing.settings import Setting, settings
 from isthmus.comparing.sizing import Size
 from isthmus.comparing.speed import Speed
 from isthmus.comparing.table import markdown, tables
-from isthmus.config import Source, Stage, TaskConfig
+from isthmus.config import Recipe, Source, Stage, TaskConfig
+from isthmus.costs import Costs, costs
 from isthmus.evaluation import answers
 from isthmus.evaluation.seeds import Gap, Level
 from isthmus.forecast.batches import draw
@@ -36,6 +39,7 @@ from isthmus.recipes.llava import llava
 from isthmus.recipes.qwen_vl import qwen_vl
 from isthmus.recipes.vdep import vdep
 from isthmus.training.log import read_rows
+from isthmus.training.toy import toy
 from isthmus.types import ConfigError, DataError
 
 
@@ -175,7 +179,7 @@ def test_a_joint_whose_run_diverged_is_left_out(finished: Outcome, copied: Path)
 
 def test_operations_of_a_run_are_those_counted_for_its_steps(finished: Outcome, place: Path) -> None:
     for name in ("one", "two"):
-        (per_step,) = json.loads((place / "comparison" / name / "operations.json").read_text())
+        (per_step,) = json.loads((place / "comparison" / name / "operations.json").read_text())["per_step"]
         steps = finished.runs[0].steps["align"]
         assert finished.costs[name].training == pytest.approx(steps * per_step)
 
@@ -194,13 +198,177 @@ def test_a_seed_is_added_without_repeating(copied: Path, place: Path) -> None:
         ({"budget": "3-steps"}, "another budget"),
         ({"factors": ()}, "another grid"),
         ({"limit": 3}, "another evaluation"),
-        ({"baseline": "two"}, "another baseline"),
         ({"overrides": ["dtype=bfloat16"]}, "another override"),
     ],
 )
 def test_other_settings_in_the_same_folder_are_refused(finished: Outcome, place: Path, changes, cause) -> None:
     with pytest.raises(ConfigError, match=cause):
         small(place, *recipes(place), **{"factors": (0.5, 2.0), **changes})
+
+
+def test_another_baseline_trains_nothing_anew(finished: Outcome, copied: Path, place: Path) -> None:
+    before, (one, two) = times(copied / "comparison"), recipes(place)
+    turned = small(copied, baseline="two")
+    was, now = finished.mean.cells["two"].gap, turned.mean.cells["one"].gap
+    assert was is not None and now is not None and now.value == pytest.approx(-was.value)
+    assert turned.baseline == "two" and turned.mean.cells["two"].gap is None
+    with pytest.raises(ConfigError, match="another baseline") as told:  # none is named, and the first is no longer it
+        small(copied, one, two, factors=(0.5, 2.0))
+    assert "--baseline two as before" in told.value.remedy
+    with pytest.raises(ConfigError, match="no recipe is named 'three'"):
+        small(copied, baseline="three")
+    assert small(copied, one, two, factors=(0.5, 2.0), baseline="one").mean.cells["two"].gap == was
+    assert times(copied / "comparison") == before
+
+
+def test_a_baseline_whose_trials_diverged_is_told_before_any_run(finished: Outcome, copied: Path) -> None:
+    folder = copied / "comparison"
+    for trial in (folder / "one" / "rates").glob("x*/"):
+        (trial / "diverged").touch()
+        (trial / "align" / "metrics.jsonl").unlink()
+    shutil.move(folder / "two" / "seed1", copied / "kept")
+    with pytest.raises(ConfigError, match="all trials of learning rates was not finite") as told:
+        small(copied)
+    assert f"`isthmus compare --baseline two --out {folder}`" in told.value.remedy
+    assert not (folder / "two" / "seed1").exists()
+    shutil.move(copied / "kept", folder / "two" / "seed1")
+    turned = small(copied, baseline="two")
+    assert turned.names == ("two",) and set(turned.left_out) == {"one"}
+
+
+# ---------------------------------------------------------------------------------------------- before the runs
+
+
+@pytest.fixture
+def unrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparisons that end where their runs would begin."""
+    monkeypatch.setattr(compare, "_carry_out", lambda *asked: None)
+    monkeypatch.setattr(compare, "write", lambda outcome, folder: None)
+
+
+@pytest.mark.usefixtures("unrun", "embedded")
+def test_where_nothing_has_begun_another_request_takes_the_place(tmp_path: Path) -> None:
+    one, two = recipes(tmp_path)
+    folder = tmp_path / "comparison"
+    small(tmp_path, one, two.but(name="three"))
+    small(tmp_path, one.but(about="mended"), two, budget="3-steps", limit=3, baseline="two")
+    plan = plans.read(folder)
+    assert plan is not None and list(plan.recipes) == ["one", "two"] and plan.recipes["one"].about == "mended"
+    assert (plan.budget, plan.baseline, {task.limit for task in plan.common.eval}) == ("3-steps", "two", {3})
+    (folder / "one" / "seed0").mkdir()
+    (folder / "one" / "seed0" / "run.json").touch()
+    with pytest.raises(ConfigError, match="another budget, evaluation") as told:
+        small(tmp_path, one.but(about="mended"), two, baseline="two")
+    assert "another folder with --out" in told.value.remedy and f"delete {folder}" in told.value.remedy
+
+
+@pytest.mark.usefixtures("unrun", "embedded")
+def test_a_recipe_that_cannot_be_counted_does_not_stay_in_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = recipes(tmp_path)
+    small(tmp_path, one)
+    (tmp_path / "comparison" / "one" / "seed0").mkdir()
+    (tmp_path / "comparison" / "one" / "seed0" / "run.json").touch()
+
+    def counted(recipe: Recipe) -> Costs:
+        if recipe.name == "two":
+            raise RuntimeError("unknown device type\nand where that was")
+        return costs(recipe)
+
+    monkeypatch.setattr(checks, "costs", counted)
+    with pytest.raises(ConfigError, match="what a picture costs two cannot be counted: unknown device type\nleave"):
+        small(tmp_path, add=[two])
+    plan = plans.read(tmp_path / "comparison")
+    assert plan is not None and list(plan.recipes) == ["one"]
+    small(tmp_path)
+
+
+def test_what_a_comparison_puts_its_own_in_place_of_makes_no_other_recipe(tmp_path: Path) -> None:
+    both = toy(tmp_path / "toy")
+    first, second = both.stages
+    one = both.but(name="one", stages=[first])
+    known = {"one": one, "both": both.but(name="both")}
+    plan = Plan(recipes=known, common=Common(eval=TASKS), budget="9-steps", seeds=(0,), baseline="one")
+    for name in known:
+        (tmp_path / name / "seed0").mkdir(parents=True)
+        (tmp_path / name / "seed0" / "run.json").touch()
+    longer = one.but(stages=[first.but(budget={"steps": 3 * first.budget.steps})])
+    for same in (one.but(eval=()), one.but(seed=3), longer):
+        assert plan.with_recipes([same], tmp_path) == plan
+    twice = [stage.but(budget={"steps": 2 * stage.budget.steps}) for stage in both.stages]
+    assert plan.with_recipes([known["both"].but(stages=twice)], tmp_path) == plan
+    faster = plan.with_recipes([one.but(engine={"workers": 1})], tmp_path).recipes["one"]
+    assert faster.engine.workers == 1 and faster.fingerprint() == one.fingerprint()
+    for other in (
+        one.but(dtype="bfloat16"),
+        one.but(stages=[first.but(batch_size=2)]),
+        known["both"].but(stages=[first, twice[1]]),
+    ):
+        with pytest.raises(ConfigError, match="another recipe named"):
+            plan.with_recipes([other], tmp_path)
+
+
+def test_runs_on_other_threads_are_listed_and_in_minutes_refused(finished: Outcome, copied: Path) -> None:
+    folder, cpu = copied / "comparison", torch.device("cpu")
+    assert {run.machine.threads for run in finished.runs if run.machine} == {torch.get_num_threads()}
+    for report in (folder / "two").glob("*/*report.json"):
+        told = json.loads(report.read_text())
+        told["method"]["machine"] = "Some, Inc. processor, 7 threads, cuda:1"
+        report.write_text(json.dumps(told))
+    found = small(copied)
+    listed = {setting.name: setting.values for setting in found.settings if not setting.matches}
+    assert listed["threads"] == {"one": str(torch.get_num_threads()), "two": "7"}
+    assert listed["machine"]["two"] == "Some, Inc. processor, cuda:1"
+    assert "machine and threads: the differences" in found.advice[-1]
+
+    plan = plans.read(folder)
+    assert plan is not None
+    place, per_step = checks.Place(folder, cpu, Console()), {"one": [1.0], "two": [1.0]}
+    here = Here(Console(), cpu)
+    shutil.rmtree(folder / "one")
+    (folder / "two" / "seed1" / "report.json").unlink()
+    checks.check_machine(plan, place, here, per_step)  # as many steps on any machine
+    minutes = plan.but(budget="10m", recipes={"two": plan.recipes["two"]}, baseline="two")
+    with pytest.raises(ConfigError, match="had 7 threads on cuda, and further ones would have") as refused:
+        checks.check_machine(minutes, place, here, per_step)
+    assert "--jobs" in refused.value.remedy and "--out" in refused.value.remedy
+    (folder / "two" / "seed1" / "diverged").touch()
+    checks.check_machine(minutes, place, here, per_step)  # nothing is missing
+
+
+def test_every_revision_of_the_code_is_on_the_page(finished: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert re.fullmatch(r"isthmus \S+, code [0-9a-f]{8}", finished.runs[0].revision)
+    first, *rest = finished.runs
+    shown = page.render(replace(finished, runs=(replace(first, revision="isthmus 0, code 1234"), *rest)))
+    footer = shown.split("<footer>")[1]
+    assert "isthmus 0, code 1234" in footer and rest[0].revision in footer
+
+
+def test_lengths_that_follow_from_equal_operations_are_no_difference(tmp_path: Path, finished: Outcome) -> None:
+    both = toy(tmp_path / "toy")
+    first, second = both.stages
+    shifted = both.but(stages=[first.but(budget={"steps": 9 * first.budget.steps}), second])
+    for other, excused in ((both, True), (shifted, False)):
+        known = {"one": both, "two": other.but(name="two")}
+        plan = Plan(recipes=known, common=Common(eval=TASKS), budget="3e9flops", seeds=(0,), baseline="one")
+        trained = {
+            name: plan.run(tmp_path, name, 0, 1.0, [cost, cost]).recipe for name, cost in (("one", 3e6), ("two", 4e6))
+        }
+        found = {each.name: each for each in compare._excused(plan, known, settings(trained))}
+        for stage in both.stages:
+            length = found[f"length of stage {stage.name}"]
+            assert length.matches == excused and len(set(length.values.values())) == 2  # both lengths are shown
+        assert found["LLM"].matches and not found["LLM"].within
+
+
+def test_a_budget_of_operations_that_is_not_met_is_said(finished: Outcome) -> None:
+    cost = finished.costs["one"]
+    trained = {"one": replace(cost, training=2.9e9), "two": replace(cost, training=1.76e9)}
+    found = replace(finished, costs=trained, budget="3 GFLOP", operations=3e9)
+    assert found.unmet == {"two": 1.76e9}
+    assert any("3 GFLOP is not met: runs of two took 1.76 GFLOP" in sentence for sentence in advice(found))
+    assert not any("is not met" in sentence for sentence in advice(replace(found, operations=None)))
 
 
 def test_what_cannot_be_compared_is_refused_before_anything_runs(tmp_path: Path) -> None:
@@ -232,12 +400,13 @@ def test_a_recipe_that_cannot_be_trained_is_told_first_and_can_be_mended(tmp_pat
     with pytest.raises(ConfigError, match="aligner llava: projector"):
         small(tmp_path, wrong, one, seeds=1, tasks=[own_questions(tmp_path, 2)])
     folder = tmp_path / "comparison"
-    assert not list(folder.rglob("run.json"))
-    plan = plans.read(folder)
-    assert plan is not None and plan.recipes["two"] == wrong
+    assert not list(folder.rglob("run.json")) and plans.read(folder) is None
+    common = Common(eval=TASKS)
+    plan = Plan(recipes={"one": one, "two": wrong}, common=common, budget="2-steps", seeds=(0,), baseline="one")
     mended = plan.with_recipes([two], folder)
     assert dict(mended.recipes) == {"one": one, "two": two}
-    (folder / "two").mkdir()  # something has been done with it
+    (folder / "two" / "seed0").mkdir(parents=True)
+    (folder / "two" / "seed0" / "run.json").touch()  # it has begun
     with pytest.raises(ConfigError, match="another recipe named 'two'") as told:
         plan.with_recipes([two], folder)
     assert f"delete {folder / 'two'}" in told.value.remedy
@@ -571,6 +740,15 @@ def test_markdown_is_written_from_the_json(finished: Outcome, place: Path) -> No
     row = next(row for row in text.splitlines() if row.startswith("| `two` |"))
     assert f"{finished.mean.cells['two'].level.value:.3f}".removeprefix("0") in row
     assert text.count("| `one` | ") == 4  # quality, cost and two runs
+
+
+def test_names_with_bars_break_no_row(finished: Outcome) -> None:
+    text = markdown(json.loads(json.dumps(finished.plain()).replace('"two"', '"a|b"')))
+    rows = [row for row in text.splitlines() if "a\\|b" in row]
+    assert len(rows) == 4  # quality, cost and two runs
+    for row in rows:
+        table = text[: text.index(row)].split("\n\n")[-1].splitlines()
+        assert len(re.split(r"(?<!\\)\|", row)) == len(re.split(r"(?<!\\)\|", table[0]))
 
 
 def test_the_terminal_shows_every_joint(finished: Outcome) -> None:

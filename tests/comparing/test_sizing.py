@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,6 +71,41 @@ def test_a_field_may_make_a_recipe_smaller(tmp_path: Path) -> None:
     assert solve(recipe, target, "aligner.options.every") == Size(by="aligner.options.every", value=2, trained=target)
 
 
+def test_widths_that_heads_do_not_divide_are_left_out(tmp_path: Path) -> None:
+    """Of a Q-Former with four heads: every fourth width, and of these the nearest."""
+    options = {"queries": 4, "layers": 1, "width": 16, "heads": 4, "inner": 32}
+    recipe, stage = toy(tmp_path), toy(tmp_path).stages[0]
+    joint = {"name": "blip2", "options": options}
+    recipe = recipe.but(aligner=joint, stages=[stage.but(train={"connectors.*": {}})])
+    field = "aligner.options.width"
+    every = {w: planning.plan(recipe.override([f"{field}={w}"])).trained for w in range(48, 81, 4)}
+    for target in (every[64] + (every[68] - every[64]) // 3, every[72] - 7):
+        nearest = min(every, key=lambda width: abs(every[width] - target))
+        assert solve(recipe, target, field) == Size(by=field, value=nearest, trained=every[nearest])
+
+
+@pytest.mark.parametrize(("step", "first", "last"), [(1, 1, 2000), (12, 12, 1200), (48, 48, 480), (3, 1, 10)])
+def test_the_nearest_value_is_found_among_those_that_are_not_refused(
+    joints: tuple[Recipe, Recipe], monkeypatch: pytest.MonkeyPatch, step: int, first: int, last: int
+) -> None:
+    """A thousand parameters per unit, in values from `first` to `last` that go by steps."""
+    there = range(first, last + 1, step)
+
+    def counted(recipe: Recipe) -> SimpleNamespace:
+        if recipe.seed and recipe.seed not in there:
+            raise ConfigError(f"not {recipe.seed}")
+        return SimpleNamespace(trained=1000 * recipe.seed)
+
+    monkeypatch.setattr(planning, "plan", counted)
+    recipe = joints[0].but(seed=0)
+    for value in (there[0], there[1], there[len(there) // 2], there[-1]):
+        for target in (990 * value, 1000 * value, 1010 * value):
+            nearest = min(there, key=lambda each: abs(1000 * each - target))
+            assert solve(recipe, target, "seed") == Size(by="seed", value=nearest, trained=1000 * nearest)
+    with pytest.raises(ConfigError, match=f"comes no nearer .* with seed {there[-1]}\n"):
+        solve(recipe, 2000 * there[-1], "seed")
+
+
 def test_what_cannot_be_as_small_is_refused(joints: tuple[Recipe, Recipe]) -> None:
     with pytest.raises(ConfigError, match=r"comes no nearer to 2 k trained parameters than 2.56 k, with rank 1"):
         solve(joints[0], 2000)  # the projector and one rank
@@ -118,7 +154,7 @@ def test_all_recipes_of_a_comparison_are_sized_before_it_begins(
     joints: tuple[Recipe, Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, two = joints
-    monkeypatch.setattr(compare, "_carry_out", lambda plan, place, engine: plan)
+    monkeypatch.setattr(compare, "_carry_out", lambda plan, *asked: plan)
     monkeypatch.setattr(compare, "write", lambda plan, folder: None)
     monkeypatch.setattr(Plan, "check_data", lambda plan, folder: None)
     settings: dict[str, Any] = {"out": tmp_path / "c", "budget": "2-steps", "factors": (), "parameters": "5k"}
@@ -137,6 +173,9 @@ def test_all_recipes_of_a_comparison_are_sized_before_it_begins(
     assert told.matches and (told.name, told.within) == ("trained parameters", "within 5% of 5 k")
     assert told.values == {"one": "4.8 k, LoRA of rank 6", "two": "5.09 k, LoRA of rank 9"}
 
+    begun = tmp_path / "c" / "one" / "seed0" / "run.json"
+    begun.parent.mkdir()
+    begun.touch()
     for other in (None, "6k"):
         with pytest.raises(ConfigError, match="another number of trained parameters"):
             compare.compare(joints, **{**settings, "parameters": other})

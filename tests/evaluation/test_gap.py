@@ -135,6 +135,29 @@ def test_pairs_of_a_file_whose_pictures_lie_elsewhere(tmp_path):
     assert sorted(pair.words for pair in found) == [f"thing {number}" for number in range(9)]
 
 
+def test_every_picture_is_taken_once(tmp_path):
+    """By what it holds: ten pictures under twenty names, each asked about twice."""
+    rows = []
+    for number in range(20):
+        Pillow.new("RGB", (4, 4), (20 * (number // 2), 0, 0)).save(tmp_path / f"{number}.png")
+        for twice in range(2):
+            said = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": f"thing {number} {twice}"}]
+            rows.append({"id": f"{number} {twice}", "image": f"{number}.png", "conversations": said})
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    found = states.pairs(str(tmp_path / "mine.json"), 20)
+    assert len({open_image(pair.picture.source).getpixel((0, 0)) for pair in found}) == len(found) == 10
+    (tmp_path / "few.json").write_text(json.dumps(rows[:20]))
+    with pytest.raises(DataError, match="has 5 different pictures with an answer of its own each; the gap needs 8"):
+        states.pairs(str(tmp_path / "few.json"), 20)
+
+
+def test_a_remedy_names_nothing_that_the_verb_lacks(llava):
+    one = [Pair(PAIRS[0].prompt, pair.words) for pair in PAIRS]
+    with pytest.raises(DataError, match="8 of 8 items show the same picture") as told:
+        effects.effects(llava, one)
+    assert "--controls" not in told.value.remedy and "different pictures" in told.value.remedy
+
+
 # ---------------------------------------------------------------------------------------------- the lens in a model
 
 
@@ -290,6 +313,13 @@ def test_joints_are_measured_as_far_as_they_can_be(llava, flamingo):
     assert json.loads(json.dumps(first.plain()))["chance_of_neighbours"] == pytest.approx(5 / 7)
 
 
+def test_a_picture_that_nothing_is_asked_about_has_a_heading_all_the_same(llava):
+    bare = [Pair(Sample((Turn("user", pair.prompt.media),), pair.prompt.id), pair.words) for pair in PAIRS]
+    text = page.render([report.measure(llava, "one", "own", bare, pictures=2, cells=2)])
+    assert page_checks.faults(text) == [] and "<h3></h3>" not in text
+    assert "<h3>Picture 2, without a question</h3>" in text
+
+
 @pytest.mark.parametrize(
     ("low", "high", "said"),
     [
@@ -325,3 +355,16 @@ def test_the_verb_writes_a_page_of_two_models(llava, tmp_path):
     assert a["layers"] == b["layers"] and a["fingerprint"] and a["pairs"] == 8
     Page((tmp_path / "out/gap.html").read_text())
     assert len(list((tmp_path / "out/pictures").glob("*.png"))) == 2 * (1 + len(a["shown"][0]["lens"]) + 2)
+
+
+@pytest.mark.usefixtures("embedded")
+def test_a_model_that_cannot_be_followed_is_told_before_another_is_measured(llava, tmp_path):
+    llava.save_pretrained(tmp_path / "a")
+    composed.model("t5").save_pretrained(tmp_path / "b")
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "config.json").write_text('{"model_type": "llama"}')
+    for other, cause in (("b", "encoder-decoder"), ("llm", "is a llama model"), ("none", "neither a folder")):
+        words = ["gap", str(tmp_path / "a"), str(tmp_path / other), "--count", "8", "--out", str(tmp_path / "out")]
+        ran = CliRunner().invoke(app, words)
+        assert ran.exit_code != 0 and cause in str(ran.exception)
+        assert "states and attention" not in ran.output and not (tmp_path / "out").exists()

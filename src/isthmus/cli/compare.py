@@ -38,9 +38,7 @@ Sized = Annotated[
     list[str] | None,
     typer.Option("--size", help="By which field a recipe comes to --parameters: flamingo=aligner.options.inner."),
 ]
-SETTINGS = (
-    *("budget", "seeds", "baseline", "grid", "share", "search", "parameters", "tasks", "limit", "data", "overrides"),
-)
+SETTINGS = (*("budget", "seeds", "grid", "share", "search", "parameters", "tasks", "limit", "data", "overrides"),)
 """Options that say what is compared and how; the others say where the work is done and what is shown."""
 
 
@@ -52,7 +50,9 @@ def compare(
         str, typer.Option(help="Of each run, shared by its stages: 10m, 2e15flops, 50k-samples, 300-steps.")
     ] = "10m",
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each recipe; five, if you want a verdict.")] = 3,
-    baseline: Annotated[str | None, typer.Option(help="What all others are compared with; else the first.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="What all others are compared with; else the first. It can be changed later.")
+    ] = None,
     grid: Annotated[
         str, typer.Option(help="Factors of the learning rates that are tried for each recipe.")
     ] = "1/3,1,3",

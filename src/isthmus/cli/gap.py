@@ -39,9 +39,12 @@ def gap(
     from isthmus.training.machine import arithmetic
 
     console, where = Console(stderr=as_json, highlight=False), on(device)
+    sources = [source for source in (model, other) if source is not None]
+    for source in sources:
+        states.check_saved(source)
     asked = states.pairs(data, count, None if images is None else str(images), pairs(settings))
     gaps = []
-    for name, source in _named([source for source in (model, other) if source is not None]).items():
+    for name, source in _named(sources).items():
         console.print(f"[bold]{name}[/bold]: {source}")
         loaded = load(source, arithmetic(dtype, where), where)
         say = lambda what: console.print(f"  {what}")  # noqa: E731

@@ -3,34 +3,49 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isthmus.cli.options import AsJson, Device, Overrides
+from isthmus.cli.options import AsJson, Device
 
 if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
     from rich.table import Table
 
+    from isthmus.config import Recipe
     from isthmus.cost_table import Row
     from isthmus.forecast import Forecast, StageForecast
 
 Name = Annotated[
     str | None, typer.Argument(help="A recipe's name (see `isthmus recipes`), or a .yaml or .json file; or --all.")
 ]
+More = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RECIPE | KEY=VALUE]...",
+        help="Further recipes, beside the first; and dotted overrides of all of them, such as "
+        "stages.sft.lr=1e-3 encoder=./my-encoder seed=1.",
+    ),
+]
+WIDTH = 100
+"""Columns of a file or a pipe, which the widest table takes; a terminal has its own."""
 
 
 def plan(
     recipe: Name = None,
-    overrides: Overrides = None,
+    more: More = None,
     beside: Annotated[
-        list[str] | None, typer.Option(help="Another recipe, in one table of stages with the first; again for more.")
+        list[str] | None, typer.Option(help="Another recipe, as if named behind the first; again for more.")
     ] = None,
     steps: Annotated[
         bool, typer.Option(help="Trace a step of each stage: tokens, operations, memory, and time on this machine.")
     ] = True,
     seconds: Annotated[float, typer.Option(min=0, help="Of calibration per stage; 0 leaves times out.")] = 1.0,
-    every: Annotated[bool, typer.Option("--all", help="A table of all recipes, in place of one.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="A table of all recipes, in place of some.")] = False,
     write: Annotated[bool, typer.Option("--write", help="With --all, rewrite docs/costs.md; in a checkout.")] = False,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -38,29 +53,88 @@ def plan(
     """Parameters, what trains, what a picture costs, and what training takes, before any weights are read."""
     from isthmus import cost_table, recipes
     from isthmus.cli.options import on, recipe_of
-    from isthmus.costs import costs
     from isthmus.errors import ConfigError
-    from isthmus.forecast import forecast
     from isthmus.papers import rewrite
-    from isthmus.planning import plan as plan_of
 
-    if (recipe is None) != every or (write and not every):
-        raise ConfigError("plan takes one recipe, or --all (with --write)", "`isthmus recipes` lists the recipes")
+    told = [each for each in more or [] if "=" in each]
+    names = [*([recipe] if recipe else []), *_further(more or []), *(beside or [])]
+    if bool(names) == every or (write and not every):
+        raise ConfigError(
+            "plan takes one recipe or several, or --all (with --write)", "`isthmus recipes` lists the recipes"
+        )
     if write:
         typer.echo(f"wrote {rewrite('costs.md', cost_table.page)}")
-    elif recipe is None:
+    elif every:
         _show_all([cost_table.row(name) for name in recipes.BOOK], as_json)
-    elif beside:
-        chosen = [recipe_of(name, overrides) for name in (recipe, *beside)]
-        _show_stages([forecast(each, on(device), seconds) for each in chosen], as_json)
     else:
-        one = recipe_of(recipe, overrides)
-        row = cost_table.Row(plan_of(one), costs(one))
-        _show_one(row, forecast(one, on(device), seconds) if steps else None, as_json)
+        chosen = [recipe_of(name, told) for name in names]
+        found = [_planned(each, on(device), seconds, steps) for each in chosen]
+        plain = [each.plain() for each in found]
+        if as_json:
+            typer.echo(json.dumps(plain[0] if len(plain) == 1 else plain, indent=2))
+        elif len(found) == 1:
+            _show_one(found[0])
+        else:
+            _show_several(found)
+
+
+def _further(words: list[str]) -> list[str]:
+    """The recipes among what stands behind the first one.
+
+    Raises:
+        ConfigError: a word is neither a recipe nor an override.
+    """
+    from isthmus import recipes
+    from isthmus.cli.options import is_folder
+    from isthmus.config import FILES
+    from isthmus.errors import ConfigError, nearest
+
+    names = [word for word in words if "=" not in word]
+    for name in names:
+        if name not in recipes.BOOK and not name.endswith(FILES) and not is_folder(name):
+            raise ConfigError(
+                f"{name!r} is no recipe, and no override without '='{nearest(name, list(recipes.BOOK))}",
+                "`isthmus recipes` lists the recipes; an override is key=value, e.g. seed=1",
+            )
+    return names
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One recipe: what it has and costs, and what its training takes."""
+
+    row: Row
+    ahead: Forecast | None = None
+    untraced: str | None = None
+    """Why its steps are not forecast, where that was asked for."""
+
+    def plain(self) -> dict[str, Any]:
+        if self.untraced is not None:
+            return self.row.plain() | {"training": None, "untraced": self.untraced}
+        return self.row.plain() | ({} if self.ahead is None else {"training": self.ahead.plain()})
+
+
+def _planned(recipe: Recipe, device: torch.device, seconds: float, steps: bool) -> Planned:
+    from isthmus.cost_table import Row
+    from isthmus.costs import costs
+    from isthmus.forecast import Untraceable, forecast
+    from isthmus.planning import plan as plan_of
+
+    row = Row(plan_of(recipe), costs(recipe))
+    try:
+        return Planned(row, forecast(recipe, device, seconds) if steps else None)
+    except Untraceable as error:
+        return Planned(row, untraced=f"{error.cause}; {error.remedy}")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=WIDTH)
 
 
 def _show_all(rows: list[Row], as_json: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from isthmus.cost_table import TITLES
@@ -71,19 +145,14 @@ def _show_all(rows: list[Row], as_json: bool) -> None:
     table = Table(*TITLES, box=None)
     for row in rows:
         table.add_row(*(cell.replace("<br>", "\n").strip("`") for cell in row.cells()))
-    Console(highlight=False).print(table)
+    _console().print(table)
     typer.echo("operations in GFLOP, cache in MiB per picture; docs/costs.md says what is counted")
 
 
-def _show_one(row: Row, ahead: Forecast | None, as_json: bool) -> None:
-    from rich.console import Console
+def _show_one(found: Planned) -> None:
     from rich.table import Table
 
-    if as_json:
-        training = {} if ahead is None else {"training": ahead.plain()}
-        typer.echo(json.dumps(row.plain() | training, indent=2))
-        return
-    planned, cost = row.plan, row.costs
+    planned, cost, ahead = found.row.plan, found.row.costs, found.ahead
     table = Table("part", "parameters", *(f"trained in {stage.name}" for stage in planned.stages), box=None)
     for part in dict.fromkeys([*planned.parts, *(part for stage in planned.stages for part in stage.by_part)]):
         table.add_row(
@@ -94,7 +163,7 @@ def _show_one(row: Row, ahead: Forecast | None, as_json: bool) -> None:
     shares = (f"{stage.trained:,} ({stage.trained / planned.total:.1%})" for stage in planned.stages)
     table.add_section()
     table.add_row("all", f"{planned.total:,}", *shares)
-    console = Console(highlight=False)
+    console = _console()
     console.print(table)
     console.print(", ".join(f"{tokens} tokens per {kind}" for kind, tokens in planned.tokens.items()))
     console.print(
@@ -106,6 +175,8 @@ def _show_one(row: Row, ahead: Forecast | None, as_json: bool) -> None:
         console.print()
         console.print(_training(ahead))
         console.print(_footnote([ahead]))
+    if found.untraced is not None:
+        typer.echo(f"no forecast: {found.untraced}")
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -135,32 +206,78 @@ def _training(ahead: Forecast) -> Table:
     return table
 
 
-def _show_stages(forecasts: list[Forecast], as_json: bool) -> None:
-    """Recipes side by side: a line per stage."""
-    from rich.console import Console
+# ---------------------------------------------------------------------------------------------- side by side
+
+
+def _show_several(found: list[Planned]) -> None:
+    """Recipes side by side, a line per stage: what they have and cost, what training takes, and its memory by kind."""
+    console = _console()
+    console.print(_structures([each.row for each in found]))
+    text = found[0].row.costs.text
+    console.print(f"prefill: of one picture and {text} text tokens; kept: per picture, in bfloat16")
+    forecasts = [each.ahead for each in found if each.ahead is not None]
+    if any(each.stages for each in forecasts):
+        for table in (_steps(forecasts), _memory(forecasts)):
+            console.print()
+            console.print(table)
+        console.print(_footnote(forecasts))
+    for each in found:
+        if each.untraced is not None:
+            typer.echo(f"no forecast: {each.untraced}")
+
+
+def _structures(rows: list[Row]) -> Table:
+    """Parameters, and what a picture costs."""
     from rich.table import Table
 
-    if as_json:
-        typer.echo(json.dumps([each.plain() for each in forecasts], indent=2))
-        return
-    titles = ("recipe", "stage", "trained", "tokens per sample", "FLOP/step", "peak memory", "ms/step", "steps", "time")
-    table = Table(*titles, box=None)
+    from isthmus.cost_table import amount
+
+    table = Table("recipe", "parameters", "tokens", "prefill", "kept", "stage", "trained", box=None)
+    for row in rows:
+        planned, cost = row.plan, row.costs
+        tokens = ", ".join(map(str, planned.tokens.values()))
+        cells = [planned.recipe, amount(planned.total), tokens, _flop(cost.total), _bytes(cost.kept)]
+        if not planned.stages:
+            table.add_row(*cells)
+        for stage in planned.stages:
+            table.add_row(*cells, stage.name, f"{stage.trained:,} ({stage.trained / planned.total:.1%})")
+            cells = [""] * len(cells)
+    return table
+
+
+def _steps(forecasts: list[Forecast]) -> Table:
+    from rich.table import Table
+
+    table = Table("recipe", "stage", "tokens per sample", "FLOP/step", "ms/step", "steps", "time", box=None)
     for each in forecasts:
         for number, stage in enumerate(each.stages):
             table.add_row(
                 "" if number else each.recipe,
                 stage.name,
-                f"{stage.trained:,}",
                 _tokens(stage),
                 _flop(stage.flops),
-                _bytes(stage.peak),
                 "–" if stage.step_seconds is None else f"{1e3 * stage.step_seconds:,.3g}",
                 "?" if stage.steps is None else f"{stage.steps:,}",
                 _clock(stage.stage_seconds),
             )
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(_footnote(forecasts))
+    return table
+
+
+def _memory(forecasts: list[Forecast]) -> Table:
+    """By kind, in one unit; recipes have lines of their own, so that ten columns find room."""
+    from rich.table import Table
+
+    kinds = next(stage.memory for each in forecasts for stage in each.stages)
+    table = Table("memory, MiB", box=None, padding=(0, 1, 0, 0))
+    for title in (*kinds, "peak"):
+        table.add_column(title, justify="right")
+    for each in forecasts:
+        table.add_row(each.recipe)
+        for stage in each.stages:
+            table.add_row(
+                f"  {stage.name}", *(_mebibytes(stage.memory[kind]) for kind in kinds), _mebibytes(stage.peak)
+            )
+    return table
 
 
 def _tokens(stage: StageForecast) -> str:
@@ -188,6 +305,11 @@ def _amount(value: float, each: int, *units: str) -> str:
     while value >= 999.5 and len(units) > 1:
         value, units = value / each, units[1:]
     return f"{value:.3g} {units[0]}" if value < 999.5 else f"{value:,.0f} {units[0]}"
+
+
+def _mebibytes(value: int) -> str:
+    """Three digits, or whole ones."""
+    return f"{value / 2**20:,.0f}" if value >= 100 << 20 else f"{value / 2**20:.3g}"
 
 
 def _milliseconds(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from isthmus.comparing.budget import Amount
 from isthmus.comparing.outcome import Cell, Cost, Line, Outcome
 from isthmus.evaluation.seeds import Level
 from isthmus.evaluation.statistics import short
@@ -19,7 +20,12 @@ APART = 1.5
 def advice(outcome: Outcome) -> tuple[str, ...]:
     """The recommendation, a sentence or two each, the most important first."""
     said = [_mean(outcome), *_cheapest(outcome), *_tasks(outcome), *_unseen(outcome), *_rates(outcome)]
-    return (*said, *_mismatch(outcome), *(f"{name} is left out: {why}." for name, why in outcome.left_out.items()))
+    return (
+        *said,
+        *_unmet(outcome),
+        *_mismatch(outcome),
+        *(f"{name} is left out: {why}." for name, why in outcome.left_out.items()),
+    )
 
 
 def signed(value: float) -> str:
@@ -189,6 +195,17 @@ def _apart(outcome: Outcome, name: str) -> tuple[int, int]:
     trial = outcome.rates[name].losses[outcome.rates[name].chosen]
     ended = [run.validation for run in outcome.runs if run.name == name and run.validation is not None]
     return sum(trial is not None and loss > APART * trial for loss in ended), len(ended)
+
+
+def _unmet(outcome: Outcome) -> list[str]:
+    """Which runs computed more or less than the budget, where it is in operations."""
+    if not outcome.unmet:
+        return []
+    each = [f"of {name} took {Amount(value, 'flops')}" for name, value in outcome.unmet.items()]
+    return [
+        f"The budget of {outcome.budget} is not met: runs {_list(each)}, because a stage has whole steps. "
+        "A larger budget comes nearer."
+    ]
 
 
 def _mismatch(outcome: Outcome) -> list[str]:

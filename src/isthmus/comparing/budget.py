@@ -12,7 +12,7 @@ import torch
 
 from isthmus.config import Budget, Recipe, Stage
 from isthmus.errors import ConfigError
-from isthmus.forecast import forecast
+from isthmus.forecast import Untraceable, forecast
 from isthmus.training.run import mix_of
 
 Unit: TypeAlias = Literal["minutes", "flops", "samples", "steps"]
@@ -61,14 +61,15 @@ def parse(text: str) -> Amount:
     return Amount(float(found[1]) * PREFIXES[found[2]] * size, unit)
 
 
-def apply(recipe: Recipe, amount: Amount, per_step: Sequence[float] = ()) -> Recipe:
+def apply(recipe: Recipe, amount: Amount, per_step: Sequence[float] = (), least: bool = False) -> Recipe:
     """The recipe with its stages' budgets replaced by their shares of an amount.
 
     Args:
         per_step: what a step of each stage costs, see `operations`; only for an amount of operations.
+        least: whether a stage whose share of operations is less than one step has one all the same, as trials do.
 
     Raises:
-        ConfigError: see `shares`.
+        ConfigError: see `shares`; or a stage's share of operations is less than one step.
     """
     parts = shares(recipe, amount.unit)
     if amount.unit == "minutes":
@@ -78,8 +79,29 @@ def apply(recipe: Recipe, amount: Amount, per_step: Sequence[float] = ()) -> Rec
     elif amount.unit == "steps":
         budgets = [Budget(steps=steps) for steps in dealt(round(amount.value), parts)]
     else:
+        if not least:
+            enough([recipe], amount, [per_step])
         budgets = [Budget(steps=max(1, int(amount.value * part / cost))) for part, cost in zip(parts, per_step)]
     return recipe.but(stages=tuple(stage.but(budget=each) for stage, each in zip(recipe.stages, budgets)))
+
+
+def enough(recipes: Sequence[Recipe], amount: Amount, per_step: Sequence[Sequence[float]]) -> None:
+    """Whether an amount of operations has a step for every stage of some recipes.
+
+    Raises:
+        ConfigError: it has not; the remedy names the least that has.
+    """
+    needed = {
+        recipe.name: max(cost / part for part, cost in zip(shares(recipe, amount.unit), costs, strict=True))
+        for recipe, costs in zip(recipes, per_step, strict=True)
+    }
+    if short := [name for name, value in needed.items() if value > amount.value]:
+        exponent = math.floor(math.log10(most := max(needed.values())))
+        lead = math.ceil(most / 10 ** (exponent - 1)) / 10
+        raise ConfigError(
+            f"{amount} are less than one step of some stage of {', '.join(short)}",
+            f"give a budget of {lead:g}e{exponent}flops or more",
+        )
 
 
 def shares(recipe: Recipe, unit: Unit = "samples") -> list[float]:
@@ -149,8 +171,8 @@ def operations(recipe: Recipe) -> list[float]:
     once = recipe.but(stages=tuple(stage.but(recompute=False) for stage in recipe.stages))
     try:
         return [stage.flops for stage in forecast(once, torch.device("cpu"), seconds=0.0).stages]
-    except RuntimeError as error:  # an operator that needs numbers, or has no meaning without
+    except Untraceable as error:
         raise Uncountable(
-            f"the operations of {recipe.name} cannot be counted: {str(error).splitlines()[0]}",
+            f"the operations of {recipe.name} cannot be counted: {error.cause}",
             "give the budget in samples, steps or minutes",
         ) from None

@@ -28,7 +28,8 @@ from isthmus.training.signals import interrupts
 class OnRay:
     """Jobs as tasks of the cluster that `RAY_ADDRESS` names, else of one that is started on this machine.
 
-    Each reserves the cores that `at_once` runs would leave one another here, and an accelerator where there is one.
+    Each reserves the cores that `at_once` runs would leave one another here, or all of the largest machine where that
+    has fewer, and an accelerator where there is one.
     """
 
     console: Console
@@ -37,10 +38,11 @@ class OnRay:
 
     def __call__(self, jobs: Sequence[Job], tell: Tell) -> None:
         ray = connected()
+        threads = self._threads(ray)
         failed: list[IsthmusError] = []
         asked = False
         with interrupts(lambda text: self.console.print(text, soft_wrap=True)) as stopped:
-            going = {self._submit(ray, job): job for job in jobs}
+            going = {self._submit(ray, job, threads): job for job in jobs}
             while going:
                 ended, _ = ray.wait(list(going), num_returns=1, timeout=GLANCE)
                 for job, error in [(going[task], _ended(ray, task, going.pop(task), tell)) for task in ended]:
@@ -56,11 +58,37 @@ class OnRay:
         if failed:
             raise failed[0]
 
-    def _submit(self, ray: Any, job: Job) -> Any:
+    def threads(self) -> int:
+        return self._threads(connected())
+
+    def _threads(self, ray: Any) -> int:
+        """What some machine can give a run: what none has would be waited for without end.
+
+        Raises:
+            ConfigError: no machine has a core to give, or an accelerator where one is asked for.
+        """
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        able = [node for node in nodes if not self.accelerators or node.get("GPU", 0) >= self.accelerators]
+        if not able:
+            raise ConfigError(
+                f"no machine of the cluster has a GPU, which --device {self.device} asks for",
+                "start `ray` on one that has (--num-gpus tells it), or compare with --device cpu",
+            )
+        largest = int(max(node.get("CPU", 0) for node in able))
+        if not largest:
+            raise ConfigError(
+                "no machine of the cluster has a core to give", "start `ray` with --num-cpus of 1 or more"
+            )
+        return min(threads_of(self.at_once), largest)
+
+    @property
+    def accelerators(self) -> int:
+        """What each run reserves of them."""
+        return int(self.device.startswith("cuda"))
+
+    def _submit(self, ray: Any, job: Job, threads: int) -> Any:
         """A task; it is queued until some machine has room."""
-        threads = threads_of(self.at_once)
-        accelerators = int(self.device.startswith("cuda"))
-        task = ray.remote(num_cpus=threads, num_gpus=accelerators, max_calls=1)(work).options(name=job.label)
+        task = ray.remote(num_cpus=threads, num_gpus=self.accelerators, max_calls=1)(work).options(name=job.label)
         device = self.device.partition(":")[0]  # which one of a machine's is Ray's to say
         return task.remote(str(Path.cwd()), str(prepared(job)), str(job.folder), device, threads)
 

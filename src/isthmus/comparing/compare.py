@@ -11,7 +11,7 @@ import json
 import math
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -20,9 +20,11 @@ from typing import Literal
 import torch
 from rich.console import Console
 
-from isthmus.comparing import budget, gather, page, sizing
+from isthmus.comparing import gather, page, sizing
 from isthmus.comparing import plan as plans
 from isthmus.comparing.advice import advice
+from isthmus.comparing.budget import shares
+from isthmus.comparing.checks import Counted, Place, check_baseline, check_budgets, check_machine, counted
 from isthmus.comparing.cluster import OnRay
 from isthmus.comparing.engine import Engine, Here, Processes, locked
 from isthmus.comparing.gather import Quality
@@ -43,15 +45,6 @@ from isthmus.training.machine import arithmetic
 CLOSE = 0.1
 """How far above the lowest loss of trials another counts as close to it, as a share."""
 NOT_FINITE = "a loss or gradient of {} was not finite"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a comparison lies and what it runs on."""
-
-    folder: Path
-    device: torch.device
-    console: Console
 
 
 def compare(
@@ -83,7 +76,8 @@ def compare(
         add: recipes for a comparison that is planned there already, under its settings.
         budget: of each run, such as `10m`, `2e15flops`, `50k-samples` or `300-steps`.
         seeds: how many, or which.
-        baseline: the name of the recipe that all others are compared with; the first by default.
+        baseline: the name of the recipe that all others are compared with; the first by default. What is trained does
+            not depend on it, so that another one can be named later.
         factors: what each recipe's learning rates are multiplied by in short trials; empty leaves them alone.
         share: of the budget, for each trial.
         parameters: that each recipe is to train: `6M`, or a recipe's name for as many as that one does.
@@ -108,20 +102,26 @@ def compare(
             numbers = range(seeds) if isinstance(seeds, int) else seeds
             common = common_of(recipes, baseline, tasks, limit, data, overrides)
             wanted = planned(recipes, common, budget, numbers, baseline, factors, share, parameters)
-            plan = wanted if plan is None else plans.extended(plan, wanted, place.folder)
+            if plan is None or not plans.begun(place.folder):
+                plan = wanted
+            else:
+                plan = plans.extended(plan.with_baseline(baseline, wanted.recipes), wanted, place.folder)
         if plan is None:
             raise ConfigError(f"{place.folder} holds no comparison to go on with", "name the recipes to compare")
-        plan = plan.with_recipes(add, place.folder)
+        plan = plan.with_recipes(add, place.folder).with_baseline(baseline)
         check_budgets(plan)
         plan = plan.with_sizes(sizes)
         plan.check_data(place.folder)
-        plan.save(place.folder)
+        structure = counted(plan, place)
         engines: dict[str, Callable[[], Engine]] = {
             "local": lambda: Processes(lock, place.console, str(place.device), at_once),
             "ray": lambda: OnRay(place.console, str(place.device), at_once),
             "here": lambda: Here(place.console, place.device),
         }
-        outcome = _carry_out(plan, place, engines[engine]())
+        chosen = engines[engine]()
+        check_machine(plan, place, chosen, {name: each.per_step for name, each in structure.items()})
+        plan.save(place.folder)
+        outcome = _carry_out(plan, place, chosen, structure)
     write(outcome, place.folder)
     return outcome
 
@@ -188,39 +188,25 @@ def _named(recipes: Sequence[Recipe], name: str | None) -> Recipe:
     return found[0]
 
 
-def check_budgets(plan: Plan) -> None:
-    """Before anything runs.
-
-    Raises:
-        ConfigError: the budget cannot be read, or some recipe's stages cannot share it.
-    """
-    for name in plan.recipes:
-        recipe = plan.recipe(name)
-        budget.apply(recipe, plan.amount, [1.0] * len(recipe.stages))
-
-
-def _carry_out(plan: Plan, place: Place, engine: Engine) -> Outcome:
+def _carry_out(plan: Plan, place: Place, engine: Engine, structure: Mapping[str, Counted]) -> Outcome:
     """All that is missing, and then what it says."""
-    costs = operations(plan, place)
+    costs = {name: each.per_step for name, each in structure.items()}
     rates = _rates(plan, place, engine, costs)
+    left_out = {name: NOT_FINITE.format("all trials of learning rates") for name in plan.recipes if name not in rates}
+    check_baseline(plan, place, left_out)
     group = {
         name: [plan.run(place.folder, name, seed, tried.chosen, costs[name]) for seed in plan.seeds]
         for name, tried in rates.items()
     }
     _run([job for jobs in zip(*group.values()) for job in jobs], place, engine, "runs")
-    left_out = {name: NOT_FINITE.format("all trials of learning rates") for name in plan.recipes if name not in rates}
     for name, jobs in group.items():
         if failed := [job.label for job in jobs if job.diverged]:
             left_out[name] = NOT_FINITE.format(", ".join(failed))
-    if plan.baseline in left_out:
-        raise ConfigError(
-            f"{left_out[plan.baseline]}, and all others are compared with {plan.baseline}",
-            "lower its learning rates, or choose another baseline, in another folder",
-        )
+    check_baseline(plan, place, left_out)
     for name, why in left_out.items():
         place.console.print(f"{name} is left out: {why}", highlight=False)
     return _outcome(
-        plan, place, {name: jobs for name, jobs in group.items() if name not in left_out}, rates, left_out, costs
+        plan, place, {name: jobs for name, jobs in group.items() if name not in left_out}, rates, left_out, structure
     )
 
 
@@ -249,29 +235,6 @@ def _run(jobs: Sequence[Job], place: Place, engine: Engine, title: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- before the runs
-
-
-def operations(plan: Plan, place: Place) -> dict[str, list[float]]:
-    """What a step of every recipe's stages costs, counted once; nothing where it cannot be and need not be counted."""
-    found = {}
-    for name in plan.recipes:
-        file = place.folder / name / "operations.json"
-        if not file.is_file():
-            place.console.print(f"counting the operations of {name}", highlight=False)
-            counted = _counted(plan.recipe(name), needed=plan.amount.unit == "flops")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(counted))
-        found[name] = json.loads(file.read_text())
-    return found
-
-
-def _counted(recipe: Recipe, needed: bool) -> list[float]:
-    try:
-        return budget.operations(recipe)
-    except budget.Uncountable:
-        if needed:
-            raise
-        return []
 
 
 def _rates(plan: Plan, place: Place, engine: Engine, costs: Mapping[str, list[float]]) -> dict[str, Rates]:
@@ -324,7 +287,7 @@ def _outcome(
     group: gather.Group,
     rates: Mapping[str, Rates],
     left_out: Mapping[str, str],
-    per_step: Mapping[str, Sequence[float]],
+    structure: Mapping[str, Counted],
 ) -> Outcome:
     """All that was found, judged; `left_out` are recipes that are in no table, and why."""
     recipes = {name: jobs[0].recipe for name, jobs in group.items()}
@@ -341,8 +304,11 @@ def _outcome(
             progress(number, len(group))
             model = jobs[0].folder / recipes[name].stages[-1].name / "model"
             speed = speed_of(model, dtype, place.device, place.folder / name / "speed.json")
-            costs[name] = gather.cost(recipes[name], jobs, per_step[name], speed)
+            known = structure[name]
+            costs[name] = gather.cost(known.size, known.picture, jobs, known.per_step, speed)
         progress(len(group), len(group))
+    runs = tuple(gather.trained(name, job) for name, jobs in group.items() for job in jobs)
+    asked_for = plan.amount.value if plan.amount.unit == "flops" else None
     threads = torch.get_num_threads()
     found = Outcome(
         title=" · ".join(recipes) if len(recipes) < 6 else f"{len(recipes) - 1} joints beside {plan.baseline}",
@@ -357,8 +323,9 @@ def _outcome(
         left_out=left_out,
         rates={name: tried for name, tried in rates.items() if tried.losses and name in recipes},
         share=plan.share,
-        runs=tuple(gather.trained(name, job) for name, jobs in group.items() for job in jobs),
-        settings=(*_sizes(plan, recipes), *settings(recipes)),
+        runs=runs,
+        settings=(*_sizes(plan, recipes), *settings(recipes), *gather.machines(runs)),
+        operations=asked_for,
         contrasts=tuple(found for name in recipes if name != plan.baseline and (found := quality.contrast(name)).items),
         curves=gather.curves(group),
         method={
@@ -370,7 +337,20 @@ def _outcome(
         },
         credits=tuple({credit.name: credit for recipe in recipes.values() for credit in credits_of(recipe)}.values()),
     )
+    if asked_for is not None:
+        found = replace(found, settings=tuple(_excused(plan, recipes, found.settings)))
     return replace(found, advice=advice(found))
+
+
+def _excused(plan: Plan, names: Iterable[str], found: Iterable[Setting]) -> Iterator[Setting]:
+    """Settings, with lengths that follow from the budget of operations as equal: of stages with like shares of it."""
+    parts = dict[str, set[float]]()
+    for recipe in map(plan.recipe, names):
+        for stage, part in zip(recipe.stages, shares(recipe, "flops")):
+            parts.setdefault(f"length of stage {stage.name}", set()).add(round(part, 6))
+    for each in found:
+        follows = not each.matches and len(parts.get(each.name, ())) == 1
+        yield replace(each, within="equal budget of operations") if follows else each
 
 
 def _sizes(plan: Plan, names: Iterable[str]) -> Iterator[Setting]:

@@ -44,6 +44,10 @@ class Engine(Protocol):
 
     def __call__(self, jobs: Sequence[Job], tell: Tell) -> None: ...
 
+    def threads(self) -> int:
+        """What each run has."""
+        ...
+
 
 @dataclass
 class Processes:
@@ -78,9 +82,12 @@ class Processes:
         if failed:
             raise failed[0]
 
+    def threads(self) -> int:
+        return threads_of(self.at_once)
+
     def _start(self, job: Job) -> subprocess.Popen[bytes]:
         file = prepared(job)
-        return spawn(file, job.folder, self.device, threads_of(self.at_once), self.lock)
+        return spawn(file, job.folder, self.device, self.threads(), self.lock)
 
     def _reap(
         self, running: dict[int, tuple[Job, subprocess.Popen[bytes]]], tell: Tell, asked: bool
@@ -117,6 +124,9 @@ class Here:
                 tell(job, "done")
         if failed:
             raise next(iter(failed.values()))
+
+    def threads(self) -> int:
+        return torch.get_num_threads()
 
 
 # ---------------------------------------------------------------------------------------------- a child of its own

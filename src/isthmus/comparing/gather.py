@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from isthmus.comparing.outcome import Cell, Contrast, Cost, Drawn, Line, Points, Shown, Trained
+from isthmus.comparing.outcome import Cell, Contrast, Cost, Drawn, Line, Machine, Points, Shown, Trained
 from isthmus.comparing.plan import Job
+from isthmus.comparing.settings import Setting
 from isthmus.comparing.speed import Speed
-from isthmus.config import Recipe, Stage
-from isthmus.costs import costs
+from isthmus.config import Stage
+from isthmus.costs import Costs
 from isthmus.data.media import open_image
 from isthmus.evaluation import answers, seeds
 from isthmus.evaluation.answers import Prediction
@@ -23,7 +24,7 @@ from isthmus.evaluation.drawing import thin
 from isthmus.evaluation.results import COLUMNS, Column, Runs, alike, file_of
 from isthmus.evaluation.seeds import Gap, Level, Outcomes
 from isthmus.evaluation.tasks import Cut, Task
-from isthmus.planning import plan
+from isthmus.planning import Plan
 from isthmus.training.log import read_rows
 from isthmus.types import Image
 
@@ -231,18 +232,19 @@ def _had(prediction: Prediction) -> bool | None:
 # ---------------------------------------------------------------------------------------------- costs
 
 
-def cost(recipe: Recipe, jobs: Sequence[Job], per_step: Sequence[float], speed: Speed | None) -> Cost:
+def cost(size: Plan, picture: Costs, jobs: Sequence[Job], per_step: Sequence[float], speed: Speed | None) -> Cost:
     """A joint's costs: by structure, and the means over its runs' logs.
 
     Args:
+        size: its parameters.
+        picture: what one picture costs.
         per_step: operations of a step of each stage; where they are not known, those of the logs count.
     """
-    planned, picture = plan(recipe), costs(recipe)
     steps = [[steps_of(job, stage) for stage in job.recipe.stages] for job in jobs]
     logs = [list(chain.from_iterable(stages)) for stages in steps]
     return Cost(
-        parameters=planned.whole,
-        trained=planned.trained,
+        parameters=size.whole,
+        trained=size.trained,
         training=statistics.mean(
             sum(len(stage) * each for stage, each in zip(stages, per_step))
             if per_step
@@ -279,7 +281,30 @@ def trained(name: str, job: Job) -> Trained:
         report["revision"],
         {stage.name: len(steps_of(job, stage)) for stage in job.recipe.stages},
         validation(job),
+        machine_of(job.folder / "report.json"),
     )
+
+
+def machine_of(file: Path) -> Machine | None:
+    """What the run of a report was done on; None where there is no report."""
+    if not file.is_file():
+        return None
+    told = json.loads(file.read_text(encoding="utf-8"))["method"]["machine"]
+    processor, threads, device = told.rsplit(", ", 2)
+    return Machine(processor, int(threads.split()[0]), device)
+
+
+def machines(runs: Sequence[Trained]) -> Iterator[Setting]:
+    """What the runs of every joint were done on."""
+    asked: dict[str, Callable[[Machine], str]] = {
+        "machine": lambda machine: f"{machine.processor}, {machine.device}",
+        "threads": lambda machine: str(machine.threads),
+    }
+    for name, of in asked.items():
+        values: dict[str, dict[str, None]] = {}
+        for run in runs:
+            values.setdefault(run.name, {})["not known" if run.machine is None else of(run.machine)] = None
+        yield Setting(name, {own: " and ".join(sorted(told)) for own, told in values.items()})
 
 
 def validation(job: Job) -> float | None:

@@ -16,6 +16,8 @@ from isthmus.comparing.speed import Speed
 from isthmus.evaluation.results import Column, Credit, as_plain
 from isthmus.evaluation.seeds import Gap, Level, Verdict
 
+NEAR = 0.05
+"""How far from the operations asked for is still what was asked, as a share."""
 Points: TypeAlias = tuple[tuple[float, float], ...]
 
 
@@ -97,6 +99,20 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """What a run was done on, as its report says."""
+
+    processor: str
+    threads: int
+    device: str
+
+    @property
+    def kind(self) -> str:
+        """The device, whichever of several like it."""
+        return self.device.partition(":")[0]
+
+
+@dataclass(frozen=True)
 class Trained:
     """One run that counts, with what its numbers follow from."""
 
@@ -109,6 +125,7 @@ class Trained:
     steps: Mapping[str, int]
     validation: float | None
     """The last stage's lowest validation loss: its model is the one that was measured."""
+    machine: Machine | None = None
 
 
 @dataclass(frozen=True)
@@ -191,8 +208,17 @@ class Outcome:
     curves: tuple[Drawn, ...]
     method: Mapping[str, str]
     credits: tuple[Credit, ...]
+    operations: float | None = None
+    """That each run was to compute, where the budget is in operations."""
     advice: tuple[str, ...] = ()
     """The recommendation, a sentence or two each."""
+
+    @property
+    def unmet(self) -> dict[str, float]:
+        """What the runs of joints computed that are not within `NEAR` of the operations that were asked for."""
+        asked = self.operations
+        trained = {} if asked is None else {name: self.costs[name].training for name in self.names}
+        return {name: value for name, value in trained.items() if asked and abs(value / asked - 1) > NEAR}
 
     @property
     def table(self) -> tuple[Line, ...]:

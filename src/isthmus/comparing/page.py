@@ -42,7 +42,7 @@ def render(outcome: Outcome) -> str:
         section("Where every number comes from", page_method.method(outcome)),
         section("Attribution and licences", credits_table(outcome.credits)) if outcome.credits else "",
     ]
-    runs = f"{len(outcome.runs)} runs, {outcome.runs[0].revision}"
+    runs = f"{len(outcome.runs)} runs, {' and '.join(dict.fromkeys(run.revision for run in outcome.runs))}"
     return html.document(
         f"Comparison of {outcome.title}",
         _head(outcome) + "\n" + "".join(sections),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +19,7 @@ from isthmus.comparing import budget, shown, sizing
 from isthmus.comparing.budget import Amount
 from isthmus.comparing.settings import named
 from isthmus.comparing.sizing import RANK, Size
-from isthmus.config import Frozen, Recipe, Source, TaskConfig, check
+from isthmus.config import Budget, Engine, Frozen, Recipe, Source, TaskConfig, check
 from isthmus.data.sets import content
 from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation.measure import build, check_exchanges
@@ -30,8 +30,8 @@ from isthmus.training.checkpoint import remove
 
 TRIAL_SEED = 1_000_003
 """Rates are tried under a seed of their own, so that none of the seeds that count has chosen its rate."""
-BEGUN = ("*/seed*/run.json", "*/rates/*/run.json")
-"""What is in the folder of a run that has begun."""
+BEGUN = ("seed*/run.json", "rates/*/run.json")
+"""What is in a recipe's folder where a run of it has begun."""
 GRID = (1 / 3, 1.0, 3.0)
 """What the rates of a recipe's stages are multiplied by."""
 
@@ -128,7 +128,8 @@ class Plan(Frozen):
 
     def trial(self, folder: Path, name: str, factor: float, per_step: Sequence[float] = ()) -> Job:
         """One short run that tries a rate; nothing but its validation loss is measured, at its end at least."""
-        short = budget.apply(scaled(self.recipe(name), factor), self.amount.times(self.share), per_step)
+        amount = self.amount.times(self.share)
+        short = budget.apply(scaled(self.recipe(name), factor), amount, per_step, least=True)
         *others, last = short.stages
         short = short.but(stages=(*others, last.but(evaluate_every=last.evaluate_every or 1.0)))
         place = folder / name / "rates" / f"x{factor:.3g}"
@@ -166,22 +167,54 @@ class Plan(Frozen):
             comments.append(f"seeds {', '.join(map(str, self.seeds))}")
         return shlex.join(words) + (f"  # {'; '.join(comments)}" if comments else "")
 
+    def with_baseline(self, name: str | None, recipes: Collection[str] = ()) -> Plan:
+        """With another baseline; None leaves it as it is.
+
+        Args:
+            recipes: that are still to come.
+
+        Raises:
+            ConfigError: there is no such recipe.
+        """
+        if name is not None and name not in {*self.recipes, *recipes}:
+            there = ", ".join(self.recipes)
+            raise ConfigError(f"no recipe is named {name!r}, which should be the baseline", f"there are {there}")
+        return self if name is None else self.but(baseline=name)
+
     def with_recipes(self, recipes: Sequence[Recipe], folder: Path) -> Plan:
-        """With these recipes beside its own, or in place of one of which nothing is in the folder.
+        """With these recipes beside its own, or in place of one of which nothing has begun in the folder.
+
+        One that differs only in what a comparison puts its own in place of stays as it was planned.
 
         Raises:
             ConfigError: another recipe has such a name already.
         """
         added = {recipe.name: recipe for recipe in recipes}
-        changed = [name for name, recipe in added.items() if self.recipes.get(name, recipe) != recipe]
-        if taken := [name for name in changed if (folder / name).exists()]:
+        same = {
+            name: self.recipes[name].but(engine=recipe.engine) for name, recipe in added.items() if self._has(recipe)
+        }
+        changed = [name for name in added if name in self.recipes and name not in same]
+        if taken := [name for name in changed if begun(folder, name)]:
             raise ConfigError(
                 f"{folder} compares another recipe named {taken[0]!r}",
-                f"give the new one a `name` of its own, or delete {folder / taken[0]} to begin anew with it",
+                f"give the new one a `name` of its own, name another folder with --out, or delete "
+                f"{folder / taken[0]} to begin anew with it",
             )
+        added |= same
         again = self.sizes if self.parameters in changed else changed  # the others' sizes may follow from that one
         sizes = {name: size for name, size in self.sizes.items() if name not in again}
         return self.but(recipes=self.recipes | added, sizes=sizes)
+
+    def _has(self, recipe: Recipe) -> bool:
+        """Whether a recipe is planned under its name, apart from what a comparison does not take from it."""
+        known = self.recipes.get(recipe.name)
+        return known is not None and (known == recipe or self._asked(known) == self._asked(recipe))
+
+    def _asked(self, recipe: Recipe) -> tuple[Recipe, list[float]]:
+        """What of a recipe counts here: not its evaluation, seed, engine and length, but its stages' shares of that."""
+        own = self.common.of(recipe).but(seed=0, engine=Engine())
+        parts = [round(part, 9) for part in budget.shares(own, self.amount.unit)]
+        return own.but(stages=tuple(stage.but(budget=Budget(steps=1)) for stage in own.stages)), parts
 
     @property
     def target(self) -> int:
@@ -234,11 +267,13 @@ class Plan(Frozen):
         file, now = folder / "data.json", self._stamps()
         known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         changed = [what for what, digits in now.items() if known.get(what, digits) != digits]
-        if changed and any(file for begun in BEGUN for file in folder.glob(begun)):
+        if changed and begun(folder):
             raise ConfigError(
                 f"{changed[0]} is not what the runs in {folder} had",
                 "put it back as it was, or compare in another folder",
             )
+        for stale in folder.glob("*/operations.json") if changed else ():
+            stale.unlink()
         write_text(file, json.dumps(known | now, indent=1))
 
     def _stamps(self) -> dict[str, str]:
@@ -273,6 +308,12 @@ def scaled(recipe: Recipe, factor: float) -> Recipe:
     return recipe.but(stages=stages)
 
 
+def begun(folder: Path, name: str | None = None) -> bool:
+    """Whether a run of that recipe has begun in a comparison's folder, or any at all."""
+    places = folder.glob("*") if name is None else [folder / name]
+    return any(True for place in places for pattern in BEGUN for _ in place.glob(pattern))
+
+
 def read(folder: Path) -> Plan | None:
     """The plan that a folder holds.
 
@@ -305,9 +346,12 @@ def extended(known: Plan, wanted: Plan, folder: Path) -> Plan:
         "number of trained parameters": (known.parameters, wanted.parameters),
     }
     if other := [name for name, (before, now) in fixed.items() if before != now]:
-        raise ConfigError(
-            f"{folder} holds a comparison with another {', '.join(other)}",
-            "name another folder with --out, or leave out what differs to go on with it as it was",
+        remedy = (
+            f"name the one that all others are compared with: --baseline {known.baseline} as before, or another"
+            if other == ["baseline"]
+            else f"name another folder with --out, or name no recipe to go on with it as it was, or delete {folder} to "
+            "begin anew"
         )
+        raise ConfigError(f"{folder} holds a comparison with another {', '.join(other)}", remedy)
     both = known.with_recipes(list(wanted.recipes.values()), folder)
     return both.but(seeds=tuple(dict.fromkeys((*known.seeds, *wanted.seeds))))

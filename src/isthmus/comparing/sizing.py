@@ -6,7 +6,6 @@ counted on the meta device, before any weights are read.
 
 from __future__ import annotations
 
-import functools
 import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,10 @@ RANK = "rank"
 """The rank of all LoRA that a recipe's stages train."""
 TOLERANCE = 0.05
 """How far from the number asked for is still equal."""
+REACH = 64
+"""Values in a row that a recipe refuses, after which no further one is tried."""
+ROUND = 48
+"""A value that most numbers of heads divide."""
 WRITTEN = re.compile(r"(\d+\.?\d*(?:e\d+)?)([kMG]?)")
 PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
 
@@ -80,36 +83,97 @@ def resized(recipe: Recipe, by: str, value: int) -> Recipe:
 def solve(recipe: Recipe, target: int, by: str = RANK) -> Size:
     """The size in which a recipe trains nearest to `target` parameters; its own where that is near enough.
 
+    Values that the recipe refuses, such as a width that its heads do not divide, are left out.
+
     Raises:
         ConfigError: it cannot come within `TOLERANCE`, or its parameters do not depend on the field.
     """
     own = planning.plan(recipe).trained
     if _near(own, target):
         return Size(by=by, trained=own)
-
-    @functools.cache
-    def trained(value: int) -> int:
-        return planning.plan(resized(recipe, by, value)).trained
-
-    if trained(1) == trained(2):
+    sizes = _Sizes(recipe, by)
+    first = sizes.least()
+    second = sizes.upward(first + 1)
+    if second is None or sizes.trained(first) == sizes.trained(second):
         raise ConfigError(
             f"{recipe.name} trains {count(own)} parameters where {count(target)} are asked for, and "
             f"{by} does not change that",
             f"name a whole number of its recipe that does: --size {recipe.name}=aligner.options.NAME",
         )
-    sign = 1 if trained(2) > trained(1) else -1  # a joint in every n-th layer shrinks
-    high = 1
-    while sign * trained(high) < sign * target and trained(2 * high) != trained(high):
-        high *= 2
-    value = 1 + bisect_left(range(1, high + 1), sign * target, key=lambda each: sign * trained(each))
-    value = min((max(1, value - 1), value), key=lambda each: abs(trained(each) - target))
-    if not _near(trained(value), target):
+    sign = 1 if sizes.trained(second) > sizes.trained(first) else -1  # a joint in every n-th layer shrinks
+
+    def reached(value: int) -> bool:
+        found = sizes.upward(value)
+        return found is None or sign * sizes.trained(found) >= sign * target
+
+    high = first
+    while not reached(high):
+        further = sizes.upward(2 * high)
+        if further is not None and sizes.trained(further) == sizes.trained(high):
+            break
+        high = further or 2 * high
+    value = first + bisect_left(range(first, high + 1), True, key=reached)
+    around = [each for each in (sizes.downward(value - 1), sizes.upward(value)) if each is not None]
+    value = min(around, key=lambda each: abs(sizes.trained(each) - target))
+    if not _near(sizes.trained(value), target):
         raise ConfigError(
-            f"{recipe.name} comes no nearer to {count(target)} trained parameters than {count(trained(value))}, "
-            f"with {by} {value}",
+            f"{recipe.name} comes no nearer to {count(target)} trained parameters than "
+            f"{count(sizes.trained(value))}, with {by} {value}",
             "ask for another number with --parameters, or name another field of it with --size",
         )
-    return Size(by=by, value=value, trained=trained(value))
+    return Size(by=by, value=value, trained=sizes.trained(value))
+
+
+class _Sizes:
+    """What a recipe trains at every value of a field, and which values it refuses."""
+
+    def __init__(self, recipe: Recipe, by: str) -> None:
+        self.recipe, self.by = recipe, by
+        self._known: dict[int, int | ConfigError] = {}
+
+    def trained(self, value: int) -> int:
+        """Parameters that any stage trains.
+
+        Raises:
+            ConfigError: the value is refused.
+        """
+        found = self._planned(value)
+        if isinstance(found, ConfigError):
+            raise found
+        return found
+
+    def least(self) -> int:
+        """The smallest value that is not refused.
+
+        Raises:
+            ConfigError: the first `REACH` are, as 1 is; or so is `ROUND`, in the same words: the field is meant.
+        """
+        first = self._planned(1)
+        if not isinstance(first, ConfigError):
+            return 1
+        found = None if str(self._planned(ROUND)) == str(first) else self.upward(2)
+        if found is None:
+            raise first
+        return found
+
+    def upward(self, value: int) -> int | None:
+        """The nearest value from this one on; None where `REACH` of them are refused."""
+        return next(filter(self._taken, range(value, value + REACH)), None)
+
+    def downward(self, value: int) -> int | None:
+        """The same towards 1."""
+        return next(filter(self._taken, range(value, max(0, value - REACH), -1)), None)
+
+    def _taken(self, value: int) -> bool:
+        return not isinstance(self._planned(value), ConfigError)
+
+    def _planned(self, value: int) -> int | ConfigError:
+        if value not in self._known:
+            try:
+                self._known[value] = planning.plan(resized(self.recipe, self.by, value)).trained
+            except ConfigError as refusal:
+                self._known[value] = refusal
+        return self._known[value]
 
 
 def _near(number: int, target: int) -> bool:

@@ -112,10 +112,15 @@ def markdown(tree: Tree) -> str:
 
 
 def _rows(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(heads)} |"
+    yield f"| {' | '.join(map(_inside, heads))} |"
     yield "|---" * len(heads) + "|"
     for row in rows:
-        yield f"| {' | '.join(row)} |"
+        yield f"| {' | '.join(map(_inside, row))} |"
+
+
+def _inside(cell: str) -> str:
+    """What would end a cell, or its row, does not; a bar is escaped within a code span, too."""
+    return " ".join(cell.split()).replace("|", "\\|")
 
 
 def _quality(tree: Tree, lines: Sequence[Tree]) -> Iterator[str]:

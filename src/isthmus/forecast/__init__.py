@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from isthmus import assembly, planning, quantised
+from isthmus import assembly, kernels, planning, quantised
 from isthmus.config import Recipe, Stage
+from isthmus.errors import ConfigError, IsthmusError
 from isthmus.forecast import calibrate
 from isthmus.forecast.batches import Drawn, draw, row_bytes
 from isthmus.forecast.trace import Trace, in_dtype, trace
@@ -30,6 +32,10 @@ from isthmus.training.validation import HELD_OUT
 
 FORWARD = 0.4
 """A validation's share of a step over the same samples, about."""
+
+
+class Untraceable(ConfigError):
+    """A recipe that may well be trained, whose steps cannot be traced without numbers."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +98,14 @@ def forecast(recipe: Recipe, device: torch.device, seconds: float = 1.0) -> Fore
         seconds: of calibration per stage; 0 leaves the times out.
 
     Raises:
+        Untraceable: a step cannot be traced without numbers.
         ConfigError, DataError, IsthmusError: parts do not fit, or data are not there.
-        NotImplementedError, RuntimeError: a step cannot be traced without numbers.
     """
+    if recipe.llm.attention in planning.OPAQUE:
+        raise Untraceable(
+            f"no step of {recipe.name} can be traced: {recipe.llm.attention} does not run without numbers",
+            f"plan it with llm.attention={kernels.NAME}: the same operations, and no less memory",
+        )
     dtype = arithmetic(recipe.dtype, device)
     model = planning.outline(recipe)
     stages = tuple(_stage(recipe, stage, model, device, dtype, seconds) for stage in recipe.stages)
@@ -113,10 +124,11 @@ def _stage(
     step.accompany()
     if stage.recompute:
         step.recompute()
-    drawn = draw(recipe, stage, model, _steps(stage, None))
+    with _tracing(recipe.name):
+        drawn = draw(recipe, stage, model, _steps(stage, None))
     steps = _steps(stage, drawn.epoch)
     weights = _weights(step, dtype)
-    with in_dtype(step, dtype):
+    with _tracing(recipe.name), in_dtype(step, dtype):
         traces = {number: trace(step, drawn.steps[number]) for number in _chosen(drawn.volumes)}
         row = 0 if encodes_anew(recipe, model) else row_bytes(model)
     flops = _mean(drawn.volumes, {number: float(each.flops) for number, each in traces.items()})
@@ -128,6 +140,21 @@ def _stage(
     memory["features"] = round(row * drawn.per_sample()["media"] * min(shown, drawn.epoch or shown))
     memory["process"] = resident()
     return StageForecast(stage.name, trained, steps, drawn.assumed, drawn.per_sample(), flops, memory, took)
+
+
+@contextmanager
+def _tracing(name: str) -> Iterator[None]:
+    """Whatever a step stumbles over that has no numbers becomes one error; faults of recipe and data stay theirs."""
+    try:
+        yield
+    except (IsthmusError, OSError):
+        raise
+    except Exception as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise Untraceable(
+            f"no step of {name} can be traced without numbers: {type(error).__name__}: {said}",
+            "its training needs no forecast",
+        ) from error
 
 
 def _steps(stage: Stage, epoch: int | None) -> int | None:

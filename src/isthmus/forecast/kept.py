@@ -30,7 +30,7 @@ def planned(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     """A recipe's forecast as plain values: the one that was made of its like on this machine, or a new one.
 
     Raises:
-        ConfigError, DataError, IsthmusError, NotImplementedError, RuntimeError: see `forecast`.
+        ConfigError, DataError, IsthmusError: see `forecast`.
     """
     file = assets.home() / "forecasts" / f"{key(recipe, device)}.json"
     if not file.is_file():

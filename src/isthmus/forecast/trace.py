@@ -69,7 +69,7 @@ def trace(step: Step, batches: list[Batch]) -> Trace:
     """One optimizer step over micro-batches, up to its gradients.
 
     Raises:
-        NotImplementedError, RuntimeError: something in it depends on numbers, so that there is no plan of it.
+        Exception: something in it depends on numbers, so that there is no plan of it; of what kind is the operator's.
     """
     ledger = Ledger(step)
     step.ready()

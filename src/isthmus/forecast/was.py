@@ -24,6 +24,7 @@ from isthmus.training.log import read_rows
 PLAN, BOTH = "plan.json", "planned.json"
 SETTLED = 2
 """Steps at the start that are not typical: caches and kernels warm up."""
+FEW = "too few to time"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Stage:
 
     name: str
     planned: dict[str, float | None]
-    was: dict[str, float]
+    was: dict[str, float | None]
+    """No steps per second where there were too few to time."""
 
     @property
     def plain(self) -> dict[str, Any]:
@@ -70,18 +72,22 @@ def table(stages: list[Stage]) -> Table:
     """Planned / was, for the terminal."""
     view = Table("stage", "steps/s", "GFLOP per step", "peak memory, GB", box=None, title="planned / was")
     for stage in stages:
-        view.add_row(stage.name, *(" / ".join(map(_short, pair)) for pair in _pairs(stage)))
+        view.add_row(stage.name, *(f"{_short(planned)} / {_short(was, FEW)}" for planned, was in _pairs(stage)))
     return view
 
 
-def measured(folder: Path) -> dict[str, float]:
-    """What a stage took, from its own log: the median step, the mean of its operations, the most memory."""
-    rows = [row for row in read_rows(folder / "metrics.jsonl") if "operations" in row]
-    if len(rows) <= SETTLED:
+def measured(folder: Path) -> dict[str, float | None]:
+    """What a stage took, from its own log: the median step, the mean of its operations, the most memory.
+
+    The first steps count only where there are no others, and are never timed.
+    """
+    every = [row for row in read_rows(folder / "metrics.jsonl") if "operations" in row]
+    if not every:
         return {}
-    rows = rows[SETTLED:]
+    settled = every[SETTLED:]
+    rows = settled or every
     return {
-        "steps_per_second": 1 / statistics.median(row["seconds"] for row in rows),
+        "steps_per_second": 1 / statistics.median(row["seconds"] for row in settled) if settled else None,
         "flops": statistics.mean(row["operations"] for row in rows),
         "peak": max(row["memory_gb"] for row in rows) * 1e9,
     }
@@ -92,11 +98,11 @@ def _planned(told: dict[str, Any]) -> dict[str, float | None]:
     return {"steps_per_second": 1 / seconds if seconds else None, "flops": told["flops"], "peak": told["peak"]}
 
 
-def _pairs(stage: Stage) -> Iterator[tuple[float | None, float]]:
+def _pairs(stage: Stage) -> Iterator[tuple[float | None, float | None]]:
     for name, unit in (("steps_per_second", 1.0), ("flops", 1e9), ("peak", 1e9)):
-        planned = stage.planned[name]
-        yield None if planned is None else planned / unit, stage.was[name] / unit
+        planned, was = stage.planned[name], stage.was[name]
+        yield None if planned is None else planned / unit, None if was is None else was / unit
 
 
-def _short(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
+def _short(value: float | None, none: str = "–") -> str:
+    return none if value is None else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"

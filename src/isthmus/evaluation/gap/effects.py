@@ -47,11 +47,21 @@ def nll(model: VLM, prompts: Sequence[Sample], words: Sequence[str]) -> Tensor:
 
 
 def effects(model: VLM, pairs: Sequence[Pair], seed: int = 0) -> tuple[float, dict[str, Effect]]:
-    """The answers' mean NLL per token with their pictures, and what it rises by with each change of them."""
+    """The answers' mean NLL per token with their pictures, and what it rises by with each change of them.
+
+    Raises:
+        DataError: more than half of the pairs show the same picture, or a picture is too small to shuffle.
+    """
     prompts, words = [pair.prompt for pair in pairs], [pair.words for pair in pairs]
+    try:
+        exchanged = controls.shuffled(prompts, seed)
+    except DataError as error:  # whose remedy is for `isthmus eval`
+        raise DataError(
+            error.cause, "measure the gap over different pictures, as `states.pairs` chooses them"
+        ) from None
     changed = {
         "blank picture": controls.blind(prompts),
-        "another’s picture": controls.shuffled(prompts, seed),
+        "another’s picture": exchanged,
         "patches shuffled": [with_picture(p, shuffle(p, TILES, seed)) for p in prompts],
     }
     own_N = nll(model, prompts, words)

@@ -236,7 +236,7 @@ def _items(gaps: Sequence[Gap]) -> str:
     for number, first in enumerate(gaps[0].shown):
         each = "".join(_model(gap, gap.shown[number], len(gaps) > 1) for gap in gaps)
         blocks.append(
-            f'<div class="item"><h3>{escape(first.question)}</h3>'
+            f'<div class="item"><h3>{escape(first.question) or f"Picture {number + 1}, without a question"}</h3>'
             f'<p class="note">right answer: {escape(first.words)}</p>{each}</div>'
         )
     note = (
@@ -316,7 +316,7 @@ def png(picture: Pillow.Image) -> str:
 
 def _method(gaps: Sequence[Gap]) -> str:
     facts = {
-        "pictures": f"{gaps[0].pairs} of {gaps[0].data}, no two with the same answer",
+        "pictures": f"{gaps[0].pairs} of {gaps[0].data}, no two of them equal or with the same answer",
         "a picture’s state": "mean over its tokens in a layer’s output; layer 0 is the LLM’s input",
         "its words’ state": "mean over the answer’s tokens where the assistant says them without the picture",
         "centroids": "Liang et al. 2022, arXiv 2203.02053",

@@ -7,24 +7,30 @@ words' row is the mean over the answer's tokens where the assistant says them in
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
-from isthmus import sites
+from isthmus import parts, sites
+from isthmus.assembly import load
 from isthmus.config import Source
 from isthmus.connectors.codebook import Coded
 from isthmus.connectors.pool import Pool
 from isthmus.connectors.token_pool import TokenPool
 from isthmus.data import sets
 from isthmus.data.collate import Look
+from isthmus.data.media import content_key
 from isthmus.evaluation.gap.measures import attention_mass
 from isthmus.evaluation.measure import arithmetic_of
-from isthmus.model import VLM
+from isthmus.model import VLM, VLMConfig
 from isthmus.types import IGNORE, Batch, ConfigError, DataError, Image, Modality, Sample, Turn
 
 Take: TypeAlias = Callable[[int, Tensor], None]
@@ -80,7 +86,8 @@ class Seen:
 def pairs(
     data: str, count: int, images: str | None = None, options: Mapping[str, Any] | None = None, split: str = "test"
 ) -> list[Pair]:
-    """The first samples of a set that have one picture and an answer of their own, no two with the same words.
+    """The first samples of a set that have one picture and an answer of their own: no two with the same picture, by its
+    content, or the same words.
 
     Args:
         images, options: of a file: where its picture paths start from, and how it is read.
@@ -93,15 +100,20 @@ def pairs(
     asked = {"kinds": KINDS[data]} if data in KINDS else {}
     source = Source(name=data, split=split, images=images, options={**asked, **(options or {})})
     found: dict[str, Pair] = {}
+    shown, key = set[str](), functools.cache(content_key)
     for sample in sets.open_set(source, seed=0):
         pair = _pair(sample)
-        if pair is not None:
-            found.setdefault(pair.words, pair)
+        if pair is not None and pair.words not in found:
+            own = pair.picture.source
+            named = key(own) if isinstance(own, str | Path) else content_key(own)
+            if named not in shown:
+                found[pair.words] = pair
+                shown.add(named)
         if len(found) == count:
             break
     if len(found) < 8:
         raise DataError(
-            f"{data} has {len(found)} different answers about one picture each; the gap needs 8",
+            f"{data} has {len(found)} different pictures with an answer of its own each; the gap needs 8",
             f"use {', '.join(KINDS)}, or a file with more of them",
         )
     return list(found.values())
@@ -130,7 +142,7 @@ def see(model: VLM, chosen: Sequence[Pair], keep: int, look: Look | None = None)
     Raises:
         ConfigError: the LLM is an encoder-decoder, whose two stacks have no layers in common to follow a picture by.
     """
-    check(model)
+    check(model.config)
     model.eval()
     collate = model.processor.collator(look)
     seen: list[_Batch] = []
@@ -142,17 +154,32 @@ def see(model: VLM, chosen: Sequence[Pair], keep: int, look: Look | None = None)
     return _join(seen)
 
 
-def check(model: VLM) -> None:
-    """Refuse what cannot be followed.
+def check(config: PreTrainedConfig) -> None:
+    """Refuse what cannot be followed, which a model's config tells.
 
     Raises:
         ConfigError: an encoder-decoder.
     """
-    if model.config.is_encoder_decoder:
+    if config.is_encoder_decoder:
         raise ConfigError(
             "the gap is followed through the layers of a decoder; this LLM is an encoder-decoder",
             "`isthmus eval` measures it with blank and shuffled pictures",
         )
+
+
+def check_saved(source: str) -> None:
+    """Refuse what cannot be followed before any weights are read.
+
+    Raises:
+        ConfigError: an encoder-decoder, or no such folder or model.
+        IsthmusError: it is no joint model.
+    """
+    folder = parts.folder(source)
+    file = folder / "config.json"
+    told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if told.get("model_type") != VLMConfig.model_type:
+        load(source)  # which says what is wrong with it
+    check(VLMConfig.from_pretrained(folder))
 
 
 @dataclass
@@ -307,7 +334,7 @@ def attention_map(model: VLM, turns: Sequence[Turn], look: Look | None = None) -
     Raises:
         ConfigError: the joint's tokens have no places on the picture, or it gives no weights for them.
     """
-    check(model)
+    check(model.config)
     shape = grid(model)
     if reason := unweighed(model):
         raise ConfigError(
