@@ -62,6 +62,11 @@ class Aligner:
     def __init__(self, options: Frozen):
         self.options: Any = options
 
+    @property
+    def routes(self) -> bool:
+        """Whether it treats kinds of tasks apart (`types.Route`)."""
+        return False
+
     def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
         """The module between an encoder and an LLM of width D. The one answer that has no default."""
         raise NotImplementedError
@@ -100,10 +105,10 @@ class Aligner:
         """Modules beside the LLM, by name (output heads, a teacher)."""
         return {}
 
-    @property
-    def media_see(self) -> Literal["past", "themselves", "nothing"]:
-        """What the places of spliced media look at while the LLM trains: all that is before them, themselves alone,
-        or nothing, where they stay what was put in. Terms over their states ask for it."""
+    def media_see(self, layers: int) -> Literal["past", "themselves", "nothing"]:
+        """What the places of spliced media look at in the LLM's first so many `layers` while it trains: all that is
+        before them in one at least, themselves alone, or nothing, where they stay what was put in. Terms over their
+        states behind these layers ask for it."""
         return "past"
 
     def positions(self, counted_BT: Tensor, segment_BT: Tensor, modality_BT: Tensor) -> Tensor | None:

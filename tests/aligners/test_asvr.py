@@ -20,7 +20,7 @@ from isthmus.recipes.asvr import asvr
 from isthmus.training.optimizer import choose
 from isthmus.training.run import train
 from isthmus.training.step import Step
-from isthmus.types import ConfigError, DataError, Features
+from isthmus.types import Batch, ConfigError, DataError, Features, Output
 
 OPTIONS = {"levels": 3, "size": 5, "width": 16, "depth": 2}
 SAMPLES = (sample(picture(1), "what?"), sample("see", picture(2), picture(3), answer="two dogs"), sample("hello"))
@@ -136,6 +136,8 @@ def test_the_term_is_the_mean_cross_entropy_over_levels_and_places(shift: int) -
     assert step.terms["asvr"].count(batch) == 3 * (per - shift)
     right = (logits[:, 0].argmax(-1) == told[:, 0]).float().mean().item()
     assert step.figures()["asvr_right"] == pytest.approx(right)
+    step(step.vlm.processor.collator()(SAMPLES[2:]), {"lm": 1.0, "asvr": 0.0})
+    assert step.figures() == {}  # the last forward had no picture
 
 
 def test_head_projector_and_llm_learn_from_it_and_codebooks_do_not() -> None:
@@ -147,6 +149,29 @@ def test_head_projector_and_llm_learn_from_it_and_codebooks_do_not() -> None:
     assert all(any(part in name for name in moved) for part in ("teller", "inner", "llm"))
     assert not any("codebook" in name for name, _ in step.named_parameters())
     assert all(torch.equal(before[name], buffer) for name, buffer in step.named_buffers())
+
+
+def test_pictures_that_are_not_cached_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = step_of()
+    vlm, runs = step.vlm, []
+    vlm.encoders["image"].register_forward_hook(lambda *_: runs.append(1))
+    batch = vlm.processor.collator()(SAMPLES)
+    run, found = vlm.run, []
+
+    def run_and_encode_again(batch: Batch, **more: Any) -> Output:
+        output = run(batch, **more)
+        output.encoded = {kind: vlm.encode(kind, media) for kind, media in batch.media.items()}
+        return output
+
+    for way in (run, run_and_encode_again):
+        monkeypatch.setattr(vlm, "run", way)
+        loss, shares = step(batch, step.scales([batch]))
+        loss.backward()
+        grads = {name: p.grad for name, p in step.named_parameters() if p.grad is not None}
+        found.append({"loss": loss.detach(), **shares, **grads})
+        step.zero_grad()
+        assert len(runs) == (1 if way is run else 3)
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 def test_a_tap_is_brought_to_the_places_of_the_tokens() -> None:
@@ -192,6 +217,9 @@ def test_what_cannot_work_is_refused() -> None:
         step_of(fitted=False)
     with pytest.raises(ConfigError, match="the encoder trains"):
         step_of(train={**ALL, "encoders.*": 1e-4})
+    with pytest.raises(ConfigError, match="each image is a single vector"):
+        step_of({**OPTIONS, "pool": 1}, term={"shift": 1})
+    step_of({**OPTIONS, "pool": 1}, term={"shift": 0})
     with pytest.raises(ConfigError, match="nothing named 'block3'"):
         composed.model("llama", "asvr", {**OPTIONS, "tokenizer": "block3"})
 

@@ -22,7 +22,7 @@ from isthmus.recipes.victor import victor
 from isthmus.training.optimizer import choose
 from isthmus.training.run import train
 from isthmus.training.step import Step
-from isthmus.types import ConfigError, Context, Features
+from isthmus.types import Batch, ConfigError, Context, Features, Output
 
 OPTIONS = {"size": 24}
 SAMPLES = (sample(picture(1), "what?"), sample("see", picture(2), picture(3), answer="two dogs"), sample("hello"))
@@ -129,6 +129,33 @@ def test_pool_head_and_the_vectors_that_stay_learn() -> None:
     term = step.terms["victor"].loss(step, output, batch) * scales["victor"]
     term.backward()
     assert step.vlm.connectors["image"].inner.layers[0].weight.grad is None  # targets are detached
+
+
+def test_a_tower_that_trains_runs_once_and_nothing_else_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Targets of what the forward has encoded are those of pictures that are encoded once more for them."""
+    step = step_of({**ALL, "encoders.*": 1e-4}, **OPTIONS)
+    vlm, runs = step.vlm, []
+    vlm.encoders["image"].register_forward_hook(lambda *_: runs.append(1))
+    batch = vlm.processor.collator()(SAMPLES)
+    run, found = vlm.run, []
+
+    def run_and_encode_again(batch: Batch, **more: Any) -> Output:
+        output = run(batch, **more)
+        with torch.no_grad():
+            output.encoded = {kind: vlm.encode(kind, media) for kind, media in batch.media.items()}
+        return output
+
+    for way in (run, run_and_encode_again):
+        monkeypatch.setattr(vlm, "run", way)
+        torch.manual_seed(5)
+        loss, shares = step(batch, step.scales([batch]))
+        loss.backward()
+        grads = {name: p.grad for name, p in step.named_parameters() if p.grad is not None}
+        found.append({"loss": loss.detach(), **shares, **grads})
+        step.zero_grad()
+        assert len(runs) == (1 if way is run else 3)
+    assert any("encoders" in name for name in found[0]) and found[0].keys() == found[1].keys()
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 def test_what_cannot_work_is_refused() -> None:

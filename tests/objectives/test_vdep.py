@@ -17,7 +17,7 @@ import composed
 import isthmus
 from composed import picture
 from isthmus import fuse, sites
-from isthmus.config import LoRA, ObjectiveConfig
+from isthmus.config import LoRA, ObjectiveConfig, Recipe
 from isthmus.objectives._places import places
 from isthmus.objectives.vdep import collapse
 from isthmus.training import combination
@@ -290,11 +290,15 @@ REFUSED = [
     ("opt", "ee_mllm", {"compute": "rule"}, 1, "see themselves alone"),
     ("llama", "ee_mllm", {"visual": "ffn"}, 1, "see themselves alone"),
     ("llama", "ee_mllm", {"visual": "keys"}, 0, "stay what was put in"),
+    ("llama", "ee_mllm", {"visual": "keys", "layers": [0, 1, 2]}, 0, "stay what was put in"),
+    ("llama", "llava", {"pool": 1}, 1, "each image is a single vector"),
+    ("llama", "blip2", {"queries": 1, "layers": 2, "width": 16, "heads": 2, "inner": 24}, 1, "is a single vector"),
 ]
 CARRIED = [
     ("llama", "ee_mllm", {}, 0),
     ("llama", "ee_mllm", {"free": True}, 1),
     ("llama", "ee_mllm", {"layers": [1]}, 1),
+    ("llama", "llava", {"pool": 1}, 0),
     ("opt", "cogvlm", {}, 1),
 ]
 
@@ -309,6 +313,21 @@ def test_a_joint_that_has_no_such_states_is_refused_before_anything_runs(
     assert refused.value.remedy
 
 
+def test_a_stage_is_checked_with_the_options_that_it_gives_the_joint(tmp_path: Path) -> None:
+    """`free` has full attention in training, and so a past; told before the stage in front of it runs."""
+
+    def made(free: bool, then: bool) -> Recipe:
+        legs = stage(name="align", data=(file,)), stage(*with_term(), data=(file,), joint={"free": then})
+        return composed.recipe("llama", "ee_mllm", {"free": free}).but(stages=legs, dtype="float32")
+
+    file = str(composed.questions(tmp_path, 8))
+    with pytest.raises(ConfigError, match="stage sft: .*see themselves alone"):
+        train(made(free=True, then=False), tmp_path / "refused", torch.device("cpu"))
+    assert not (tmp_path / "refused" / "align").exists()
+    trained = train(made(free=False, then=True), tmp_path / "run", torch.device("cpu"))
+    assert trained is not None and trained.aligner.options.free
+
+
 @pytest.mark.parametrize(("family", "joint", "options", "shift"), CARRIED)
 def test_a_joint_that_has_them_learns(family: str, joint: str, options: dict[str, Any], shift: int) -> None:
     step = prepared(stage(*with_term(shift=shift, ratio=1.0)), composed.model(family, joint, options))
@@ -316,17 +335,28 @@ def test_a_joint_that_has_them_learns(family: str, joint: str, options: dict[str
     assert any(gradient.any() for gradient in gradients(step, [batch]).values())
 
 
-def test_composite_attention_has_no_past_indeed() -> None:
-    """The reason for the refusal: an earlier vector changes no later state."""
-    vlm = composed.model("llama", "ee_mllm")
+@pytest.mark.parametrize("layer", [1, 2, 3, "before", "last"])
+@pytest.mark.parametrize("layers", [None, [0, 1, 2], [0], [0, 1], [1, 2], []])
+def test_it_is_refused_where_an_earlier_vector_changes_no_later_state(
+    layers: list[int] | None, layer: int | str
+) -> None:
+    vlm = composed.model("llama", "ee_mllm", {"layers": layers})
     batch = vlm.processor.collator()(SAMPLES[:1])
     found = places(batch, "image")
     states = []
     for change in (0.0, 1.0):
-        connected = vlm.connect(batch)
-        embeds = vlm.embed(batch, connected)
+        embeds = vlm.embed(batch, vlm.connect(batch))
         embeds[0, found.column_M[3]] += change
-        past = isthmus.types.Past(None)
-        states.append(vlm.think(embeds, batch.segment_BT, batch.modality_BT, None, past)[0][0, found.column_M])
-    changed = (states[0] != states[1]).any(-1)
-    assert changed.tolist() == [place == 3 for place in range(16)]
+        past, number = isthmus.types.Past(None), layer if isinstance(layer, int) else -1
+        with sites.states(vlm.llm, {number}) as after:
+            hidden = vlm.think(embeds, batch.segment_BT, batch.modality_BT, None, past)[0]
+        states.append((hidden if layer == "last" else after[number])[0, found.column_M])
+    changed = (states[0] != states[1]).any(-1).tolist()
+    prepared(stage(*with_term(shift=0, layer=layer)), vlm)
+    if changed == [place == 3 for place in range(16)]:
+        with pytest.raises(ConfigError, match="see themselves alone") as refused:
+            prepared(stage(*with_term(shift=1, layer=layer)), vlm)
+        assert ("behind a layer in which they see more" in refused.value.remedy) == (layer in (1, 2))
+    else:
+        assert changed == [place >= 3 for place in range(16)]
+        prepared(stage(*with_term(shift=1, layer=layer)), vlm)

@@ -20,11 +20,12 @@ from isthmus.data import lottery
 from isthmus.data.mix import Mix
 from isthmus.data.sets import open_set
 from isthmus.objectives import named
+from isthmus.training import combination
 from isthmus.training.log import read_rows
 from isthmus.training.parallel import World
 from isthmus.training.run import Data, Feed, train
 from isthmus.training.step import mixed
-from isthmus.types import IGNORE, Batch, ConfigError, DataError, Sample, Turn
+from isthmus.types import IGNORE, Batch, ConfigError, DataError, NothingToLearn, Sample, Turn
 
 
 def drawn(share: float, sizes: Sequence[int], by: str, seed: int = 0) -> list[list[bool]]:
@@ -143,6 +144,31 @@ def test_samples_are_drawn_where_a_term_is_about_a_share_of_them() -> None:
     assert mixed(with_term()) == "sample" and mixed(with_term(mix_by="batch")) == "batch"
     assert mixed(with_term(ratio=1.0)) is None and mixed(with_term(ratio=1.0, text=False)) == "sample"
     assert mixed(stage().objectives) is None
+
+
+@pytest.mark.parametrize(("by", "size"), [("batch", 4), ("sample", 1)])
+def test_a_share_of_the_samples_is_refused_where_nothing_learns_from_the_others(by: str, size: int) -> None:
+    vlm = composed.model()
+
+    def check(*terms: ObjectiveConfig, **changes: Any) -> None:
+        leg = stage(*terms, batch_size=size, **changes)
+        combination.check(composed.recipe().but(stages=(leg,)), vlm, torch.device("cpu"))
+
+    lm, alone = with_term(mix_by=by)
+    with pytest.raises(ConfigError, match="stage sft: vdep alone learns from a share of the samples") as refused:
+        check(alone)
+    assert "ratio: 1" in refused.value.remedy and "lm" in refused.value.remedy
+    check(lm, alone)
+    check(*with_term(mix_by=by, ratio=1.0)[1:])
+    check(alone, data=("pictures",))
+
+    samples = Fixed([SAMPLES[0].but(id=str(number)) for number in range(8)])  # why: what the steps would have to do
+    leg = stage(alone, batching="shuffled", batch_size=size)
+    feed = Feed(leg, Data([samples], Mix([samples], [1.0], 0)), vlm.processor.collator(), 0)  # type: ignore[list-item]
+    step = prepared(leg, vlm)
+    assert step.scales([feed(0, 0)])["vdep"] > 0
+    with pytest.raises(NothingToLearn):
+        step.scales([feed(1, 0)])
 
 
 # ---------------------------------------------------------------------------------------------- bare pictures

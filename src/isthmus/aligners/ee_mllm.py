@@ -77,10 +77,10 @@ class EEMLLM(Aligner):
         if visual == "keys":
             yield Addition(f"{path}.{composite.feed_forward(layer)}", "composite", composite.TextOnly(free))
 
-    @property
-    def media_see(self) -> Literal["past", "themselves", "nothing"]:
-        """As LLaVA's where a layer is left as it was, or all of them are while gradients are recorded."""
-        if self.options.free or self.options.layers is not None:
+    def media_see(self, layers: int) -> Literal["past", "themselves", "nothing"]:
+        """As LLaVA's where one of them is left as it was, or all are while gradients are recorded."""
+        apart = self.options.layers
+        if self.options.free or (apart is not None and not set(range(layers)) <= set(apart)):
             return "past"
         return "nothing" if self.options.visual == "keys" else "themselves"
 

@@ -47,7 +47,7 @@ def spoken(batch: Batch, kind: str) -> Tensor:
 
 
 def features(step: Step, output: Output, batch: Batch, kind: str) -> Features:
-    """What the Q-Former of a kind reads of the batch's media."""
+    """What the connector of a kind reads of the batch's media; encoded here, with gradients, if the forward has not."""
     if kind not in output.encoded:
         output.encoded[kind] = step.vlm.encode(kind, batch.media[kind])
     return output.encoded[kind]

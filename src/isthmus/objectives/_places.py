@@ -63,15 +63,39 @@ def _within(batch: Batch, segments: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     return named_BS.gather(1, batch.segment_BT)
 
 
-def has_states(vlm: VLM, who: str) -> None:
+def has_states(vlm: VLM, who: str, layers: int | None = None, shift: int = 0) -> None:
     """Nothing but a check, in the name of the objective `who`.
 
+    Args:
+        layers: of the LLM, after how many the states are read; None is all.
+        shift: how many vectors further on in a picture the one stands that a state has to tell.
+
     Raises:
-        ConfigError: media have no places in the LLM, or nothing happens to them there.
+        ConfigError: media have no places in the LLM, nothing happens to them there, or no state can tell so far.
     """
     told = f"objective {who} with the joint {vlm.aligner.name}: "
     if not vlm.aligner.splices or vlm.config.is_encoder_decoder:
         where = "an encoder-decoder's decoder" if vlm.config.is_encoder_decoder else "the LLM's input"
         raise ConfigError(f"{told}{where} has no places of pictures", "splice into a decoder-only LLM, as llava does")
-    if vlm.aligner.media_see == "nothing":
-        raise ConfigError(f"{told}places of pictures stay what was put in", "choose a joint whose layers change them")
+    depth = vlm.config.text_config.num_hidden_layers
+    if layers is not None and layers > depth:
+        raise ConfigError(f"{told}layer {layers} of an LLM that has {depth}", "name one of them, or `last`")
+    layers = depth if layers is None else layers
+    seen, where = vlm.aligner.media_see(layers), "" if layers == depth else f" in the first {layers} of {depth} layers"
+    if seen == "nothing":
+        raise ConfigError(
+            f"{told}places of pictures stay what was put in{where}", "choose a joint whose layers change them"
+        )
+    if not shift:
+        return
+    if seen == "themselves":
+        raise ConfigError(
+            f"{told}places of pictures see themselves alone{where}, so nothing tells them what comes next",
+            "set its shift to 0" + (", or read states behind a layer in which they see more" if where else ""),
+        )
+    counts = {kind: vlm.queries(kind) for kind in vlm.connectors}
+    if max(counts.values()) <= shift:
+        raise ConfigError(
+            f"{told}each {' or '.join(counts)} is a single vector, behind which none comes next",
+            "set its shift to 0, or give a picture more vectors",
+        )

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from isthmus.config import Frozen
 from isthmus.objectives import Objective
+from isthmus.objectives._captions import features
 from isthmus.objectives._places import Places, has_states, places
 from isthmus.types import Batch, ConfigError, Output
 
@@ -43,7 +44,7 @@ class ASVR(Objective):
         self.seen: dict[str, float] = {}
 
     def check(self, vlm: VLM) -> None:
-        has_states(vlm, self.name)
+        has_states(vlm, self.name, shift=self.options.shift)
         if vlm.aligner.name != self.name or vlm.aligner.options.tokenizer is None:
             raise ConfigError(
                 f"the joint {vlm.aligner.name} has no codes that could be told", "use the joint asvr with a tokenizer"
@@ -72,10 +73,11 @@ class ASVR(Objective):
     def loss(self, step: Step, output: Output, batch: Batch) -> Tensor:
         assert output.hidden_BTD is not None  # Step ran the LLM
         total = output.hidden_BTD[:, :0].float().sum()  # an empty sum: 0, and the graph stays whole
-        for (kind, media), (here, there) in zip(batch.media.items(), self._pairs(batch)):
-            connector = step.vlm.connectors[kind]
+        self.seen = {}
+        for kind, (here, there) in zip(batch.media, self._pairs(batch)):
+            connector, seen = step.vlm.connectors[kind], features(step, output, batch, kind)
             with torch.no_grad():
-                codes_NQL = connector.codes(step.vlm.encode(kind, media))
+                codes_NQL = connector.codes(seen)
             codes_ML = codes_NQL[there.medium_M, there.vector_M]
             states_MD = output.hidden_BTD[here.row_M, here.column_M]
             logits_MLK = connector.teller(states_MD, connector.codebook.sums(codes_ML))

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from isthmus.config import Frozen
 from isthmus.objectives import Objective
 from isthmus.objectives._places import Places, has_states, places, shows, tells
-from isthmus.types import Batch, ConfigError, Output
+from isthmus.types import Batch, Output
 
 if TYPE_CHECKING:
     from isthmus.objectives import VLM, Step
@@ -69,16 +69,8 @@ class VDEP(Objective):
         self.seen: Seen | None = None
 
     def check(self, vlm: VLM) -> None:
-        has_states(vlm, self.name)
-        told = f"objective vdep with the joint {vlm.aligner.name}: "
-        if vlm.aligner.media_see == "themselves" and self.options.shift:
-            raise ConfigError(
-                f"{told}places of pictures see themselves alone, so nothing tells them what comes next",
-                "set its shift to 0",
-            )
-        depth = vlm.config.text_config.num_hidden_layers
-        if self.reads is not None and self.reads > depth:
-            raise ConfigError(f"{told}layer {self.reads} of an LLM that has {depth}", "name one of them, or `last`")
+        layer = self.options.layer
+        has_states(vlm, self.name, layer if isinstance(layer, int) else None, self.options.shift)
 
     def about(self, batch: Batch) -> Tensor:
         """Samples in this mode, which show something; where nothing was drawn, all of them, or with the mode off those

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from isthmus.config import Frozen
 from isthmus.objectives import Objective
+from isthmus.objectives._captions import features
 from isthmus.objectives._places import has_states, places
 from isthmus.types import Batch, ConfigError, Context, Output
 
@@ -58,10 +59,10 @@ class ViCToR(Objective):
     def loss(self, step: Step, output: Output, batch: Batch) -> Tensor:
         assert output.hidden_BTD is not None  # Step ran the LLM
         total = output.hidden_BTD[:, :0].float().sum()  # an empty sum: 0, and the graph stays whole
-        for kind, media in batch.media.items():
-            here, connector = places(batch, kind), step.vlm.connectors[kind]
+        for kind in batch.media:
+            here, seen = places(batch, kind), features(step, output, batch, kind)
             with torch.no_grad():
-                whole_NQD = connector.whole(step.vlm.encode(kind, media), Context(batch.extra_text))
+                whole_NQD = step.vlm.connectors[kind].whole(seen, Context(batch.extra_text))
             states_MD = output.hidden_BTD[here.row_M, here.column_M]
             told_MD = step.vlm.heads["tell"](states_MD.to(next(step.vlm.heads["tell"].parameters()).dtype))
             target_MD = whole_NQD[here.medium_M, here.vector_M]

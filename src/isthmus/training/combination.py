@@ -3,18 +3,22 @@ that it starts with is made of the same."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
-from isthmus import aligner, kernels, objectives, parts
+from isthmus import aligner, assembly, kernels, objectives, parts
 from isthmus.config import EncoderConfig, LLMConfig, Recipe, Stage
 from isthmus.model import VLM
 from isthmus.training import agreement
 from isthmus.types import ConfigError
 
 Part = TypeVar("Part", EncoderConfig, LLMConfig)
+BARE = "pictures"
+"""The set whose samples carry no labels."""
 
 
 def check(recipe: Recipe, vlm: VLM, device: torch.device) -> None:
@@ -23,19 +27,36 @@ def check(recipe: Recipe, vlm: VLM, device: torch.device) -> None:
     Raises:
         ConfigError: a stage asks for what this joint or this LLM cannot do.
     """
-    options = dict(recipe.aligner.options)
+    if any(stage.joint for stage in recipe.stages):
+        vlm = outline(vlm)
     for stage in recipe.stages:
-        options |= stage.joint
         try:
-            aligner.build(recipe.aligner.name, options)
+            if stage.joint:
+                assembly.rebuild(vlm, stage.joint)
             _check_stage(stage, vlm, recipe.llm.attention, device)
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name}: {error.cause}", error.remedy) from None
 
 
+def outline(model: VLM) -> VLM:
+    """A copy of a model whose tensors have shapes and no numbers; it shares what is no part of the network."""
+    memo: dict[int, Any] = {id(model.processor): model.processor}
+    memo |= {id(each): nn.Parameter(each.to("meta"), requires_grad=False) for each in model.parameters()}
+    memo |= {id(each): each.to("meta") for each in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
 def _check_stage(stage: Stage, vlm: VLM, attention: str, device: torch.device) -> None:
-    for term in stage.objectives:
-        objectives.named(term.name, term.options).check(vlm)
+    terms = [objectives.named(term.name, term.options) for term in stage.objectives]
+    for term in terms:
+        term.check(vlm)
+    bare = all(source.name == BARE for source in stage.data)  # samples without labels are never out of a share
+    if all(term.share < 1 for term in terms) and not bare:
+        names = " and ".join(term.name for term in terms)
+        raise ConfigError(
+            f"{names} alone learns from a share of the samples, and nothing does from the others",
+            f"let {names} have all of them (ratio: 1), or add an objective that learns from words, such as lm",
+        )
     if stage.batching == "packed" and vlm.config.is_encoder_decoder:
         raise ConfigError("an encoder-decoder cannot read packed rows", "use bucketed or shuffled batching")
     if stage.batching == "packed":

@@ -7,7 +7,6 @@ cached in Isthmus's home, for all runs.
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import functools
 import json
@@ -19,10 +18,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from isthmus import assets, cards, storage
-from isthmus.assembly import compose, load, rejoin
+from isthmus.assembly import compose, load, rebuild, rejoin
 from isthmus.config import Recipe, Stage
 from isthmus.data import lottery, recent, sets
 from isthmus.data.collate import Collator, Look
@@ -250,8 +248,10 @@ class Run:
                 mix_of(stage, recipe.seed)
         model = compose(recipe, self.dtype) if recipe.start is None else combination.started(recipe, self.dtype)
         combination.check(self.recipe, model, self.device)
-        outline = _outline(model)
+        outline = combination.outline(model)
         for stage in recipe.stages:
+            if stage.joint:
+                rebuild(outline, stage.joint)
             optimizer.choose(Step(outline, stage.objectives), stage)
         return model.to(self.device)  # type: ignore[arg-type]
 
@@ -355,14 +355,6 @@ class Run:
 
 def _cache(model: VLM) -> FeatureCache:
     return FeatureCache(model.encoders["image"], assets.home() / "features")
-
-
-def _outline(model: VLM) -> VLM:
-    """A copy of a model whose tensors have shapes and no numbers; it shares what is no part of the network."""
-    memo: dict[int, Any] = {id(model.processor): model.processor}
-    memo |= {id(each): nn.Parameter(each.to("meta"), requires_grad=False) for each in model.parameters()}
-    memo |= {id(each): each.to("meta") for each in model.buffers()}
-    return copy.deepcopy(model, memo)
 
 
 def train(recipe: Recipe, folder: Path, device: torch.device, console: Console | None = None) -> VLM | None:
