@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.config import Budget, LoRA, Recipe, read
+from isthmus.config import Budget, LoRA, Recipe, Source, read
 from isthmus.overrides import ELSEWHERE, fields
 from isthmus.recipes import BOOK
-from isthmus.types import ConfigError
+from isthmus.types import ConfigError, Route
 
 STAGE = "stages: [{{name: one, data: [scenes], train: {{'connectors.*': 1e-3}}, budget: {{steps: 1}}, {field}}}]"
 
@@ -87,6 +87,15 @@ def fault(*assignments: str) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
         of().override(assignments)
     return caught.value
+
+
+def test_a_route_is_one_of_those_that_there_are(tmp_path: Path) -> None:
+    for kind in Route:
+        assert Source(name="scenes", route=int(kind)).route == kind
+    for wrong in (-1, len(Route), "region"):
+        data = f"data: [{{name: scenes, route: {wrong}}}]"
+        told = refused(tmp_path, STAGE.format(field="batch_size: 2").replace("data: [scenes]", data))
+        assert "data.scenes.route: Input should be" in told
 
 
 def test_an_override_of_one_unit_takes_the_place_of_another() -> None:

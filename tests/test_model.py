@@ -251,11 +251,33 @@ def test_forward_hears_of_the_route_what_run_does(family):
     if family == "t5":
         given["decoder_input_ids"] = batch.decoder_ids_BU
     expected = logits(lion, batch)
-    for route in (batch.route_BT, torch.tensor([[0], [1]])):
+    for route in (batch.route_BT, torch.tensor([[0], [1]]), torch.tensor([0, 1])):
         torch.testing.assert_close(lion(**given, route=route).logits, expected, atol=1e-5, rtol=1e-5)
+    for route in (1, torch.tensor(1), torch.tensor([1])):
+        torch.testing.assert_close(lion(**given, route=route).logits[1], expected[1], atol=1e-5, rtol=1e-5)
     assert (lion(**given).logits - expected)[1].abs().max() > 1e-2
     with pytest.raises(DataError, match="routes of shape"):
         lion(**given, route=torch.zeros(3, 1, dtype=torch.long))
+    del given["attention_mask"]
+    for wrong in (7, -1, torch.tensor([0, 2]), torch.full_like(batch.input_ids_BT, 3)):
+        for call in (lion, lion.generate):
+            with pytest.raises(DataError, match="no kind of task") as raised:
+                call(**given, route=wrong)
+            assert "0 for a question about the picture as a whole" in raised.value.remedy
+
+
+@torch.no_grad()
+def test_a_cache_is_continued_by_hand_on_the_route_that_it_began_on():
+    options = {"queries": 3, "layers": 2, "width": 16, "heads": 2, "inner": 24, "vocabulary": 320, "bottleneck": 4}
+    lion = stir(composed.model("llama", "lion", {**options, "aggregator": {"heads": 2, "inner": 24}}, taps=(2, 1)))
+    lion.eval()
+    batch = lion.processor.collator()([sample("hi there", route=1)])
+    ids, expected = batch.input_ids_BT, logits(lion, batch)
+    length = ids.shape[1]
+    for route in (1, torch.tensor([1]), torch.ones(1, 2, dtype=torch.long), torch.ones(1, length, dtype=torch.long)):
+        first = lion(ids[:, :-2], route=1, use_cache=True)
+        again = lion(ids[:, -2:], route=route, past_key_values=first.past_key_values)
+        torch.testing.assert_close(again.logits, expected[:, -2:], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

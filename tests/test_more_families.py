@@ -9,14 +9,18 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, StaticCache
 
 import composed
+import isthmus
 import tiny
 from composed import MIX
-from isthmus import fuse, kernels, parts, sites
+from isthmus import fuse, kernels, parts, sites, tokens
 from isthmus.config import LLMConfig
+from isthmus.graft import at
 from isthmus.types import Batch, ConfigError, DataError, Past
 
 ODD = ("bloom", "falcon", "gptj", "mpt", "deepseek_v3", "falcon_h1", "gpt2", "gpt_oss", "lfm2", "llama4_text")
 ODD += ("gpt_neo", "jamba")
+LION: dict = {"queries": 3, "layers": 2, "width": 16, "heads": 2, "inner": 24, "vocabulary": 320, "bottleneck": 4}
+LION |= {"aggregator": {"heads": 2, "inner": 24}}
 
 
 def padding_told(family: str):
@@ -119,6 +123,27 @@ def test_several_tokens_on_a_past_equal_the_full_forward_or_are_refused(family):
     model.llm(input_ids=ids[:, :37], past_key_values=held, use_cache=True)
     theirs = model.llm(input_ids=ids[:, 37:], past_key_values=held, use_cache=True).logits
     assert (theirs - expected[:, 37:]).abs().max() > 0.01, "else refuse no longer"
+
+
+@torch.no_grad()
+def test_barts_bias_behind_its_head_grows_with_the_vocabulary(tmp_path):
+    """As transformers' own resize does it, with the bias at other than zero, where a checkpoint may have it."""
+    ours, theirs = tiny.llm("bart"), tiny.llm("bart")
+    for llm in (ours, theirs):
+        llm.final_logits_bias += torch.arange(tiny.VOCAB)
+    tokens.add_tokens(ours, 2, "normal")
+    theirs.resize_token_embeddings(tiny.VOCAB + 2, mean_resizing=False)
+    theirs.get_input_embeddings().weight[tiny.VOCAB :] = at(sites.embedding(ours))["tokens"].rows
+    ids = torch.tensor([[20, tiny.VOCAB, 21, tiny.VOCAB + 1]])
+    close(ours(ids, decoder_input_ids=ids).logits, theirs(ids, decoder_input_ids=ids).logits)
+    for joint, options in (("kosmos2", {}), ("lion", LION)):
+        model = composed.model("bart", joint, options, **({"taps": (2, 1), "layer": 3} if options else {}))
+        found = logits(model, model.processor.collator()(MIX))
+        assert found.shape[-1] == model.vocabulary > tiny.VOCAB
+        for whole in (False, True):
+            model.save_pretrained(tmp_path / f"{joint}-{whole}", whole=whole)
+            again = isthmus.load(tmp_path / f"{joint}-{whole}")
+            assert torch.equal(logits(again, again.processor.collator()(MIX)), found)
 
 
 @pytest.mark.parametrize("family", ["t5", "flan-t5", "bart"])

@@ -135,7 +135,7 @@ class Source(Frozen):
     limit: int | None = Field(None, ge=1)
     """At most this many samples, the first ones of the set's own order."""
     options: dict[str, Any] = Field(default_factory=dict)
-    route: int | None = Field(None, ge=0, **LATER)
+    route: int | None = Field(None, ge=0, le=1, **LATER)
     """The kind of its tasks (`types.Route`), for joints that treat kinds apart; None lets every sample tell its own."""
     tags: dict[str, Any] = Field(default_factory=dict, **LATER)
     """What a tagger puts beside every picture (`prepare.tags.Tagging`); nothing by default."""

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPas
 
 from isthmus import sites, storage
 from isthmus.processor import refuse
-from isthmus.types import IGNORE, Batch, DataError, Media, Modality, Past
+from isthmus.types import IGNORE, KINDS, Batch, DataError, Media, Modality, Past, Route
 
 if TYPE_CHECKING:
     from isthmus.model import VLM, VLMConfig
@@ -53,7 +53,7 @@ class Generation(GenerationMixin):
         encoder_outputs: BaseModelOutput | None = None,
         past_key_values: Cache | None = None,
         modality: Tensor | None = None,
-        route: Tensor | None = None,
+        route: Tensor | int | None = None,
         vision: Tensor | None = None,
         media_at: Tensor | None = None,
         use_cache: bool | None = None,
@@ -76,8 +76,9 @@ class Generation(GenerationMixin):
             decoder_input_ids: [B, U], with labels of that shape, for an encoder-decoder; made from labels where they
                 are left out, as transformers makes them, and each then predicts the label in its own column.
             encoder_outputs: its encoder's states, where they are known already.
-            modality, route: [B, past + T], carried by `generate`; pass `modality` when continuing a cache by hand
-                that holds images.
+            modality: [B, past + T], carried by `generate`; pass it when continuing a cache by hand that holds images.
+            route: of which kind the tasks are (`types.Route`), where the joint treats kinds apart: one number, one per
+                row, one per id [B, T], or [B, past + T] as `generate` carries it.
             vision, media_at: connected media of a joint that keeps them aside.
             logits_to_keep: the last n positions, or a [T] index or mask.
             num_items_in_batch: the labels of a whole optimizer step, of which these are a part; the loss is then their
@@ -85,12 +86,16 @@ class Generation(GenerationMixin):
 
         Raises:
             ConfigError: an argument of transformers that has no meaning here, such as `output_hidden_states`.
-            DataError: an encoder-decoder is given neither decoder_input_ids nor labels.
+            DataError: an encoder-decoder is given neither decoder_input_ids nor labels; or the routes are of other
+                rows, or no kinds of tasks.
         """
         targets = None if labels is None else labels[:, 1:]
         refuse(more, "forward", "call model.run, or hook the layers, for what it does not return", STEPPING)
         if use_cache is False:
             past_key_values = None
+        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if route is not None and not cached:
+            _check_routes(route)
         if self.config.is_encoder_decoder:
             if decoder_input_ids is None:
                 decoder_input_ids, targets = self._shifted(labels), labels
@@ -98,10 +103,10 @@ class Generation(GenerationMixin):
                 batch = self.as_batch(input_ids, attention_mask, pixel_values, image_at, instruction_ids, route)
                 attention_mask, route = batch.segment_BT, batch.route_BT
                 encoder_outputs = self._read(batch)
-            read_BTD = encoder_outputs.last_hidden_state
+            read_BTD: Any = encoder_outputs.last_hidden_state
+            route = None if route is None else _routes(route, read_BTD[..., 0])
             hidden_BTD = self.tell(decoder_input_ids, read_BTD, attention_mask, route, past_key_values)
             return self._answer(hidden_BTD, targets, logits_to_keep, past_key_values, num_items_in_batch)
-        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         given: Any = input_ids if inputs_embeds is None else inputs_embeds
         rows, length = given.shape[:2]
         if attention_mask is None:
@@ -110,9 +115,11 @@ class Generation(GenerationMixin):
             past_key_values = DynamicCache(config=self.config.text_config)
         past = Past(past_key_values, vision, media_at)
         segment_BS = (attention_mask > 0).long()
+        if route is not None:
+            route = _routes(route, attention_mask[:, -length:], segment_BS)
         if inputs_embeds is None:
-            here = None if route is None else route[:, -length:]
-            batch = self.as_batch(input_ids, attention_mask[:, -length:], pixel_values, image_at, instruction_ids, here)
+            batch = self.as_batch(input_ids, attention_mask[:, -length:], pixel_values, image_at, instruction_ids)
+            batch.route_BT = None if route is None else route[:, -length:]
             connected = self.connect(batch)
             inputs_embeds = self.embed(batch, connected)
             if modality is None:
@@ -193,6 +200,8 @@ class Generation(GenerationMixin):
         """The processor's tensors, taken out of generate's arguments, as a batch."""
         ids_BT = kwargs.pop("input_ids", ids_BT)
         names = ("attention_mask", "pixel_values", "image_at", "instruction_ids", "route")
+        if kwargs.get("route") is not None:
+            _check_routes(kwargs["route"])
         return self.as_batch(ids_BT, *(kwargs.pop(name, None) for name in names))
 
     def create_masks_for_generate(self, attention_mask: Tensor | None, **unused: Any) -> Tensor | None:
@@ -247,7 +256,7 @@ class Generation(GenerationMixin):
             media["image"] = Media(row_N, torch.ones_like(row_N), at_N, pixels=pixels)
         segment_BT = torch.ones_like(ids_BT) if mask_BT is None else (mask_BT > 0).long()
         extra_text = {} if instruction_ids is None else {"image": instruction_ids}
-        route_BT = None if route is None else _routes(torch.as_tensor(route, device=ids_BT.device), ids_BT)
+        route_BT = None if route is None else _routes(route, ids_BT)
         return Batch(ids_BT, segment_BT, modality_BT, media=media, route_BT=route_BT, extra_text=extra_text)
 
     # ------------------------------------------------------------------------------------ its directory
@@ -304,13 +313,27 @@ class Generation(GenerationMixin):
         return storage.load(cls, folder, torch_dtype or dtype, revision, attn_implementation, config)
 
 
-def _routes(route: Tensor, ids_BT: Tensor) -> Tensor:
-    """A route, or one per row, as one per id; one per id as it is."""
-    if route.shape == ids_BT.shape:
+def _check_routes(route: Tensor | int) -> None:
+    """
+    Raises:
+        DataError: one of them is no `Route`.
+    """
+    wrong = [each for each in torch.as_tensor(route).unique().tolist() if each not in tuple(Route)]
+    if wrong:
+        raise DataError(f"route {wrong[0]} is no kind of task", KINDS)
+
+
+def _routes(route: Tensor | int, ids_BT: Tensor, row_BS: Tensor | None = None) -> Tensor:
+    """A route, or one per row, as one per id; one per id as it is. With rows of which the ids are the end, one per
+    column of those."""
+    route, row_BS = torch.as_tensor(route, device=ids_BT.device), ids_BT if row_BS is None else row_BS
+    if route.shape == row_BS.shape:
         return route
+    if route.shape == ids_BT.shape:
+        return nn.functional.pad(route, (row_BS.shape[1] - ids_BT.shape[1], 0))
     if route.numel() not in (1, len(ids_BT)):
         raise DataError(
             f"routes of shape {list(route.shape)} for ids of shape {list(ids_BT.shape)}",
             "pass one number, one per row, or one per id of the prompt",
         )
-    return route.reshape(-1, 1).expand_as(ids_BT)
+    return route.reshape(-1, 1).expand_as(row_BS)

@@ -62,6 +62,7 @@ class VLMProcessor(ProcessorMixin):
         reading: the fields of `Reading`, where connectors read text; else None.
         boxes: the fields of a `BoxFormat`: how the joint writes regions; plain decimals by default.
         hints: the fields of `Hints`: how the joint writes tags; one behind the other by default.
+        routes: whether the joint treats kinds of tasks apart.
     """
 
     def __init__(
@@ -77,12 +78,13 @@ class VLMProcessor(ProcessorMixin):
         reading: dict[str, Any] | None = None,
         boxes: dict[str, Any] | None = None,
         hints: dict[str, Any] | None = None,
+        routes: bool = True,
         chat_template: str | None = None,
     ):
         self.layouts, self.placeholders = layouts or {}, placeholders or {}
         self.aspect, self.template, self.system, self.decoder_start = aspect, template, system, decoder_start
         self.reading, self.boxes = reading, boxes or Decimals().model_dump()
-        self.hints = hints or Hints().model_dump()
+        self.hints, self.routes = hints or Hints().model_dump(), routes
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -105,6 +107,7 @@ class VLMProcessor(ProcessorMixin):
             reading=None if reading is None else vars(reading) | {"tokenizer": parts.vocabulary(reading.tokenizer)},
             boxes=model.aligner.boxes().model_dump(),
             hints=hints.model_dump(),
+            routes=model.aligner.routes,
             chat_template=tokenizer.chat_template,
         )
 
@@ -147,7 +150,8 @@ class VLMProcessor(ProcessorMixin):
     ) -> collate.Collator:
         """A collator for this model; `settings` are those of `data.collate.Collator`."""
         renderer, look = self.renderer(template), self.look if look is None else look
-        return collate.Collator(renderer, look, self.pad, reader=self.reader(renderer), **settings)
+        reader = self.reader(renderer)
+        return collate.Collator(renderer, look, self.pad, reader=reader, routes=self.routes, **settings)
 
     def prompts(self, samples: Sequence[Sample], look: collate.Look | None = None) -> Batch:
         """A left-padded batch that ends where the assistant is to speak."""
@@ -233,6 +237,7 @@ class VLMProcessor(ProcessorMixin):
     ) -> Any:
         """Messages in the common form (roles; text and image parts) -> model inputs, ending with the prompt.
 
+        Where the joint treats kinds of tasks apart, `route` [B] is that of each conversation, if one has regions.
         Without `return_dict` their ids alone, and without `tokenize` the string that `__call__` reads, with `<image>`
         for each picture, which may then be left out of its part.
 
@@ -259,6 +264,8 @@ class VLMProcessor(ProcessorMixin):
             inputs |= {"pixel_values": images.pixels, "image_at": torch.stack([images.row_N, images.at_N], 1)}
         if "image" in batch.extra_text:
             inputs["instruction_ids"] = batch.extra_text["image"]
+        if self.routes and batch.route_BT is not None:
+            inputs["route"] = batch.route_BT.amax(1)  # a row is one conversation, and its padding is 0
         features = BatchFeature(inputs, tensor_type=return_tensors)
         return features if return_dict else features["input_ids"]
 

@@ -21,7 +21,14 @@ from isthmus.types import ConfigError
 
 ADDED = "grafts"
 """The child that holds what was added to a module; below it, nothing belongs to the base model."""
-FEED_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm", "final_layer_norm", "ln_2", "input_layernorm")
+FEED_NORMS = (
+    "pre_feedforward_layernorm",
+    "pre_ff_layernorm",
+    "post_attention_layernorm",
+    "final_layer_norm",
+    "ln_2",
+    "input_layernorm",
+)
 """What families call the norm before the feed-forward part, those first whose layers have the others too."""
 
 
@@ -143,7 +150,9 @@ def feed(layer: nn.Module) -> Feed:
     before = [name for name in FEED_NORMS if name in children]
     after = not vars(layer).get("do_layer_norm_before", True)  # OPT 350M
     alone = before == ["post_attention_layernorm"]  # OLMo 2 normalises what attention returns
-    if not before or after or alone:
+    norms = [name for name, child in children.items() if "Norm" in type(child).__name__]
+    other = before == ["input_layernorm"] != norms  # it is before the feed-forward where there is no other
+    if not before or after or alone or other:
         raise ConfigError(
             f"{type(layer).__name__} has no known norm before its feed-forward part", "choose another LLM or joint"
         )

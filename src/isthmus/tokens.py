@@ -115,6 +115,9 @@ def add_tokens(llm: PreTrainedModel, n: int, init: Init = "mean") -> int:
             graft(llm, module, NAME, NewInputs(owner, weight, n))
     tied = output.weight is weight
     graft(llm, output, NAME, NewOutputs(owner if tied else None, output.weight, n))
+    bias = getattr(llm, "final_logits_bias", None)
+    if isinstance(bias, Tensor):  # BART's family adds it behind the head, a buffer of the vocabulary's size
+        llm.register_buffer("final_logits_bias", F.pad(bias, (0, n)))
     initialise(llm, init)
     return embedding.num_embeddings
 

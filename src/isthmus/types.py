@@ -53,6 +53,10 @@ class Route(IntEnum):
     """About places in it: regions in the question or the answer."""
 
 
+KINDS = "write 0 for a question about the picture as a whole, 1 for one about places in it"
+"""The remedy for a number that is no `Route`."""
+
+
 # ---------------------------------------------------------------------------------------------- what people say
 
 

@@ -164,7 +164,7 @@ def test_an_adapter_stands_beside_flan_t5s_feed_forward_on_what_its_norm_is_give
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "opt", "gemma2", "phi"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma2", "phi", "falcon_h1"])
 def test_in_a_decoder_too_it_reads_what_stands_before_the_norm(family):
     """Layer by layer, the states with adapters are those without plus the mixture of what the norm was given."""
     model = stir(newborn(family))
@@ -172,12 +172,13 @@ def test_in_a_decoder_too_it_reads_what_stands_before_the_norm(family):
     norm, adapters = layer.get_submodule(sites.feed(layer).path), at(layer)["lion"]
     given, left = [], []
     norm.register_forward_pre_hook(lambda module, arguments: given.append(arguments[0]))
-    layer.register_forward_hook(lambda module, arguments, output: left.append(output))
+    states = lambda output: output[0] if isinstance(output, tuple) else output  # noqa: E731
+    layer.register_forward_hook(lambda module, arguments, output: left.append(states(output)))
     batch = model.processor.collator()([IMAGE])
     model.run(batch)
     adapters.mix = lambda x, side: torch.zeros_like(x)
     without = []
-    layer.register_forward_hook(lambda module, arguments, output: without.append(output))
+    layer.register_forward_hook(lambda module, arguments, output: without.append(states(output)))
     model.run(batch)
     assert torch.equal(given[0], given[1])  # the layers before are the same, and so is attention
     expected = without[0] + Mixture.mix(adapters, given[0].view_as(without[0]), Side(*[batch.modality_BT] * 3))
@@ -235,6 +236,26 @@ def test_compiled_layers_equal_plain_ones(family):
     torch.testing.assert_close(logits(model, [IMAGE, REGION]), expected)
 
 
+@pytest.mark.parametrize(("family", "part"), [("falcon_h1", "feed_forward"), ("jamba", "feed_forward")])
+@torch.no_grad()
+def test_of_several_norms_the_one_is_chosen_that_the_feed_forward_reads(family, part):
+    llm = tiny.llm(family)
+    layer = sites.layers(llm).modules[1]
+    told, read = [], []
+    layer.get_submodule(sites.feed(layer).path).register_forward_hook(lambda module, given, out: told.append(out))
+    layer.get_submodule(part).register_forward_hook(lambda module, given, out: read.append(given[0]))
+    llm(torch.arange(20, 28)[None])
+    assert torch.equal(told[0].flatten(), read[0].flatten())
+
+
+def test_where_an_unknown_norm_stands_behind_the_first_one_the_layer_is_refused():
+    layer = tiny.llm("falcon_h1").model.layers[0]
+    layer.another_norm = layer.pre_ff_layernorm
+    del layer.pre_ff_layernorm
+    with pytest.raises(ConfigError, match="no known norm"):
+        sites.feed(layer)
+
+
 def test_an_llm_that_normalises_behind_the_sum_is_refused():
     layer = tiny.llm("opt", do_layer_norm_before=False).model.decoder.layers[0]
     with pytest.raises(ConfigError, match="no known norm"):
@@ -269,6 +290,55 @@ def test_the_route_comes_with_a_request():
     assert (found[1] - found[0]).abs().max() > 1e-2
     asked = model.processor.prompts([Sample((Turn.say("user", "where is it?"),), meta={"route": 1})])
     assert torch.equal(model.generate(asked, **wanted).logits[0], found[1])
+
+
+@pytest.mark.parametrize("family", ["llama", "flan-t5"])
+@torch.no_grad()
+def test_in_transformers_form_a_conversation_with_a_region_keeps_its_route(family, tmp_path):
+    """With a router that is hard, the logits are those of a model whose only adapter is the region-level one."""
+    model = stir(newborn(family, mixture="hard"))
+    model.generation_config.eos_token_id = None
+    picture(1).source.save(tmp_path / "a.png")
+    shown = {"type": "image", "image": str(tmp_path / "a.png")}
+    box = {"type": "box", "box": [0, 0, 0.5, 0.5], "label": "it", "unit": "shares"}
+    asked = [{"role": "user", "content": [shown, {"type": "text", "text": "what is at "}, box]}]
+    inputs = model.processor.apply_chat_template(asked)
+    assert inputs["route"].tolist() == [Route.REGION]
+    wanted = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    found = model.generate(**inputs, **wanted).logits
+    forward = model(**inputs).logits
+    mixed = model.processor.apply_chat_template([asked, [{"role": "user", "content": "what is it?"}]])
+    assert mixed["route"].tolist() == [Route.REGION, Route.IMAGE]
+    del inputs["route"]
+    for mixture in mixtures(model):  # from here on whatever is asked passes the region-level adapter
+        mixture.router.copy_(mixture.router[:, [1, 1]])
+    for one, other in zip(found, model.generate(**inputs, **wanted).logits, strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(forward, model(**inputs).logits)
+    plain = model.processor.apply_chat_template([{"role": "user", "content": "what is it?"}])
+    assert "route" not in plain
+    single = newborn(family, mixture="none").processor.apply_chat_template(asked)
+    assert "route" not in single  # one adapter for all kinds
+
+
+def test_questions_that_share_a_picture_are_of_one_kind_or_refused():
+    """What they share is read once, through one adapter."""
+    model = newborn(visual_input="aggregator")
+    shown = picture(1)
+    plain = (Turn.say("user", shown, "what colour?"), Turn.say("assistant", "red"))
+    place = (Turn.say("user", shown, "what is at ", Box((0, 0, 0.5, 0.5)), "?"), Turn.say("assistant", "cat"))
+    collator = model.processor.collator()
+    for first, other in ((plain, place), (place, plain)):
+        with pytest.raises(DataError, match="sample mixed: .* treats apart") as raised:
+            collator([Sample(first, "mixed", branches=(other,))])
+        assert "together: false" in raised.value.remedy and "route" in raised.value.remedy
+        for route in Route:
+            made = collator([Sample(first, "told", {"route": int(route)}, branches=(other,))])
+            assert made.route_BT[made.segment_BT > 0].unique().tolist() == [route]
+    assert collator([Sample(place, "one kind", branches=(place,))]).route_BT.unique().tolist() == [Route.REGION]
+    one_adapter = newborn(visual_input="aggregator", mixture="none")
+    for other in (one_adapter, composed.model("llama")):  # what treats no kinds apart shares as before
+        assert other.processor.collator()([Sample(plain, branches=(place,))]).branch_BT.max() == 2
 
 
 # ---------------------------------------------------------------------------------------------- hints

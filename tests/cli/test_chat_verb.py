@@ -18,7 +18,7 @@ from isthmus.cli.app import app
 from isthmus.cli.options import load_for_thread
 from isthmus.serving import browser
 from isthmus.speakers.local import Local
-from isthmus.types import ConfigError, Turn
+from isthmus.types import ConfigError, Sample, Turn
 
 
 class Interrupted:
@@ -86,6 +86,26 @@ def test_draws_are_repeated_by_their_seed_and_narrowed_by_top_p(tmp_path):
     assert chat(*warm, "4", "--top-p", "0.01") == greedy.say([Turn.say("user", "hi")])
     turns = [Turn.say("system", "be odd"), Turn.say("user", "hi")]
     assert chat("--system", "be odd") == greedy.say(turns) != chat()
+
+
+def test_a_question_about_places_is_asked_as_one(tmp_path):
+    options = {"queries": 3, "layers": 2, "width": 16, "heads": 2, "inner": 24, "vocabulary": 320, "bottleneck": 4}
+    options |= {"aggregator": {"heads": 2, "inner": 24}}
+    lion = composed.stir(composed.model("llama", "lion", options, taps=(2, 1)))
+    lion.save_pretrained(tmp_path / "lion", whole=True)
+    composed.model("llama").save_pretrained(tmp_path / "plain", whole=True)
+
+    def chat(name, *words):
+        asked = ["chat", str(tmp_path / name), "-p", "where is it?", "--max-tokens", "12", "--device", "cpu", *words]
+        return CliRunner().invoke(app, asked, env={"COLUMNS": "400"})
+
+    turns, local = (Turn.say("user", "where is it?"),), Local(lion, max_new_tokens=12)
+    told = [local.say_all([Sample(turns, meta={"route": route})])[0] for route in (0, 1)]
+    assert told[0] != told[1]
+    found = [chat("lion", *words).output.strip() for words in ((), ("--route", "image"), ("--route", "region"))]
+    assert found == [told[0], told[0], told[1]]
+    refused = chat("plain", "--route", "region")
+    assert refused.exit_code != 0 and "does not treat kinds of tasks apart" in str(refused.exception)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the system's threads are counted in /proc")

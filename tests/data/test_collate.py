@@ -113,12 +113,13 @@ def test_prompts_are_open_left_padded_and_without_labels():
 
 
 def test_routes():
-    batch = collator()([sample(route=3), sample("a longer question than that", id="two")])
+    batch = collator()([sample(route=1), sample("a longer question than that", id="two")])
     real = batch.segment_BT > 0
-    assert (batch.route_BT[0][real[0]] == 3).all() and (batch.route_BT[0][~real[0]] == 0).all()
+    assert (batch.route_BT[0][real[0]] == 1).all() and (batch.route_BT[0][~real[0]] == 0).all()
     assert (batch.route_BT[1] == 0).all()
-    with pytest.raises(DataError, match="sample one: its route"):
-        collator()([sample(route="vqa")])
+    for wrong in ("vqa", 2, -1, 0.5, None):
+        with pytest.raises(DataError, match="sample one: its route"):
+            collator()([sample(route=wrong)])
 
 
 def test_overlong_error_names_the_sample():

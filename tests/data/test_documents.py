@@ -58,6 +58,17 @@ def test_questions_stay_where_they_are_asked() -> None:
     assert {turn.text for turn in one.turns[::2]} == {"Which?"}
 
 
+def test_a_document_is_of_the_kind_of_its_samples_where_they_tell_one() -> None:
+    def meta(*routes: int | None) -> dict:
+        shelf = [one.but(meta={} if route is None else {"route": route}) for one, route in zip(FRUIT, routes)]
+        options = DocumentOptions.model_validate({"of": [{"name": "fruit"}], "least": 3, "most": 3})
+        return Documents("train", 0, options, (shelf,)).sample(0).meta
+
+    assert "route" not in meta(None, None, None)
+    assert [meta(0, 0, 0)["route"], meta(1, 1, 1)["route"], meta(0, None, 0)["route"]] == [0, 1, 0]
+    assert meta(0, 1, None)["route"] == 1  # one place is enough, as in any conversation
+
+
 def test_system_turns_of_the_sources_are_left_out() -> None:
     told = tuple(one.but(turns=(Turn.say("system", "Be brief."), *one.turns)) for one in FRUIT)
     options = documents(of=["fruit"]).options

@@ -114,6 +114,24 @@ def test_equal_prompts_and_pictures_are_run_once() -> None:
     assert tokens < sum(ran) / 2
 
 
+@pytest.mark.parametrize("family", ["llama", "flan-t5"])
+def test_questions_that_differ_in_their_kind_alone_are_scored_apart(family: str) -> None:
+    """LION has an adapter for each kind."""
+    options = {"queries": 3, "layers": 2, "width": 16, "heads": 2, "inner": 24, "vocabulary": 320, "bottleneck": 4}
+    space = {"heads": 2, "inner": 24, "dropout": 0.0}
+    joint = {**options, "aggregator": space, "dropout": 0.0}
+    model = composed.stir(composed.model(family, "lion", joint, taps=(2, 1), layer=3))
+    told = [Sample((Turn.say("user", picture(10), "Is it?"),), meta={"route": route}) for route in (0, 1)]
+    both = Scorer(model).likelihoods([Question(one, CHOICES[:2]) for one in told])
+    for one, scores in zip(told, both, strict=True):
+        if family == "llama":
+            expected = [sum(alone(model, one, choice)) for choice in CHOICES[:2]]
+            assert scores.values == pytest.approx(expected, abs=1e-4)
+        own = Scorer(model).likelihoods([Question(one, CHOICES[:2])])[0]
+        assert scores.values == pytest.approx(own.values, abs=1e-4)
+    assert abs(both[0].values[0] - both[1].values[0]) > 1e-2
+
+
 def test_progress_counts_every_question_once() -> None:
     heard: list[int] = []
     Scorer(composed.model(), batch_size=2).likelihoods(QUESTIONS, heard.append)

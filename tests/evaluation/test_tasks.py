@@ -177,6 +177,18 @@ def test_predictions_of_other_items_are_set_aside_and_found_again(model: VLM, tm
     assert sorted(path.name for path in tmp_path.rglob("*.jsonl")) == ["t.jsonl"] and len(asked) == 8
 
 
+def test_predictions_of_another_kind_of_task_are_not_taken_for_these(model: VLM, tmp_path: Path) -> None:
+    """The same questions on another route are asked again."""
+    asked: list[int] = []
+    listener = scorer(model, lambda samples: [asked.append(1) or "yes" for _ in samples])  # type: ignore[func-returns-value]
+    for count, route in enumerate((None, 0, 1), start=1):
+        meta = {} if route is None else {"route": route}
+        items = [replace(one, prompt=one.prompt.but(meta={**one.prompt.meta, **meta})) for one in ITEMS]
+        for _ in range(2):
+            run(Generate("t", tuple(items), (Cut("T"),)), listener, folder=tmp_path)
+            assert len(asked) == count * len(ITEMS)
+
+
 @pytest.mark.parametrize("kind", ["free", "choice", "joint alone"])
 def test_an_interrupted_task_goes_on_after_its_last_batch(kind: str, model: VLM, tmp_path: Path) -> None:
     """Ctrl-C in the second of three batches, a line cut off in the middle: the first batch is not asked again."""

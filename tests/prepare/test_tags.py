@@ -63,6 +63,15 @@ def test_a_wrong_tag_names_nothing_that_is_there(scenes):
         assert not any(alike(tag, name) for tag in listed(one) for name in there)
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_wrong_tag_names_nothing_that_was_cut_off_either(embedded, most):
+    """Scenes and a seed at which the names that are drawn would meet what `most` leaves out."""
+    many = Source(name="scenes", options={"kinds": ["caption"], "count": 600}, limit=600)
+    for one in tags.open_set(many.but(tags={"by": "scene", "most": most, "wrong": 1.0}), seed=0):
+        there = [name for name, _ in one.turns[0].parts[0].source.boxes]
+        assert not any(alike(tag, name) for tag in listed(one) for name in there)
+
+
 def test_tags_can_be_dropped(scenes):
     assert sum(not listed(one) for one in tagged(drop=0.3)) / len(scenes) == pytest.approx(0.3, abs=0.12)
 
@@ -133,6 +142,66 @@ def test_demonstrations_have_the_tags_of_their_own_records(tmp_path):
         tagged = [[part.text for part in turn.parts if isinstance(part, Tag)] for turn in turns if turn.role == "user"]
         told = [turn.text.replace(" ", "-") for turn in turns if turn.role == "assistant"]
         assert len(told) == 2 and tagged == [[name] for name in (*told, f"asked-{number}")]
+
+
+def recorded(folder, count: int = 4, **meta) -> str:
+    """A file of pictures, each with its own tag in its record."""
+    records = []
+    for number in range(count):
+        picture(number).source.save(folder / f"{number}.png")
+        talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"thing {number}"}]
+        own = {"tags": [f"tag {number}"], **meta}
+        records.append({"id": str(number), "image": f"{number}.png", "conversations": talk, "meta": own})
+    (folder / "my.json").write_text(json.dumps(records))
+    return str(folder / "my.json")
+
+
+def test_a_set_that_a_task_names_brings_its_own_tags(tmp_path):
+    """Wherever a task's options hold a set, its tags are there or refused, as its route is."""
+    source = {"name": recorded(tmp_path), "tags": {"by": "record"}, "route": 1}
+    ((task, _),) = measure.build([TaskConfig(name="exact", options={"data": source})], seed=0)
+    assert [listed(item.prompt) for item in task.items] == [[f"tag {number}"] for number in range(4)]
+    assert all(item.prompt.meta["route"] == 1 for item in task.items)
+    asked = tmp_path / "asked"
+    asked.mkdir()
+    options = {"data": recorded(asked, 1), "shots": 2, "of": {**source, "split": "test"}}
+    ((task, _),) = measure.build([TaskConfig(name="exact", options=options)], seed=0)
+    *shown, last = [turn for turn in task.items[0].prompt.turns if turn.role == "user"]
+    told = [turn.text for turn in task.items[0].prompt.turns if turn.role == "assistant"]
+    found = [[part.text for part in turn.parts if isinstance(part, Tag)] for turn in shown]
+    assert found == [[text.replace("thing", "tag")] for text in told] and len(found) == 2
+    assert not [part for part in last.parts if isinstance(part, Tag)]
+    for name in ("data", "of"):
+        twice = {"data": source["name"], "of": source["name"], "shots": 1, "tags": {"by": "record"}, name: source}
+        with pytest.raises(ConfigError, match=rf"options.tags and options.{name}.tags"):
+            measure.build([TaskConfig(name="exact", options=twice)], seed=0)
+    with pytest.raises(ConfigError, match="tags of .*my.json.*worng"):
+        measure.build([TaskConfig(name="exact", options={"data": {**source, "tags": {"worng": 1}}})], seed=0)
+
+
+def test_documents_have_the_tags_and_the_route_of_the_sets_that_they_are_made_of(tmp_path):
+    source = {"name": recorded(tmp_path, 6), "tags": {"by": "record"}, "route": 1}
+    options = {"of": [source], "count": 3, "least": 2, "most": 3}
+    for one in tags.open_set(Source(name="documents", split="test", options=options), seed=0):
+        told = [turn.text for turn in one.turns if turn.role == "assistant"]
+        found = [[p.text for p in turn.parts if isinstance(p, Tag)] for turn in one.turns if turn.role == "user"]
+        assert found == [[text.replace("thing", "tag")] for text in told]
+        assert one.meta["route"] == 1
+    silent = {**options, "of": [{"name": source["name"]}]}
+    assert "route" not in tags.open_set(Source(name="documents", split="test", options=silent), seed=0)[0].meta
+    for made, how in ((silent, "record"), (options, "imagenet")):
+        with pytest.raises(ConfigError, match="tags of their own") as raised:
+            tags.open_set(Source(name="documents", split="test", options=made, tags={"by": how}), seed=0)
+        assert "options.of" in raised.value.remedy
+
+
+def test_bare_pictures_bring_their_records_tags_and_none_of_the_sets_inside(tmp_path):
+    inside = {"name": recorded(tmp_path, 3)}
+    source = Source(name="pictures", split="test", options={"of": [inside]}, tags={"by": "record"})
+    assert [listed(one) for one in tags.open_set(source, seed=0)] == [[f"tag {number}"] for number in range(3)]
+    for more in ({"tags": {"by": "record"}}, {"route": 1}):
+        with pytest.raises(ConfigError, match="no tags or route in `of`"):
+            tags.open_set(Source(name="pictures", options={"of": [{**inside, **more}]}), seed=0)
 
 
 def test_every_task_of_a_recipe_with_tags_has_them():

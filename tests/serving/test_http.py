@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from openai import OpenAI
 
 import composed
 from composed import picture, stir
+from isthmus.aligners.lion import Mixture
 from isthmus.serving import replies
 from isthmus.serving import tools as toolbox
 from isthmus.serving.answers import Done, Piece
@@ -268,6 +270,41 @@ def test_without_a_call_an_answer_with_tools_is_text(client):
     assert reply.choices[0].message.tool_calls is None and reply.choices[0].message.content
     streamed = [chunk.choices[0].delta.content or "" for chunk in ask(client, TALKS[0][0], tools=[TOOL], stream=True)]
     assert "".join(streamed) == reply.choices[0].message.content
+
+
+# ---------------------------------------------------------------------------------------------- kinds of tasks
+
+
+def test_a_request_may_say_that_it_is_about_places(client, served, model):
+    """Each kind's answer is what the model says with its router turned to that kind's adapters alone."""
+    space = {"heads": 2, "inner": 24}
+    options = {"queries": 3, "layers": 2, "width": 16, "heads": 2, "inner": 24, "vocabulary": 320, "bottleneck": 4}
+    lion = stir(composed.model("llama", "lion", {**options, "aggregator": space, "mixture": "hard"}, taps=(2, 1)))
+    lion.eval()
+    messages, turns = user(shown(1), said("where is it?")), [Turn.say("user", picture(1), "where is it?")]
+    expected = {}
+    for kind in (0, 1):
+        turned = copy.deepcopy(lion)
+        for mixture in (each for each in turned.modules() if isinstance(each, Mixture)):
+            mixture.router.copy_(mixture.router[:, [kind, kind]])
+        expected[kind] = alone(turned, turns)
+    assert expected[0] != expected[1]
+    with running(lion) as (_, address), OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as near:
+        for route, kind in ((None, 0), ("image", 0), ("region", 1), (0, 0), (1, 1), ("image", 0)):
+            reply = ask(near, messages, extra_body={} if route is None else {"route": route})
+            assert reply.choices[0].message.content == expected[kind], route
+        for wrong in (2, -1, "place", [1]):
+            with pytest.raises(openai.BadRequestError, match="route"):
+                ask(near, messages, extra_body={"route": wrong})
+        headers = {"Authorization": f"Bearer {KEY}"}
+        described = httpx2.get(f"{address}/openapi.json", headers=headers).json()
+        assert "route" in described["components"]["schemas"]["ChatRequest"]["properties"]
+        body = {"model": NAME, "messages": messages, "route": "region"}
+        refused = httpx2.post(f"{address}/page/attention", json=body, headers=headers)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "route"
+    with pytest.raises(openai.BadRequestError, match="does not treat kinds of tasks apart") as raised:
+        ask(client, messages, extra_body={"route": "region"})
+    assert raised.value.param == "route"
 
 
 # ---------------------------------------------------------------------------------------------- other routes

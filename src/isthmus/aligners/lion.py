@@ -171,9 +171,11 @@ class Mixture(Graft):
             self.register_buffer("router", one_hot.unsqueeze(-1), persistent=False)
 
     def forward(self, host: Any, base: Callable[..., Any], x: Tensor, *args: Any, side: Side | None, **kw: Any) -> Any:
-        y_BTD = base(x, *args, **kw)
+        y = base(x, *args, **kw)
+        y_BTD, *rest = y if isinstance(y, tuple) else (y,)  # a layer of Falcon-H1 returns its states in a tuple
         x_BTD = x if self.heard is None else self.heard.take().view_as(y_BTD)
-        return y_BTD + self.mix(x_BTD, side).to(y_BTD.dtype)
+        y_BTD = y_BTD + self.mix(x_BTD, side).to(y_BTD.dtype)
+        return (y_BTD, *rest) if isinstance(y, tuple) else y_BTD
 
     def mix(self, x_BTD: Tensor, side: Side | None) -> Tensor:
         """What the adapters add to the states, [B, T, D]; a position without a route is image-level."""
@@ -223,6 +225,10 @@ class LION(Aligner):
             if self.shown not in (None, self.visual_input) and self.visual_input != "both":
                 raise ValueError(f"shown is {self.shown}, but visual_input is {self.visual_input}")
             return self
+
+    @property
+    def routes(self) -> bool:
+        return bool(self.options.mixture != "none")
 
     def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
         options, branches = self.options, {}

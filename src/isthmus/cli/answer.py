@@ -25,6 +25,13 @@ class Target(StrEnum):
     peft = "peft"
 
 
+class Kind(StrEnum):
+    """What questions are about, for joints that treat kinds of tasks apart."""
+
+    image = "image"
+    region = "region"
+
+
 def chat(
     model: Model,
     image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="Pictures of the first question.")] = None,
@@ -38,6 +45,10 @@ def chat(
         int | None, typer.Option(help="Of the draws above temperature 0.  \\[default: another each time]")
     ] = None,
     system: Annotated[str | None, typer.Option(help="The system turn.  \\[default: the model's own]")] = None,
+    route: Annotated[
+        Kind | None,
+        typer.Option(help="Ask about pictures as wholes or about places in them, where the joint treats these apart."),
+    ] = None,
     device: Device = "auto",
     dtype: DType = "float32",
     endpoint: Endpoint = None,
@@ -57,7 +68,8 @@ def chat(
         from isthmus.cli.options import remote_of
 
         limits: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-        limits |= {"options": {"top_p": top_p}} if top_p < 1 else {}
+        further = ({"top_p": top_p} if top_p < 1 else {}) | ({"route": route.value} if route else {})
+        limits |= {"options": further} if further else {}
         with remote_of(model, endpoint, key_env, remote, **limits) as far:
             _talk(console, far, conversation, prompt, model)
             typer.echo(str(far.usage), err=True)
@@ -68,13 +80,14 @@ def chat(
     from isthmus.cli.options import load_for_thread
     from isthmus.serving.facts import facts
     from isthmus.speakers.local import Local
+    from isthmus.types import Route
 
     drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     sampling: dict[str, Any] = drawn if temperature else {}
     if seed is not None:
         torch.manual_seed(seed)
     loaded = load_for_thread(model, dtype, device)
-    near = Local(loaded, max_new_tokens=max_tokens, **sampling)
+    near = Local(loaded, route=Route[route.upper()] if route else None, max_new_tokens=max_tokens, **sampling)
     _talk(console, near, conversation, prompt, model, facts(loaded))
 
 

@@ -15,6 +15,7 @@ from isthmus.data.reading import Reader
 from isthmus.types import (
     IGNORE,
     KIND,
+    KINDS,
     Batch,
     Box,
     ConfigError,
@@ -51,6 +52,7 @@ class Collator:
             end of a sample is left out; an overlong prompt is always refused.
         bare: media of which nothing is said are samples too, for a stage that can learn from them.
         after_media: nothing is learnt before a sample's first medium.
+        routes: the joint treats kinds of tasks apart, so that what branches share must be of one kind.
         reader: makes the ids of what connectors read beside features; None where they read nothing.
 
     Attributes:
@@ -69,11 +71,12 @@ class Collator:
         reader: Reader | None = None,
         bare: bool = False,
         after_media: bool = False,
+        routes: bool = True,
     ) -> None:
         self.renderer, self.look, self.pad_id = renderer, look, pad_id
         self.max_length, self.overlong = max_length, "error" if open_answer else overlong
         self.side = "right" if renderer.decoder_start is not None else "left" if open_answer else side
-        self.open_answer, self.bare, self.after_media = open_answer, bare, after_media
+        self.open_answer, self.bare, self.after_media, self.routes = open_answer, bare, after_media, routes
         self.reader = None if open_answer and reader and reader.reading.of == "answer" else reader
         self.dropped: set[str] = set()
         self.shortened: set[str] = set()
@@ -156,6 +159,8 @@ class Collator:
                 "render the sample with the model's own renderer",
             )
         needless = self.open_answer or (self.bare and rendered.media)
+        if self.routes and rendered.branch:
+            _check_kinds(sample)
         if not needless and not _learns(rendered):
             raise DataError(f"sample {sample.id}: a sample with nothing to learn", "give it an answer with text")
 
@@ -258,15 +263,37 @@ def _is_routed(sample: Sample) -> bool:
 
 def _points(sample: Sample) -> bool:
     """Whether a conversation holds a region or asks for one."""
-    turns = (*sample.turns, *(turn for branch in sample.branches for turn in branch))
+    return any(map(_holds_regions, (sample.turns, *sample.branches)))
+
+
+def _holds_regions(turns: Sequence[Turn]) -> bool:
     return any(isinstance(part, Box | Grounding) for turn in turns for part in turn.parts)
 
 
+def _check_kinds(sample: Sample) -> None:
+    """What branches share is read once, and so as one kind of task.
+
+    Raises:
+        DataError: some of them hold regions and others do not, and the sample does not say what they are.
+    """
+    if "route" not in sample.meta and len(set(map(_holds_regions, (sample.turns, *sample.branches)))) > 1:
+        raise DataError(
+            f"sample {sample.id}: its questions share the picture, and some are about places in it, others about all "
+            "of it, which this joint treats apart",
+            "give each question a sample of its own (options: {together: false}), or say of which kind all are "
+            "(route: 0 or 1 of the source, or the sample's meta)",
+        )
+
+
 def route_of(sample: Sample) -> int:
-    """What the sample says (`meta["route"]`), else region-level where it holds regions."""
+    """What the sample says (`meta["route"]`), else region-level where it holds regions.
+
+    Raises:
+        DataError: it says what is no kind of task.
+    """
     route: Any = sample.meta.get("route", Route.REGION if _points(sample) else Route.IMAGE)
-    if not isinstance(route, int):
-        raise DataError(f"sample {sample.id}: its route is not a whole number", "number the task kinds from 0")
+    if not isinstance(route, int) or route not in tuple(Route):
+        raise DataError(f"sample {sample.id}: its route is {route!r}, which is no kind of task", KINDS)
     return route
 
 

@@ -15,11 +15,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from isthmus.config import Frozen, OneSource, Source
+from isthmus.data.collate import route_of
 from isthmus.types import Sample, Text, Turn
 
 
@@ -73,7 +74,10 @@ class Documents:
         told = [turn for turn in said if turn.role != "system"]  # templates know none but in front
         turns = tuple(told if self.options.asked else map(unasked, told))
         name = f"documents/{self.split}/{index}/{'asked' if self.options.asked else 'shown'}"
-        return Sample(turns, name, {"kind": "document", "cluster": name})
+        meta: dict[str, Any] = {"kind": "document", "cluster": name}
+        if any("route" in one.meta for one in drawn):  # one place in a picture makes a conversation region-level
+            meta["route"] = max(map(route_of, drawn))
+        return Sample(turns, name, meta)
 
 
 def unasked(turn: Turn) -> Turn:

@@ -34,6 +34,8 @@ class PictureOptions(Frozen):
     def _plain(self) -> PictureOptions:
         if any(source.name in ("documents", "pictures") or source.weight != 1 for source in self.of):
             raise ValueError("pictures are those of other sets, each of their samples once; give no weights in `of`")
+        if any(source.tags or source.route is not None for source in self.of):
+            raise ValueError("pictures are shown without what belongs to them; give no tags or route in `of`")
         return self
 
 
@@ -57,7 +59,8 @@ class Pictures:
         one = self.shelves[shelf][index - starts[shelf]]
         if not one.media:
             raise DataError(f"sample {one.id} shows no picture", "name sets in which every sample shows one")
-        return Sample((Turn("user", one.media),), f"pictures/{one.id}", {"kind": "picture", "cluster": one.id})
+        tags = {"tags": one.meta["tags"]} if "tags" in one.meta else {}  # of its record, for a tagger that reads them
+        return Sample((Turn("user", one.media),), f"pictures/{one.id}", {"kind": "picture", "cluster": one.id, **tags})
 
 
 def files(folder: Path, split: str) -> list[Path]:

@@ -29,6 +29,7 @@ from isthmus.data.questions import Asker
 from isthmus.data.scenes import Scene, compose, crowd, layout, pick
 from isthmus.types import ConfigError, Image, Part, Sample, Text, Turn
 
+Opener: TypeAlias = Callable[[Source, int], "Set"]
 SPLITS = ("train", "val", "test", "unseen")
 PARTS: dict[str, Piece] = {"train": "kept", "val": "held out", "test": "all"}
 """The splits of a user's file: all but one picture in fifty, that one, and both."""
@@ -89,8 +90,11 @@ class Routed:
         return sample.but(meta={**sample.meta, "route": self.route})
 
 
-def open_set(source: Source, seed: int) -> Set:
+def open_set(source: Source, seed: int, opener: Opener | None = None) -> Set:
     """The set that a recipe names: an embedded one, or a file or folder of the user's.
+
+    Args:
+        opener: opens the sets that documents are made of, where it adds something to them.
 
     Raises:
         ConfigError: no such set, split or option.
@@ -99,6 +103,8 @@ def open_set(source: Source, seed: int) -> Set:
     """
     if _is_file(source):
         opened = _file(source, seed)
+    elif source.name == "documents" and opener is not None:
+        opened = _documents(source, seed, opener)
     elif source.name in EMBEDDED:
         opened = EMBEDDED[source.name](source, seed)
     else:
@@ -129,7 +135,7 @@ def _digits(sources: Sequence[Source], seed: int, state: Callable[[formats.Form,
 
 def each_state(source: Source, seed: int, state: Callable[[formats.Form, containers.Container], str]) -> Iterator[str]:
     """What `state` says of each file or folder that a source reads, its own and those of the sets it is made of."""
-    for each in (source, *(_shelves(source) if source.name in MADE_OF else ())):
+    for each in (source, *made_of(source)):
         if _is_file(each):
             form = _form(each, seed)
             yield state(form, form.opened())
@@ -139,7 +145,7 @@ def here(source: Source) -> bool:
     """Whether the file or folder of a set is on this machine, and those of the sets that it is made of."""
     if source.name not in EMBEDDED:
         return located(source.name).exists()
-    return source.name not in MADE_OF or all(map(here, _shelves(source)))
+    return all(map(here, made_of(source)))
 
 
 def cards() -> list[Card]:
@@ -333,10 +339,10 @@ def _naming(source: Source, seed: int) -> Set:
 # ---------------------------------------------------------------------------------------------- documents
 
 
-def _documents(source: Source, seed: int) -> Set:
+def _documents(source: Source, seed: int, opener: Opener = open_set) -> Set:
     """Several pictures of other sets, each followed by its text."""
     options = check(DocumentOptions, source.options, source.name)
-    shelves = tuple(open_set(each, seed) for each in _shelves(source))
+    shelves = tuple(opener(each, seed) for each in made_of(source))
     card = _joined(source.name, shelves, options.count or (MANY if source.split == "train" else FEW))
     return Set(card, Documents(source.split, seed if source.split == "train" else 0, options, shelves).sample)
 
@@ -349,7 +355,7 @@ def _pictures(source: Source, seed: int) -> Set:
         found = files(source.images, source.split)
         card = Card(source.name, "the user's own", "", str(source.images), len(found))
         return Set(card, lambda index: shown(found[index]))
-    shelves = tuple(open_set(each, seed) for each in _shelves(source))
+    shelves = tuple(open_set(each, seed) for each in made_of(source))
     pictures = Pictures(shelves)
     return Set(_joined(source.name, shelves, len(pictures)), pictures.sample)
 
@@ -358,8 +364,10 @@ MADE_OF: dict[str, type[DocumentOptions | PictureOptions]] = {"documents": Docum
 """Sets that are made of others, which their option `of` names."""
 
 
-def _shelves(source: Source) -> tuple[Source, ...]:
-    """What a set is made of, in its own split."""
+def made_of(source: Source) -> tuple[Source, ...]:
+    """The sets that a set is made of, in its own split; of most there are none."""
+    if source.name not in MADE_OF:
+        return ()
     return tuple(each.but(split=source.split) for each in check(MADE_OF[source.name], source.options, source.name).of)
 
 

@@ -26,11 +26,11 @@ from typing import Literal, TypeAlias
 from pydantic import Field
 
 from isthmus.config import Frozen, OneSource, TaskConfig, check
-from isthmus.data import sets
 from isthmus.data.documents import unasked
 from isthmus.data.mix import permuted
 from isthmus.evaluation import catalogue, files, tasks
 from isthmus.evaluation.tasks import Cut, Item, Task
+from isthmus.prepare import tags
 from isthmus.types import ConfigError, DataError, Sample, Turn
 
 Beside: TypeAlias = Callable[[Sample], Sample]
@@ -76,7 +76,7 @@ def build(config: TaskConfig, seed: int, beside: Beside = _nothing) -> Task:
         raise ConfigError(
             f"task {config.name!r} has no training split of its own", "name a data set in options.of of the task"
         )
-    return shown(task, sets.open_set(source, seed), how, seed, beside)
+    return shown(task, tags.open_set(source, seed), how, seed, beside)
 
 
 def shown(task: Task, shelf: Sequence[Sample], how: Shots, seed: int, beside: Beside = _nothing) -> Task:

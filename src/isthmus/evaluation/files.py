@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 from isthmus.config import Frozen, OneSource, TaskConfig, check
-from isthmus.data import sets
 from isthmus.data.choices import ROUND
 from isthmus.evaluation import controls, grounding, statistics, tasks
 from isthmus.evaluation.answers import Prediction, match
@@ -23,6 +22,7 @@ from isthmus.evaluation.metrics import captions, judgements, vqa
 from isthmus.evaluation.score import Scorer
 from isthmus.evaluation.statistics import Estimate
 from isthmus.evaluation.tasks import Advance, Builder, Cut, Free, Item
+from isthmus.prepare import tags
 from isthmus.types import Box, DataError, Medium, Sample
 
 MOST = 200.0
@@ -209,7 +209,7 @@ def task_of(
     source = how.data.but(split="test") if how.data.split == "train" else how.data  # nothing of it is held out
     if how.one_wording and "instructions" not in source.options:
         source = source.but(options={**source.options, "instructions": "one"})
-    samples = read(sets.open_set(source, seed))
+    samples = read(tags.open_set(source, seed))
     if not samples:
         raise DataError(
             f"{source.name} has no item for task {config.name!r}", "`isthmus data stats` shows what it holds"

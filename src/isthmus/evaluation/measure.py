@@ -50,12 +50,26 @@ def build(configs: Sequence[TaskConfig], seed: int) -> list[tuple[Task, TaskConf
 
 
 def _build(config: TaskConfig, seed: int) -> Task:
-    """One task, with tags beside its pictures where its options ask for them."""
+    """One task, with tags beside its pictures where its options ask for them.
+
+    Raises:
+        ConfigError: a set that it names asks for tags, too; or see `build`.
+    """
     if "tags" not in config.options:
         return fewshot.build(config, seed)
+    if twice := [name for name in ("data", "of") if _tagged(config.options.get(name))]:
+        raise ConfigError(
+            f"task {config.name}: options.tags and options.{twice[0]}.tags would both put tags beside its pictures",
+            "leave one of them out; options.tags are for questions and demonstrations alike",
+        )
     rest = {name: value for name, value in config.options.items() if name != "tags"}
     tagger = Tagger.of(config.options["tags"], f"task {config.name}")
     return fewshot.build(config.but(options=rest), seed, tagger)
+
+
+def _tagged(source: Any) -> bool:
+    """Whether a set that options name asks for tags itself."""
+    return bool(source.get("tags") if isinstance(source, Mapping) else getattr(source, "tags", None))
 
 
 def measure(

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from isthmus import sites
-from isthmus.data.collate import Look
+from isthmus.data.collate import Look, route_of
 from isthmus.evaluation.controls import key
 from isthmus.evaluation.keeping import Answered
 from isthmus.model import VLM
@@ -288,8 +288,8 @@ def timed(
 
 
 def _prompt_key(sample: Sample) -> Hashable:
-    """Equal for samples whose prompts and pictures are equal."""
-    return tuple((turn.role, tuple(key(part) for part in turn.parts)) for turn in sample.turns)
+    """Equal for samples whose prompts, pictures and kinds of task are equal."""
+    return route_of(sample), tuple((turn.role, tuple(key(part) for part in turn.parts)) for turn in sample.turns)
 
 
 def _groups(questions: Sequence[Question]) -> list[Group]:

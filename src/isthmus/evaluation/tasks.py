@@ -269,16 +269,16 @@ def _fingerprint(
     task: Task, prompts: Sequence[Sample], control: Control | None, rule: str, settings: Mapping[str, Any]
 ) -> str:
     """Twelve hex digits that change with anything that the predictions depend on."""
-    asked = [
-        {**vars(item), "prompt": [prompt.id, plain(prompt), list(map(_content, prompt.media)), prompt.meta.get("box")]}
-        for prompt, item in zip(prompts, task.items)
-    ]
+    asked = [{**vars(item), "prompt": _told(prompt)} for prompt, item in zip(prompts, task.items)]
     canonical = json.dumps([task.name, control, rule, asked, dict(settings)], sort_keys=True, default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-def _content(part: Part) -> str:
-    return str(controls.key(part))
+def _told(prompt: Sample) -> list[Any]:
+    """What of a prompt predictions depend on; its route is among it where it says one."""
+    shown = [str(controls.key(medium)) for medium in prompt.media]
+    route = [prompt.meta["route"]] if "route" in prompt.meta else []
+    return [prompt.id, plain(prompt), shown, prompt.meta.get("box"), *route]
 
 
 def plain(sample: Sample) -> str:

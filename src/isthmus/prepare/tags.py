@@ -31,7 +31,7 @@ from isthmus.data import sets, views
 from isthmus.data.concepts import alike, names
 from isthmus.data.scenes import Scene
 from isthmus.encoders import lite
-from isthmus.types import DataError, Image, Part, Sample, Tag, Turn
+from isthmus.types import ConfigError, DataError, Image, Part, Sample, Tag, Turn
 
 See: TypeAlias = Callable[[Sample, Sequence[Image]], list[tuple[Tag, ...]]]
 """Tags of each of a sample's pictures."""
@@ -89,18 +89,32 @@ class Tagger:
         key = pictures.content_key(image.source)
         if _chance(self.how.seed, key, "drop") < self.how.drop:
             return ()
-        true = _ordered(tag for tag in tags if tag.score > self.how.least)[: self.how.most]
+        seen = _ordered(tags)
+        true = [tag for tag in seen if tag.score > self.how.least][: self.how.most]
         found = list(true)
         for place, tag in enumerate(true):
             if _chance(self.how.seed, key, f"wrong {place}") < self.how.wrong:
-                found[place] = replace(tag, text=_stranger(f"{self.how.seed} {key} {place}", [*true, *found]))
+                found[place] = replace(tag, text=_stranger(f"{self.how.seed} {key} {place}", [*seen, *found]))
         return _ordered(found)
 
 
 def open_set(source: Source, seed: int) -> sets.Set:
-    """A set that a recipe names, with the tags that it asks for; errors as in `data.sets.open_set`."""
-    opened = sets.open_set(source, seed)
-    return opened.map(Tagger.of(source.tags, source.name)) if source.tags else opened
+    """A set that a recipe names, with the tags that it asks for, or those that the sets do that it is made of.
+
+    Raises:
+        ConfigError: documents ask for tags beside those of their sets, or for those of records, which they have not
+            themselves; or an option is unknown or wrong. Further errors as in `data.sets.open_set`.
+    """
+    opened = sets.open_set(source, seed, open_set)
+    if not source.tags:
+        return opened
+    tagger = Tagger.of(source.tags, source.name)
+    if source.name == "documents" and (tagger.how.by == "record" or any(each.tags for each in sets.made_of(source))):
+        raise ConfigError(
+            "documents are made of other sets, whose records or sources bring tags of their own",
+            "leave tags out here, and give them to the sets in options.of",
+        )
+    return opened.map(tagger)
 
 
 def look_ahead(
@@ -111,7 +125,8 @@ def look_ahead(
     Of `size` processes that call this with the same sources at once, number `rank` sees its share; `progress` is called
     with the samples done and those of the share.
     """
-    wanted = [sets.open_set(source, seed) for source in sources if (source.tags or {}).get("by") == "imagenet"]
+    named = [each for source in sources for each in (source, *sets.made_of(source))]
+    wanted = [sets.open_set(source, seed) for source in named if (source.tags or {}).get("by") == "imagenet"]
     total, done = sum(len(range(rank, len(items), size)) for items in wanted), 0
     share = (items[place] for items in wanted for place in range(rank, len(items), size))
     while some := list(islice(share, AT_ONCE)):

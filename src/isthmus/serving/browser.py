@@ -74,6 +74,16 @@ def check_size(model: VLM, tokens: int, attention: int) -> None:
         raise invalid(f"{why}: begin a new one, or show fewer pictures", "messages", "context_length_exceeded")
 
 
+def check_route(route: str | int | None) -> None:
+    """Refuse a map of a request that names a route: maps are drawn of what conversations tell themselves.
+
+    Raises:
+        Refusal: a route is named.
+    """
+    if route is not None:
+        raise invalid("a map of attention is drawn without a route", "route")
+
+
 def maps(model: VLM, turns: Sequence[Turn]) -> list[list[list[float]]]:
     """Per picture, rows x columns: what share of its attention the model gives each place as it begins to answer.
 

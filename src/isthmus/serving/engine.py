@@ -143,14 +143,14 @@ class Engine:
     def alive(self) -> bool:
         return self._thread.is_alive() and not self._closing
 
-    def prepare(self, turns: Sequence[Turn]) -> Prompt:
-        """A conversation as tokens and pictures, in the caller's thread.
+    def prepare(self, turns: Sequence[Turn], route: int | None = None) -> Prompt:
+        """A conversation as tokens and pictures, in the caller's thread; without a `route` its parts tell it.
 
         Raises:
             ConfigError, DataError: the template, or a picture, refuses.
             TooLong: it leaves no room for an answer.
         """
-        prompt = prepare(turns, self.renderer, self.reader, self.pictures)
+        prompt = prepare(turns, self.renderer, self.reader, self.pictures, route)
         if len(prompt.ids) >= self.context:
             raise TooLong(
                 f"the prompt has {len(prompt.ids)} tokens, of which {sum(prompt.places)} stand for pictures; "
@@ -196,7 +196,7 @@ class Engine:
         if waiting >= self.sizes.queue:
             raise Full("too many requests wait", "ask again in a moment")
 
-    def answer(self, turns: Sequence[Turn], settings: Settings | None = None) -> list[str]:
+    def answer(self, turns: Sequence[Turn], settings: Settings | None = None, route: int | None = None) -> list[str]:
         """The answers to a conversation, waited for.
 
         Raises:
@@ -204,7 +204,7 @@ class Engine:
         """
         events: queue.SimpleQueue[Piece | Done | Failed] = queue.SimpleQueue()
         settings = settings or Settings()
-        self.submit(self.prepare(turns), settings, events.put)
+        self.submit(self.prepare(turns, route), settings, events.put)
         texts, left = [""] * settings.n, settings.n
         while left:
             event = events.get()

@@ -241,18 +241,20 @@ class Server:
         asked = protocol.read(protocol.ChatRequest, raw)
         self._check_name(asked.model)
         settings = protocol.settings(asked, self.limits, self.grammars, self.engine.sizes.batch)
+        route = protocol.route(asked, self.engine.model.aligner.routes)
         turns = protocol.turns(asked, self.limits, self._intake())
-        return asked, self._prepared(turns), settings
+        return asked, self._prepared(turns, route), settings
 
     def _understand_turns(self, raw: bytes) -> list[Turn]:
         asked = protocol.read(protocol.ChatRequest, raw)
         self._check_name(asked.model)
+        browser.check_route(asked.route)
         turns = list(protocol.turns(asked, self.limits, self._intake()))
         prompt = self._prepared(turns)  # refuses what the context does not hold
         browser.check_size(self.engine.model, len(prompt.ids), self.limits.attention)
         return turns
 
-    def _prepared(self, turns: Sequence[Turn]) -> Prompt:
+    def _prepared(self, turns: Sequence[Turn], route: int | None = None) -> Prompt:
         """The user's turns as the engine reads them.
 
         Raises:
@@ -260,7 +262,7 @@ class Server:
             TooLong: they leave no room for an answer.
         """
         try:
-            return self.engine.prepare(turns)
+            return self.engine.prepare(turns, route)
         except (ConfigError, DataError) as error:
             raise invalid(error.cause, "messages") from None
 

@@ -64,15 +64,20 @@ class Prompt:
         return tuple((token, media[place]) if place in media else token for place, token in enumerate(whole))
 
 
-def prepare(turns: Sequence[Turn], renderer: Renderer, reader: Reader | None, pictures: Pictures) -> Prompt:
+def prepare(
+    turns: Sequence[Turn], renderer: Renderer, reader: Reader | None, pictures: Pictures, route: int | None = None
+) -> Prompt:
     """Render a conversation that ends with the user, and name its pictures.
 
+    Args:
+        route: of what kind it is; None lets its parts tell.
+
     Raises:
-        ConfigError, DataError: the template refuses it, or a picture cannot be read.
+        ConfigError, DataError: the template refuses it, or a picture cannot be read; or the route is no kind of task.
     """
     rendered = renderer.render(turns, open_answer=True)
     seen = tuple(pictures.see(medium) for medium in rendered.media)
-    sample, read = Sample(tuple(turns)), None
+    sample, read = Sample(tuple(turns), meta={} if route is None else {"route": route}), None
     if reader is not None and reader.reading.of == "question" and rendered.media:
         read = reader([(sample, rendered.media)])[KIND[type(rendered.media[0])]]
     return Prompt(rendered.ids, rendered.modality, rendered.spans, seen, read, route_of(sample))

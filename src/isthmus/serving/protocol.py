@@ -19,7 +19,7 @@ from isthmus.serving.grammar import ANY_JSON, Grammars
 from isthmus.serving.limits import Limits
 from isthmus.serving.refusals import Refusal, invalid
 from isthmus.serving.sampling import Settings
-from isthmus.types import DataError, Image, Part, Role, Text, Turn
+from isthmus.types import DataError, Image, Part, Role, Route, Text, Turn
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -120,6 +120,11 @@ class ChatRequest(_Asked):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     response_format: ResponseFormat | None = None
+    route: Literal["image", "region", 0, 1] | None = Field(
+        None,
+        description="Asked about the picture as a whole (image, 0) or about places in it (region, 1), where the model "
+        "treats these apart. Not OpenAI's.",
+    )
 
     @property
     def offered(self) -> list[dict[str, Any]]:
@@ -252,6 +257,19 @@ def _part(part: ContentPart, role: str, see: See) -> Part:
     raise invalid("a part is neither text nor image_url", "messages", "unsupported_content")
 
 
+def route(request: ChatRequest, apart: bool) -> Route | None:
+    """Of which kind the task is, where the request says it; `apart`: whether the model treats kinds apart.
+
+    Raises:
+        Refusal: it does not.
+    """
+    if request.route is None:
+        return None
+    if not apart:
+        raise invalid("this model does not treat kinds of tasks apart: it takes no route", "route")
+    return Route[request.route.upper()] if isinstance(request.route, str) else Route(request.route)
+
+
 # ---------------------------------------------------------------------------------------------- settings
 
 
@@ -332,4 +350,4 @@ def embedded(request: EmbeddingRequest, limits: Limits, see: See) -> Sequence[st
     return found
 
 
-__all__ = ["ChatRequest", "EmbeddingRequest", "Refusal", "embedded", "read", "settings", "turns"]
+__all__ = ["ChatRequest", "EmbeddingRequest", "Refusal", "embedded", "read", "route", "settings", "turns"]

@@ -12,7 +12,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 
 from isthmus.data.collate import Look
 from isthmus.model import VLM
-from isthmus.types import Batch, Sample, Turn
+from isthmus.types import Batch, ConfigError, Sample, Turn
 
 PLAIN: dict[str, Any] = {
     "do_sample": False,
@@ -59,10 +59,16 @@ class Local:
         look: how media become pixels or features; the processor's own by default.
         decode: options of `generate` (`max_new_tokens`, `do_sample`, `temperature`, `top_p`, `num_beams`) in place of
             `PLAIN`'s; the model's own settings say only where an answer ends.
+        route: of which kind all that is said to it is (`types.Route`); None lets every conversation tell its own.
+
+    Raises:
+        ConfigError: a route is given, and the joint does not treat kinds of tasks apart.
     """
 
-    def __init__(self, model: VLM, look: Look | None = None, **decode: Any):
-        self.model, self.look = model, look
+    def __init__(self, model: VLM, look: Look | None = None, route: int | None = None, **decode: Any):
+        if route is not None and not model.aligner.routes:
+            raise ConfigError(f"{model.aligner.name} does not treat kinds of tasks apart", "leave the route out")
+        self.model, self.look, self.meta = model, look, {} if route is None else {"route": route}
         self.decode = PLAIN | {"max_new_tokens": 128, "pad_token_id": model.processor.pad} | decode
 
     def say(self, turns: Sequence[Turn]) -> str:
@@ -106,6 +112,7 @@ class Local:
             raise failed[0]
 
     def _prompt(self, samples: Sequence[Sample]) -> Batch:
+        samples = [one.but(meta={**self.meta, **one.meta}) for one in samples]
         with torch.inference_mode():
             return self.model.processor.prompts(samples, self.look).to(self.model.device)
 
