@@ -21,7 +21,7 @@ from isthmus.cli.app import app
 from isthmus.config import LoRA
 from isthmus.connectors.qformer import Shape
 from isthmus.exporting import blip2
-from isthmus.exporting.blip2 import NATIVE, Trial
+from isthmus.exporting.blip2 import NATIVE, Questioned
 from isthmus.model import VLM
 from isthmus.types import ConfigError, IsthmusError
 
@@ -71,13 +71,13 @@ def test_the_written_folder_gives_the_same_logits(tmp_path: Path, tower: Path, j
     ours.add_lora(["llm.*.q_proj"], LoRA(r=2), "sft")
     stir(ours).save_pretrained(tmp_path / "ours")
     assert blip2.export(tmp_path / "ours", tmp_path / "theirs", joint).difference <= 1e-4
-    theirs, trial = read_back(joint, tmp_path / "theirs"), Trial.of(ours, rows=3, text=5)
+    theirs, trial = read_back(joint, tmp_path / "theirs"), Questioned.of(ours, rows=3, text=5)
     expected, instructed = trial.ours(ours), joint == "instructblip"
     torch.testing.assert_close(trial.theirs(theirs, instructed), expected, atol=1e-4, rtol=1e-4)
-    blind = Trial(torch.zeros_like(trial.pixels), trial.words, trial.instruction, trial.queries, trial.shared)
+    blind = Questioned(torch.zeros_like(trial.pixels), trial.words, trial.instruction, trial.queries, trial.shared)
     assert (blind.theirs(theirs, instructed) - expected).abs().max() > 1e-2
     if instructed:
-        deaf = Trial(trial.pixels, trial.words, trial.instruction.flip(0), trial.queries, trial.shared)
+        deaf = Questioned(trial.pixels, trial.words, trial.instruction.flip(0), trial.queries, trial.shared)
         assert (deaf.theirs(theirs, True) - expected).abs().max() > 1e-3
     processor = AutoProcessor.from_pretrained(tmp_path / "theirs", backend="pil")
     seen = processor(images=composed.picture(1).source, text="what is it?", return_tensors="pt")
@@ -89,7 +89,7 @@ def test_what_only_training_needs_is_left_out(tmp_path: Path, tower: Path) -> No
     ours = built(tower, "p_former", "llama", text=True, vocabulary=tiny.VOCAB + 1)
     ours.save_pretrained(tmp_path / "ours")
     assert blip2.export(tmp_path / "ours", tmp_path / "theirs", "blip2").difference <= 1e-4
-    trial = Trial.of(ours, rows=3, text=5)
+    trial = Questioned.of(ours, rows=3, text=5)
     found = trial.theirs(read_back("blip2", tmp_path / "theirs"), False)
     torch.testing.assert_close(found, trial.ours(ours), atol=1e-4, rtol=1e-4)
 

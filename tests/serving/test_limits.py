@@ -1,4 +1,4 @@
-"""Every limit, one below and one above; what strangers send in place of pictures and requests; who may ask."""
+"""Limits, one below and one above; what strangers send in place of pictures and requests; who may ask."""
 
 from __future__ import annotations
 
@@ -133,8 +133,9 @@ def tool(name: str, parameters: dict | None = None) -> dict:
 
 def test_numbers_of_things(post):
     talk = [{"role": role, "content": "a"} for role in ("user", "assistant") * 3][:5]
-    assert post(talk).status_code == 200
-    refused(post([*talk, *talk[:2]]), 400)
+    system = {"role": "system", "content": "a"}
+    assert post([system, *talk]).status_code == 200
+    assert refused(post([*talk, *talk[1:3]]), 400) == "more than 6 messages"
     assert post(user(*[said("a")] * 8)).status_code == 200
     refused(post(user(*[said("a")] * 9)), 400)
     assert post(user(shown(1), shown(2))).status_code == 200
@@ -143,7 +144,8 @@ def test_numbers_of_things(post):
     refused(post(user(said("a" * 500))), 400, "context_length_exceeded")
     refused(post(user(said("a" * 501))), 400, "string_above_max_length")
     assert post(user(said("a")), tools=[tool("a"), tool("b")], tool_choice="none").status_code == 200
-    refused(post(user(said("a")), tools=[tool("a")] * 3), 400)
+    three = [tool("a"), tool("b"), tool("c")]
+    assert refused(post(user(said("a")), tools=three, tool_choice="none"), 400) == "more than 2 tools"
     refused(post(user(said("a")), tools=[tool("a b")]), 400)
     schema = {"type": "object", "properties": {"a" * 200: {"type": "null"}}}
     form = {"type": "json_schema", "json_schema": {"schema": schema}}
@@ -262,7 +264,7 @@ def test_no_caller_brings_a_template_or_its_arguments(field):
         body = {"model": NAME, "max_tokens": 2, "temperature": 0, "messages": user(said("hi"))}
         heard = []
         prepare = server.engine.prepare
-        server.engine.prepare = lambda turns: heard.append(prepare(turns)) or heard[-1]
+        server.engine.prepare = lambda *asked: heard.append(prepare(*asked)) or heard[-1]
         for asked in (body, field | body):
             assert client.post("/v1/chat/completions", json=asked).status_code == 200
     plain, brought = heard
@@ -506,7 +508,7 @@ def test_bodies_together_have_a_bound(served, post, monkeypatch):
 def test_an_error_of_the_programs_own_says_nothing(served, monkeypatch):
     server, address = served
 
-    def fails(turns):
+    def fails(*asked):
         raise RuntimeError("/secret/path at 0x7f")
 
     monkeypatch.setattr(server.engine, "prepare", fails)

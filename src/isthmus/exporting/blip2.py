@@ -70,7 +70,7 @@ def export(source: str | Path, out: Path, to: str) -> Parity:
     """
     native, ours = NATIVE[to], opened(source, out)
     _require_fit(ours, native)
-    trial = Trial.of(ours)
+    trial = Questioned.of(ours)
     before = trial.ours(ours)
     dense(ours)
     theirs, processor = convert(ours, native)
@@ -187,7 +187,7 @@ def _processor(ours: VLM, native: Native, tokenizer: Any, queries: int) -> Proce
 
 
 @dataclass(frozen=True)
-class Trial:
+class Questioned:
     """Random pictures, words and instructions that two models are asked about."""
 
     pixels: Tensor
@@ -197,7 +197,7 @@ class Trial:
     shared: int
 
     @classmethod
-    def of(cls, ours: VLM, rows: int = 2, text: int = 8) -> Trial:
+    def of(cls, ours: VLM, rows: int = 2, text: int = 8) -> Questioned:
         generator = torch.Generator().manual_seed(0)
         size, shared = ours.encoders["image"].size, ours.config.text_config.vocab_size
         read = min(ours.aligner.options.vocabulary, shared)

@@ -13,8 +13,11 @@ class Limits:
         body: of a whole request, known before anything of it is read as JSON.
         encoded: of one data URL.
         pictures: in all messages together.
+        messages: of one conversation.
         parts: of one message, and tool calls in it.
         text: characters of all that is read, tools and schemas among it.
+        answers, stops, tools: of one request; stop_length: characters of a stop string.
+        schema: of one JSON schema, written down.
         inputs: of one request for embeddings.
         pixels, longest, shortest, aspect: of one picture, told from its header before it is decoded.
         all_pixels: of all pictures together.
