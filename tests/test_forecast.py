@@ -398,7 +398,7 @@ def test_several_recipes_stand_side_by_side_with_memory_by_kind(files, monkeypat
     assert max(map(len, lines)) <= 100
     at = next(number for number, line in enumerate(lines) if line.startswith("memory, MiB"))
     kinds = lines[at].replace("memory, MiB", "").split()
-    assert kinds[:4] == ["weights", "gradients", "optimizer", "activations"] and kinds[-1] == "peak"
+    assert kinds[:4] == ["weights", "grads", "optim.", "activ."] and kinds[-1] == "peak"
     assert [line.split()[0] for line in lines[at + 1 : at + 5]] == ["one", "align", "two", "align"]
     both = json.loads(runner.invoke(app, [*named, "--json"]).output)
     assert [each["recipe"] for each in both] == ["one", "two"]

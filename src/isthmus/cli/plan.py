@@ -31,6 +31,8 @@ More = Annotated[
         "stages.sft.lr=1e-3 encoder=./my-encoder seed=1.",
     ),
 ]
+SHORT = {"gradients": "grads", "optimizer": "optim.", "activations": "activ.", "features": "feats."}
+"""What kinds of memory are called where ten columns have 80 characters."""
 WIDTH = 100
 """Columns of a file or a pipe, which the widest table takes; a terminal has its own."""
 
@@ -270,7 +272,7 @@ def _memory(forecasts: list[Forecast]) -> Table:
     kinds = next(stage.memory for each in forecasts for stage in each.stages)
     table = Table("memory, MiB", box=None, padding=(0, 1, 0, 0))
     for title in (*kinds, "peak"):
-        table.add_column(title, justify="right")
+        table.add_column(SHORT.get(title, title), justify="right")
     for each in forecasts:
         table.add_row(each.recipe)
         for stage in each.stages:
