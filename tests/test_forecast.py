@@ -405,8 +405,8 @@ def test_several_recipes_stand_side_by_side_with_memory_by_kind(files, monkeypat
     for line, each in zip(lines[at + 2 : at + 5 : 2], both):
         (stage,) = each["training"]["stages"]
         shown = dict(zip(kinds, [float(cell.replace(",", "")) for cell in line.split()[1:]]))
-        for kind in ("weights", "gradients", "optimizer", "activations"):
-            assert shown[kind] == pytest.approx(stage["memory"][kind] / 2**20, rel=0.01)
+        for title, kind in zip(kinds, ("weights", "gradients", "optimizer", "activations")):
+            assert shown[title] == pytest.approx(stage["memory"][kind] / 2**20, rel=0.01)
         assert sum(shown[kind] for kind in kinds[:-1]) == pytest.approx(shown["peak"], rel=0.01)
         assert each["image"]["total"] > 0 and stage["sample"]["tokens"] > 0
     whole = (forecast(read(Path(file)), CPU, 0).stages[0].flops for file in files)  # overrides are of all recipes
