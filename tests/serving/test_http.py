@@ -411,7 +411,7 @@ def test_a_client_that_goes_frees_its_slot(model, stream):
         go_on.set()
         until(lambda: server.engine.busy == 0)
         assert server.engine.counts.steps == 1 and server.engine.counts.cancelled == 1
-        until(lambda: server.held == server.entering == 0)
+        until(lambda: server.bodies.held == server.bodies.entering == 0)
 
 
 def test_a_full_server_says_so_and_when_to_come_again(model):

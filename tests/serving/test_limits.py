@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 
 import composed
-from isthmus.serving import http as serving_http
+from isthmus.serving import bodies
 from isthmus.serving.engine import Sizes
 from isthmus.serving.grammar import Grammars
 from isthmus.serving.intake import from_data_url
 from isthmus.serving.limits import Limits
 from isthmus.serving.protocol import ChatRequest, turns
+from isthmus.serving.refusals import Refusal
 from isthmus.types import ConfigError
 
 SMALL = Limits(
@@ -226,7 +227,7 @@ def test_bodies(post, served):
     deep = '{"type":"object","properties":{"a":' * 60 + "{}" + "}}" * 60
     form = f'{{"type":"json_schema","json_schema":{{"schema":{deep}}}}}'
     refused(post(raw=frame[:-1].encode() + b', "response_format": ' + form.encode() + b"}"), 400)
-    assert served[0].held == 0
+    assert served[0].bodies.held == 0
 
 
 @pytest.mark.parametrize(("size", "status"), [(16_384, b" 200 "), (16_385, b" 400 ")])
@@ -493,16 +494,16 @@ def test_slow_clients_hold_nobody_up(served, post):
     for link in links:
         link.close()
     end = time.monotonic() + 30
-    while server.held and time.monotonic() < end:
+    while server.bodies.held and time.monotonic() < end:
         time.sleep(0.01)
-    assert server.held == server.entering == 0
+    assert server.bodies.held == server.bodies.entering == 0
 
 
 def test_bodies_together_have_a_bound(served, post, monkeypatch):
-    monkeypatch.setattr(serving_http, "HELD", 50_000)
+    monkeypatch.setattr(bodies, "HELD", 50_000)
     assert post(user(said("hi"))).status_code == 200
     refused(post(raw=b"{" + b" " * 60_000), 429, "queue_full")
-    assert served[0].held == 0
+    assert served[0].bodies.held == 0
 
 
 def test_an_error_of_the_programs_own_says_nothing(served, monkeypatch):
@@ -539,11 +540,11 @@ def test_a_client_that_leaves_while_it_sends_is_no_failure_of_ours(served, caplo
     with socket.create_connection(address.removeprefix("http://").split(":")) as link:
         link.sendall(head.encode() + b"Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
         end = time.monotonic() + 10
-        while not server.held and time.monotonic() < end:
+        while not server.bodies.held and time.monotonic() < end:
             time.sleep(0.01)
     while left._value.get() == before and time.monotonic() < end:
         time.sleep(0.01)
-    assert left._value.get() == before + 1 and server.held == 0
+    assert left._value.get() == before + 1 and server.bodies.held == 0
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
@@ -578,7 +579,7 @@ def test_a_missing_llguidance_is_said_with_what_to_install(served, monkeypatch):
 
 def test_base64_is_read_strictly():
     assert base64.b64decode("AA==AA", validate=False)  # what a lax reader makes of it
-    with pytest.raises(serving_http.Refusal):
+    with pytest.raises(Refusal):
         from_data_url("data:image/png;base64,AA==AA", SMALL.encoded)
 
 

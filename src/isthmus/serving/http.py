@@ -1,7 +1,7 @@
 """The HTTP in front of the engine: OpenAI's routes, who may use them, and how much of anything they take in.
 
-Everything that looks at a request's contents runs in a few threads beside the event loop; the loop itself only moves
-bytes. A client that goes away takes its answer out of the batch.
+A request's contents are looked at beside the event loop (`bodies`), which itself only moves bytes. A client that goes
+away takes its answer out of the batch.
 """
 
 from __future__ import annotations
@@ -13,19 +13,17 @@ import logging
 import struct
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from isthmus.serving import browser, description, embeddings, journal, protocol, replies
 from isthmus.serving.answers import Event, Failed, Job, TooLong
+from isthmus.serving.bodies import Bodies
 from isthmus.serving.door import Door
 from isthmus.serving.engine import Engine
 from isthmus.serving.fetching import Fetcher
@@ -39,11 +37,7 @@ from isthmus.serving.sampling import Settings
 from isthmus.types import ConfigError, DataError, IsthmusError, Turn
 
 Result = TypeVar("Result")
-HELD = 512 << 20
-"""Bytes of all bodies together that are held at once."""
 CHAT = "/v1/chat/completions"
-INTAKE = 4
-"""Requests whose contents are looked at side by side."""
 log = logging.getLogger(__name__)
 
 
@@ -73,8 +67,7 @@ class Server:
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.engine)
         self.grammars = Grammars(self.engine.model.processor.tokenizer)
-        self.threads = ThreadPoolExecutor(INTAKE, thread_name_prefix="isthmus-intake")
-        self.held = self.entering = 0
+        self.bodies = Bodies(self.limits, self.engine.sizes.queue)
         self.began = int(time.time())
 
     def app(self) -> FastAPI:
@@ -117,7 +110,7 @@ class Server:
 
     async def chat(self, request: Request) -> Response:
         began = time.monotonic()
-        asked, prompt, settings = await self._taken_in(request, self._understand)
+        asked, prompt, settings = await self.bodies.take_in(request, self._understand)
         events: asyncio.Queue[Event] = asyncio.Queue()
         job = self.engine.submit(prompt, settings, _listener(events))
         try:
@@ -151,7 +144,7 @@ class Server:
 
     async def embed(self, request: Request) -> Response:
         began = time.monotonic()
-        asked, inputs = await self._taken_in(request, self._understand_inputs)
+        asked, inputs = await self.bodies.take_in(request, self._understand_inputs)
         task = self.engine.call(lambda: embeddings.embed(self.engine, inputs))
         found = await self._while_there(request, asyncio.wrap_future(task))
         data = [
@@ -181,60 +174,11 @@ class Server:
         return JSONResponse(browser.introduction(self.engine.model, self.name, self.limits.tokens))
 
     async def attention(self, request: Request) -> Response:
-        turns = await self._taken_in(request, self._understand_turns)
+        turns = await self.bodies.take_in(request, self._understand_turns)
         task = self.engine.call(lambda: browser.maps(self.engine.model, turns))
         return JSONResponse({"maps": await self._while_there(request, asyncio.wrap_future(task))})
 
-    # ------------------------------------------------------------------------------------ taking in
-
-    async def _taken_in(self, request: Request, understand: Callable[[bytes], Result]) -> Result:
-        """A body, read and understood in a thread of its own, within the limits on size and time.
-
-        Raises:
-            Refusal: it is too large, too slow, or wrong, or the client went before it was whole.
-        """
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise Refusal(415, "the Content-Type must be application/json", "unsupported_media_type")
-        pieces: list[bytes] = []
-        held = 0
-        try:
-            async with asyncio.timeout(self.limits.reading):
-                async for piece in request.stream():
-                    held += len(piece)
-                    self.held += len(piece)
-                    self._check_body(held)
-                    pieces.append(piece)
-            raw = b"".join(pieces)
-            pieces.clear()
-            return await self._understood(partial(understand, raw))
-        except TimeoutError:
-            raise Refusal(408, "the body took too long to arrive", "timeout") from None
-        except ClientDisconnect:
-            raise left() from None
-        finally:
-            self.held -= held
-
-    def _check_body(self, size: int) -> None:
-        if size > self.limits.body:
-            raise Refusal(413, f"the body has more than {self.limits.body} bytes", "body_too_large")
-        if self.held > HELD:
-            raise Refusal(429, "too many large requests at once", "queue_full", headers={"Retry-After": "1"})
-
-    async def _understood(self, understand: Callable[[], Result]) -> Result:
-        if self.entering >= self.engine.sizes.queue + INTAKE:
-            raise Refusal(429, "too many requests wait", "queue_full", headers={"Retry-After": "1"})
-        self.entering += 1
-        future = asyncio.get_running_loop().run_in_executor(self.threads, understand)
-        future.add_done_callback(self._entered)  # counts until the thread is free, whoever still waits for it
-        try:
-            return await asyncio.wait_for(asyncio.shield(future), self.limits.decoding)
-        except TimeoutError:
-            raise Refusal(503, "the request could not be looked at in time", "timeout") from None
-
-    def _entered(self, future: asyncio.Future[Any]) -> None:
-        self.entering -= 1
-        if not future.cancelled():
-            future.exception()  # seen: who waited for it may have gone
+    # ------------------------------------------------------------------------------------ understanding
 
     def _understand(self, raw: bytes) -> tuple[protocol.ChatRequest, Prompt, Settings]:
         """A chat request as the engine takes it."""
@@ -359,7 +303,7 @@ class Server:
         return {"id": self.name, "object": "model", "created": self.began, "owned_by": "isthmus", "context": context}
 
     def close(self) -> None:
-        self.threads.shutdown(wait=False, cancel_futures=True)
+        self.bodies.close()
 
 
 def _listener(events: asyncio.Queue[Event]) -> Callable[[Event], None]:
