@@ -213,22 +213,22 @@ def export(
     """Write a model as a class of transformers, GGUF or ONNX, LoRA merged, its numbers checked; or LoRA for peft."""
     from isthmus.exporting import blip2, gguf, llava, onnx, peft
 
-    if to is Target.peft:
-        for folder, hosts in peft.export_adapters(model, out).items():
-            typer.echo(f"{folder}: LoRA on {hosts} Linears")
-        return
-    if to is Target.onnx:
-        report = onnx.export(model, out)
-        typer.echo(f"{out}: encoder and joint, largest difference of vectors {report.difference:.2e}")
-        return
-    if to is Target.gguf:
-        written = gguf.export(model, out)
-        typer.echo(f"{out}: largest difference of logits {written.parity.difference:.2e}")
-        for note in written.notes:
-            typer.echo(f"note: {note}")
-        return
-    report = llava.export(model, out) if to is Target.llava else blip2.export(model, out, to.value)
-    typer.echo(f"{out}: largest difference of logits {report.difference:.2e}")
+    match to:
+        case Target.peft:
+            for folder, hosts in peft.export_adapters(model, out).items():
+                typer.echo(f"{folder}: LoRA on {hosts} Linears")
+            return
+        case Target.onnx:
+            told = f"encoder and joint, largest difference of vectors {onnx.export(model, out).difference:.2e}"
+        case Target.gguf:
+            written = gguf.export(model, out)
+            notes = "".join(f"\nnote: {note}" for note in written.notes)
+            told = f"largest difference of logits {written.parity.difference:.2e}{notes}"
+        case Target.llava:
+            told = f"largest difference of logits {llava.export(model, out).difference:.2e}"
+        case Target.blip2 | Target.instructblip:
+            told = f"largest difference of logits {blip2.export(model, out, to.value).difference:.2e}"
+    typer.echo(f"{out}: {told}")
 
 
 def _check_no_adapter(source: Path) -> None:
