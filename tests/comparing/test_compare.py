@@ -643,6 +643,16 @@ def test_words_come_after_holm_over_both_families(finished: Outcome) -> None:
     assert any("c is worse than a in “t”" in sentence for sentence in found.advice)
 
 
+def test_a_task_that_is_the_mean_is_tested_and_shown_once(finished: Outcome) -> None:
+    only = line("t", {"one": None, "two": gap(0.1, 0.02)})
+    part = line("t without yes/no", {"one": None, "two": gap(0.1, 0.02)})
+    found = outcome_with(finished, only, only, part)
+    assert [each.cells["two"].adjusted for each in (found.mean, *found.lines)] == [pytest.approx(0.04)] * 3
+    assert [each.label for each in found.table] == ["t", "t without yes/no"]
+    assert markdown(json.loads(json.dumps(found.plain()))).splitlines().count("| joint | t | t without yes/no |") == 1
+    assert len(re.findall('<th scope="col"[^>]*>t<small>', page.render(found))) == 1
+
+
 def test_items_that_were_not_scored_leave_it_open(finished: Outcome) -> None:
     found = outcome_with(finished, line("mean", {"a": None, "b": gap(0.4, 1e-6)}, unscored=1))
     assert found.mean.cells["b"].verdict == "not decided"

@@ -12,13 +12,13 @@ from isthmus.evaluation import seeds
 def judged(mean: Line, lines: Sequence[Line]) -> tuple[Line, tuple[Line, ...]]:
     """The mean and the tasks with verdicts: two families of differences, with 5 % for both together.
 
-    Where there is one task, the mean is that task and is not tested twice.
+    A task that is the mean, because it is the only one, is not tested twice.
     """
-    families = [[mean], list(lines) if len(lines) > 1 else []]
-    ps = [[cell.gap.p for line in family for cell in line.cells.values() if cell.gap] for family in families]
+    others = [line for line in lines if not line.same(mean)]
+    ps = [[cell.gap.p for line in family for cell in line.cells.values() if cell.gap] for family in ([mean], others)]
     first, second = (iter(adjusted) for adjusted in seeds.adjust(ps))
     said = _with(mean, first)
-    return said, tuple(_with(line, second) for line in lines) if len(lines) > 1 else tuple(_same(lines, said))
+    return said, tuple(replace(line, cells=said.cells) if line.same(mean) else _with(line, second) for line in lines)
 
 
 def _with(line: Line, adjusted: Iterator[float]) -> Line:
@@ -34,7 +34,3 @@ def _decided(line: Line, cell: Cell, p: float) -> Cell:
     assert cell.gap is not None  # only those are compared
     scored = not any(each.unscored for each in line.cells.values())
     return replace(cell, adjusted=p, verdict=seeds.verdict(cell.gap.value, p, line.higher) if scored else "not decided")
-
-
-def _same(lines: Sequence[Line], mean: Line) -> list[Line]:
-    return [replace(line, cells=mean.cells) for line in lines]

@@ -59,6 +59,10 @@ class Line:
         """Whether more is better."""
         return self.unit == "accuracy"
 
+    def same(self, other: Line) -> bool:
+        """Whether it is the same question: the mean over one task is that task."""
+        return (self.task, self.label) == (other.task, other.label)
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -222,8 +226,8 @@ class Outcome:
 
     @property
     def table(self) -> tuple[Line, ...]:
-        """The mean and then the tasks."""
-        return (self.mean, *self.lines)
+        """The mean and then the tasks that are not the mean itself."""
+        return (self.mean, *(line for line in self.lines if not line.same(self.mean)))
 
     def plain(self) -> dict[str, Any]:
         """All the numbers, for JSON; pictures stay in the page."""

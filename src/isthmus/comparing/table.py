@@ -76,7 +76,8 @@ an answer is written, in bfloat16."""
 
 def markdown(tree: Tree) -> str:
     """The page of a finished comparison, from what `compare.json` holds."""
-    lines = [tree["mean"], *tree["lines"]]
+    mean = tree["mean"]
+    lines = [mean, *(line for line in tree["lines"] if (line["task"], line["label"]) != (mean["task"], mean["label"]))]
     return "\n".join(
         [
             f"# {len(tree['names'])} joints compared",
