@@ -19,7 +19,7 @@ from isthmus.evaluation.tasks import Choice, Cut, Item, Task
 from isthmus.experiment import data_hash, free_replies
 from isthmus.forecast import was
 from isthmus.training.parallel import World
-from isthmus.types import Box, Image, Sample, Turn
+from isthmus.types import Audio, Box, Image, Sample, Turn
 
 PICTURE = Image(Pillow.new("RGB", (8, 8)))
 BEFORE = (Turn.say("user", PICTURE, "And this?"), Turn.say("assistant", "a dog"))
@@ -28,6 +28,15 @@ BEFORE = (Turn.say("user", PICTURE, "And this?"), Turn.say("assistant", "a dog")
 def asked(box: Box, before: tuple[Turn, ...] = (), choices: tuple[str, ...] = ("a cat", "a cow")) -> Task:
     turns = (*before, Turn.say("user", PICTURE, "What is at ", box, "?"))
     return Choice("t", (Item(Sample(turns, "one"), "a cat", choices, "one", "region"),), (Cut("T"),))
+
+
+class Silent:
+    """A speaker without words."""
+
+    def __init__(self, *model: Any, **options: Any) -> None: ...
+
+    def say_all(self, samples: Sequence[Sample]) -> list[str]:
+        return [""] * len(samples)
 
 
 LEFT, RIGHT = Box((0, 0, 0.5, 1)), Box((0.5, 0, 1, 1))
@@ -46,17 +55,19 @@ def test_the_hash_of_the_data_sees_regions_demonstrations_and_choices() -> None:
 
 
 def test_reports_show_the_region_that_was_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Silent:
-        def __init__(self, *model: Any, **options: Any) -> None: ...
-
-        def say_all(self, samples: Sequence[Sample]) -> list[str]:
-            return [""] * len(samples)
-
     monkeypatch.setattr(experiment, "Local", Silent)
     task = asked(LEFT, BEFORE)
     (said,) = free_replies(None, None, [(task, TaskConfig(name="t"))])  # type: ignore[arg-type]
     (shown,) = examples({"T": (task, {"after": [None]})})  # type: ignore[dict-item]
     assert said.prompt == shown.question == "What is at [0.000,0.000,0.500,1.000]?"
+
+
+def test_free_replies_leave_out_what_shows_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment, "Local", Silent)
+    heard = Sample((Turn.say("user", Audio(b"RIFF"), "What is heard?"),), "two")
+    task = Choice("t", (Item(heard, "a bell", (), "two", "sound"), *asked(LEFT).items), (Cut("T"),))
+    (said,) = free_replies(None, None, [(task, TaskConfig(name="t"))])  # type: ignore[arg-type]
+    assert said.reference == "a cat"
 
 
 @pytest.mark.parametrize(("trained", "shown"), [(None, False), (object(), True)])

@@ -114,7 +114,7 @@ def _done(run: Run) -> Report | None:
 
 def pictures(tasks: Iterable[Task]) -> list[Image]:
     """Every picture that the tasks show."""
-    return [part for task in tasks for item in task.items for part in item.prompt.media if isinstance(part, Image)]
+    return [picture for task in tasks for item in task.items for picture in item.prompt.pictures]
 
 
 def _measure(run: Run, model: VLM, look: Look, tasks: list[tuple[Task, TaskConfig]], column: Column) -> Measured:
@@ -148,12 +148,12 @@ def free_replies(model: VLM, look: Look, tasks: list[tuple[Task, TaskConfig]], e
     if not tasks:
         return ()
     speaker = Local(model, look, max_new_tokens=24)
-    asked = [(task, item) for task, _ in tasks for item in task.items[:each] if item.prompt.media]
-    replies = speaker.say_all([item.prompt for _, item in asked])
+    shown = [item for task, _ in tasks for item in task.items[:each] if item.prompt.pictures]
+    replies = speaker.say_all([item.prompt for item in shown])
     found = []
-    for (_, item), reply in zip(asked, replies):
-        shown = next(part for part in reversed(item.prompt.media) if isinstance(part, Image))
-        found.append(Generation(item.words, reply, open_image(shown.source, item.prompt.id), item.answer))
+    for item, reply in zip(shown, replies):
+        picture = open_image(item.prompt.pictures[-1].source, item.prompt.id)
+        found.append(Generation(item.words, reply, picture, item.answer))
     return tuple(found)
 
 

@@ -187,6 +187,11 @@ class Sample:
     def media(self) -> tuple[Medium, ...]:
         return tuple(medium for turn in self.turns for medium in turn.media)
 
+    @property
+    def pictures(self) -> tuple[Image, ...]:
+        """Its media without sounds and videos."""
+        return tuple(medium for medium in self.media if isinstance(medium, Image))
+
     def but(self, **changes: Any) -> Sample:
         return replace(self, **changes)
 

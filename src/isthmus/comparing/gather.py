@@ -26,7 +26,6 @@ from isthmus.evaluation.seeds import Gap, Level, Outcomes
 from isthmus.evaluation.tasks import Cut, Task
 from isthmus.planning import Plan
 from isthmus.training.log import read_rows
-from isthmus.types import Image
 
 SHOWN = 3
 """Items that are shown of each side of a contrast."""
@@ -215,12 +214,12 @@ class Quality:
 
     def _shown(self, name: str, question: Question, place: int, right: str) -> Shown:
         item = question.task.items[place]
-        image = next((part for part in reversed(item.prompt.media) if isinstance(part, Image)), None)
         said = {
             each: self.answers[each][question.task.name][0]["after"][place].prediction or "(nothing)"
             for each in (name, self.baseline)
         }
-        picture = None if image is None else open_image(image.source, item.prompt.id)
+        pictures = item.prompt.pictures
+        picture = open_image(pictures[-1].source, item.prompt.id) if pictures else None
         return Shown(question.cut.label, item.words, item.answer, picture, said, right)
 
 

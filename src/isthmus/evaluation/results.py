@@ -19,8 +19,8 @@ from isthmus.evaluation import statistics
 from isthmus.evaluation.answers import Prediction
 from isthmus.evaluation.draw import drawn
 from isthmus.evaluation.statistics import Estimate, short
-from isthmus.evaluation.tasks import Cut, Item, Task
-from isthmus.types import DataError, Image
+from isthmus.evaluation.tasks import Cut, Task
+from isthmus.types import DataError
 
 Column: TypeAlias = Literal["before", "after", "blind", "shuffled", "cosine"]
 COLUMNS: tuple[Column, ...] = ("before", "after", "blind", "shuffled", "cosine")
@@ -249,7 +249,7 @@ def examples(runs: Mapping[str, tuple[Task, Runs]], count: int = 10, seed: int =
         task, columns = runs[label]
         item = task.items[place]
         prompt = item.prompt
-        image = _pictures(item)[-1]  # demonstrations come first
+        image = prompt.pictures[-1]  # demonstrations come first
         after, asked = columns["after"][place], columns.get("before", ())
         before = next((old for new, old in zip(alike(columns["after"], asked), asked) if new is after), None)
         found.append(Example(label, item.words, open_image(image.source, prompt.id), after, before))
@@ -269,17 +269,15 @@ def draw_examples(runs: Mapping[str, tuple[Task, Runs]], count: int = 10, seed: 
     }
     fit = {
         label: [
-            place for place, item in enumerate(task.items) if item.choices and _pictures(item) and place in asked[label]
+            place
+            for place, item in enumerate(task.items)
+            if item.choices and item.prompt.pictures and place in asked[label]
         ]
         for label, (task, _) in runs.items()
     }
     places = {label: dice.sample(found, len(found)) for label, found in fit.items() if found}
     turns = [(label, places[label][turn]) for turn in range(count) for label in places if turn < len(places[label])]
     return sorted(turns[:count], key=lambda found: list(places).index(found[0]))
-
-
-def _pictures(item: Item) -> list[Image]:
-    return [part for part in item.prompt.media if isinstance(part, Image)]
 
 
 # ---------------------------------------------------------------------------------------------- words

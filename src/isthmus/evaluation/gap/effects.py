@@ -103,7 +103,7 @@ def shuffle(prompt: Sample, tiles: int, seed: int) -> Pillow.Image:
     Raises:
         DataError: it is smaller than the tiles.
     """
-    (shown,) = (part for part in prompt.media if isinstance(part, Image))
+    (shown,) = prompt.pictures
     picture = open_image(shown.source)
     if min(picture.size) < tiles:
         raise DataError(f"a picture of {picture.size} pixels has no {tiles} x {tiles} tiles", "use larger pictures")

@@ -49,7 +49,7 @@ class Pair:
 
     @property
     def picture(self) -> Image:
-        return next(part for part in self.prompt.media if isinstance(part, Image))
+        return self.prompt.pictures[0]
 
     @property
     def answered(self) -> Sample:
