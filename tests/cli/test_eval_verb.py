@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import composed
 from isthmus.cli.app import app
+from isthmus.cli.options import short_name
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,26 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ISTHMUS_HOME", str(tmp_path / "home"))
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("runs/demo/sft/model", "demo-sft"),
+        ("/home/me/runs/compare/joints/llava/seed0/sft/model", "compare-joints-llava-seed0-sft"),
+        ("org/model-7b", "org-model-7b"),
+        ("../../elsewhere/mine", "elsewhere-mine"),
+        ("/", "model"),
+    ],
+)
+def test_models_are_told_apart_by_where_they_lie(model: str, name: str) -> None:
+    assert short_name(model) == name
+
+
+def test_a_folder_without_a_name_has_that_of_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs/mine/sft/model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "runs/mine/sft/model")
+    assert short_name(".") == "mine-sft"
 
 
 def measured(saved: Path, out: Path, *words: str) -> list[dict]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from isthmus.cli.options import AsJson, Device, DType, FileSettings, Images, pairs
+from isthmus.cli.options import AsJson, Device, DType, FileSettings, Images, pairs, short_name
 
 Folder = Annotated[
     Path | None, typer.Option("--out", "-o", help="Folder of gap.html and gap.json.  \\[default: runs/gap]")
@@ -63,17 +63,10 @@ def gap(
 
 def _named(sources: list[str]) -> dict[str, str]:
     """A short name per model, `demo-sft` of runs/demo/sft/model; two of one name are told apart by letters."""
-    names = list(map(_short, sources))
+    names = list(map(short_name, sources))
     if len(set(names)) < len(names):
         names = [f"{name} {letter}" for name, letter in zip(names, "AB")]
     return dict(zip(names, sources))
-
-
-def _short(source: str) -> str:
-    """The last names of a path; of a folder that is named by nothing of its own (`model`, `.`), of where it lies."""
-    path = Path(source)
-    whole = path.resolve() if path.name in ("", "..", "model") and path.exists() else path
-    return "-".join(part for part in whole.parts[-3:] if part not in ("runs", "model", "..", "/")) or "model"
 
 
 def _table(gaps: list) -> object:

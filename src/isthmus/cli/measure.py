@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from isthmus.cli.options import AsJson, Device, DType, Endpoint, KeyEnv, Settings, pairs
+from isthmus.cli.options import AsJson, Device, DType, Endpoint, KeyEnv, Settings, pairs, short_name
 
 if TYPE_CHECKING:
     from isthmus.config import TaskConfig
@@ -98,7 +98,7 @@ def evaluate(
     told = build(_on_text(text or [], limit), seed)
     if told and endpoint is not None:
         raise ConfigError("--text reads log-probabilities of raw text; an endpoint gives replies", "leave --text away")
-    folder = out or Path("runs") / "eval" / _short(model)
+    folder = out or Path("runs") / "eval" / short_name(model)
     if golden is not None and golden.resolve() == folder.resolve():
         raise ConfigError(f"{folder} is to be written and compared with", "name another folder with --out")
     with log.counting(console, "measuring") as progress:
@@ -184,8 +184,3 @@ def _on_text(texts: list[str], limit: int | None) -> list[TaskConfig]:
 
 def _of(measured: Measured, built: Sequence[tuple[Task, TaskConfig]]) -> Measured:
     return {task.name: measured[task.name] for task, _ in built}
-
-
-def _short(model: str) -> str:
-    """A name that tells models apart: `demo-sft` of runs/demo/sft/model, `org-name` of a hub name."""
-    return "-".join(part.strip("/") for part in Path(model).parts[-3:] if part not in ("runs", "model", "/", ".", ".."))

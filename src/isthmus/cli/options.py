@@ -143,6 +143,17 @@ def recipe_in(folder: Path) -> Recipe:
         ) from None
 
 
+def short_name(model: str) -> str:
+    """What tells a model from others: `demo-sft` of runs/demo/sft/model, `org-name` of a hub name.
+
+    Of a path it is what lies below a folder `runs`, else its last three names.
+    """
+    path = Path(model)
+    parts = (path.resolve() if path.name in ("", "..", "model") and path.exists() else path).parts
+    below = parts[len(parts) - parts[::-1].index("runs") :] if "runs" in parts else parts[-3:]
+    return "-".join(part for part in below if part not in ("model", "/", ".", "..")) or "model"
+
+
 def pairs(settings: list[str] | None) -> dict[str, Any]:
     """Settings written KEY=VALUE, values as in YAML."""
     from isthmus.config import parse_value
