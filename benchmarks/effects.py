@@ -221,7 +221,7 @@ def _interval(each: Level | Gap) -> str:
 
 # ---------------------------------------------------------------------------------------------- the picture
 
-LEFT, PANEL, ROW, TOP = 250, 150, 24, 64
+LEFT, PANEL, ROW, TOP = 280, 160, 24, 64
 """Pixels: width of names, of a panel, height of a row, and what is above the first."""
 STYLE = """text{font:13px system-ui,sans-serif;fill:#24292f}.small{font-size:11px;fill:#57606a}.group{font-weight:600}
 line{stroke:#8c959f;stroke-width:1.6}circle{fill:#8c959f}.zero{stroke:#8c959f;stroke-width:1;stroke-dasharray:3 3}
