@@ -33,7 +33,7 @@ FLOORS: list[set[str]] = [
     },
     {"encoders", "connectors", "generators"},
     {"aligner", "parts", "processor"},
-    {"aligners", "model", "generation", "storage", "assembly"},
+    {"aligners", "model", "generation", "storage", "changes", "assembly"},
     {"prepare", "exporting"},
     {"training"},
     {"planning", "costs", "forecast"},

@@ -140,6 +140,39 @@ def test_a_template_without_tokens_is_what_strings_are_made_of(family):
     assert torch.equal(processor.apply_chat_template(MESSAGES, return_dict=False), expected["input_ids"])
 
 
+ANSWERED = [[*messages, {"role": "assistant", "content": "a cat"}] for messages in MESSAGES]
+
+
+def test_no_answer_is_opened_behind_an_answer(processor):
+    """What a collator writes for training is the conversation, and no header behind it that nobody says."""
+    strings = processor.apply_chat_template(ANSWERED, tokenize=False)
+    written = [
+        [
+            {"role": turn.role, "content": "".join(p.text if isinstance(p, Text) else "<image>\n" for p in turn.parts)}
+            for turn in (*sample.turns, Turn.say("assistant", "a cat"))
+        ]
+        for sample in SAMPLES
+    ]
+    own = processor.tokenizer.apply_chat_template(written, tokenize=False, add_generation_prompt=False)
+    assert strings == own and all(string.endswith("a cat<|im_end|>\n") for string in strings)
+    pictures = [medium.source for sample in SAMPLES for medium in sample.media]
+    found, expected = processor.apply_chat_template(ANSWERED), processor(images=pictures, text=strings)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("tokenize", [False, True])
+def test_who_asks_for_an_open_answer_is_heard_or_refused(processor, tokenize):
+    call = partial(processor.apply_chat_template, tokenize=tokenize)
+    same = lambda a, b: a == b if not tokenize else torch.equal(a["input_ids"], b["input_ids"])  # noqa: E731
+    assert same(call(MESSAGES), call(MESSAGES, add_generation_prompt=True))
+    assert not same(call(MESSAGES[1]), call(MESSAGES[1], add_generation_prompt=False))
+    assert same(call(ANSWERED), call(ANSWERED, add_generation_prompt=False))
+    with pytest.raises(DataError, match="an answer cannot be opened after an answer"):
+        call(ANSWERED, add_generation_prompt=True)
+    with pytest.raises(DataError, match="1 of 2 conversations end with an answer"):
+        call([MESSAGES[0], ANSWERED[0]])
+
+
 def test_what_would_be_left_out_is_refused(processor, model):
     for wrong in ({"padding": "max_length", "max_length": 9}, {"truncation": True}, {"add_special_token": True}):
         for call in (partial(processor, ONE.source, "<image>a"), partial(processor.apply_chat_template, MESSAGES)):

@@ -347,6 +347,45 @@ def test_a_damaged_json_is_named(copy, name, content):
         isthmus.load(copy)
 
 
+PROCESSOR = ["processor_config.json", "tokenizer_config.json", "tokenizer.json"]
+
+
+@pytest.mark.parametrize("content", ["{", "", "[1]", None], ids=["cut", "empty", "list", "missing"])
+@pytest.mark.parametrize("name", [*PROCESSOR, "generation_config.json"])
+def test_what_else_a_directory_holds_is_named_too(copy, name, content):
+    file = copy / name
+    file.unlink() if content is None else file.write_text(content)
+    if content is None and name == "generation_config.json":
+        assert isthmus.load(copy), "a model may have none"
+        return
+    for load in (isthmus.load, VLMProcessor.from_pretrained) if name in PROCESSOR else (isthmus.load,):
+        with pytest.raises(IsthmusError) as told:
+            load(copy)
+        assert told.value.cause == f"{file}: " + ("missing" if content is None else "damaged (not a JSON object)")
+        assert told.value.remedy and "\n" not in told.value.remedy
+
+
+@pytest.mark.parametrize("name", PROCESSOR[::2])
+def test_a_processor_of_other_content_is_no_traceback(copy, name):
+    (copy / name).write_text("{}")
+    with pytest.raises(IsthmusError, match=f"{copy}: its processor cannot be read") as told:
+        isthmus.load(copy)
+    assert "\n" not in told.value.cause
+
+
+@pytest.mark.parametrize("lost", ["aligner.name", "llm.config", "encoders", "text_config"])
+def test_a_config_that_lacks_a_part_is_named(copy, lost):
+    file = copy / "config.json"
+    tree = json.loads(file.read_text())
+    owner, _, name = lost.rpartition(".")
+    del (tree[owner] if owner else tree)[name]
+    file.write_text(json.dumps(tree))
+    for load in (isthmus.load, AutoModel.from_pretrained):
+        with pytest.raises(IsthmusError) as told:
+            load(copy)
+        assert told.value.cause == f"{file}: damaged (no {lost})"
+
+
 def test_a_file_that_the_manifest_lists_must_be_there(copy):
     hashes = json.loads((copy / storage.MANIFEST).read_text())
     (copy / storage.MANIFEST).write_text(json.dumps(hashes | {"model-2.safetensors": "00"}))

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMixin
+from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
 from isthmus import sites, storage
 from isthmus.processor import refuse
-from isthmus.types import IGNORE, KINDS, Batch, DataError, Media, Modality, Past, Route
+from isthmus.types import IGNORE, KINDS, Batch, ConfigError, DataError, Media, Modality, Past, Route
 
 if TYPE_CHECKING:
     from isthmus.model import VLM, VLMConfig
@@ -30,7 +30,7 @@ LOADING |= {"use_safetensors", "low_cpu_mem_usage"}
 """Arguments of transformers' loader that change nothing here."""
 SAVING = {"safe_serialization", "max_shard_size", "save_function", "save_original_format", "token"}
 """And of its `save_pretrained`."""
-STEPPING = {"return_dict", "position_ids", "cache_position", "is_first_iteration", "tokenizer", "assistant_tokenizer"}
+STEPPING = {"position_ids", "cache_position", "is_first_iteration", "tokenizer", "assistant_tokenizer"}
 """And what `generate` passes to `forward`, which knows it by itself."""
 
 
@@ -59,8 +59,9 @@ class Generation(GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
+        return_dict: bool | None = None,
         **more: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits for ids and pictures, and the mean loss where labels are given.
 
         Position ids are not asked for: they follow from padding and the joint.
@@ -83,12 +84,15 @@ class Generation(GenerationMixin):
             logits_to_keep: the last n positions, or a [T] index or mask.
             num_items_in_batch: the labels of a whole optimizer step, of which these are a part; the loss is then their
                 sum divided by it.
+            return_dict: False answers with a tuple of what there is, in the order of the output's fields; None as the
+                config says.
 
         Raises:
             ConfigError: an argument of transformers that has no meaning here, such as `output_hidden_states`.
-            DataError: an encoder-decoder is given neither decoder_input_ids nor labels; or the routes are of other
-                rows, or no kinds of tasks.
+            DataError: there are no ids; or an encoder-decoder is given neither decoder_input_ids nor labels; or the
+                routes are of other rows, or no kinds of tasks.
         """
+        as_tuple = not (self.config.return_dict if return_dict is None else return_dict)
         targets = None if labels is None else labels[:, 1:]
         refuse(more, "forward", "call model.run, or hook the layers, for what it does not return", STEPPING)
         if use_cache is False:
@@ -100,14 +104,14 @@ class Generation(GenerationMixin):
             if decoder_input_ids is None:
                 decoder_input_ids, targets = self._shifted(labels), labels
             if encoder_outputs is None:
-                batch = self.as_batch(input_ids, attention_mask, pixel_values, image_at, instruction_ids, route)
+                batch = self.as_batch(_ids(input_ids), attention_mask, pixel_values, image_at, instruction_ids, route)
                 attention_mask, route = batch.segment_BT, batch.route_BT
                 encoder_outputs = self._read(batch)
             read_BTD: Any = encoder_outputs.last_hidden_state
             route = None if route is None else _routes(route, read_BTD[..., 0])
             hidden_BTD = self.tell(decoder_input_ids, read_BTD, attention_mask, route, past_key_values)
-            return self._answer(hidden_BTD, targets, logits_to_keep, past_key_values, num_items_in_batch)
-        given: Any = input_ids if inputs_embeds is None else inputs_embeds
+            return self._answer(hidden_BTD, targets, logits_to_keep, past_key_values, num_items_in_batch, as_tuple)
+        given: Any = _ids(input_ids) if inputs_embeds is None else inputs_embeds
         rows, length = given.shape[:2]
         if attention_mask is None:
             attention_mask = torch.ones(rows, cached + length, dtype=torch.long, device=self.device)
@@ -128,7 +132,7 @@ class Generation(GenerationMixin):
         if modality is None:
             modality = torch.zeros_like(attention_mask)
         hidden_BTD, _, _ = self.think(inputs_embeds, segment_BS, modality, route, past)
-        return self._answer(hidden_BTD, targets, logits_to_keep, past_key_values, num_items_in_batch)
+        return self._answer(hidden_BTD, targets, logits_to_keep, past_key_values, num_items_in_batch, as_tuple)
 
     def _shifted(self: Any, labels: Tensor | None) -> Tensor:
         """What an encoder-decoder's decoder reads to write labels, as its family shifts them."""
@@ -145,7 +149,8 @@ class Generation(GenerationMixin):
         logits_to_keep: int | Tensor,
         cache: Cache | None,
         items: int | Tensor | None,
-    ) -> CausalLMOutputWithPast:
+        as_tuple: bool,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits, and the loss where targets of the first of them are given: its mean, or its sum by `items`."""
         kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep or None, None)
         logits = sites.head(self.llm)(hidden_BTD[:, kept])
@@ -157,7 +162,8 @@ class Generation(GenerationMixin):
                 flat, wanted, ignore_index=IGNORE, reduction="mean" if items is None else "sum"
             )
             loss = loss if items is None else loss / items
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        answer = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return answer.to_tuple() if as_tuple else answer
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -170,6 +176,10 @@ class Generation(GenerationMixin):
 
         Returned ids start with the prompt, as is usual for decoder-only models; those of an encoder-decoder hold the
         answer alone, and its cache is a dynamic one.
+
+        Raises:
+            ConfigError: `max_length`, which counts the prompt, is used up by it.
+            DataError: there is no prompt.
         """
         batch = inputs if isinstance(inputs, Batch) else self._prompt(inputs, kwargs)
         carried: dict[str, Any] = {"attention_mask": (batch.segment_BT > 0).long(), "route": batch.route_BT}
@@ -179,6 +189,7 @@ class Generation(GenerationMixin):
             cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
             carried |= {"encoder_outputs": self._read(batch), "past_key_values": cache}
             return GenerationMixin.generate(self, **carried, **kwargs)
+        _check_room(self.generation_config, batch.input_ids_BT.shape[1], kwargs)
         connected = self.connect(batch)
         embeds_BTD, past = self.embed(batch, connected), self.aside(batch, connected, Past(None))
         carried |= {"modality": batch.modality_BT, "vision": past.vision_BKQD, "media_at": past.media_at_BK}
@@ -198,7 +209,7 @@ class Generation(GenerationMixin):
 
     def _prompt(self: Any, ids_BT: Tensor | None, kwargs: dict[str, Any]) -> Batch:
         """The processor's tensors, taken out of generate's arguments, as a batch."""
-        ids_BT = kwargs.pop("input_ids", ids_BT)
+        ids_BT = _ids(kwargs.pop("input_ids", ids_BT))
         names = ("attention_mask", "pixel_values", "image_at", "instruction_ids", "route")
         if kwargs.get("route") is not None:
             _check_routes(kwargs["route"])
@@ -259,6 +270,29 @@ class Generation(GenerationMixin):
         route_BT = None if route is None else _routes(route, ids_BT)
         return Batch(ids_BT, segment_BT, modality_BT, media=media, route_BT=route_BT, extra_text=extra_text)
 
+    # ------------------------------------------------------------------------------------ its vocabulary
+
+    def get_output_embeddings(self: Any) -> nn.Module | None:
+        """The LLM's own head: by it transformers and peft tell whether it is tied, and leave it out of all Linears."""
+        return self.llm.get_output_embeddings()
+
+    def resize_token_embeddings(  # type: ignore[override]
+        self: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """The embedding as it is; its size is fixed, because the placeholders of media are the ids right behind it.
+
+        Raises:
+            ConfigError: it would change; nothing is changed then.
+        """
+        table = self.get_input_embeddings()
+        wanted = table.num_embeddings if new_num_tokens is None else new_num_tokens
+        if wanted != table.num_embeddings or wanted % (pad_to_multiple_of or 1):
+            raise ConfigError(
+                f"the vocabulary of a joint model cannot be resized from {table.num_embeddings} to {wanted} tokens",
+                "resize the LLM alone, save it, and compose with it; a joint names tokens of its own in new_tokens()",
+            )
+        return table
+
     # ------------------------------------------------------------------------------------ its directory
 
     def save_pretrained(
@@ -272,15 +306,16 @@ class Generation(GenerationMixin):
         """Write a Hugging Face directory: config, weights, generation settings, processor.
 
         Args:
-            whole: with the base parts' weights; otherwise those that were never trained stay where they are and are
-                referred to by source and fingerprint, and what was trained or added is written. None keeps the form
+            whole: with the base parts' weights; otherwise those that are still the base's own stay where they are and
+                are referred to by source and fingerprint, and what was added, trained or changed by other code is
+                written: the base is read once more to compare. None keeps the form
                 in which the model was loaded or imported; a freshly composed one is referred to.
             is_main_process: False writes nothing, as one of several processes.
             state_dict: tensors that were gathered elsewhere, in place of the model's own.
 
         Raises:
-            ConfigError: base parts are to be referred to that are not there; or an argument of transformers that has
-                no meaning here.
+            ConfigError: base parts are to be referred to that are not there; or other code has added tensors to the
+                model or resized it; or an argument of transformers that has no meaning here.
         """
         refuse(more, "save_pretrained", "upload the folder with `hf upload` once it is written", SAVING)
         if is_main_process:
@@ -311,6 +346,31 @@ class Generation(GenerationMixin):
         remedy = "place it with .to(device); fewer bits are composed with `bits` of the recipe"
         refuse(more, "from_pretrained", remedy, LOADING)
         return storage.load(cls, folder, torch_dtype or dtype, revision, attn_implementation, config)
+
+
+def _ids(given: Tensor | None) -> Tensor:
+    """
+    Raises:
+        DataError: there are none.
+    """
+    if given is None:
+        raise DataError("there are no input_ids", "pass what the processor returns: model.generate(**inputs)")
+    return given
+
+
+def _check_room(own: GenerationConfig, prompt: int, asked: dict[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: `max_length` alone says how long an answer may be, and the prompt is that long already.
+    """
+    given = asked.get("generation_config") or own
+    new = asked.get("max_new_tokens", given.max_new_tokens)
+    length = asked.get("max_length", given.max_length)
+    if new is None and length is not None and length <= prompt:
+        raise ConfigError(
+            f"max_length={length} counts the prompt too, which has {prompt} tokens",
+            "say how long the answer may be: max_new_tokens",
+        )
 
 
 def _check_routes(route: Tensor | int) -> None:

@@ -114,8 +114,9 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
                 f"{self.aligner.name} does not work with an encoder-decoder LLM", "choose a decoder-only LLM"
             )
         if not config.is_encoder_decoder:
-            seen_14 = torch.ones(1, 4, dtype=torch.long, device="cpu")  # four tokens of a picture
-            rule, own = self.aligner.rule(seen_14, seen_14), self.aligner.positions(seen_14, seen_14, seen_14)
+            with torch.device("cpu"):  # a plan builds on the meta device, where nothing can be asked
+                seen_14 = torch.ones(1, 4, dtype=torch.long)  # four tokens of a picture
+                rule, own = self.aligner.rule(seen_14, seen_14), self.aligner.positions(seen_14, seen_14, seen_14)
             fuse.check(llm.config, rule is not None, own is None)
         self.llm = llm.requires_grad_(False)
         self.encoders = nn.ModuleDict(encoders).requires_grad_(False)

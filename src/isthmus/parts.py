@@ -35,6 +35,8 @@ EMBEDDED_LLM = "smollm2-135m-instruct"
 EMBEDDED_ENCODER = "efficientnet-lite0"
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 """Files that are downloaded from a hub; pickles are not among them."""
+AGAIN = "copy it again, or use an earlier checkpoint"
+"""What to do about a damaged file of a saved model."""
 
 
 def folder(source: str, revision: str | None = None) -> Path:
@@ -55,6 +57,23 @@ def folder(source: str, revision: str | None = None) -> Path:
             f"{source!r} is neither a folder nor a model that can be downloaded{cause}",
             f"name a folder, a hub model, or an embedded part ({EMBEDDED_LLM}, {EMBEDDED_ENCODER})",
         ) from None
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """What a JSON file of a model's directory holds.
+
+    Raises:
+        IsthmusError: it is missing or damaged.
+    """
+    if not file.is_file():
+        raise IsthmusError(f"{file}: missing", AGAIN)
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        tree = None
+    if not isinstance(tree, dict):
+        raise IsthmusError(f"{file}: damaged (not a JSON object)", AGAIN)
+    return tree
 
 
 def _own_shards(path: Path) -> Path:

@@ -7,6 +7,7 @@ It speaks two languages over one renderer: ours (`Sample`, `Batch`) and transfor
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from isthmus.types import (
     DataError,
     Features,
     Image,
+    IsthmusError,
     Layout,
     Medium,
     Part,
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 
 MARKER = "<image>"
 """Where a picture goes in a plain string given to `__call__`; in conversations it is ordinary text."""
+FILES = ("processor_config.json", "tokenizer_config.json", "tokenizer.json")
+"""What a directory holds of a processor, whatever the model."""
 IDLE = {"return_attention_mask", "return_token_type_ids", "return_mm_token_type_ids"}
 """Arguments of transformers' processors that change nothing here."""
 PADDED = "leave it out: rows are padded on the left to the longest and never cut, pictures are the encoder's size"
@@ -110,6 +114,25 @@ class VLMProcessor(ProcessorMixin):
             routes=model.aligner.routes,
             chat_template=tokenizer.chat_template,
         )
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, **settings: Any
+    ) -> VLMProcessor:
+        """A processor from the directory (or hub name) of a saved model.
+
+        Raises:
+            IsthmusError: a file of the directory is missing or damaged; it is named.
+        """
+        if not (folder := Path(pretrained_model_name_or_path)).is_dir():
+            return super().from_pretrained(pretrained_model_name_or_path, **settings)
+        for name in FILES:
+            parts.read_object(folder / name)
+        try:
+            return super().from_pretrained(folder, **settings)
+        except Exception as error:  # `tokenizers` raises plain ones
+            cause = next(iter(str(error).splitlines()), type(error).__name__)
+            raise IsthmusError(f"{folder}: its processor cannot be read ({cause})", parts.AGAIN) from error
 
     # ------------------------------------------------------------------------------------ our language
 
@@ -227,7 +250,7 @@ class VLMProcessor(ProcessorMixin):
     def apply_chat_template(  # type: ignore[override]
         self,
         conversation: Any,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         tokenize: bool = True,
         return_dict: bool = True,
         return_tensors: str = "pt",
@@ -235,14 +258,17 @@ class VLMProcessor(ProcessorMixin):
         processor_kwargs: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> Any:
-        """Messages in the common form (roles; text and image parts) -> model inputs, ending with the prompt.
+        """Messages in the common form (roles; text and image parts) -> model inputs, ending where the answer begins.
 
         Where the joint treats kinds of tasks apart, `route` [B] is that of each conversation, if one has regions.
         Without `return_dict` their ids alone, and without `tokenize` the string that `__call__` reads, with `<image>`
         for each picture, which may then be left out of its part.
 
+        Args:
+            add_generation_prompt: open an answer at the end; None does so unless the last turn is the assistant's.
+
         Raises:
-            DataError: no messages, or see `data.formats.turns`.
+            DataError: no messages; or an answer is to be opened after an answer; or see `data.formats.turns`.
             ConfigError: an argument of transformers that has no meaning here.
         """
         more |= {**(processor_kwargs or {}), "padding": padding == "max_length"}
@@ -251,11 +277,12 @@ class VLMProcessor(ProcessorMixin):
             raise DataError("there are no messages", "pass a list of {role, content}")
         alone = isinstance(conversation[0], Mapping)
         many = [conversation] if alone else conversation
+        told = [formats.turns(messages if tokenize else [*map(_stood_in, messages)]) for messages in many]
+        opens = _opens([turns[-1].role == "assistant" for turns in told], add_generation_prompt)
         if not tokenize:
-            strings = [self._string(messages, add_generation_prompt) for messages in many]
+            strings = [self._string(turns, opens) for turns in told]
             return strings[0] if alone else strings
-        samples = [Sample(formats.turns(messages)) for messages in many]
-        batch = self.collator(open_answer=add_generation_prompt, side="left")(samples)
+        batch = self.collator(open_answer=opens, side="left")([*map(Sample, told)])
         inputs: dict[str, Any] = {"input_ids": batch.input_ids_BT, "attention_mask": (batch.segment_BT > 0).long()}
         if batch.decoder_ids_BU is not None:
             inputs["decoder_input_ids"] = batch.decoder_ids_BU
@@ -269,13 +296,12 @@ class VLMProcessor(ProcessorMixin):
         features = BatchFeature(inputs, tensor_type=return_tensors)
         return features if return_dict else features["input_ids"]
 
-    def _string(self, messages: Sequence[Mapping[str, Any]], open_answer: bool) -> str:
+    def _string(self, told: tuple[Turn, ...], open_answer: bool) -> str:
         """A conversation as the LLM's own template writes it."""
         if self.template != "chat" or self.decoder_start is not None:
             raise ConfigError(
                 "this model's conversations are not written by a chat template", "leave tokenize=False out"
             )
-        told = formats.turns([_stood_in(message) for message in messages])
         if self.system is not None and told[0].role != "system":
             told = (Turn.say("system", self.system), *told)
         written = [{"role": turn.role, "content": self._marked(turn.parts)} for turn in told]
@@ -333,6 +359,24 @@ def _picture(given: Any) -> Image:
     if not isinstance(given, Source):
         raise DataError(f"{type(given).__name__} is no picture", "give a path, bytes or an open picture")
     return Image(given)
+
+
+def _opens(answered: Sequence[bool], asked: bool | None) -> bool:
+    """Whether conversations, of which some may end with an answer, are to end where the assistant is to speak.
+
+    Raises:
+        DataError: they are asked to, and one of them ends with its answer; or, where nothing is asked, some of them do.
+    """
+    if asked and any(answered):
+        raise DataError(
+            "an answer cannot be opened after an answer", "leave add_generation_prompt out, or the last assistant turn"
+        )
+    if asked is None and len(set(answered)) > 1:
+        raise DataError(
+            f"{sum(answered)} of {len(answered)} conversations end with an answer",
+            "pass those that end with a question in a call of their own",
+        )
+    return not any(answered) if asked is None else asked
 
 
 def _stood_in(message: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ import fnmatch
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from isthmus import cards, parts, quantised
+from isthmus import cards, changes, parts, quantised
 from isthmus.config import LLMConfig, check
 from isthmus.files import sha256
 from isthmus.processor import VLMProcessor
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 """Names and sha256 of the weight files beside it."""
+DESCRIBED = (("text_config",), ("llm", "config"), ("encoders",), ("aligner", "name"))
+"""What no config lacks from which a model can be built."""
 
 
 def save(model: VLM, folder: Path, whole: bool | None = None, state: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -47,21 +49,36 @@ def save(model: VLM, folder: Path, whole: bool | None = None, state: Mapping[str
 
     Raises:
         ConfigError: `whole`, while a base part is packed: codes are made anew from the source, never stored; or not
-            whole, while there are no base parts to refer to; or `state` lacks a tensor.
+            whole, while there are no base parts to refer to; or `state` lacks a tensor; or other code has added to the
+            model or resized it, so that it could not be loaded. Nothing is written then.
         IsthmusError: a base part is not the one it was, or the folder cannot be written.
     """
-    came, whole = model.config.whole, model.config.whole if whole is None else whole
+    config = model.config
+    came, trained, whole = config.whole, config.trained, config.whole if whole is None else whole
     if whole and quantised.hosts(model):
         raise ConfigError(
             "a base part in 4 or 8 bits is referred to, not saved whole",
             "save with whole=False, or make the parts dense with isthmus.quantised.dequantise(model)",
         )
-    if came and not whole:
-        _confirm(model.config)
-    _note_trained(model)
+    llm = None if whole else _confirm(config)
+    changes.check(model, whole)
     state = model.state_dict() if state is None else state
-    if lost := sorted((kept := stored(model, whole)) - set(state)):
-        raise ConfigError(f"state_dict lacks {lost[0]} and {len(lost) - 1} more", "pass the whole model's, or none")
+    try:
+        config.trained = [*trained, *_awake(model)]
+        if llm is not None:
+            kept = stored(model, False)
+            rest = [key for key in model.state_dict(keep_vars=True) if is_base(key) and key not in kept]
+            config.trained += changes.differing(model, llm, rest, state)
+        if lost := sorted(stored(model, whole) - set(state)):
+            raise ConfigError(f"state_dict lacks {lost[0]} and {len(lost) - 1} more", "pass the whole model's, or none")
+        _place(model, folder, whole, state)
+    finally:
+        config.whole, config.trained = came, trained
+
+
+def _place(model: VLM, folder: Path, whole: bool, state: Mapping[str, torch.Tensor]) -> None:
+    """Write a folder beside its place, and put it there."""
+    kept = stored(model, whole)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for stray in folder.glob(".saving-*"):  # of a save that was killed
@@ -79,17 +96,14 @@ def save(model: VLM, folder: Path, whole: bool | None = None, state: Mapping[str
         raise IsthmusError(
             f"{folder}: cannot be written ({error})", "free some space or name another folder"
         ) from error
-    finally:
-        model.config.whole = came
 
 
-def _note_trained(model: VLM) -> None:
-    """Enter base weights that a loop of the user's own trains in `config.trained`, with the buffers beside them."""
+def _awake(model: VLM) -> list[str]:
+    """Base weights that a loop of the user's own trains, with the buffers beside them."""
     kept = stored(model, False)
     own = [name for name, each in model.named_parameters() if each.requires_grad and name not in kept]
     beside = {name.rpartition(".")[0] for name in own}
-    own += [name for name, _ in model.named_buffers() if name not in kept and name.rpartition(".")[0] in beside]
-    model.config.trained = [*model.config.trained, *own]
+    return own + [name for name, _ in model.named_buffers() if name not in kept and name.rpartition(".")[0] in beside]
 
 
 def _confirm(config: Any) -> LLMConfig:
@@ -149,12 +163,15 @@ def load(
             if models
             else "name a directory that `isthmus train` or save_pretrained wrote",
         )
-    kind = _read_json(folder / "config.json").get("model_type")
+    described = parts.read_object(folder / "config.json")
+    kind = described.get("model_type")
     if kind != cls.config_class.model_type:
         raise IsthmusError(
             f"{folder} is a {kind} model, not a joint one",
             "name it as a recipe's llm or encoder, or read it with `isthmus import`",
         )
+    if lost := [".".join(path) for path in DESCRIBED if not _holds(described, path)]:
+        raise IsthmusError(f"{folder / 'config.json'}: damaged (no {', '.join(lost)})", parts.AGAIN)
     config = cls.config_class.from_pretrained(folder) if config is None else config
     if attention := attention or config._attn_implementation_internal:
         chosen = check(LLMConfig, config.llm["config"] | {"attention": attention}, "attn_implementation")
@@ -180,8 +197,15 @@ def load(
         encoder.own = _own(kind, weights, config)
     model.processor = VLMProcessor.from_pretrained(folder)
     if (folder / GENERATION_CONFIG_NAME).is_file():
+        parts.read_object(folder / GENERATION_CONFIG_NAME)
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
+
+
+def _holds(tree: Any, path: Sequence[str]) -> bool:
+    for name in path:
+        tree = tree.get(name) if isinstance(tree, Mapping) else None
+    return bool(tree)
 
 
 def _own(kind: str, weights: Mapping[str, torch.Tensor], config: VLMConfig) -> str:
@@ -199,11 +223,10 @@ def stored(model: VLM, whole: bool) -> set[str]:
 
     Of tied weights only the first name is stored.
     """
-    seen: dict[int, str] = {}
     keys, names = set(), set(model.config.trained)
     globs = [name for name in names if any(mark in name for mark in "*?[")]
-    for key, tensor in model.state_dict(keep_vars=True).items():
-        if seen.setdefault(id(tensor), key) != key:
+    for key, first in changes.first_names(model).items():
+        if first != key:
             continue
         if whole or not is_base(key) or key in names or any(fnmatch.fnmatch(key, glob) for glob in globs):
             keys.add(key)
@@ -225,22 +248,18 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     if not files:
         raise IsthmusError(f"{folder}: no safetensors weights", "is this the directory of a finished stage?")
     manifest = folder / MANIFEST
-    hashes = _read_json(manifest) if manifest.is_file() else {}
+    hashes = parts.read_object(manifest) if manifest.is_file() else {}
     state: dict[str, torch.Tensor] = {}
     for file in files:
         if file.name in hashes and sha256(file) != hashes[file.name]:
-            raise IsthmusError(
-                f"{file}: damaged (its content is not what was saved)", "copy it again, or use an earlier checkpoint"
-            )
+            raise IsthmusError(f"{file}: damaged (its content is not what was saved)", parts.AGAIN)
         try:
             state |= load_file(file)
             _names_once(file)
         except (SafetensorError, OSError, ValueError) as error:
-            raise IsthmusError(
-                f"{file}: cannot be read ({str(error).splitlines()[0]})", "copy it again, or use an earlier checkpoint"
-            ) from None
+            raise IsthmusError(f"{file}: cannot be read ({str(error).splitlines()[0]})", parts.AGAIN) from None
     if lost := set(hashes) - {file.name for file in files}:
-        raise IsthmusError(f"{folder / min(lost)}: missing", "copy it again, or use an earlier checkpoint")
+        raise IsthmusError(f"{folder / min(lost)}: missing", parts.AGAIN)
     return state
 
 
@@ -254,16 +273,6 @@ def _names_once(file: Path) -> None:
 
     with file.open("rb") as stream:
         json.loads(stream.read(int.from_bytes(stream.read(8), "little")), object_pairs_hook=entries)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        tree = None
-    if not isinstance(tree, dict):
-        raise IsthmusError(f"{file}: damaged (not a JSON object)", "copy it again, or use an earlier checkpoint")
-    return tree
 
 
 def _fill(model: VLM, state: dict[str, Any], whole: bool, folder: Path) -> None:
