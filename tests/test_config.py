@@ -190,3 +190,32 @@ def test_a_file_that_is_not_there_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         read(tmp_path / "nowhere/mine.yaml")
     assert caught.value.cause == f"no file {tmp_path / 'nowhere/mine.yaml'}"
+
+
+# ---------------------------------------------------------------------------------------------- what is there twice
+
+
+ONE = "{{name: {name}, data: [scenes], train: {{'connectors.*': 1e-3}}, budget: {{steps: 1}}}}"
+
+
+def test_a_key_that_is_there_twice_is_refused_with_its_lines(tmp_path: Path) -> None:
+    """The latter of two blocks of stages would be trained alone."""
+    blocks = [f"stages:\n  - {ONE.format(name=name)}\n" for name in ("align", "sft")]
+    assert "the key 'stages' stands in line 2 and again in line 4\n" in refused(tmp_path, "seed: 1\n" + "".join(blocks))
+    inner = STAGE.format(field="\n  lr: 1e-3,\n  lr: 2e-3")
+    assert "the key 'lr' stands in line 2 and again in line 3" in refused(tmp_path, inner)
+    file = tmp_path / "theirs.json"
+    file.write_text('{"name": "mine",\n "seed": 1,\n "seed": 2}')
+    with pytest.raises(ConfigError) as caught:
+        read(file)
+    assert caught.value.cause == f"{file}: the key 'seed' stands in line 2 and again in line 3"
+    assert "'steps'" in fault("stages.sft.budget={steps: 1, steps: 2}").cause
+
+
+def test_what_is_merged_into_a_mapping_may_be_overruled_there(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    head = f"stages:\n  - &one {ONE.format(name='align')}\n"
+    file.write_text(head + "  - &two {<<: *one, name: sft}\n  - {<<: *two, name: last}\n")
+    recipe = read(file)
+    assert [stage.name for stage in recipe.stages] == ["align", "sft", "last"]
+    assert recipe.last.budget == Budget(steps=1)

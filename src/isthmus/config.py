@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from isthmus.errors import ConfigError
 from isthmus.errors import nearest as nearest
-from isthmus.overrides import OneOf, assign, explain
+from isthmus.overrides import OneOf, assign, explain, plain
 from isthmus.overrides import parse_value as parse_value
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -291,6 +291,18 @@ class Recipe(Frozen):
                 return stage
         raise ConfigError(f"no stage named {name!r}", f"stages are {[s.name for s in self.stages]}")
 
+    @property
+    def last(self) -> Stage:
+        """The stage that ends the training.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if not self.stages:
+            remedy = "write at least one into `stages`; `isthmus recipes --show llava` shows what one looks like"
+            raise ConfigError(f"the recipe {self.name} has no stages: nothing would be trained", remedy)
+        return self.stages[-1]
+
     def fingerprint(self) -> str:
         """Twelve hex digits that change with any field but `engine`."""
         canonical = json.dumps(self.model_dump(mode="json", exclude={"engine"}), sort_keys=True)
@@ -323,16 +335,18 @@ def read(path: Path) -> Recipe:
     """Read a recipe from YAML or JSON.
 
     Raises:
-        ConfigError: not there, unreadable, not a mapping, or a field is unknown or wrong.
+        ConfigError: not there, unreadable, not a mapping, a key is there twice, or a field is unknown or wrong.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = plain(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         beside = sorted(each.name for each in path.parent.glob("*") if each.suffix in FILES)
         raise ConfigError(
             f"no file {path}{nearest(path.name, beside)}",
             "check the path; `isthmus recipes --show NAME --brief` prints a recipe to begin with",
         ) from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.cause}", error.remedy) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         cause = str(error).splitlines()[0]
         raise ConfigError(

@@ -1,6 +1,7 @@
 """Dotted names: overrides of nested mappings (`stages.align.lr=1e-3`), and what a name that is unknown may mean.
 
 Lists of named things are walked by name or index, and are called by their names when something in them is wrong.
+Values are read as YAML in which no key is twice.
 """
 
 from __future__ import annotations
@@ -85,10 +86,47 @@ class OneOf(BaseModel):
         return self
 
 
-def parse_value(text: str) -> Any:
-    """The value of an override, read as YAML (so `1e-3` is a number, `[a, b]` a list, `null` None)."""
+class Once(yaml.SafeLoader):
+    """Plain YAML, and so JSON, of which no mapping has a key twice; what `<<` merges into one may be overruled."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
+                continue
+            line, name = key.start_mark.line + 1, (key.tag, key.value)
+            if name in seen:
+                raise ConfigError(
+                    f"the key {key.value!r} stands in line {seen[name]} and again in line {line}",
+                    "keep one of the two, or join what they hold; stages are items of one list",
+                )
+            seen[name] = line
+        return node
+
+
+def plain(text: str) -> Any:
+    """Plain values from YAML or JSON.
+
+    Raises:
+        ConfigError: a key is there twice.
+        yaml.YAMLError: it is neither.
+    """
+    loader = Once(text)
     try:
-        value = yaml.safe_load(text)
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def parse_value(text: str) -> Any:
+    """The value of an override, read as YAML (so `1e-3` is a number, `[a, b]` a list, `null` None).
+
+    Raises:
+        ConfigError: a key is there twice.
+    """
+    try:
+        value = plain(text)
     except yaml.YAMLError:
         return text
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string

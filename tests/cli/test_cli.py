@@ -98,6 +98,18 @@ def test_train_resume_chat_and_export(monkeypatch, capsys, tmp_path, recipe):
     assert "largest difference" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("stages", [{}, {"stages": []}])
+def test_a_recipe_without_stages_is_refused_before_anything_is_done(monkeypatch, capsys, tmp_path, recipe, stages):
+    tree = json.loads(recipe.read_text())
+    del tree["stages"]
+    recipe.write_text(json.dumps(tree | stages))
+    assert run(monkeypatch, "train", str(recipe), "--out", str(tmp_path / "run")) == 2
+    cause, remedy = capsys.readouterr().err.splitlines()
+    assert cause == "error: the recipe mine has no stages: nothing would be trained" and remedy.startswith("remedy: ")
+    assert not (tmp_path / "run").exists()
+    assert run(monkeypatch, "data", "preview", str(recipe)) == 2
+
+
 def test_another_recipe_in_the_same_folder_is_refused(monkeypatch, capsys, tmp_path, recipe):
     out = str(tmp_path / "run")
     assert run(monkeypatch, "train", str(recipe), "--out", out) == 0

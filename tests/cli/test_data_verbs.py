@@ -95,6 +95,22 @@ def test_check_tells_a_fault_as_soon_as_it_is_found(monkeypatch, capsys, data: P
     assert run(monkeypatch, "check", str(data), "--fast") == 3
 
 
+def test_check_warns_once_of_ids_that_repeat(monkeypatch, capsys, tmp_path: Path) -> None:
+    said = [{"from": "human", "value": "red?"}, {"from": "gpt", "value": "yes"}]
+    shards = [tmp_path / "rows" / f"{name}.jsonl" for name in "ab"]
+    shards[0].parent.mkdir()
+    for file, ids in zip(shards, ("xyz", "uyxyv")):
+        file.write_text("\n".join(json.dumps({"id": name, "conversations": said}) for name in ids))
+    for words in ((), ("--fast",), ("--json",)):
+        assert run(monkeypatch, "check", str(shards[0].parent), *words) == 0
+        told = capsys.readouterr()
+        (warning,) = told.err.splitlines()
+        assert warning.startswith(f"warning: 3 samples have an id that was there before, first {shards[1]}:2,")
+        assert f"that of {shards[0]}:2" in warning and "warning" not in told.out
+    assert run(monkeypatch, "check", str(shards[0])) == 0
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_bar_counts_long_work_on_a_terminal_alone(monkeypatch, capsys, data: Path, terminal: bool) -> None:
     monkeypatch.setattr(refine, "QUICK", 0)

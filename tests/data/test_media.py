@@ -66,8 +66,37 @@ def test_sixteen_bits_keep_their_range():
         opened = media.open_image(encoded(Pillow.fromarray(wide), format))
         assert np.asarray(opened)[0, :, 0].tolist() == [0, 1, 128, 255]
     integers = Pillow.fromarray(wide.astype(np.int32))
+    integers.format = "PNG"  # whose 16 bits some versions of Pillow open in this mode
     assert integers.mode == "I"
     assert np.asarray(media.open_image(integers))[0, :, 2].tolist() == [0, 1, 128, 255]
+
+
+def test_twelve_bits_of_a_tiff_keep_their_range():
+    """Levels 4095, 2048 and 0, packed as the format has them; Pillow writes none."""
+    levels = bytes([0xFF, 0xF8, 0x00, 0x00, 0x00])
+    tags = ((256, 3), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 5))
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags)
+    file = b"II*\0" + struct.pack("<I", 14) + levels + b"\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
+    assert np.asarray(media.open_image(file))[0, :, 0].tolist() == [255, 128, 0]
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.uint32, np.int16])
+def test_integers_that_do_not_tell_what_is_white_are_refused(kind):
+    """Levels of 0 to 255, as tools of segmentation write them, would be shown as black."""
+    grey = np.arange(256).reshape(16, 16).astype(kind)
+    raw = Pillow.fromarray(grey.astype(np.int32))
+    for source in (encoded(raw, "TIFF"), raw) if kind is not np.int16 else (sixteen_signed(grey),):
+        with pytest.raises(DataError, match="nothing tells which is white") as caught:
+            media.open_image(source)
+        assert "8 or 16 bits" in caught.value.remedy
+
+
+def sixteen_signed(grey):
+    """A TIFF of signed numbers, which Pillow reads and does not write."""
+    tags = ((256, 16), (257, 16), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, 16), (279, 512), (339, 2))
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags)
+    start = struct.pack("<I", 8 + 512)
+    return b"II*\0" + start + grey.astype("<i2").tobytes() + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
 def test_transparency_is_white():

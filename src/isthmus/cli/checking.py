@@ -1,14 +1,18 @@
-"""What `isthmus data check` prints: of alike faults the first ones, and where missing pictures lie instead."""
+"""What `isthmus data check` prints: the first of alike faults, where missing pictures lie instead, repeated ids."""
 
 from __future__ import annotations
 
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterator
+from hashlib import blake2b
 from pathlib import Path
 
+import numpy as np
+
 from isthmus.data.faults import SHOWN, Fault
-from isthmus.data.formats import Form
+from isthmus.data.formats import Form, Record
 
 VARIES = re.compile(r"\S*[\d/\\.]\S*|'[^']*'|\"[^\"]*\"")
 """What differs between the messages of alike faults: numbers, paths and what is quoted."""
@@ -57,6 +61,41 @@ class Telling:
             if folder not in self._elsewhere and folder != self.form.folder and (folder / missing[1]).is_file():
                 self._elsewhere.add(folder)
                 yield f"{missing[1]} lies in {folder}/: --images {folder}"
+
+
+class Ids:
+    """Ids that samples have had before: predictions are kept by them, and joined by them to what was asked.
+
+    Of a sample 16 bytes are remembered: a hash of its id, and where its record starts.
+    """
+
+    def __init__(self) -> None:
+        self._hashes, self._places = array("Q"), array("Q")
+        self._files: dict[str, int] = {}
+
+    def add(self, record: Record) -> None:
+        """Remember a sample."""
+        self._hashes.frombytes(blake2b(record.sample.id.encode(errors="replace"), digest_size=8).digest())
+        file = self._files.setdefault(str(record.sample.meta["file"]), len(self._files))
+        self._places.append(file << 40 | record.line)
+
+    def lines(self) -> Iterator[str]:
+        """What is said at the end, if an id is there twice: where first, and how many there are in all."""
+        hashes = np.array(self._hashes)
+        order = np.argsort(hashes, kind="stable")
+        again = order[1:][hashes[order][1:] == hashes[order][:-1]]
+        if again.size:
+            second = again.min()
+            first = np.flatnonzero(hashes[: second + 1] == hashes[second])[0]
+            count = f"{again.size:,} samples have" if again.size > 1 else "one sample has"
+            yield (
+                f"warning: {count} an id that was there before, first {self._where(second)}, which has that of "
+                f"{self._where(first)}: predictions are told apart by their order alone; give each an id of its own"
+            )
+
+    def _where(self, number: int) -> str:
+        file, line = divmod(self._places[number], 1 << 40)
+        return f"{list(self._files)[file]}:{line}"
 
 
 def _says_the_line(fault: Fault) -> bool:

@@ -59,22 +59,25 @@ def check(
     every: Annotated[bool, typer.Option("--all", help="A line for each fault, however many are alike.")] = False,
 ) -> None:
     """Find every fault of a file or folder, with line number, id and repair; exit code 3 if there is one."""
-    from isthmus.cli.checking import Telling
+    from isthmus.cli.checking import Ids, Telling
     from isthmus.data import faults, formats, records
 
     form = form_of(path, images, options)
     found: list[faults.Fault] = []
-    samples, telling = 0, Telling(form, every)
+    samples, telling, ids = 0, Telling(form, every), Ids()
     with refine.watched("checking") as passing:
         for one in passing(formats.each(form) if fast else records.found(form)):
             if not isinstance(one, faults.Fault):
                 samples += 1
+                ids.add(one)
                 continue
             found.append(one)
             for line in () if as_json else telling.lines(one):
                 typer.echo(line)
     for line in () if as_json else telling.rest():
         typer.echo(line)
+    for line in ids.lines():
+        typer.echo(line, err=True)
     if as_json:
         typer.echo(json.dumps([vars(fault) for fault in found], indent=2))
     if len(found) == 1:
@@ -103,7 +106,7 @@ def preview(
     from isthmus.training.run import mix_of
 
     chosen = recipe_of(recipe, overrides)
-    leg = chosen.stage(stage) if stage else chosen.stages[-1]
+    leg = chosen.stage(stage) if stage else chosen.last
     collator = show.collator(chosen, leg)
     data = mix_of(leg, chosen.seed)
     samples = [data.sample(data.mix[index]) for index in range(count)]

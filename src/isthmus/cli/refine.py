@@ -197,7 +197,7 @@ def probe(
     for name in silent:
         _tell(f"{name}: not three different numbers, so no thirds; left out")
     trial = Trial(chosen, found.__getitem__, list(every(held)), steps, on(device))
-    drawn = steps * chosen.stages[-1].batch_size
+    drawn = steps * chosen.last.batch_size
     pools, many = probing.pools(stats, size=drawn if size is None else size), range(seeds)
     reports = [probing.rank(pools, trial, many, _tell)]
     second = probing.combined(reports[0], stats) if rounds == 2 else []

@@ -96,6 +96,7 @@ def _experiment(recipe: Recipe, folder: Path, device: str, console: Console, as_
     from isthmus.experiment import experiment
     from isthmus.training.parallel import World
 
+    last = recipe.last
     world = World.here()
     console.quiet = not world.main
     chosen = on(device)
@@ -124,7 +125,7 @@ def _experiment(recipe: Recipe, folder: Path, device: str, console: Console, as_
         before = f", before: {example.before.prediction}" if example.before else ""
         console.print(f"{example.question}  [bold]{example.after.prediction}[/bold] ({state}{before})")
     show_replies(console, result.generations)
-    model = folder / recipe.stages[-1].name / "model"
+    model = folder / last.name / "model"
     chat = shlex.join([_called(), "chat", str(model), "--image", "PICTURE.png"])
     after = f"\nreport  {folder / 'report.html'}\nmodel   {model}\nchat    {chat}"
     console.print(after, markup=False, soft_wrap=True)  # to be copied: neither brackets taken out nor lines broken

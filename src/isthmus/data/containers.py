@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +16,11 @@ from typing import Any, Protocol
 
 from isthmus.data import jsons, tables, tsv
 from isthmus.data.copied import Copied
+from isthmus.data.copied import copied as copied
 from isthmus.data.faults import Wrong
 from isthmus.data.folders import below
 from isthmus.data.jsons import Cell, Place, Shards
-from isthmus.data.layouts import Name
+from isthmus.data.layouts import LAYOUTS, Name
 from isthmus.data.media import PICTURES
 from isthmus.types import ConfigError, DataError
 
@@ -130,6 +130,8 @@ def _folder(path: Path, format: Name | None, beside: Path | None) -> Container:
         raise ConfigError(f"{path} holds {lists[0].name} and {lines[0].name}", "name the one that is meant")
     told = format is None and not found[".jsonl"]
     table = next(filter(_is_tables, lines[:PROBED]), None) if told else None
+    if table is not None and len(lines) > 1 and _record(table) is not None:  # and so, it seems, is each of the others
+        table = None
     if lines and (format in tables.TABLES or table is not None):
         if table is not None and len(lines) > 1:
             remedy = "name one of them, or what they are, to have them read in turn (options: {format: …})"
@@ -223,8 +225,7 @@ class Joined(Several):
             yield broken.line, broken.value
             return
         if table is None:
-            keys = ", ".join(list(members)[:8])
-            yield 1, Wrong(f"tables of no known layout (they have {keys})", "name the file of questions or captions")
+            yield _alone(path, members)
             return
         if table.beside and self.beside is None:
             raise ConfigError(
@@ -290,7 +291,11 @@ class Delimited(Copied):
             return Wrong(
                 f"{len(row)} cells under {len(names)} names", "quote cells that hold a delimiter or a line's end"
             )
-        record: dict[str, Any] = {name: cell.strip() for name, cell in zip(names, row) if name != "comment_number"}
+        try:
+            told = [(name, cell.strip()) for name, cell in zip(names, row) if name not in ("", "comment_number")]
+            record = jsons.once(told)
+        except Wrong as wrong:
+            return wrong
         for plain in ("image_name", "comment"):  # Flickr30k as a table
             if plain in record:
                 record[{"image_name": "image", "comment": "caption"}[plain]] = record.pop(plain)
@@ -357,17 +362,31 @@ def _part(folder: Path) -> dict[str, str]:
     return {"split": folder.parts[0]} if folder.parts and _is_split(folder.parts[0]) else {}
 
 
-def copied(record: Any) -> str:
-    """A record as a line of a copy; in ASCII, which holds halves of surrogate pairs too."""
-    return json.dumps(record, separators=(",", ":")) + "\n"
-
-
 def _is_tables(path: Path) -> bool:
     shape = jsons.shape(path)
     if shape == "array":
         with path.open("rb") as stream:
             return b'"ref_id"' in stream.read(4096)
     return shape == "object"
+
+
+def _record(path: Path) -> tables.Row | None:
+    """The line and the one record that a file is; None where it holds something else, tables for one."""
+    if jsons.shape(path) != "object":
+        return None
+    place, found = next(jsons.places(path))
+    wrong = isinstance(found, Wrong)
+    is_one = wrong or jsons.is_record(found) or any(layout.fits(found) for layout in LAYOUTS.values())
+    return (place.line, found) if is_one else None
+
+
+def _alone(path: Path, members: tables.Tables) -> tables.Row:
+    """The record of a file that is no tables, or what is wrong with it."""
+    if (one := _record(path)) is not None:
+        return one
+    keys = ", ".join(list(members)[:8])
+    remedy = "name the file of questions or captions; records of your own stand in one array, [ … ]"
+    return 1, Wrong(f"tables of no known layout (they have {keys})", remedy)
 
 
 def _members(path: Path) -> tuple[tables.Tables, Cell | None]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from isthmus.data.jsons import Place
+
+
+def copied(record: Any) -> str:
+    """A record as a line of a copy; in ASCII, which holds halves of surrogate pairs too."""
+    return json.dumps(record, separators=(",", ":")) + "\n"
 
 
 class Copied:

@@ -7,7 +7,7 @@ null is as good as not there. Other layouts (`layouts`, `tables`) are rewritten 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -16,24 +16,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from isthmus.config import LATER, Frozen
-from isthmus.data import containers, layouts, slips, video
-from isthmus.data.attached import IMAGE, VIDEO, Attached, InMemory, Shelf, Unit, full
+from isthmus.data import containers, layouts, messages, video
+from isthmus.data.attached import Attached, Shelf, Unit, full
 from isthmus.data.faults import Fault as Fault
 from isthmus.data.faults import Wrong, readable, refuse
 from isthmus.data.instructions import Wording, put
 from isthmus.data.jsons import Place
 from isthmus.data.layout import listed
-from isthmus.types import Box, ConfigError, DataError, Grounding, Image, Part, Role, Sample, Text, Turn, Video
-
-ROLES: dict[str, Role] = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-KINDS = {"image": IMAGE, "video": VIDEO}
-"""The marker that a part of content stands for where it brings no medium of its own."""
+from isthmus.data.messages import turns as turns
+from isthmus.types import ConfigError, DataError, Sample, Turn, Video
 
 
 def _alone(given: Any) -> Any:
@@ -132,20 +123,6 @@ def load(path: Path, images: Path | None = None, options: FileOptions = FileOpti
 def check(path: Path, images: Path | None = None, options: FileOptions = FileOptions()) -> list[Fault]:  # noqa: B008
     """Every faulty record of a file, in order; empty where `load` would succeed."""
     return [found for found in each(Form(path, images, options)) if isinstance(found, Fault)]
-
-
-def turns(messages: Sequence[Mapping[str, Any]]) -> tuple[Turn, ...]:
-    """OpenAI-style messages in memory as turns; an image part may hold any `Source`, and the last turn may be open.
-
-    Raises:
-        DataError: an unknown role or part, or turns that do not alternate.
-    """
-    try:
-        said = tuple(_message(message, InMemory()) for message in listed(messages, "messages"))
-        _check_order(said)
-    except Wrong as wrong:
-        raise DataError(wrong.message, wrong.remedy) from None
-    return said
 
 
 # ---------------------------------------------------------------------------------------------- files to records
@@ -257,7 +234,7 @@ def _id(record: Any, default: str) -> str:
     name = record.get("id", default)
     if not isinstance(name, str | int):
         raise Wrong("the id is neither a text nor a number", "write a text")
-    return _text(str(name))
+    return messages.text(str(name))
 
 
 def _split(record: Mapping[str, Any], raw: Mapping[str, Any], file: str) -> str | None:
@@ -274,20 +251,20 @@ def _sample(record: dict[str, Any], told: dict[str, Any], shelf: Shelf, form: Fo
         record = put(record, form.options.instructions, form.seed)
     attached = Attached(record, shelf)
     if "conversations" in record:
-        said = tuple(_said(item, attached) for item in listed(record["conversations"], "conversations"))
+        said = tuple(messages.said(item, attached) for item in listed(record["conversations"], "conversations"))
     else:
-        said = tuple(_message(message, attached) for message in listed(record["messages"], "messages"))
+        said = tuple(messages.message(message, attached) for message in listed(record["messages"], "messages"))
     if isinstance(record.get("system"), str) and record["system"]:  # ShareGPT's own field
         said = (Turn.say("system", record["system"]), *said)
     first = next((place for place, turn in enumerate(said) if turn.role == "user"), None)
     if prepend and first is not None:
         shown = replace(said[first], parts=(*attached.unplaced(), *said[first].parts))
         said = (*said[:first], shown, *said[first + 1 :])
-    other = tuple(_message(message, attached) for message in listed(record.get("rejected", []), "rejected"))
+    other = tuple(messages.message(message, attached) for message in listed(record.get("rejected", []), "rejected"))
     attached.check_counts()
-    _check_order(said)
+    messages.check_order(said)
     for ending in (said, other) if other else (said,):
-        _check_answers(ending)
+        messages.check_answers(ending)
     meta = record.get("meta", {})
     if not isinstance(meta, dict):
         raise Wrong("meta is not an object", 'write {"meta": {…}}')
@@ -307,94 +284,3 @@ def _pictured(turn: Turn, options: FileOptions) -> Turn:
         return Turn(turn.role, tuple(chain.from_iterable(parts)))
     except DataError as error:
         raise Wrong(error.cause, error.remedy) from None
-
-
-def _said(item: Any, attached: Attached) -> Turn:
-    """One turn of LLaVA's `conversations`."""
-    if not isinstance(item, dict):
-        raise Wrong("a turn is not an object", 'write {"from": "human" | "gpt", "value": "…"}')
-    return _learnt(Turn(_role(item.get("from")), tuple(attached.text(_text(item.get("value"))))), item)
-
-
-def _message(message: Any, attached: Attached | InMemory) -> Turn:
-    """One of `messages`."""
-    if not isinstance(message, Mapping):
-        raise Wrong("a message is not an object", 'write {"role": "user" | "assistant", "content": …}')
-    role, content = _role(message.get("role")), message.get("content")
-    if isinstance(content, str):
-        parts = tuple(attached.text(_text(content)))
-    else:
-        parts = tuple(part for item in listed(content, "content") for part in _parts(item, attached))
-    return _learnt(Turn(role, parts), message)
-
-
-def _learnt(turn: Turn, said: Mapping[str, Any]) -> Turn:
-    """The turn; nothing is learnt of it by OpenAI's `weight` 0, ms-swift's `loss` or axolotl's `train` false."""
-    slips.refuse(said, slips.TURN)
-    given = [said.get(key) for key in ("weight", "loss", "train")]
-    if any(one not in (None, 0, 1) for one in given):
-        raise Wrong("the weight of an answer is neither 0 nor 1", "write weight 0 or 1, or loss or train true or false")
-    if turn.role != "assistant" or 0 not in given:
-        return turn
-    if any(isinstance(part, Box | Grounding) for part in turn.parts):
-        raise Wrong("an answer that is not to be learnt holds a region", "let it be learnt, or leave the region out")
-    return replace(turn, parts=tuple(replace(p, given=True) if isinstance(p, Text) else p for p in turn.parts))
-
-
-def _parts(item: Any, attached: Attached | InMemory) -> Sequence[Part]:
-    """One item of a message's content."""
-    if not isinstance(item, Mapping):
-        raise Wrong("a part of content is not an object", 'write {"type": "text", "text": "…"}')
-    kind = item.get("type")
-    if kind == "text":
-        return attached.text(_text(item.get("text")))
-    if kind == "image_url":
-        url = item.get("image_url")
-        return [Image(attached.picture(url.get("url") if isinstance(url, Mapping) else url))]
-    if isinstance(kind, str) and kind in KINDS:
-        given = next((item[key] for key in (kind, "url", "path") if item.get(key) is not None), None)
-        if given is None:
-            return [attached.next(KINDS[kind], item.get("index"))]
-        return [Image(attached.picture(given)) if kind == "image" else attached.video(given)]
-    if kind == "box":
-        return [attached.region(item)]
-    if kind == "grounding":
-        return [Grounding()]
-    raise Wrong(f"unknown part {str(kind)[:40]!r}", "parts are text, image, image_url, video, box and grounding")
-
-
-def _text(given: Any) -> str:
-    if not isinstance(given, str):
-        raise Wrong("a turn's text is not a text", "write a string")
-    if not given.isprintable() and any("\ud800" <= char <= "\udfff" for char in given):
-        raise Wrong("a text or id holds half a surrogate pair, which is no character", "write the whole character")
-    return given
-
-
-def _role(given: Any) -> Role:
-    if not isinstance(given, str) or given not in ROLES:
-        raise Wrong(f"unknown role {str(given)[:40]!r}", f"roles are {', '.join(ROLES)}")
-    return ROLES[given]
-
-
-def _check_order(said: tuple[Turn, ...]) -> None:
-    body = said[1:] if said and said[0].role == "system" else said
-    for index, turn in enumerate(body):
-        expected = ("user", "assistant")[index % 2]
-        if turn.role != expected:
-            remedy = "start with the user, let user and assistant alternate, and put system first or nowhere"
-            raise Wrong(f"turns do not alternate: turn {index + 1} is {turn.role}, not {expected}", remedy)
-
-
-def _check_answers(said: tuple[Turn, ...]) -> None:
-    answers = [turn for turn in said if turn.role == "assistant"]
-    if not answers:
-        raise Wrong("there is no assistant turn", "add the answer to be learnt, or remove the record")
-    if any(not _says(turn) for turn in answers):
-        raise Wrong("an answer is empty", "write the answer, or remove its question and it")
-    if all(isinstance(part, Text) and part.given for turn in answers for part in turn.parts):
-        raise Wrong("no answer is learnt", "give one of them the weight 1, or remove the record")
-
-
-def _says(turn: Turn) -> bool:
-    return bool(turn.text.strip()) or any(not isinstance(part, Text) for part in turn.parts)

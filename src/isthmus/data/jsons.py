@@ -1,5 +1,7 @@
 """JSON files as numbered records: one per line, an array of them, or one object whose tables are walked.
 
+A key that is there twice, and says two things, is a fault: Python would take the latter in silence.
+
 Lines are read one after the other, so a file of any size takes the memory of its longest line. Arrays and objects are
 held in memory while they are read through.
 """
@@ -17,6 +19,8 @@ from isthmus.types import DataError
 
 MARK = b"\xef\xbb\xbf"
 """Of the byte order; some editors write it."""
+NOTHING: tuple[Any, ...] = (None, "", [], {})
+"""What is as good as not there."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,11 @@ class Cell:
     key: str = ""
 
 
-Shape: TypeAlias = Literal["lines", "array", "object"]
+Shape: TypeAlias = Literal["lines", "array", "object", "spread"]
 
 
 def shape(path: Path) -> Shape:
-    """How a file holds its records: its first lines tell.
+    """How a file holds its records: its first lines tell. A `.jsonl` is spread whose first record goes over several.
 
     Raises:
         DataError: it cannot be read.
@@ -67,26 +71,35 @@ def shape(path: Path) -> Shape:
         first, second = (next(full, b"").removeprefix(MARK).strip() for _ in range(2))
     if first.startswith(b"["):
         return "array"
-    if path.suffix == ".jsonl" or not first.startswith(b"{"):
+    if not first.startswith(b"{"):
         return "lines"
-    whole = parse(first)
-    if isinstance(whole, Wrong):
+    found = None if path.suffix == ".jsonl" and not second.startswith(b'"') else parse(first)
+    if path.suffix == ".jsonl":
+        return "spread" if isinstance(found, Wrong) else "lines"
+    if isinstance(found, Wrong):
         return "object" if second and not second.startswith(b"{") else "lines"
-    return "lines" if second or _is_record(whole) else "object"
+    return "lines" if second or is_record(found) else "object"
 
 
 def places(path: Path) -> Iterator[tuple[Place, Any]]:
-    """Every record of lines or of an array, or what is `Wrong` there.
+    """Every record of lines or of an array, or what is `Wrong` there; of an object, that as a record.
 
     Raises:
         DataError: the file cannot be read.
     """
-    if shape(path) != "array":
+    shaped = shape(path)
+    if shaped == "lines":
         yield from _lines(path)
+        return
+    if shaped == "spread":
+        remedy = "write each on one line (`jq -c .` does), or all in [ ] with commas between, as a .json"
+        yield Place(0, 1), Wrong("a record goes over several lines, and a .jsonl has one per line", remedy)
         return
     text, mark = _text(path)
     if isinstance(text, Cell):
         yield Place(0, text.line), text.value
+    elif shaped == "object":
+        yield from _alone(text, mark)
     else:
         yield from _array(text, mark)
 
@@ -103,9 +116,13 @@ def root(path: Path) -> list[Cell]:
         return [Cell(place.line, value) for place, value in _array(text, mark)]
     walk = _Walk(text, text.index("{") + 1)
     members: list[Cell] = []
+    seen = set[str]()
     try:
         for _ in walk.until("}"):
             members.append(walk.member())
+            if members[-1].key in seen:
+                raise _twice(members[-1].key)
+            seen.add(members[-1].key)
         walk.end()
     except Wrong as wrong:
         members.append(Cell(walk.line, wrong))
@@ -115,11 +132,39 @@ def root(path: Path) -> list[Cell]:
 def parse(record: bytes | str) -> Any:
     """A record's value, or what is `Wrong` with it."""
     try:
-        return json.loads(record.decode() if isinstance(record, bytes) else record)
+        return DECODER.decode(record.decode() if isinstance(record, bytes) else record)
     except UnicodeDecodeError:
         return _not_utf8()
+    except Wrong as wrong:
+        return wrong
     except (ValueError, RecursionError) as error:
         return not_json(error)
+
+
+def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of its members; of two of one key the one that holds something.
+
+    Raises:
+        Wrong: both do, and not the same.
+    """
+    made = dict(pairs)
+    if len(made) == len(pairs):
+        return made
+    made = {}
+    for key, value in pairs:
+        before = made.get(key)
+        if before in NOTHING:
+            made[key] = value
+        elif value not in NOTHING and value != before:
+            raise _twice(key)
+    return made
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=once)
+
+
+def _twice(key: str) -> Wrong:
+    return Wrong(f"the key {key[:40]!r} is there twice, and says two things", "keep one; several pictures are a list")
 
 
 def not_json(error: Exception) -> Wrong:
@@ -143,7 +188,7 @@ def opened(path: Path) -> BinaryIO:
         raise DataError(f"{path}: cannot be read ({error.strerror})", "check the path and its permissions") from None
 
 
-def _is_record(value: Any) -> bool:
+def is_record(value: Any) -> bool:
     """Whether an object that fills a file is a sample rather than tables of samples."""
     return not any(isinstance(member, dict) or _is_table(member) for member in value.values()) or bool(
         {"conversations", "messages", "task", "text_list", "texts"} & value.keys()
@@ -193,12 +238,25 @@ def _array(text: str, end: int) -> Iterator[tuple[Place, Any]]:
         yield Place(0, walk.line), wrong
 
 
+def _alone(text: str, mark: int) -> Iterator[tuple[Place, Any]]:
+    """The one object of a file as a record."""
+    begin = text.index("{")
+    walk = _Walk(text, begin)
+    line, start = walk.line, mark + len(text[:begin].encode())
+    try:
+        record = walk.value()
+        end = start + len(text[begin : walk.at].encode())
+        walk.end()
+        yield Place(0, line, start, end), record
+    except Wrong as wrong:
+        yield Place(0, walk.line), wrong
+
+
 class _Walk:
     """Goes through a JSON text value by value, and knows the line."""
 
     def __init__(self, text: str, at: int) -> None:
         self.text, self.at = text, at
-        self._decoder = json.JSONDecoder()
         self._line, self._counted = 1, 0
 
     @property
@@ -232,8 +290,16 @@ class _Walk:
             raise Wrong("something stands behind the closing bracket", remedy)
 
     def value(self) -> Any:
+        """What stands here, or what is `Wrong` with it where the text goes on behind it.
+
+        Raises:
+            Wrong: it is not JSON, and nobody knows where it ends.
+        """
         try:
-            value, self.at = self._decoder.raw_decode(self.text, self.at)
+            try:
+                value, self.at = DECODER.raw_decode(self.text, self.at)
+            except Wrong as wrong:
+                value, self.at = wrong, json.JSONDecoder().raw_decode(self.text, self.at)[1]
         except (ValueError, RecursionError) as error:
             raise not_json(error) from None
         return value

@@ -59,6 +59,7 @@ def of(record: Any, name: Name | None) -> Layout:
     if not isinstance(record, Mapping):
         raise Wrong("the record is not an object", 'write {"conversations": …} or {"messages": …}')
     slips.refuse(record, slips.RECORD)
+    slips.refuse_two(record)
     if name in LAYOUTS:
         layout = LAYOUTS[name]
         if not layout.fits(record):

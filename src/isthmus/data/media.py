@@ -40,7 +40,8 @@ def open_image(source: Source, where: str = "") -> Pillow.Image:
     `where` names the picture in errors; by default a path names itself.
 
     Raises:
-        DataError: missing, unreadable, truncated, larger than `MOST_PIXELS`, of no size, or in floating point.
+        DataError: missing, unreadable, truncated, larger than `MOST_PIXELS`, of no size, in floating point, or in
+            integers of which nothing tells the range.
     """
     where = where or _name(source)
     if isinstance(source, Drawn):
@@ -223,15 +224,24 @@ def _decode(picture: Pillow.Image, where: str) -> Pillow.Image:
         upright = ImageOps.exif_transpose(picture)
     except Exception:  # a damaged EXIF block does not make the pixels unreadable
         upright = picture
-    return _rgb(upright, where)
+    return _rgb(upright, where, _white(picture, where))
 
 
-def _rgb(picture: Pillow.Image, where: str) -> Pillow.Image:
+def _white(picture: Pillow.Image, where: str) -> int:
+    """The level that is white, in a picture of more than 8 bits per pixel."""
+    if picture.mode == "I" and picture.format != "PNG":  # of a PNG it is 16 bits, of others 32 or signed ones
+        remedy = "save the picture with 8 or 16 bits per channel"
+        raise DataError(f"{where}: pixels are wide integers, and nothing tells which is white", remedy)
+    twelve = getattr(picture, "tag_v2", {}).get(ExifTags.Base.BitsPerSample) == (12,)
+    return 4095 if twelve else 65535
+
+
+def _rgb(picture: Pillow.Image, where: str, top: int = 65535) -> Pillow.Image:
     if picture.mode == "F":
         raise DataError(f"{where}: pixels are floating-point numbers", "save the picture with 8 or 16 bits per channel")
-    if picture.mode.startswith("I"):  # 16 bits per pixel, whatever the container; Pillow would clip at 255
-        wide = np.asarray(picture).clip(0, 65535)
-        picture = Pillow.fromarray((wide / 257).round().astype(np.uint8))
+    if picture.mode.startswith("I"):  # Pillow would clip at 255
+        wide = np.asarray(picture).clip(0, top)
+        picture = Pillow.fromarray((wide / (top / 255)).round().astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Pillow.new("RGBA", picture.size, "white")

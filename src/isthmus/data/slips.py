@@ -3,6 +3,8 @@
 What is said of a record besides may have any name. So a key counts as a slip only if it is one letter, or two letters
 that changed places, away from one that is read and is not there, and holds what that one would hold. Two slips are not
 looked for: `page`, `age`, `stage` and `usage` are two letters away from `image`.
+
+Nor is one of two names read where the other is there too: a record that has both must say the same with them.
 """
 
 from __future__ import annotations
@@ -46,6 +48,26 @@ def refuse(given: Mapping[str, Any], watched: Watched) -> None:
                     f"the key {key[:40]!r} is not read, and there is no {meant!r}",
                     f"write {meant!r}, or another name if something else is meant",
                 )
+
+
+def refuse_two(record: Mapping[str, Any]) -> None:
+    """Nothing but a check.
+
+    Raises:
+        Wrong: under two names of one thing stand two things.
+    """
+    for one, other in (("image", "images"), ("video", "videos"), ("conversations", "messages")):
+        if record.get(one) and record.get(other) and _listed(record[one]) != _listed(record[other]):
+            raise Wrong(
+                f"the record has {one!r} and {other!r}, which differ, and only one of the two would be read",
+                "put all into one of them, and remove the other",
+            )
+
+
+def _listed(given: Any) -> list[Any]:
+    """One thing as a list of it; of turns, what they say."""
+    several = list(given) if isinstance(given, list | tuple) else [given]
+    return [one.get("value", one.get("content", one)) if isinstance(one, Mapping) else one for one in several]
 
 
 def _slip(key: Any, name: str) -> bool:
