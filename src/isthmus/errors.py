@@ -33,7 +33,7 @@ class NothingToLearn(DataError):
 
 
 class NotFinite(IsthmusError):
-    """A loss or a gradient became infinite or not a number; the cause names where first."""
+    """A loss, a gradient or a weight became infinite or not a number; the cause names where first."""
 
     code = 4
 

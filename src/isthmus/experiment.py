@@ -24,12 +24,13 @@ from isthmus.evaluation import report as reports
 from isthmus.evaluation.measure import Measured, build, check_exchanges, conditions, measure, merge, rules
 from isthmus.evaluation.results import Column, Credit, Curve, Generation, Part, Report, examples, headline, rows
 from isthmus.evaluation.tasks import Task, plain
-from isthmus.files import write_text
+from isthmus.files import read_note, write_text
 from isthmus.forecast import kept, was
 from isthmus.model import VLM
 from isthmus.planning import count
 from isthmus.speakers.local import Local
 from isthmus.training import locks, log
+from isthmus.training.checkpoint import writing
 from isthmus.training.parallel import World
 from isthmus.training.run import Run
 from isthmus.types import Image
@@ -43,12 +44,12 @@ class Clock:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.file.is_file():
-            self.seconds = json.loads(self.file.read_text())
+        self.seconds = read_note(self.file)
 
     def add(self, leg: str, since: float) -> None:
         self.seconds[leg] = round(self.seconds.get(leg, 0.0) + time.perf_counter() - since, 1)
-        write_text(self.file, json.dumps(self.seconds, indent=1))
+        with writing(self.file):
+            write_text(self.file, json.dumps(self.seconds, indent=1))
 
 
 def experiment(

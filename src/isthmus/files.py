@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -53,6 +55,15 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file's text at once and durably; halves of surrogate pairs, which no file holds, as JSON does."""
     with replacing(path, durable=True) as part:
         part.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """What a JSON file holds that can be made again: nothing where it is missing or damaged."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def sync(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import multiprocessing
 import os
@@ -10,7 +11,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import pytest
 import small
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -25,7 +28,7 @@ from isthmus.config import Engine, Recipe, Stage
 from isthmus.training import optimizer
 from isthmus.training.loop import run_stage
 from isthmus.training.optimizer import Trained, choose
-from isthmus.training.parallel import World, spread
+from isthmus.training.parallel import World, local, spread
 from isthmus.training.run import Feed, mix_of, train
 from isthmus.training.step import Step, held_out
 from isthmus.types import Batch, DataError, IsthmusError
@@ -127,13 +130,60 @@ class Faulty(Share):
         return super().__call__(step, micro)
 
 
-def fail(world: World, recipe: Recipe, stage: Stage, folder: Path, engine: Engine) -> None:
+def fail(world: World, recipe: Recipe, stage: Stage, folder: Path, engine: Engine, feed: type[Share] = Faulty) -> None:
     """What every process says of a fault in one of them, and its exit code, as the command line does."""
+    with _telling(world, folder):
+        learn(world, recipe, stage, folder, engine, feed)
+
+
+@contextmanager
+def _telling(world: World, folder: Path) -> Iterator[None]:
     try:
-        learn(world, recipe, stage, folder, engine, Faulty)
+        yield
     except IsthmusError as error:
         (folder / f"said-{world.rank}").write_text(str(error))
         sys.exit(error.code)
+
+
+def broken(world: World, recipe: Recipe, stage: Stage, folder: Path, engine: Engine) -> None:
+    """What every process says where moments overflow in the last one alone, in front of the third step."""
+    optimizers, real = list[torch.optim.Optimizer](), optimizer.adamw
+
+    def adamw(*arguments: Any) -> torch.optim.Optimizer:
+        optimizers.append(real(*arguments))
+        return optimizers[0]
+
+    class Breaking(Share):
+        def __call__(self, step: int, micro: int) -> Batch:
+            if step == 2 and world.rank == world.size - 1:
+                shards = [local(state["exp_avg"]) for state in optimizers[0].state.values()]
+                next(shard for shard in shards if shard.numel()).fill_(torch.inf)
+            return super().__call__(step, micro)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer, "adamw", adamw)
+        fail(world, recipe, stage, folder, engine, Breaking)
+
+
+def invalid(world: World, recipe: Recipe, stage: Stage, folder: Path, engine: Engine) -> None:
+    """What every process says of a validation of three batches; the second, the last process's, is no numbers."""
+    vlm = small.build(recipe)
+    batches = [Share(vlm)(number, 0) for number in (50, 51, 52)]
+    batches[1].media["image"].pixels.fill_(torch.nan)
+    common = {"steps": 6, "validate": held_out(batches), "console": small.quiet(), "engine": engine, "world": world}
+    with world.started(torch.device("cpu")), _telling(world, folder):
+        run_stage(vlm, stage, Share(vlm, size=stage.batch_size, world=world), folder, **common)  # type: ignore[arg-type]
+
+
+def heard(world: World, recipe: Recipe, stages: dict[str, tuple[Stage, dict[str, Any]]], folder: Path) -> None:
+    """What the first process prints in each stage, whose feed has options."""
+    for name, (stage, more) in stages.items():
+        console = Console(file=io.StringIO(), width=400, quiet=not world.main)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(small, "quiet", lambda console=console: console)
+            learn(world, recipe, stage, folder / name, **more)
+        if world.main:
+            (folder / f"{name}.txt").write_text(console.file.getvalue())  # type: ignore[attr-defined]
 
 
 def unvalidated(world: World, recipe: Recipe, stage: Stage, folder: Path, engine: Engine, together: bool) -> None:

@@ -95,6 +95,16 @@ def test_damaged_checkpoints(kept: tuple[Recipe, Path], tmp_path: Path, count: i
         assert [path.name for path in going.folder.iterdir()] == ["step-0000003"]
 
 
+def test_what_others_put_beside_checkpoints_is_left_alone(kept: tuple[Recipe, Path], tmp_path: Path) -> None:
+    going = Going(*kept, tmp_path / "checkpoints")
+
+    def copy(file: Path, random: Random) -> None:
+        shutil.copytree(file.parent, file.parent.with_name("step-0000009.bak"))
+
+    assert going.after(("step-0000004", checkpoint.STATE, copy), random=Random(0)).step == 4
+    assert (going.folder / "step-0000009.bak").is_dir() and not going.said
+
+
 def test_where_none_is_sound_it_begins_again(kept: tuple[Recipe, Path], tmp_path: Path) -> None:
     going = Going(*kept, tmp_path / "checkpoints")
     harms = [(f"step-000000{step}", checkpoint.MOMENTS, flip) for step in (3, 4)]

@@ -15,13 +15,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from isthmus.cli import app
-from isthmus.config import Recipe
+from isthmus.config import Engine, Recipe
 from isthmus.model import VLM
-from isthmus.training.finite import Fault, in_modules
+from isthmus.training import optimizer
+from isthmus.training.checkpoint import MOMENTS, damage
+from isthmus.training.finite import Fault, in_modules, unsound
 from isthmus.training.loop import run_stage
 from isthmus.training.optimizer import choose
-from isthmus.training.step import Step
-from isthmus.types import NotFinite
+from isthmus.training.step import Step, held_out
+from isthmus.types import Batch, NotFinite
 
 TRAIN = {"connectors.*": 1e-2, "encoders.*layers.0.*": 1e-3, "llm.*v_proj": {"mode": {"r": 2}, "lr": 1e-3}}
 NAN = float("nan")
@@ -221,9 +223,162 @@ def test_the_batches_are_kept_as_they_were(recipe: Recipe, tmp_path: Path) -> No
 
 def test_the_normal_path_has_no_hooks(recipe: Recipe, tmp_path: Path) -> None:
     vlm = small.build(recipe)
-    run_stage(vlm, small.stage(), small.Colours(vlm), tmp_path, steps=2, console=small.quiet())
+    validate = held_out([small.Colours(vlm)(50, 0)])
+    run_stage(vlm, small.stage(), small.Colours(vlm), tmp_path, steps=2, validate=validate, console=small.quiet())
     hooks = [hook for m in vlm.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
     assert not [hook for hook in hooks if hook.__module__.startswith("isthmus")]
+
+
+# ---------------------------------------------------------------------------------------------- an update
+
+
+def broken_run(
+    recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str = "exp_avg", at: int = 3, **stage: Any
+) -> NotFinite:
+    """What a run of six steps says one of whose moments overflows in front of a step."""
+    vlm, optimizers, real = small.build(recipe), list[torch.optim.Optimizer](), optimizer.adamw
+
+    class Breaking(small.Colours):
+        def __call__(self, step: int, micro: int) -> Batch:
+            if step == at:
+                next(iter(optimizers[0].state.values()))[moment].fill_(torch.inf)
+            return super().__call__(step, micro)
+
+    def adamw(*arguments: Any) -> torch.optim.AdamW:
+        optimizers.append(real(*arguments))
+        return optimizers[0]  # type: ignore[return-value]
+
+    engine, validate = Engine(keep=1), held_out([small.Colours(vlm)(50, 0)])
+    common = {"validate": validate, "console": small.quiet(), "engine": engine}
+    with monkeypatch.context() as patch, pytest.raises(NotFinite) as error:
+        patch.setattr(optimizer, "adamw", adamw)
+        run_stage(vlm, small.stage(**stage), Breaking(vlm), folder, steps=6, **common)  # type: ignore[arg-type]
+    return error.value
+
+
+def kept(folder: Path) -> list[str]:
+    """The checkpoints of a stage, of which all have to be sound and finite."""
+    found = sorted((folder / "checkpoints").glob("*"))
+    for checkpoint in found:
+        assert damage(checkpoint) is None
+        for file in checkpoint.glob("*.safetensors"):
+            assert all(tensor.isfinite().all() for tensor in load_file(file).values()), file
+    return [checkpoint.name for checkpoint in found]
+
+
+@pytest.mark.parametrize("evaluate_every", [None, 1 / 6])
+def test_weights_that_an_update_breaks_replace_no_checkpoint(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluate_every: float | None
+) -> None:
+    more = {"save_every": 1 / 6, "evaluate_every": evaluate_every}
+    error = broken_run(recipe, tmp_path / "broken", monkeypatch, **more)
+    first = next(name for name, _ in small.build(recipe).named_parameters() if name.startswith("connectors."))
+    assert error.cause == f"step 4: vlm.{first} is not finite after the update" and error.code == 4
+    assert "step-0000003" in kept(tmp_path / "broken") and not (tmp_path / "broken" / "model").exists()
+    assert not any(name.endswith("4") for name in kept(tmp_path / "broken"))
+
+    def whole(folder: Path) -> dict[str, Tensor]:
+        vlm = small.build(recipe)
+        validate = held_out([small.Colours(vlm)(50, 0)])
+        made, feed = small.stage(**more), small.Colours(vlm)
+        run_stage(vlm, made, feed, folder, steps=6, validate=validate, console=small.quiet())
+        return small.weights(vlm)
+
+    resumed = whole(tmp_path / "broken")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole(tmp_path / "good").items())
+
+
+def test_weights_that_the_last_update_breaks_are_not_handed_over(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = broken_run(recipe, tmp_path, monkeypatch, at=5)
+    assert error.cause.startswith("step 6: vlm.connectors.") and kept(tmp_path) == []
+    assert not (tmp_path / "model").exists()
+
+
+def test_moments_that_are_broken_behind_sound_weights_are_not_saved(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An infinite second moment makes updates of nothing, for ever."""
+    error = broken_run(recipe, tmp_path, monkeypatch, "exp_avg_sq", save_every=1 / 6)
+    assert error.cause.startswith("step 4: the moment exp_avg_sq of vlm.connectors.")
+    assert "step-0000003" in kept(tmp_path)
+
+
+def test_weights_that_are_found_broken_in_the_next_step_are_not_said_to_be_saved(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = broken_run(recipe, tmp_path, monkeypatch, save_every=0.5)
+    assert error.cause.startswith("step 5: the weight vlm.connectors.") and (tmp_path / "bad_batch.json").is_file()
+    assert error.remedy.endswith("; the weights before it are broken too, and are not saved")
+    assert kept(tmp_path) == ["step-0000003"]
+
+
+def test_weights_are_said_to_be_saved_where_there_are_some(recipe: Recipe, tmp_path: Path) -> None:
+    for bad, saved in ((0, False), (2, True)):
+        vlm = small.build(recipe)
+
+        class Poisoned(small.Colours):
+            def __call__(self, step: int, micro: int, bad: int = bad) -> Batch:
+                batch = super().__call__(step, micro)
+                if step == bad:
+                    batch.media["image"].pixels.fill_(NAN)
+                return batch
+
+        with pytest.raises(NotFinite) as error:
+            run_stage(vlm, small.stage(), Poisoned(vlm), tmp_path / f"{bad}", steps=6, console=small.quiet())
+        assert error.value.remedy.endswith("; the weights before it are saved") == saved
+        assert kept(tmp_path / f"{bad}") == ["step-0000002"] * saved
+
+
+def test_what_is_not_finite_is_found_among_all_kinds_of_tensors() -> None:
+    huge, counts = torch.full((9,), 3e38), torch.arange(3)
+    sound = {"a.safetensors": {"huge": huge, "none": torch.empty(0), "counts": counts, "half": huge.bfloat16()}}
+    assert unsound(sound) is None and unsound({}) is None
+    for bad in (NAN, torch.inf, -torch.inf):
+        for dtype in (torch.float32, torch.bfloat16):
+            tensor = torch.ones(3, 5, dtype=dtype)
+            tensor[1, 4] = bad
+            assert unsound({**sound, "b.safetensors": {"x": huge, "y": tensor, "z": tensor}}) == "y"
+            assert unsound({MOMENTS: {"exp_avg/y": tensor}}) == "the moment exp_avg of y"
+
+
+# ---------------------------------------------------------------------------------------------- a validation
+
+
+def test_a_picture_of_a_validation_that_is_no_number_is_named_and_kept(recipe: Recipe, tmp_path: Path) -> None:
+    vlm = small.build(recipe)
+    feed = small.Colours(vlm)
+    batches = [feed(number, 0) for number in (50, 51, 52)]
+    for batch in batches[1:]:
+        batch.media["image"].pixels[2].fill_(NAN)
+    with pytest.raises(NotFinite) as error:
+        run_stage(vlm, small.stage(), feed, tmp_path, steps=3, validate=held_out(batches), console=small.quiet())
+    tensor = f"a value in the pixels of image 3 (sample {batches[1].ids[2]})"
+    cause = f"step 3: the validation loss is not finite; the first such tensor is {tensor}"
+    assert error.value.cause == cause and error.value.remedy.endswith("; the weights before it are saved")
+    note = json.loads((tmp_path / "bad_batch.json").read_text())
+    assert note == {"step": 3, "tensor": tensor, "module": None, "samples": [list(batches[1].ids)]}
+    pixels = load_file(tmp_path / "bad_batch.safetensors")["0.media.image.pixels"]
+    torch.testing.assert_close(pixels, batches[1].media["image"].pixels, rtol=0, atol=0, equal_nan=True)
+    assert kept(tmp_path) == ["step-0000003"]
+
+
+def test_a_module_that_fails_in_a_validation_alone_is_named(recipe: Recipe, tmp_path: Path) -> None:
+    vlm = small.build(recipe)
+    feed = small.Colours(vlm)
+
+    def poison(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        return None if torch.is_grad_enabled() else output * NAN
+
+    vlm.llm.model.layers[1].mlp.up_proj.register_forward_hook(poison)
+    with pytest.raises(NotFinite) as error:
+        validate = held_out([feed(50, 0)])
+        run_stage(vlm, small.stage(), feed, tmp_path, steps=3, validate=validate, console=small.quiet())
+    name = "vlm.llm.model.layers.1.mlp.up_proj"
+    assert error.value.cause.endswith(f"the first such tensor is the output of {name}")
+    assert json.loads((tmp_path / "bad_batch.json").read_text())["module"] == name
+    assert not [hook for m in vlm.modules() for hook in m._forward_pre_hooks.values()]
 
 
 def test_the_exit_code_is_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

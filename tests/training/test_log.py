@@ -34,6 +34,16 @@ def test_rows_after_the_resumed_step_and_a_half_written_one_are_dropped(tmp_path
     assert abs(time.time() - rows[-1]["time"]) < 60
 
 
+@pytest.mark.parametrize(
+    "harmed", [b"\xff\n", b"null\n", b'"step": 2}\n', b'{"loss": 2.0}\n', b'{"step": "2"}\n', b"\n"]
+)
+def test_a_damaged_row_takes_no_other_with_it(tmp_path: Path, harmed: bytes) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1}\n' + harmed + b'{"step": 3}\n')
+    Metrics(file, after=3)
+    assert [row["step"] for row in read_rows(file)] == [1, 3]
+
+
 def test_plain_lines_off_a_terminal(tmp_path: Path) -> None:
     out = io.StringIO()
     with Progress(Console(file=out, width=200), "align", steps=40, done=0) as progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 import small
 import torch
+from rich.console import Console
 
 from isthmus.config import Budget, Recipe
 from isthmus.training import checkpoint
+from isthmus.training.budget import marks, steps_for
 from isthmus.training.log import read_rows
-from isthmus.training.loop import derive, marks, run_stage, steps_for
+from isthmus.training.loop import derive, run_stage
 from isthmus.training.step import Step
 from isthmus.types import Batch, ConfigError, DataError, IsthmusError, NotFinite
 
@@ -211,6 +214,50 @@ def test_steps_of_text_alone_pass_through_a_stage_that_trains_the_connector(reci
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert result.state == "done" and [row["grad_norm"] > 0 for row in rows] == [False, False, True]
     assert any(not torch.equal(tensor, before[name]) for name, tensor in small.weights(vlm).items())
+
+
+class Texts(small.Colours):
+    """Pictures up to a step, and texts alone from there on."""
+
+    first: int = 0
+
+    def __call__(self, step: int, micro: int) -> Batch:
+        return super().__call__(step, micro) if step < self.first else small.text_batch(self.vlm)
+
+
+def heard(recipe: Recipe, folder: Path, feed: type[small.Colours], steps: int = 3, **stage: Any) -> str:
+    """What a stage prints."""
+    vlm, console = small.build(recipe), Console(file=io.StringIO(), width=400)
+    assert run_stage(vlm, small.stage(**stage), feed(vlm), folder, steps=steps, console=console).state == "done"
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_a_stage_whose_data_never_reach_what_trains_says_so_at_its_end(recipe: Recipe, tmp_path: Path) -> None:
+    names = [f"vlm.{name}" for name, _ in small.build(recipe).named_parameters() if name.startswith("connectors.")]
+    said = heard(recipe, tmp_path / "all", Texts)
+    assert f"nothing was trained, for no gradient has reached {', '.join(names)};" in said and len(names) <= 4
+    said = heard(recipe, tmp_path / "some", Texts, train={"connectors.*": 1e-2, "llm.*": 1e-3})
+    assert f"{len(names)} trainable tensors are as they were, for no gradient has reached {names[0]}" in said
+    assert "no gradient has reached" not in heard(recipe, tmp_path / "none", small.Colours)
+
+
+def test_a_stage_whose_last_batches_are_texts_says_nothing_even_if_it_was_interrupted(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Texts, "first", 2)
+    made, vlm = small.stage(save_every=0.25), small.build(recipe)
+
+    class Ended(Texts):
+        def __call__(self, step: int, micro: int) -> Batch:
+            if step == 3:
+                raise KeyboardInterrupt
+            return super().__call__(step, micro)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(vlm, made, Ended(vlm), tmp_path, steps=4, console=small.quiet())
+    said = heard(recipe, tmp_path, Texts, steps=4, save_every=0.25)
+    assert "goes on from step 3 of 4" in said and "no gradient has reached" not in said
 
 
 def test_what_no_objective_reaches_is_refused(recipe: Recipe, tmp_path: Path) -> None:

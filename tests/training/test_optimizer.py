@@ -107,12 +107,31 @@ def test_modes(recipe: Recipe) -> None:
         ({"connector.*": 1e-3}, "'connector.*' matches no parameter; did you mean 'connectors.*'"),
         ({"llm.*norms": {"mode": {"r": 2}}}, "matches no Linear"),
         ({"llm.*": {"mode": "frozen"}}, "trains nothing"),
+        (
+            {"connectors.*": 1e-3, "llm.*q_proj": {"mode": {"r": 2}}, "llm.*": {"mode": "frozen"}},
+            "'llm.*q_proj' trains nothing: globs behind it decide on all that it matches",
+        ),
+        (
+            {"llm.*q_proj": {"mode": {"r": 2}}, "llm.*self_attn*": {"mode": {"r": 4}}},
+            "'llm.*q_proj' trains nothing: globs behind it",
+        ),
+        ({"llm.*q_proj": {"mode": {"r": 2}}, "*": 1e-4}, "'llm.*q_proj' trains nothing: globs behind it"),
+        ({"connectors.*": 1e-3, "*": 1e-4}, "'connectors.*' trains nothing: globs behind it"),
     ],
 )
 def test_globs_that_do_nothing_are_refused(recipe: Recipe, train: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         chosen(recipe, train=train)
     assert message in str(error.value)
+
+
+def test_what_is_refused_for_its_place_trains_behind_the_others(recipe: Recipe) -> None:
+    wide, narrow = {"llm.*self_attn*": {"mode": {"r": 4}}}, {"llm.*q_proj": {"mode": {"r": 2}}}
+    _, trained = chosen(recipe, train={**wide, **narrow})
+    ranks = {each.parameter.shape[0] for name, each in trained.items() if name.endswith("q_proj.grafts.align_2.A")}
+    assert ranks == {2} and any(".k_proj.grafts.align.A" in name for name in trained)
+    _, trained = chosen(recipe, train={"llm.*": {"mode": "frozen"}, **narrow})
+    assert trained and all(".q_proj.grafts.align." in name for name in trained)
 
 
 def test_groups_by_rate_and_decay(recipe: Recipe) -> None:

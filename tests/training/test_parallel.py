@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,6 +273,39 @@ def test_a_validation_that_fails_in_all_processes_loses_no_step(recipe: Recipe, 
 def test_a_validation_that_fails_in_one_process_leaves_nobody_waiting(recipe: Recipe, tmp_path: Path) -> None:
     assert ranks.start(2, ranks.unvalidated, recipe, stage(), tmp_path, ENGINES["ddp"], False)[1] == 3
     assert checkpoint_state(tmp_path)["step"] == 2
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_weights_that_an_update_breaks_in_one_process_are_saved_by_none(
+    recipe: Recipe, tmp_path: Path, engine: str
+) -> None:
+    assert ranks.start(2, ranks.broken, recipe, stage(), tmp_path, ENGINES[engine]) == [4, 4]
+    first, second = ((tmp_path / f"said-{rank}").read_text() for rank in (0, 1))
+    assert first == second and re.match(r"step 3: vlm\.\S+ is not finite after the update\n", first)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-0000002"]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_a_validation_that_is_no_number_is_named_by_all_and_kept_by_the_one_that_had_it(
+    recipe: Recipe, tmp_path: Path, engine: str
+) -> None:
+    assert ranks.start(2, ranks.invalid, recipe, stage(), tmp_path, ENGINES[engine]) == [4, 4]
+    first, second = ((tmp_path / f"said-{rank}").read_text() for rank in (0, 1))
+    sample = ranks.Share(small.build(recipe))(51, 0).ids[0]
+    tensor = f"a value in the pixels of image 1 (sample {sample})"
+    assert first == second and first.startswith(
+        f"step 3: the validation loss is not finite; the first such tensor is {tensor}\n"
+    )
+    assert json.loads((tmp_path / "bad_batch_1.json").read_text())["tensor"] == tensor
+    assert not (tmp_path / "bad_batch.json").exists() and checkpoint_state(tmp_path)["step"] == 3
+
+
+def test_no_gradient_is_missed_by_processes_one_of_which_had_some(recipe: Recipe, tmp_path: Path) -> None:
+    made = stage(train={"connectors.*": 1e-3}, evaluate_every=None)
+    stages = {"one": (made, {"steps": 2, "texts": (1, 3)}), "none": (made, {"steps": 2, "silent": (0, 1)})}
+    assert ranks.start(2, ranks.heard, recipe, stages, tmp_path) == [0, 0]
+    one, none = ((tmp_path / f"{name}.txt").read_text() for name in stages)
+    assert "no gradient has reached" not in one and "nothing was trained, for no gradient has reached vlm.conn" in none
 
 
 def test_a_process_that_is_killed_is_said_to_be_gone(tmp_path: Path) -> None:

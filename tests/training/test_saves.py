@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -18,7 +19,7 @@ import small
 import torch
 
 from isthmus.config import Engine, Recipe
-from isthmus.training import checkpoint, curves
+from isthmus.training import checkpoint, curves, run
 from isthmus.training.log import read_rows
 from isthmus.training.loop import run_stage
 from isthmus.training.run import Run
@@ -36,9 +37,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 def train(recipe: Recipe, folder: Path, **engine: object) -> bool:
     """Whether it was finished."""
-    run = Run(recipe.but(engine=engine), folder, torch.device("cpu"), small.quiet())
-    model = run.newborn()
-    return run.train(model, model.processor.look) is not None
+    begun = Run(recipe.but(engine=engine), folder, torch.device("cpu"), small.quiet())
+    model = begun.newborn()
+    return begun.train(model, model.processor.look) is not None
 
 
 def in_a_process(work: Callable[[], object]) -> int:
@@ -228,6 +229,32 @@ def test_a_disk_that_has_no_room_for_the_picture(
             train(recipe, tmp_path)
     assert sound(tmp_path)[-1] == 8
     finishes_as(expected, recipe, tmp_path)
+
+
+@pytest.mark.parametrize("note", ["run.json", "align/machine.json", "align/manifest.json"])
+def test_a_note_that_was_cut_is_made_again_or_named(
+    recipe: Recipe, tmp_path: Path, note: str, expected: dict[str, torch.Tensor]
+) -> None:
+    assert train(recipe, tmp_path)
+    shutil.rmtree(tmp_path / "align" / "model")
+    file = tmp_path / note
+    file.write_bytes(file.read_bytes()[:-20])
+    if note != "align/machine.json":
+        with pytest.raises(IsthmusError, match=f"{note} cannot be read") as told:
+            train(recipe, tmp_path)
+        if "delete it" not in told.value.remedy:
+            return
+        file.unlink()
+    finishes_as(expected, recipe, tmp_path)
+
+
+def test_a_disk_that_has_no_room_to_begin(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*unused: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run, "write_text", write)
+    with pytest.raises(IsthmusError, match=r"run.json: cannot be written \(No space left"):
+        train(recipe, tmp_path)
 
 
 def test_what_kills_left_of_files_is_cleared_away(recipe: Recipe, tmp_path: Path) -> None:

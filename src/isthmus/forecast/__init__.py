@@ -24,7 +24,8 @@ from isthmus.forecast.batches import Drawn, draw, row_bytes
 from isthmus.forecast.trace import Trace, in_dtype, trace
 from isthmus.model import VLM
 from isthmus.objectives.lm import NextToken
-from isthmus.training import loop, optimizer
+from isthmus.training import optimizer
+from isthmus.training.budget import steps_for
 from isthmus.training.machine import arithmetic
 from isthmus.training.run import encodes_anew
 from isthmus.training.step import Step
@@ -160,7 +161,7 @@ def _tracing(name: str) -> Iterator[None]:
 def _steps(stage: Stage, epoch: int | None) -> int | None:
     if stage.budget.epochs is not None and epoch is None:
         return None
-    return loop.steps_for(stage.budget, stage.batch_size, epoch or 0)
+    return steps_for(stage.budget, stage.batch_size, epoch or 0)
 
 
 def _with_validation(stage: Stage, step: float) -> float:

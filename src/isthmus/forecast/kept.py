@@ -19,7 +19,7 @@ import isthmus
 from isthmus import assets
 from isthmus.config import Recipe
 from isthmus.data import sets
-from isthmus.files import write_text
+from isthmus.files import read_note, write_text
 from isthmus.forecast import forecast
 from isthmus.training.machine import arithmetic
 
@@ -33,10 +33,10 @@ def planned(recipe: Recipe, device: torch.device) -> dict[str, Any]:
         ConfigError, DataError, IsthmusError: see `forecast`.
     """
     file = assets.home() / "forecasts" / f"{key(recipe, device)}.json"
-    if not file.is_file():
+    if not read_note(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(forecast(recipe, device).plain(), indent=1))
-    return json.loads(file.read_text()) | {"recipe": recipe.name, "fingerprint": recipe.fingerprint()}
+    return read_note(file) | {"recipe": recipe.name, "fingerprint": recipe.fingerprint()}
 
 
 def key(recipe: Recipe, device: torch.device) -> str:

@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from isthmus.config import Recipe
-from isthmus.files import write_text
+from isthmus.files import read_note, write_text
 from isthmus.forecast import kept
+from isthmus.training.checkpoint import writing
 from isthmus.training.log import read_rows
 
 PLAN, BOTH = "plan.json", "planned.json"
@@ -51,19 +52,19 @@ def plan(recipe: Recipe, folder: Path, device: torch.device, console: Console) -
     except Exception as error:  # whatever a forecast stumbles over, it must not keep a run from its training
         console.print(f"no forecast of this run: {type(error).__name__}: {error}".splitlines()[0], markup=False)
         return
-    write_text(file, json.dumps(made, indent=1))
+    with writing(file):
+        write_text(file, json.dumps(made, indent=1))
 
 
 def compare(folder: Path) -> list[Stage]:
     """Every finished stage of a run that was planned, with what it took, and write both into the folder."""
-    file = folder / PLAN
-    if not file.is_file():
-        return []
     found = [
         Stage(told["name"], _planned(told), was)
-        for told in json.loads(file.read_text())["stages"]
+        for told in read_note(folder / PLAN).get("stages", ())
         if (was := measured(folder / told["name"]))
     ]
+    if not found:
+        return []
     write_text(folder / BOTH, json.dumps([stage.plain for stage in found], indent=1))
     return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +33,9 @@ from isthmus.types import ConfigError, IsthmusError
 WEIGHTS, MOMENTS, STATE, MANIFEST = "trainable.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 DRIFTING = "drifting.safetensors"
 """Slow copies and queues, where a stage has some."""
+NUMBERED = re.compile(r"-\d+$")
+"""How names of checkpoints end."""
+AGAIN = "remove the folder to start the stage over"
 
 
 @dataclass
@@ -74,9 +78,13 @@ class Checkpoints:
 
     def save(self, state: State) -> None:
         """Write a resumable checkpoint and drop all but the last ones; see `Writer` for when an error is raised."""
+        self._write("step", state, self.held(), self.keep)
+
+    def held(self) -> dict[str, dict[str, Tensor]]:
+        """All tensors that a resumable checkpoint has, by file."""
         drifting = self.step.drifting()
         more = {DRIFTING: drifting} if drifting else {}
-        self._write("step", state, {WEIGHTS: self._moving(), MOMENTS: self._moments(), **more}, self.keep)
+        return {WEIGHTS: self._moving(), MOMENTS: self._moments(), **more}
 
     def save_best(self, state: State) -> None:
         """Write the weights that validated best so far, and drop those they beat."""
@@ -98,7 +106,7 @@ class Checkpoints:
             _copy(folder / DRIFTING, drifting)
         self._set_moments(folder / MOMENTS)
         kept = {field.name for field in fields(State)}
-        return State(**{key: value for key, value in _read_json(folder / STATE).items() if key in kept})
+        return State(**{key: value for key, value in read_json(folder / STATE, AGAIN).items() if key in kept})
 
     def _newest(self) -> int:
         """The step of the newest sound checkpoint, 0 without one; what is left of interrupted saves is cleared away."""
@@ -146,8 +154,8 @@ class Checkpoints:
         return damage(target) is None
 
     def _found(self, kind: str) -> list[Path]:
-        """Finished checkpoints of a kind, newest first."""
-        return sorted(self.folder.glob(f"{kind}-*"), reverse=True)
+        """Finished checkpoints of a kind, newest first; folders that others put beside them are not among them."""
+        return sorted((path for path in self.folder.glob(f"{kind}-*") if NUMBERED.search(path.name)), reverse=True)
 
     def _forget_after(self, step: int) -> None:
         """Drop what lies ahead of where the run goes on: damaged, or the best of steps that will be run again."""
@@ -225,7 +233,7 @@ def begin(folder: Path, stage: Stage, seed: int, steps: Callable[[], int], say: 
     """
     file = folder / MANIFEST
     wanted = {"seed": seed, **stage.model_dump(mode="json")}
-    manifest: dict[str, Any] = _read_json(file) if file.is_file() else {"run": wanted, "steps": steps()}
+    manifest: dict[str, Any] = read_json(file, AGAIN) if file.is_file() else {"run": wanted, "steps": steps()}
     wrong, said = agreement.of_stage(manifest["run"], wanted)
     if wrong:
         raise ConfigError(
@@ -302,6 +310,18 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def read_json(file: Path, remedy: str) -> Any:
+    """What a JSON file holds that nothing can make again.
+
+    Raises:
+        IsthmusError: it is damaged, or not there.
+    """
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise IsthmusError(f"{file} cannot be read ({error})", remedy) from None
+
+
 # ---------------------------------------------------------------------------------------------- inside
 
 
@@ -328,10 +348,3 @@ def _copy(file: Path, into: Mapping[str, Tensor]) -> None:
             )
         for key, tensor in into.items():
             tensor.copy_(like(tensors.get_tensor(key), tensor))
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise IsthmusError(f"{file} cannot be read ({error})", "remove the folder to start the stage over") from None

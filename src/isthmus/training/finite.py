@@ -1,13 +1,15 @@
 """Where numbers stopped being numbers: the first module that produced one, and the batch on which it did.
 
 Training itself only looks at the loss and at the norm of the gradient. When either is not finite, the step is run once
-more with the same randomness, this time under hooks on every module.
+more with the same randomness, this time under hooks on every module; and so is a validation. What an update made of
+weights and moments is looked at before it is saved.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -18,9 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from isthmus.files import write_text
-from isthmus.training.checkpoint import writing
+from isthmus.training.checkpoint import MOMENTS, writing
 from isthmus.training.optimizer import Trained
-from isthmus.training.parallel import whole
+from isthmus.training.parallel import World, local, whole
+from isthmus.training.step import Step
 from isthmus.types import Batch, NotFinite
 
 
@@ -57,17 +60,139 @@ def refuse(
         each.parameter.grad = None
     inside = in_modules(step, again)  # by every process, or the others would wait
     fault = in_batches(batches) or inside or leftover
+    raise NotFinite(f"step {number}: {fault.tensor} is not finite", _written_down(note, number, fault, batches))
+
+
+def _written_down(note: Path, number: int, fault: Fault, batches: Sequence[Batch]) -> str:
+    """Where the culprit and the batches are to be found from now on, and what to do."""
     tensors = note.with_suffix(".safetensors")
     with writing(note):
         save_file(tensors_of(batches), tensors)
         samples = [list(batch.ids) for batch in batches]
         content = {"step": number, "tensor": fault.tensor, "module": fault.module, "samples": samples}
         write_text(note, json.dumps(content, indent=1))
-    raise NotFinite(
-        f"step {number}: {fault.tensor} is not finite",
-        f"{note} names the samples and {tensors.name} beside it holds them; look at them, or lower the learning rate; "
-        "the weights before it are saved",
-    )
+    return f"{note} names the samples and {tensors.name} beside it holds them; look at them, or lower the learning rate"
+
+
+# ---------------------------------------------------------------------------------------------- what is saved
+
+
+def check(world: World, number: int, held: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Refuse to save what the update of a step broke: a learning rate or moments beyond what numbers can hold.
+
+    Args:
+        number: of the step.
+        held: what a checkpoint would hold, by file and name. All processes have to ask.
+
+    Raises:
+        NotFinite: a tensor is not finite in some process; all raise it.
+    """
+    with world.together():
+        if (name := unsound(held)) is not None:
+            raise NotFinite(
+                f"step {number}: {name} is not finite after the update",
+                "lower the learning rate; this step is not saved, and the checkpoints before it are as they were",
+            )
+
+
+def unsound(held: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+    """The first tensor that is not finite, of what this process holds of each."""
+    names, finite = [], []
+    for file, tensors in held.items():
+        for name, tensor in tensors.items():
+            mine = local(tensor.detach())
+            if mine.is_floating_point() and mine.numel():
+                names.append(f"the moment {name.replace('/', ' of ')}" if file == MOMENTS else name)
+                # a largest value takes no memory and does not overflow
+                finite.append(torch.linalg.vector_norm(mine, math.inf).isfinite())
+    sound = torch.stack([each.to(finite[0].device) for each in finite]).tolist() if finite else []
+    return next((name for name, good in zip(names, sound) if not good), None)
+
+
+def told(error: NotFinite, saved: bool) -> NotFinite:
+    """The same, with what became of the weights with which the loss or a gradient was not finite."""
+    fate = "the weights before it are saved" if saved else "the weights before it are broken too, and are not saved"
+    return NotFinite(error.cause, f"{error.remedy}; {fate}")
+
+
+# ---------------------------------------------------------------------------------------------- a validation
+
+
+@dataclass
+class Forwards:
+    """Those of a step in one validation by this process."""
+
+    done: int = 0
+    bad: int = 0
+    """The number of the first one, counted from 1, whose loss is not finite; 0 if there is none."""
+
+
+@contextlib.contextmanager
+def counted(step: Step) -> Iterator[Forwards]:
+    """What forwards the step does inside."""
+    found = Forwards()
+
+    def after(module: nn.Module, args: Any, output: tuple[Tensor, Any]) -> None:
+        found.done += 1
+        if not found.bad and not _finite(output[0]):
+            found.bad = found.done
+
+    handle = step.register_forward_hook(after)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def refuse_validation(step: Step, number: int, own: Forwards, again: Callable[[], object], note: Path) -> NoReturn:
+    """Name the culprit of a validation, write the first batch down whose loss is not finite, and stop.
+
+    Args:
+        number: of the step after which it was.
+        own: its forwards in this process.
+        again: runs the same validation once more. With several processes all of them call it.
+        note: where the culprit and the samples are named; their tensors go beside it as safetensors.
+
+    Raises:
+        NotFinite: always.
+    """
+    world = step.world
+    firsts = world.total([own.bad * (rank == world.rank) for rank in range(world.size)])
+    first = min(filter(None, firsts), default=0)
+    found = in_forward(step, first, again) if first else None  # by every process, or the others would wait
+    with world.together():
+        if found is not None and own.bad == first:
+            fault, batch = found
+            raise NotFinite(
+                f"step {number}: the validation loss is not finite; the first such tensor is {fault.tensor}",
+                _written_down(note, number, fault, [batch]),
+            )
+    raise NotFinite(f"step {number}: the validation loss is not finite", "lower the learning rate, or look at the data")
+
+
+def in_forward(step: Step, number: int, again: Callable[[], object]) -> tuple[Fault, Batch] | None:
+    """Run a validation again and watch the forward of that number, counted from 1: its first fault, and its batch."""
+    faults, found = list[Fault](), list[tuple[Fault, Batch]]()
+    watching = contextlib.ExitStack()
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if forwards.done == number - 1:
+            watching.enter_context(_watched(step, faults))
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Mapping[str, Tensor]]) -> None:
+        if forwards.done == number:
+            watching.close()
+            inside = faults[0] if faults else _of_terms(output[1])
+            found.append((in_batches(args[:1]) or inside or Fault("the sum of its terms"), args[0]))
+
+    with watching, counted(step) as forwards, torch.compiler.set_stance("force_eager"):
+        handles = [step.register_forward_pre_hook(before), step.register_forward_hook(after)]
+        try:
+            again()
+        finally:
+            for handle in handles:
+                handle.remove()
+    return found[0] if found else None
 
 
 # ---------------------------------------------------------------------------------------------- what went in
@@ -184,13 +309,16 @@ class _Probe:
 
 def _left_over(shares: Mapping[str, Tensor], trained: Sequence[Trained]) -> Fault:
     """What was seen without hooks: a term of the loss, else a gradient, else their norm, which can overflow alone."""
-    for name, share in shares.items():
-        if not _finite(share):
-            return Fault(f"the loss {name} ({float(share)})")
+    if fault := _of_terms(shares):
+        return fault
     for each in trained:
         if each.parameter.grad is not None and not _finite(whole(each.parameter.grad)):
             return Fault(f"the gradient of {each.name}", each.name.rpartition(".")[0])
     return Fault("the norm of all gradients")
+
+
+def _of_terms(shares: Mapping[str, Tensor]) -> Fault | None:
+    return next((Fault(f"the loss {name} ({float(each)})") for name, each in shares.items() if not _finite(each)), None)
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -67,16 +67,17 @@ class Metrics:
 
 
 def read_rows(file: Path) -> list[Row]:
-    """All whole rows of a metrics file; a last row cut off by a crash is left out."""
-    if not file.is_file():
-        return []
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+    """All whole rows of a metrics file; what a crash cut off, or a disk damaged, is left out."""
+    lines = file.read_bytes().splitlines() if file.is_file() else []
+    return [row for line in lines if (row := _row(line))]
+
+
+def _row(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 class Progress:

@@ -20,9 +20,10 @@ import torch
 from rich.console import Console, RenderableType
 from torch import Tensor
 
-from isthmus.config import Budget, Engine, Stage
+from isthmus.config import Engine, Stage
 from isthmus.model import VLM
 from isthmus.training import checkpoint, curves, finite, log, machine, optimizer, parallel
+from isthmus.training.budget import marks
 from isthmus.training.meter import Meter
 from isthmus.training.parallel import World
 from isthmus.training.signals import interrupts
@@ -53,17 +54,6 @@ class Result:
     at: checkpoint.State
     model: Path | None
     """The Hugging Face directory that was written; None if interrupted."""
-
-
-def steps_for(budget: Budget, batch_size: int, samples: int) -> int | None:
-    """Steps of a budget over `samples` samples per epoch; None for minutes, which need a clock."""
-    if budget.steps is not None:
-        return budget.steps
-    if budget.samples is not None:
-        return math.ceil(budget.samples / batch_size)
-    if budget.epochs is not None:
-        return math.ceil(budget.epochs * samples / batch_size)
-    return None
 
 
 def run_stage(
@@ -188,15 +178,22 @@ class _Runner:
                 if state.step in evaluations:
                     self._evaluate(state, metrics, saves)
                 if state.step in saving:
-                    saves.save(state)
+                    self._save(state, saves)
             if state.step not in saving:
-                saves.save(state)
+                self._save(state, saves)
             self.world.lead(saves.writer.join)
         self._draw(metrics)
         if state.step < steps:
             return Result("interrupted", steps, state, None)
+        if warning := self.watch.end(self.adamw):
+            say(warning)
         saves.restore_best(state)
+        finite.check(self.world, state.step, saves.held())
         return Result("done", steps, state, self._hand_over())
+
+    def _save(self, state: checkpoint.State, saves: checkpoint.Checkpoints) -> None:
+        finite.check(self.world, state.step, saves.held())
+        saves.save(state)
 
     def _advance(
         self, state: checkpoint.State, steps: int, saves: checkpoint.Checkpoints, say: Callable[[str], None]
@@ -231,25 +228,30 @@ class _Runner:
 
     @contextmanager
     def _kept(self, state: checkpoint.State, saves: checkpoint.Checkpoints) -> Iterator[None]:
-        """What fails inside leaves a checkpoint of the state; of several processes all have to fail, as ours do."""
+        """What fails inside leaves a checkpoint of the state; of several processes all have to fail, as ours do.
+
+        There is none of a state that is not finite itself, nor of one that is not that of a finished step.
+        """
         try:
             yield
         except Exception as error:
             if state.step and self.step.sound and (self.world.size == 1 or isinstance(error, IsthmusError)):
-                saves.save(state)
+                if sound := not self.world.any(finite.unsound(saves.held()) is not None):
+                    saves.save(state)
+                if isinstance(error, NotFinite):
+                    raise finite.told(error, sound) from error
             raise
 
     def _evaluate(self, state: checkpoint.State, metrics: log.Metrics, saves: checkpoint.Checkpoints) -> None:
         """A validation that fails leaves a checkpoint without it; a run that goes on from there has it first."""
+        finite.check(self.world, state.step, saves.held())
         with self._kept(state, saves):
-            found = self._validate()
+            with finite.counted(self.step) as forwards:
+                found = self._validate()
             loss = found["validation_loss"]
-            self.step.ready()
             if not math.isfinite(loss):  # of a number that is none, no later one would ever be the better
-                raise NotFinite(
-                    f"step {state.step}: the validation loss is not finite",
-                    "lower the learning rate, or look at the data",
-                )
+                finite.refuse_validation(self.step, state.step, forwards, self._validate, self._note())
+            self.step.ready()
             with self.world.together():
                 metrics.write({"step": state.step, **found})
         if state.improves(loss):
@@ -345,9 +347,12 @@ class _Runner:
 
     def _refuse(self, number: int, batches: list[Batch], shares: dict[str, Tensor]) -> None:
         """Stop before the update, with the first bad tensor named and the batch written down."""
-        file = self.folder / ("bad_batch.json" if self.world.main else f"bad_batch_{self.world.rank}.json")
         again = lambda: self._draw_and_backward(number, batches)  # noqa: E731
-        finite.refuse(self.step, self.trained, number + 1, batches, shares, again, file)
+        finite.refuse(self.step, self.trained, number + 1, batches, shares, again, self._note())
+
+    def _note(self) -> Path:
+        """Where this process names the batch that did it."""
+        return self.folder / ("bad_batch.json" if self.world.main else f"bad_batch_{self.world.rank}.json")
 
     # ------------------------------------------------------------------------------------ the clock
 
@@ -390,11 +395,3 @@ def _unseen(state: checkpoint.State, metrics: Path) -> bool:
     """Whether a state knows nothing of a validation at its step."""
     rows = [row for row in log.read_rows(metrics) if row["step"] == state.step and "validation_loss" in row]
     return not rows or state.improves(rows[-1]["validation_loss"])
-
-
-def marks(share: float | None, steps: int) -> set[int]:
-    """The steps after which something happens every `share` of the way, and always at the end."""
-    if not share:
-        return {steps}
-    inner = (round(steps * share * number) for number in range(1, math.ceil(1 / share)))
-    return {mark for mark in inner if mark > 0} | {steps}

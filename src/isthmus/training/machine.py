@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from isthmus.files import write_text
+from isthmus.files import read_note, write_text
 from isthmus.training.checkpoint import writing
 from isthmus.types import ConfigError, IsthmusError
 
@@ -54,10 +54,9 @@ def ceiling(device: torch.device, dtype: torch.dtype, file: Path) -> float:
     """
     threads = torch.get_num_threads()
     wanted = {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "threads": threads}
-    if file.is_file():
-        known = json.loads(file.read_text())
-        if {key: known.get(key) for key in wanted} == wanted:
-            return known["operations_per_second"]
+    known = read_note(file)
+    if wanted.items() <= known.items() and "operations_per_second" in known:
+        return known["operations_per_second"]
     found = measured_ceiling(device, dtype, threads)
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)

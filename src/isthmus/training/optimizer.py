@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -59,7 +59,8 @@ def choose(step: Step, stage: Stage) -> list[Trained]:
     the stage's rate, but for those that their objective holds still.
 
     Raises:
-        ConfigError: a glob matches nothing (the nearest name is suggested), or nothing trains.
+        ConfigError: a glob matches nothing (the nearest name is suggested), or others decide on all that it would
+            train; or nothing trains.
     """
     rules = list(_rules(step.vlm, stage))
     names = [name for name, _ in step.vlm.named_parameters()]
@@ -69,9 +70,16 @@ def choose(step: Step, stage: Stage) -> list[Trained]:
                 f"stage {stage.name}: {rule.glob!r} matches no parameter{nearest(rule.glob, _globs(names))}",
                 "globs go over parameter names, such as connectors.* and llm.*",
             )
+    deciding = {name: rule for rule in rules for name in names if rule.claims(name)}  # the last one stays
+    for rule in rules:
+        if rule.how.mode != "frozen" and not any(each is rule and rule.trains(name) for name, each in deciding.items()):
+            raise ConfigError(
+                f"stage {stage.name}: {rule.glob!r} trains nothing: globs behind it decide on all that it matches",
+                "the last glob that matches decides: put this one behind them, or leave it out",
+            )
     own = list(_of_objectives(step, stage))
     step.requires_grad_(False)
-    chosen = [*_of_model(step, stage, rules), *own]
+    chosen = [*_of_model(step, stage, deciding), *own]
     if not chosen:
         raise ConfigError(f"stage {stage.name} trains nothing", "give at least one glob a rate: connectors.*: 1e-3")
     if packed := [each.name for each in chosen if not each.parameter.is_floating_point()]:
@@ -160,8 +168,8 @@ class Watch:
     """
 
     def __init__(self, step: Step, trained: Sequence[Trained]):
-        awake = [each for each in trained if not _asleep(step.vlm, each.name)]
-        self.unreached, self.silent = awake, awake
+        self.awake = [each for each in trained if not _asleep(step.vlm, each.name)]
+        self.unreached, self.silent = self.awake, self.awake
         self.unseen = set(step.vlm.connectors)
         self.steps = 0
 
@@ -184,6 +192,21 @@ class Watch:
         if self.steps == PATIENCE and self.silent:
             return f"warning: the gradient of {_list(self.silent)} has been zero for {PATIENCE} steps"
         return None
+
+    def end(self, adamw: torch.optim.Optimizer) -> str | None:
+        """At the end of a stage, however short or often interrupted it was: a warning, or None.
+
+        What no gradient has ever reached has no moments. Checkpoints keep these, and all processes have the same.
+        """
+        left = [each for each in self.awake if not adamw.state.get(each.parameter)]
+        if not left:
+            return None
+        some = any(adamw.state.get(each.parameter) for each in self.awake)
+        what = f"{len(left)} trainable tensors are as they were" if some else "nothing was trained"
+        return (
+            f"warning: {what}, for no gradient has reached {_list(left)}; "
+            "`isthmus data preview` shows whether samples have the media that these are for"
+        )
 
 
 def norms(trained: Sequence[Trained]) -> dict[str, Tensor]:
@@ -215,10 +238,10 @@ def _rules(vlm: VLM, stage: Stage) -> Iterator[_Rule]:
         yield _Rule(glob, how, graft)
 
 
-def _of_model(step: Step, stage: Stage, rules: Sequence[_Rule]) -> Iterator[Trained]:
+def _of_model(step: Step, stage: Stage, deciding: Mapping[str, _Rule]) -> Iterator[Trained]:
     kinds = step.seen_with()
     for name, parameter in step.vlm.named_parameters():
-        rule = next((rule for rule in reversed(rules) if rule.claims(name)), None)
+        rule = deciding.get(name)
         if rule and rule.trains(name):
             decay = rule.how.weight_decay if parameter.ndim > 1 or rule.how.decay_all else 0.0
             lr, used_with = rule.how.lr or stage.lr, frozenset(kinds.get(parameter, ()))

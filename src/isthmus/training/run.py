@@ -31,6 +31,7 @@ from isthmus.model import VLM
 from isthmus.prepare import codes, tags
 from isthmus.prepare.features import FeatureCache
 from isthmus.training import agreement, checkpoint, combination, locks, log, loop, optimizer, validation
+from isthmus.training.budget import steps_for
 from isthmus.training.machine import arithmetic
 from isthmus.training.parallel import World
 from isthmus.training.prefetch import Prefetched
@@ -203,7 +204,7 @@ class Run:
             told["start"] = storage.fingerprint(recipe.start)
         plain = recipe.model_dump(mode="json")
         if note.is_file() and self._begun():
-            known = json.loads(note.read_text())
+            known = checkpoint.read_json(note, "delete it: the run goes on by the notes of its stages")
             if known.get("start") != told.get("start") and recipe.start == known["recipe"].get("start"):
                 raise ConfigError(
                     f"{recipe.start} is another model than the one that the run in {self.folder} began with",
@@ -221,8 +222,9 @@ class Run:
             told["dtype"] = known["dtype"]
         else:
             told["dtype"] = str(arithmetic(recipe.dtype, self.device)).removeprefix("torch.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(note, json.dumps(told | {"recipe": plain}, indent=1))
+        with checkpoint.writing(note):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(note, json.dumps(told | {"recipe": plain}, indent=1))
 
     def _begun(self) -> bool:
         """Whether anything was done in the folder; one with a note alone is as good as new."""
@@ -303,7 +305,7 @@ class Run:
                 stage,
                 feed,
                 self.folder / stage.name,
-                steps=loop.steps_for(stage.budget, stage.batch_size, data.mix.epoch_length),
+                steps=steps_for(stage.budget, stage.batch_size, data.mix.epoch_length),
                 seed=self.recipe.seed,
                 validate=validation.of(stage, data.sets, collator, self.recipe.seed),
                 device=self.device,
