@@ -175,15 +175,14 @@ def invalid(world: World, recipe: Recipe, stage: Stage, folder: Path, engine: En
         run_stage(vlm, stage, Share(vlm, size=stage.batch_size, world=world), folder, **common)  # type: ignore[arg-type]
 
 
-def heard(world: World, recipe: Recipe, stages: dict[str, tuple[Stage, dict[str, Any]]], folder: Path) -> None:
-    """What the first process prints in each stage, whose feed has options."""
-    for name, (stage, more) in stages.items():
-        console = Console(file=io.StringIO(), width=400, quiet=not world.main)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(small, "quiet", lambda console=console: console)
-            learn(world, recipe, stage, folder / name, **more)
-        if world.main:
-            (folder / f"{name}.txt").write_text(console.file.getvalue())  # type: ignore[attr-defined]
+def heard(world: World, recipe: Recipe, stage: Stage, folder: Path, more: dict[str, Any]) -> None:
+    """What the first process prints, whose feed has options."""
+    console = Console(file=io.StringIO(), width=400, quiet=not world.main)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(small, "quiet", lambda: console)
+        learn(world, recipe, stage, folder, **more)
+    if world.main:
+        (folder / "heard.txt").write_text(console.file.getvalue())  # type: ignore[attr-defined]
 
 
 def unvalidated(world: World, recipe: Recipe, stage: Stage, folder: Path, engine: Engine, together: bool) -> None:

@@ -302,9 +302,10 @@ def test_a_validation_that_is_no_number_is_named_by_all_and_kept_by_the_one_that
 
 def test_no_gradient_is_missed_by_processes_one_of_which_had_some(recipe: Recipe, tmp_path: Path) -> None:
     made = stage(train={"connectors.*": 1e-3}, evaluate_every=None)
-    stages = {"one": (made, {"steps": 2, "texts": (1, 3)}), "none": (made, {"steps": 2, "silent": (0, 1)})}
-    assert ranks.start(2, ranks.heard, recipe, stages, tmp_path) == [0, 0]
-    one, none = ((tmp_path / f"{name}.txt").read_text() for name in stages)
+    feeds = {"one": {"texts": (1, 3)}, "none": {"silent": (0, 1)}}
+    for name, feed in feeds.items():
+        assert ranks.start(2, ranks.heard, recipe, made, tmp_path / name, {"steps": 2, **feed}) == [0, 0]
+    one, none = ((tmp_path / name / "heard.txt").read_text() for name in feeds)
     assert "no gradient has reached" not in one and "nothing was trained, for no gradient has reached vlm.conn" in none
 
 
