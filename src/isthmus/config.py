@@ -231,6 +231,8 @@ class Engine(Frozen):
     """With `fsdp`, shard frozen parts too; otherwise every process holds them whole."""
     tensorboard: bool = False
     """Write TensorBoard events beside `metrics.jsonl`."""
+    forecast: bool = True
+    """Say before the training what it will take, and afterwards what it took; that costs a core some ten seconds."""
 
 
 # ---------------------------------------------------------------------------------------------- recipe

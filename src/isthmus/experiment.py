@@ -93,7 +93,8 @@ def _done(run: Run) -> Report | None:
     start = time.perf_counter()
     before = _measure(run, model, look, tasks, "before")
     clock.add("measuring before", start)
-    was.plan(recipe, folder, run.device, console)
+    if recipe.engine.forecast:
+        was.plan(recipe, folder, run.device, console)
     start = time.perf_counter()
     trained = run.train(model, look)
     clock.add("training, with encoding its pictures", start)

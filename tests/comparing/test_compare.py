@@ -65,6 +65,8 @@ def test_every_run_is_a_normal_run(finished: Outcome, place: Path) -> None:
         for seed in (0, 1):
             assert json.loads((folder / name / f"seed{seed}" / "run.json").read_text())["recipe"]["seed"] == seed
             assert (folder / name / f"seed{seed}" / "align" / "model" / "config.json").is_file()
+        assert len([*folder.glob(f"{name}/seed*/planned.json")]) == 2  # and of the trials nobody asks for a forecast
+        assert [*folder.glob(f"{name}/rates/*/report.json")] and not [*folder.glob(f"{name}/rates/*/plan.json")]
     assert len(finished.runs) == 4 and len({run.fingerprint for run in finished.runs}) == 4
     assert {run.data_hash for run in finished.runs if run.seed == 0} == {finished.runs[0].data_hash}
 

@@ -131,9 +131,10 @@ class Plan(Frozen):
         amount = self.amount.times(self.share)
         short = budget.apply(scaled(self.recipe(name), factor), amount, per_step, least=True)
         *others, last = short.stages
-        short = short.but(stages=(*others, last.but(evaluate_every=last.evaluate_every or 1.0)))
+        last = last.but(evaluate_every=last.evaluate_every or 1.0)
+        short = short.but(stages=(*others, last), engine=short.engine.but(forecast=False), seed=TRIAL_SEED, eval=())
         place = folder / name / "rates" / f"x{factor:.3g}"
-        return Job(short.but(seed=TRIAL_SEED, eval=()), place, f"{name}, rates × {factor:.3g}", trial=True)
+        return Job(short, place, f"{name}, rates × {factor:.3g}", trial=True)
 
     @property
     def command(self) -> str:
