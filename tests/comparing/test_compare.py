@@ -533,8 +533,8 @@ def test_rates_that_the_trials_did_not_tell_apart_are_said(finished: Outcome) ->
     tried = {
         "alike": Rates({1.0: 2.5, 3.0: 2.5}, 1.0, 1),
         "short": Rates({1.0: 2.5, 3.0: 2.4, 9.0: 2.6}, 3.0, 9),
-        "long": Rates({1.0: 2.5, 3.0: 2.4}, 3.0, 10),
-        "none": Rates({1.0: 2.5, 3.0: None}, 1.0, 10),
+        "long": Rates({1.0: 2.5, 3.0: 2.4}, 3.0, 20),
+        "none": Rates({1.0: 2.5, 3.0: None}, 1.0, 20),
     }
     said = advice(replace(finished, rates=tried, settings=(), left_out={}))[-3:]
     assert [sentence.split(" lie ")[0].split(" ended ")[0].split(" had ")[0] for sentence in said] == [
