@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.config import Budget, LoRA, Recipe, Source, read
-from isthmus.overrides import ELSEWHERE, fields
+from isthmus.overrides import ELSEWHERE, fields, parse_value
 from isthmus.recipes import BOOK
 from isthmus.types import ConfigError, Route
 
@@ -192,6 +192,55 @@ def test_a_file_that_is_not_there_is_told_so(tmp_path: Path) -> None:
     assert caught.value.cause == f"no file {tmp_path / 'nowhere/mine.yaml'}"
 
 
+# ---------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("1E5", 1e5),
+        ("-.5e+2", -50.0),
+        ("2.e3", 2000.0),
+        ("[1e-3, {a: 2e4}, '3e5']", [1e-3, {"a": 2e4}, "3e5"]),
+        ("1.5", 1.5),
+        ("007", 7),
+        ('"5"', "5"),
+        ("'007'", "007"),
+        ('"2024"', "2024"),
+        ('"1e-3"', "1e-3"),
+        ("2024-13-45", "2024-13-45"),
+        ("0b_", "0b_"),
+        ("e5", "e5"),
+        ("1e5x", "1e5x"),
+        ("1e", "1e"),
+        ("[" * 3000, "[" * 3000),
+    ],
+)
+def test_a_value_is_what_is_written(text: str, value: object) -> None:
+    found = parse_value(text)
+    assert found == value and type(found) is type(value)
+
+
+def test_a_quoted_number_is_a_name_and_is_kept(tmp_path: Path) -> None:
+    for name in ("2024", "1e5", "1.5E-3"):
+        recipe = of().override([f'name="{name}"'])
+        for file in (tmp_path / "mine.yaml", tmp_path / "mine.json"):
+            recipe.save(file)
+            assert read(file) == recipe and recipe.name == name
+
+
+@pytest.mark.parametrize("value", ["2024-13-45", "0b_", "!!int ''", "!!timestamp x", "!!bool x", "[" * 3000])
+def test_a_value_that_cannot_be_read_is_told_of_its_file(tmp_path: Path, value: str) -> None:
+    assert "theirs.yaml: cannot be read as YAML or JSON (" in refused(tmp_path, f"name: {value}")
+
+
+def test_numbers_of_a_file_may_have_exponents_at_every_depth(tmp_path: Path) -> None:
+    stage = read_one(tmp_path, "betas: [9e-1, 99e-2]").stages[0]
+    assert stage.betas == (0.9, 0.99) and stage.train["connectors.*"].lr == 1e-3
+    assert read_one(tmp_path, "joint: {scale: 1e-2}").stages[0].joint == {"scale": 0.01}
+
+
 # ---------------------------------------------------------------------------------------------- what is there twice
 
 
@@ -209,7 +258,8 @@ def test_a_key_that_is_there_twice_is_refused_with_its_lines(tmp_path: Path) -> 
     with pytest.raises(ConfigError) as caught:
         read(file)
     assert caught.value.cause == f"{file}: the key 'seed' stands in line 2 and again in line 3"
-    assert "'steps'" in fault("stages.sft.budget={steps: 1, steps: 2}").cause
+    told = fault("stages.sft.budget={steps: 1, steps: 2}").cause
+    assert told.startswith("stages.sft.budget={steps: 1, steps: 2}: the key 'steps' stands in line 1")
 
 
 def test_what_is_merged_into_a_mapping_may_be_overruled_there(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from isthmus.errors import ConfigError
 from isthmus.errors import nearest as nearest
-from isthmus.overrides import OneOf, assign, explain, plain
+from isthmus.overrides import OneOf, assign, explain, plain, written
 from isthmus.overrides import parse_value as parse_value
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -323,13 +323,13 @@ class Recipe(Frozen):
             path, equals, text = assignment.partition("=")
             if not equals:
                 raise ConfigError(f"override {assignment!r} has no '='", "write key=value, e.g. seed=1")
-            assign(tree, Recipe, path.strip(), parse_value(text))
+            assign(tree, Recipe, path.strip(), parse_value(text, path.strip()))
         return check(Recipe, tree, "override", dotted=True)
 
     def save(self, path: Path) -> None:
         """Write as YAML or JSON, by the file's ending."""
         tree = self.model_dump(mode="json")
-        text = json.dumps(tree, indent=2) if path.suffix == ".json" else yaml.safe_dump(tree, sort_keys=False)
+        text = json.dumps(tree, indent=2) if path.suffix == ".json" else written(tree)
         path.write_text(text, encoding="utf-8")
 
 

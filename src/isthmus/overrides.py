@@ -61,6 +61,8 @@ ELSEWHERE = {
     for theirs in names.split()
 }
 """What fields are called in other toolkits, and the end of their path here."""
+EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
+"""Numbers that YAML 1.1 takes for texts."""
 SHARES = {"warmup", "evaluate_every", "save_every"}
 """Fields that are shares of a stage, where others count steps."""
 
@@ -87,7 +89,10 @@ class OneOf(BaseModel):
 
 
 class Once(yaml.SafeLoader):
-    """Plain YAML, and so JSON, of which no mapping has a key twice; what `<<` merges into one may be overruled."""
+    """YAML, and so JSON, of which no mapping has a key twice; what `<<` merges into one may be overruled.
+
+    `1e-3` is a number, as in JSON and YAML 1.2; in YAML 1.1 only `1.0e-3` is.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -105,36 +110,50 @@ class Once(yaml.SafeLoader):
         return node
 
 
+class Quoting(yaml.SafeDumper):
+    """Writes YAML that `Once` reads as the same values: a text that looks like `1e-3` stands in quotes."""
+
+
+for reads_or_writes in (Once, Quoting):
+    reads_or_writes.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("+-.0123456789"))
+
+
 def plain(text: str) -> Any:
     """Plain values from YAML or JSON.
 
     Raises:
         ConfigError: a key is there twice.
-        yaml.YAMLError: it is neither.
+        yaml.YAMLError: it is neither, or a value looks like a date or a number and is none.
     """
-    loader = Once(text)
     try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
+        loader = Once(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except (ValueError, LookupError, AttributeError) as error:  # what the library's constructors stumble over
+        raise yaml.YAMLError(f"a value that looks like a date or a number and is none: {error}") from None
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
 
 
-def parse_value(text: str) -> Any:
-    """The value of an override, read as YAML (so `1e-3` is a number, `[a, b]` a list, `null` None).
+def written(tree: Mapping[str, Any]) -> str:
+    """Plain values as YAML that `plain` reads as the same values."""
+    return yaml.dump(tree, Dumper=Quoting, sort_keys=False)
+
+
+def parse_value(text: str, key: str = "") -> Any:
+    """The value of an override, read as YAML: `1e-3` is a number, `[a, b]` a list, `null` None, `"1e-3"` a text.
 
     Raises:
-        ConfigError: a key is there twice.
+        ConfigError: in the value of this key, a key is there twice.
     """
     try:
-        value = plain(text)
+        return plain(text)
     except yaml.YAMLError:
         return text
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    except ConfigError as error:
+        raise ConfigError(f"{key and f'{key}='}{text}: {error.cause}", error.remedy) from None
 
 
 def assign(tree: Any, model: type[BaseModel], path: str, value: Any) -> None:

@@ -81,6 +81,8 @@ def test_check_tells_alike_faults_once_and_where_pictures_lie(monkeypatch, capsy
     assert len(lines) == 4 and lines[3].startswith("2 more like that of line 1: no picture")
     assert run(monkeypatch, "check", str(file), "--all") == 3
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith(str(file))]) == 6
+    file.write_text(json.dumps({"image": "a" * 5000, "conversations": said}))
+    assert run(monkeypatch, "check", str(file)) == 3 and "no picture aaa" in capsys.readouterr().out
     file.write_text("")
     assert run(monkeypatch, "check", str(file)) == 3
     assert "holds no conversation" in capsys.readouterr().err
@@ -100,7 +102,8 @@ def test_check_warns_once_of_ids_that_repeat(monkeypatch, capsys, tmp_path: Path
     shards = [tmp_path / "rows" / f"{name}.jsonl" for name in "ab"]
     shards[0].parent.mkdir()
     for file, ids in zip(shards, ("xyz", "uyxyv")):
-        file.write_text("\n".join(json.dumps({"id": name, "conversations": said}) for name in ids))
+        rows = [{"id": name, "conversations": said, "meta": {"file": "theirs.pdf"}} for name in ids]
+        file.write_text("\n".join(map(json.dumps, rows)))
     for words in ((), ("--fast",), ("--json",)):
         assert run(monkeypatch, "check", str(shards[0].parent), *words) == 0
         told = capsys.readouterr()

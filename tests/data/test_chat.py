@@ -190,6 +190,14 @@ def test_what_a_form_already_says_is_in_the_answer_and_is_not_learnt(name):
     assert "a dog: no; a cat: yes" in learnt(plain, tokenizer)
 
 
+@pytest.mark.parametrize("parts", [(), (Image(b""),)])
+def test_of_an_answer_whose_words_are_given_nothing_is_learnt_its_end_neither(parts):
+    make = renderer(zoo()["llama3"])
+    given = make.render((TALK[0], Turn("assistant", (*parts, Text("a dog", given=True)))))
+    said = make.render((TALK[0], Turn("assistant", (*parts, Text("a dog")))))
+    assert given.ids == said.ids and any(said.trained) and not any(given.trained)
+
+
 def test_last_thinking_block_is_said_by_the_model():
     tokenizer = zoo()["thinking"]
     assert learnt(renderer(tokenizer).render(TALK), tokenizer).endswith("<think>\n\n</think>\n\nthree")

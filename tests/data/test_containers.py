@@ -388,6 +388,83 @@ def test_folders_that_do_not_say_what_is_meant_are_refused_with_what_to_name(tmp
     assert [Path(one.meta["file"]).name for one in one_by_one(tmp_path / "gqa", format="gqa")] == ["a.json", "b.json"]
 
 
+SAID = json.dumps({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]})
+NOTES = json.dumps({"version": 1, "splits": {"train": {"num_examples": 1}}})
+CLASSES = json.dumps(["cat", "dog"])
+TABLE = json.dumps({"1": {"question": "?", "imageId": "1", "answer": "x"}})
+CAPTION = "file_name,text\na.png,x\n"
+
+
+def filled(folder: Path, files: dict[str, str]) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "a.png").write_bytes(png())
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"train.jsonl": SAID, "val.json": f"[{SAID}]"},
+        {"train.jsonl": SAID, "val.json": SAID},
+        {"train.jsonl": SAID, "val.json": f"{SAID}\n{SAID}"},
+        {"train.jsonl": SAID, "notes.json": NOTES, "questions.json": TABLE},
+        {"metadata.jsonl": json.dumps({"file_name": "a.png", "text": "x"}), "val.json": f"[{SAID}]"},
+        {"metadata.csv": CAPTION, "val.json": f"[{SAID}]"},
+        {"metadata.csv": CAPTION, "train.jsonl": SAID},
+    ],
+)
+def test_files_of_two_kinds_that_both_hold_samples_are_refused(tmp_path: Path, files: dict[str, str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        formats.load(filled(tmp_path / "data", files))
+    assert caught.value.cause.endswith(f"holds {next(iter(files))} and {list(files)[-1]}")
+    assert caught.value.remedy == "name the one that is meant"
+
+
+@pytest.mark.parametrize(
+    ("files", "answer"),
+    [
+        ({"train.jsonl": SAID, "dataset_infos.json": NOTES, "classes.json": CLASSES}, "y"),
+        ({"metadata.csv": CAPTION, "dataset_infos.json": NOTES}, "x"),
+        ({"metadata.jsonl": json.dumps({"file_name": "a.png", "text": "x"}), "dataset_infos.json": NOTES}, "x"),
+    ],
+)
+def test_notes_beside_samples_are_passed_over(tmp_path: Path, files: dict[str, str], answer: str) -> None:
+    assert [one.turns[1].text for one in formats.load(filled(tmp_path / "data", files))] == [answer]
+
+
+def test_shards_with_an_index_beside_them_are_read(tmp_path: Path) -> None:
+    """As img2dataset and `wids` leave them."""
+    folder = filled(tmp_path / "data", {"00000_stats.json": NOTES, "index.json": f"[{SAID}]", "00000.parquet": "x"})
+    tar(folder / "00000.tar", [("1.png", png()), ("1.txt", b"a fox")])
+    assert [one.turns[1].text for one in formats.load(folder)] == ["a fox"]
+
+
+def test_columns_are_renamed_under_flickr_s_own_heading_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "b.png").write_bytes(png())
+    path = tmp_path / "flickr.csv"
+    path.write_text("image_name| comment_number| comment\na.png| 0| Two dogs.\n")
+    assert [(one.turns[1].text, one.media[0].source) for one in one_by_one(path)] == [("Two dogs.", tmp_path / "a.png")]
+    path.write_text("image,caption,comment\na.png,a dog,checked twice\n")
+    assert [one.turns[1].text for one in one_by_one(path)] == ["a dog"]
+    path.write_text("image,image_name,caption\na.png,b.png,a dog\n")
+    assert [one.media[0].source for one in one_by_one(path)] == [tmp_path / "a.png"]
+    path.write_text("image_name,comment,caption\na.png,two dogs,a dog\n")
+    assert "the key 'caption' is there twice" in formats.check(path)[0].message
+
+
+def test_meta_of_a_user_s_own_may_say_file(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG cut")
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"image": "a.png", "conversations": said("<image>"), "meta": {"file": "x.pdf"}}))
+    (record,) = formats.each(Form(path))
+    assert isinstance(record, formats.Record) and record.file == str(path) and record.sample.meta["file"] == "x.pdf"
+    fault = records.damaged(record)
+    assert fault is not None and fault.file == str(path)
+
+
 @pytest.mark.parametrize(("name", "remedy"), [("a.json.gz", "unpack"), ("a.p", "pickle"), ("captions.txt", ".csv")])
 def test_files_of_other_endings_are_refused_before_they_are_read(tmp_path: Path, name: str, remedy: str) -> None:
     (tmp_path / name).write_bytes(b"\x1f\x8b\n\n")

@@ -120,6 +120,21 @@ FAULTS = {
     "Qwen-VL's marker": (chat(("user", "<img>a.png</img>?"), ("assistant", "x")), "<img>a.png</img> would", "images"),
     "weight": ({"messages": [{"role": "assistant", "content": "x", "weight": 2}]}, "neither 0 nor 1", "weight 0 or 1"),
     "nothing learnt": (told(("no", {"weight": 0}), ("no", {"loss": False})), "no answer is learnt", "weight 1"),
+    "two weights": (
+        told(("no", {"weight": 1, "train": False}), ("y", {})),
+        "weight and train of an answer",
+        "keep one",
+    ),
+    "a picture beside words of weight 0": (
+        told(([{"type": "text", "text": "x"}, {"type": "image", "image": "a.png"}], {"weight": 0})),
+        "no answer is learnt",
+        "weight 1",
+    ),
+    "two pictures of a part": (
+        chat(("user", [{"type": "image", "image": "a.png", "path": "b.png"}]), ("assistant", "x")),
+        "a part names its image as image and as path, which differ",
+        "keep one",
+    ),
     "order": (chat(("user", [{"type": "image", "index": 1}]), images=["a.png"]), "number 1 of images", "in order"),
     "slip": (chat(("user", "What?"), ("assistant", "x"), imgae="a.png"), "the key 'imgae' is not", "write 'image'"),
     "slip of a list": (chat(("user", "?"), ("assistant", "x"), IMAGES=["a.png"]), "no 'images'", "write 'images'"),
@@ -279,11 +294,13 @@ def test_a_part_of_content_stands_for_the_next_picture_or_brings_its_own(tmp_pat
         chat(("user", [{"type": "image", key: name}, ask]), ("assistant", "x"))
         for key, name in (("url", "images/a.png"), ("path", "images/a.png"), ("image", url))
     ]
+    twice = {"type": "image", "image": "images/a.png", "path": "images/a.png", "url": None}
+    own.insert(0, chat(("user", [twice, ask]), ("assistant", "x")))
     turns = (Turn("user", (Image(images / "a.png"), Text("What?"))), Turn.say("assistant", "x"))
     for records, folder in ((bare, images), (own, None)):
         for sample in formats.load(write(tmp_path, *records), folder):
             assert sample.turns == turns
-    assert "outside" in formats.check(write(tmp_path, own[2]), images)[0].message
+    assert "outside" in formats.check(write(tmp_path, own[-1]), images)[0].message
 
 
 def test_trl_s_prompts_with_completions_and_preferences(tmp_path, images):

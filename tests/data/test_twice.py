@@ -95,6 +95,15 @@ def test_tables_and_columns_that_are_there_twice_are_faults(folder: Path) -> Non
     assert fault.line == 3 and "the key 'caption' is there twice" in fault.message
 
 
+@pytest.mark.parametrize("empty", [[], {}, None])
+def test_tables_that_are_there_twice_and_say_the_same_are_one(folder: Path, empty: Any) -> None:
+    images, notes = [{"id": 1, "file_name": "1.png"}], [{"id": 5, "image_id": 1, "caption": "x"}]
+    told = [("licenses", empty), ("licenses", empty), ("images", empty), ("images", images)]
+    path = folder / "captions.json"
+    path.write_text(pairs(*told, ("annotations", notes), ("annotations", notes), ("annotations", empty)))
+    assert [sample.turns[1].text for sample in formats.load(path)] == ["x"]
+
+
 # ---------------------------------------------------------------------------------------------- over several lines
 
 PREFERRED = {"prompt": TOLD[:1], "completion": TOLD[1:], "images": ["1.png"]}

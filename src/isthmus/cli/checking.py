@@ -7,6 +7,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from hashlib import blake2b
+from os.path import isfile
 from pathlib import Path
 
 import numpy as np
@@ -53,14 +54,14 @@ class Telling:
 
     def _found(self, fault: Fault) -> Iterator[str]:
         """Where a picture lies that is missing, if it is beside the file or in a folder there; of each folder once."""
-        start = self.form.path if self.form.path.is_dir() else self.form.path.parent
-        missing = re.fullmatch(rf"no (?:picture|video) (.+) in {re.escape(str(self.form.folder))}", fault.message)
-        if not missing:
+        if not fault.missing:
             return
+        start = self.form.path if self.form.path.is_dir() else self.form.path.parent
         for folder in (start, *sorted(one for one in start.iterdir() if one.is_dir())):
-            if folder not in self._elsewhere and folder != self.form.folder and (folder / missing[1]).is_file():
+            there = isfile(folder / fault.missing)  # noqa: PTH113 - Path's own raises where the name is too long
+            if there and folder not in self._elsewhere and folder != self.form.folder:
                 self._elsewhere.add(folder)
-                yield f"{missing[1]} lies in {folder}/: --images {folder}"
+                yield f"{fault.missing} lies in {folder}/: --images {folder}"
 
 
 class Ids:
@@ -76,7 +77,7 @@ class Ids:
     def add(self, record: Record) -> None:
         """Remember a sample."""
         self._hashes.frombytes(blake2b(record.sample.id.encode(errors="replace"), digest_size=8).digest())
-        file = self._files.setdefault(str(record.sample.meta["file"]), len(self._files))
+        file = self._files.setdefault(record.file, len(self._files))
         self._places.append(file << 40 | record.line)
 
     def lines(self) -> Iterator[str]:

@@ -21,11 +21,10 @@ def recipes(
     as_json: AsJson = False,
 ) -> None:
     """List the recipes, print one, or print the schema of all."""
-    import yaml
-
     from isthmus import recipes as book
     from isthmus.config import Recipe
     from isthmus.errors import ConfigError
+    from isthmus.overrides import written
 
     if schema:
         typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
@@ -33,7 +32,7 @@ def recipes(
         raise ConfigError("--brief is about one recipe", "isthmus recipes --show llava --brief")
     elif show is not None:
         tree = book.named(show).model_dump(mode="json", exclude_defaults=brief)
-        typer.echo(json.dumps(tree, indent=2) if as_json else yaml.safe_dump(tree, sort_keys=False))
+        typer.echo(json.dumps(tree, indent=2) if as_json else written(tree))
     elif as_json:
         typer.echo(json.dumps(book.titles(), indent=2))
     else:

@@ -158,7 +158,7 @@ def pairs(settings: list[str] | None) -> dict[str, Any]:
     """Settings written KEY=VALUE, values as in YAML."""
     from isthmus.config import parse_value
 
-    return {key: parse_value(value) for key, _, value in (setting.partition("=") for setting in settings or [])}
+    return {key: parse_value(value, key) for key, _, value in (setting.partition("=") for setting in settings or [])}
 
 
 def remote_of(model: str, endpoint: str, key_env: str | None, settings: list[str] | None, **defaults: object) -> Remote:

@@ -80,7 +80,8 @@ class Shelf:
         if self.confined and (relative.is_absolute() or PurePath(normpath(given)).parts[:1] == ("..",)):
             raise Wrong(f"{given} lies outside the images folder", "write a path below it")
         if not self._there(given):
-            raise Wrong(f"no {what} {given} in {self.folder}", "check the path and the images folder")
+            remedy = "check the path and the images folder"
+            raise Wrong(f"no {what} {given} in {self.folder}", remedy, missing=given)
         return self.folder / relative
 
     def _there(self, given: Any) -> bool:

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from isthmus.config import Writing
 from isthmus.data.boxes import UNMAPPED, Regions
 from isthmus.data.hints import Hints, Markup
+from isthmus.data.messages import learnt
 from isthmus.data.template import Codec, Template
 from isthmus.types import KIND, ConfigError, DataError, Layout, Medium, Modality, Part, Tag, Text, Turn
 
@@ -203,12 +204,12 @@ class Renderer:
         frame = self._chat.frame((*roles, "assistant") if open_answer else roles)
         for turn, slot in zip(turns, frame.slots):
             answer = turn.role == "assistant"
-            learnt = not turn.parts or any(not (isinstance(part, Text) and part.given) for part in turn.parts)
+            learns = learnt(turn)
             stream.template(slot.before)
-            stream.template(slot.lead, trained=learnt)
+            stream.template(slot.lead, trained=learns)
             self._write_contents(stream, turn, answer, slot.strip_left, slot.strip_right)
             if answer:
-                stream.template(slot.end or self.tokenizer.eos_token, trained=learnt)
+                stream.template(slot.end or self.tokenizer.eos_token, trained=learns)
         stream.template(frame.slots[-1].before if open_answer else frame.closing)
 
     def _caption(self, turns: Sequence[Turn], open_answer: bool) -> tuple[Turn, ...]:

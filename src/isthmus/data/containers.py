@@ -14,18 +14,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from isthmus.data import jsons, tables, tsv
-from isthmus.data.copied import Copied
+from isthmus.data import joined, jsons, tables, tsv
+from isthmus.data.copied import Copied, Several
 from isthmus.data.copied import copied as copied
 from isthmus.data.faults import Wrong
 from isthmus.data.folders import below
-from isthmus.data.jsons import Cell, Place, Shards
-from isthmus.data.layouts import LAYOUTS, Name
+from isthmus.data.jsons import Place, Shards
+from isthmus.data.layouts import Name
 from isthmus.data.media import PICTURES
 from isthmus.types import ConfigError, DataError
 
 NUMBERED = re.compile(r"(?<=.)#\d+$")
 """Flickr's mark of a picture's n-th caption, behind the picture's name."""
+FLICKR = {"image_name": "image", "comment": "caption"}
+"""Flickr30k's columns, where a table has both, and what they are."""
 TABULAR = {".csv": ",", ".tsv": "\t", ".token": "\t"}
 """Endings of delimited text and what delimits it, unless its first line says otherwise."""
 ENDINGS = (".json", ".jsonl", ".tar", ".parquet", ".arrow", *TABULAR)
@@ -102,8 +104,8 @@ def opened(path: Path, format: Name | None = None, beside: Path | None = None) -
         return _rows([path])
     if path.suffix in TABULAR:
         return tsv.Questions(path) if tsv.fits(path) else Delimited(path)
-    if format in tables.TABLES or (format is None and path.is_file() and _is_tables(path)):
-        return Joined([path], format, beside)
+    if format in tables.TABLES or (format is None and path.is_file() and joined.may_be_tables(path)):
+        return joined.Joined([path], format, beside)
     if beside is not None:
         raise ConfigError(f"{path} needs no second file beside it", "leave `beside` away, or name the format")
     return Lines([path])
@@ -125,18 +127,23 @@ def _folder(path: Path, format: Name | None, beside: Path | None) -> Container:
     if found[".parquet"]:
         return _rows(found[".parquet"])
     lists = [one for name in LISTS if (one := path / name).is_file()]
-    lines = [one for one in found[".jsonl"] or found[".json"] if one not in lists]
-    if lines and lists:
-        raise ConfigError(f"{path} holds {lists[0].name} and {lines[0].name}", "name the one that is meant")
-    told = format is None and not found[".jsonl"]
-    table = next(filter(_is_tables, lines[:PROBED]), None) if told else None
-    if table is not None and len(lines) > 1 and _record(table) is not None:  # and so, it seems, is each of the others
-        table = None
+    lines = [one for one in found[".jsonl"] if one not in lists]
+    first = next(iter((*lists, *lines)), None)
+    if first is None:
+        lines = found[".json"]
+    else:
+        others = filter(joined.holds_samples, found[".json"][:PROBED])
+        other = lines[0] if lists and lines else next(others, None)
+        if other is not None:
+            raise ConfigError(f"{path} holds {first.name} and {other.name}", "name the one that is meant")
+    told = format is None and first is None
+    likely = filter(joined.may_be_tables, lines[:PROBED] if told else [])
+    table = next((one for one in likely if len(lines) == 1 or joined.record(one) is None), None)
     if lines and (format in tables.TABLES or table is not None):
         if table is not None and len(lines) > 1:
             remedy = "name one of them, or what they are, to have them read in turn (options: {format: …})"
             raise ConfigError(f"{path} holds several files, and {table.name} is one of tables", remedy)
-        return Joined(lines, format, beside)
+        return joined.Joined(lines, format, beside)
     if lines:
         return Lines(lines)
     lists = lists or [one for name in LISTS for one in sorted(below(path)) if one.name == name]
@@ -189,62 +196,6 @@ class Lines(Shards):
         return {}
 
 
-class Several(Copied):
-    """Several files whose records are copied."""
-
-    def __init__(self, path: Path, paths: Sequence[Path]) -> None:
-        super().__init__(path)
-        self.paths = paths
-
-    def files(self) -> Sequence[Path]:
-        return self.paths
-
-    def name(self, place: Place) -> str:
-        return str(self.paths[place.shard])
-
-
-class Joined(Several):
-    """Tables in JSON files, each by itself or with the one beside (see `tables`)."""
-
-    def __init__(self, paths: Sequence[Path], format: Name | None, beside: Path | None) -> None:
-        super().__init__(paths[0], paths)
-        self.format, self.beside = format, beside
-
-    def files(self) -> Sequence[Path]:
-        return self.paths if self.beside is None else [*self.paths, self.beside]
-
-    def scan(self) -> Iterator[tuple[Place, Any]]:
-        for shard, path in enumerate(self.paths):
-            for line, row in self._rows(path):
-                yield Place(shard, line), row
-
-    def _rows(self, path: Path) -> Iterator[tables.Row]:
-        members, broken = _members(path)
-        table = tables.of(members, self.format)
-        if table is None and broken is not None:
-            yield broken.line, broken.value
-            return
-        if table is None:
-            yield _alone(path, members)
-            return
-        if table.beside and self.beside is None:
-            raise ConfigError(
-                f"{path} needs a second file: {table.beside}", "name it (options: {beside: …}, -s beside=…)"
-            )
-        second, also_broken = _members(self.beside) if self.beside is not None else ({}, None)
-        try:
-            rows = table.rows(members, second)
-        except (KeyError, TypeError, AttributeError) as error:
-            if broken is None and also_broken is None:
-                cause = error.args[0] if isinstance(error, KeyError) else "an item that is no object"
-                yield 1, Wrong(f"a table is missing or malformed: {cause}", "compare the file with the publisher's")
-            rows = iter(())
-        yield from tables.guarded(rows, 1)
-        for cell in (broken, also_broken):
-            if cell is not None:
-                yield cell.line, cell.value
-
-
 class Delimited(Copied):
     """CSV and TSV with a line of names, and Flickr's `picture#number<tab>caption` without.
 
@@ -277,6 +228,8 @@ class Delimited(Copied):
             if NUMBERED.search(head.split(delimiter)[0])
             else [cell.strip() for cell in next(rows, [])]
         )
+        if {*FLICKR} <= {*names}:
+            names = [FLICKR.get(name, name) for name in names]
         line = rows.line_num + 1
         try:
             for row in rows:
@@ -296,9 +249,6 @@ class Delimited(Copied):
             record = jsons.once(told)
         except Wrong as wrong:
             return wrong
-        for plain in ("image_name", "comment"):  # Flickr30k as a table
-            if plain in record:
-                record[{"image_name": "image", "comment": "caption"}[plain]] = record.pop(plain)
         if "image" in record:
             record["image"] = NUMBERED.sub("", record["image"])
         return {**record, "id": record.get("id") or f"{self.stem}:{line}"}
@@ -360,37 +310,3 @@ class Pictures(Copied):
 def _part(folder: Path) -> dict[str, str]:
     """The split that a picture belongs to, by the folders in which it lies."""
     return {"split": folder.parts[0]} if folder.parts and _is_split(folder.parts[0]) else {}
-
-
-def _is_tables(path: Path) -> bool:
-    shape = jsons.shape(path)
-    if shape == "array":
-        with path.open("rb") as stream:
-            return b'"ref_id"' in stream.read(4096)
-    return shape == "object"
-
-
-def _record(path: Path) -> tables.Row | None:
-    """The line and the one record that a file is; None where it holds something else, tables for one."""
-    if jsons.shape(path) != "object":
-        return None
-    place, found = next(jsons.places(path))
-    wrong = isinstance(found, Wrong)
-    is_one = wrong or jsons.is_record(found) or any(layout.fits(found) for layout in LAYOUTS.values())
-    return (place.line, found) if is_one else None
-
-
-def _alone(path: Path, members: tables.Tables) -> tables.Row:
-    """The record of a file that is no tables, or what is wrong with it."""
-    if (one := _record(path)) is not None:
-        return one
-    keys = ", ".join(list(members)[:8])
-    remedy = "name the file of questions or captions; records of your own stand in one array, [ … ]"
-    return 1, Wrong(f"tables of no known layout (they have {keys})", remedy)
-
-
-def _members(path: Path) -> tuple[tables.Tables, Cell | None]:
-    """A file's members by key or number, and what is wrong after them."""
-    cells = jsons.root(path)
-    broken = next((cell for cell in cells if isinstance(cell.value, Wrong)), None)
-    return {cell.key or str(number): cell for number, cell in enumerate(cells) if cell is not broken}, broken

@@ -34,3 +34,17 @@ class Copied:
 
     def held(self, raw: Any) -> Mapping[str, bytes]:
         return {}
+
+
+class Several(Copied):
+    """Several files whose records are copied."""
+
+    def __init__(self, path: Path, paths: Sequence[Path]) -> None:
+        super().__init__(path)
+        self.paths = paths
+
+    def files(self) -> Sequence[Path]:
+        return self.paths
+
+    def name(self, place: Place) -> str:
+        return str(self.paths[place.shard])

@@ -17,7 +17,8 @@ SHOWN = 3
 class Fault:
     """What is wrong with one record, where it starts, and how to repair it. `line` counts from 1.
 
-    In tables without lines it is the row, in tars the number of the sample; `file` says in which of several files.
+    In tables without lines it is the row, in tars the number of the sample; `file` says in which of several files, and
+    `missing` which picture or video is not there.
     Halves of surrogate pairs, which nothing prints, are spelled out.
     """
 
@@ -26,9 +27,10 @@ class Fault:
     message: str
     remedy: str
     file: str = ""
+    missing: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("id", "message", "file"):
+        for name in ("id", "message", "file", "missing"):
             object.__setattr__(self, name, getattr(self, name).encode(errors="backslashreplace").decode())
 
     def __str__(self) -> str:
@@ -37,11 +39,11 @@ class Fault:
 
 
 class Wrong(Exception):
-    """One fault of the record at hand; `id` names it where there is no record to tell."""
+    """One fault of the record at hand; `id` names it where there is no record to tell, `missing` a file."""
 
-    def __init__(self, message: str, remedy: str, id: str = "") -> None:
+    def __init__(self, message: str, remedy: str, id: str = "", missing: str = "") -> None:
         super().__init__(message)
-        self.message, self.remedy, self.id = message, remedy, id
+        self.message, self.remedy, self.id, self.missing = message, remedy, id, missing
 
 
 @contextlib.contextmanager

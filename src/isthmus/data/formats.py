@@ -27,7 +27,7 @@ from isthmus.data.messages import turns as turns
 from isthmus.types import ConfigError, DataError, Sample, Turn, Video
 
 
-def _alone(given: Any) -> Any:
+def _several(given: Any) -> Any:
     return (given,) if isinstance(given, str) else given
 
 
@@ -40,7 +40,7 @@ class FileOptions(Frozen):
     """What regions count that do not say it; None is what the layout's publishers count."""
     beside: Path | None = None
     """The file that the layout needs besides: VQAv2's annotations, the instances of RefCOCO."""
-    rows: Annotated[tuple[str, ...] | None, BeforeValidator(_alone)] = Field(None, min_length=1, **LATER)
+    rows: Annotated[tuple[str, ...] | None, BeforeValidator(_several)] = Field(None, min_length=1, **LATER)
     """The publisher's splits to take, of data that hold several; None is all of them, which training refuses."""
     prepend: bool | None = Field(None, **LATER)
     """Pictures and videos that no marker places stand before the first question."""
@@ -94,10 +94,11 @@ class Left:
 
 @dataclass(frozen=True)
 class Record:
-    """A sample, where its record starts, which of the record's samples it is, and the publisher's split."""
+    """A sample, where its record starts and in which file, which of its samples it is, and the publisher's split."""
 
     sample: Sample
     place: Place
+    file: str
     part: int
     split: str | None
 
@@ -214,9 +215,9 @@ def parsed(raw: Any, place: Place, container: containers.Container, form: Form) 
             else:
                 told = {"file": file, "line": place.line} | ({} if split is None else {"split": split})
                 prepend = form.options.prepend or (form.options.prepend is None and layout.prepend)
-                yield Record(_sample(one | {"id": name}, told, shelf, form, prepend), place, part, split)
+                yield Record(_sample(one | {"id": name}, told, shelf, form, prepend), place, file, part, split)
         except Wrong as wrong:
-            yield Fault(place.line, name, wrong.message, wrong.remedy, file)
+            yield Fault(place.line, name, wrong.message, wrong.remedy, file, wrong.missing)
         part += 1
 
 
@@ -251,7 +252,7 @@ def _sample(record: dict[str, Any], told: dict[str, Any], shelf: Shelf, form: Fo
         record = put(record, form.options.instructions, form.seed)
     attached = Attached(record, shelf)
     if "conversations" in record:
-        said = tuple(messages.said(item, attached) for item in listed(record["conversations"], "conversations"))
+        said = tuple(messages.spoken(item, attached) for item in listed(record["conversations"], "conversations"))
     else:
         said = tuple(messages.message(message, attached) for message in listed(record["messages"], "messages"))
     if isinstance(record.get("system"), str) and record["system"]:  # ShareGPT's own field

@@ -73,12 +73,17 @@ def shape(path: Path) -> Shape:
         return "array"
     if not first.startswith(b"{"):
         return "lines"
-    found = None if path.suffix == ".jsonl" and not second.startswith(b'"') else parse(first)
     if path.suffix == ".jsonl":
-        return "spread" if isinstance(found, Wrong) else "lines"
-    if isinstance(found, Wrong):
-        return "object" if second and not second.startswith(b"{") else "lines"
-    return "lines" if second or is_record(found) else "object"
+        return "spread" if second.startswith(b'"') and not _is_json(first) else "lines"
+    return "object" if not second or not (second.startswith(b"{") or _is_json(first)) else "lines"
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def places(path: Path) -> Iterator[tuple[Place, Any]]:
@@ -99,7 +104,7 @@ def places(path: Path) -> Iterator[tuple[Place, Any]]:
     if isinstance(text, Cell):
         yield Place(0, text.line), text.value
     elif shaped == "object":
-        yield from _alone(text, mark)
+        yield from _whole(text, mark)
     else:
         yield from _array(text, mark)
 
@@ -107,7 +112,7 @@ def places(path: Path) -> Iterator[tuple[Place, Any]]:
 def root(path: Path) -> list[Cell]:
     """A whole file of one object or array: its members or items; a member that is an array holds a list of `Cell`.
 
-    What is damaged ends the list with a `Wrong` cell.
+    A cell is `Wrong` whose key is there twice and says two things, and so is the last one where the file is damaged.
     """
     text, mark = _text(path)
     if isinstance(text, Cell):
@@ -115,18 +120,28 @@ def root(path: Path) -> list[Cell]:
     if text.lstrip().startswith("["):
         return [Cell(place.line, value) for place, value in _array(text, mark)]
     walk = _Walk(text, text.index("{") + 1)
-    members: list[Cell] = []
-    seen = set[str]()
+    members: dict[str, Cell] = {}
     try:
         for _ in walk.until("}"):
-            members.append(walk.member())
-            if members[-1].key in seen:
-                raise _twice(members[-1].key)
-            seen.add(members[-1].key)
+            cell = walk.member()
+            members[cell.key] = _one_of(members.get(cell.key), cell)
         walk.end()
     except Wrong as wrong:
-        members.append(Cell(walk.line, wrong))
-    return members
+        return [*members.values(), Cell(walk.line, wrong)]
+    return list(members.values())
+
+
+def _one_of(before: Cell | None, cell: Cell) -> Cell:
+    """Of two members of one key the one that holds something, or what is wrong where both do, and not the same."""
+    if before is None or _plain(before) in NOTHING:
+        return cell
+    if _plain(cell) in (*NOTHING, _plain(before)):
+        return before
+    return Cell(cell.line, _twice(cell.key), cell.key)
+
+
+def _plain(cell: Cell) -> Any:
+    return [item.value for item in cell.value] if isinstance(cell.value, list) else cell.value
 
 
 def parse(record: bytes | str) -> Any:
@@ -188,17 +203,6 @@ def opened(path: Path) -> BinaryIO:
         raise DataError(f"{path}: cannot be read ({error.strerror})", "check the path and its permissions") from None
 
 
-def is_record(value: Any) -> bool:
-    """Whether an object that fills a file is a sample rather than tables of samples."""
-    return not any(isinstance(member, dict) or _is_table(member) for member in value.values()) or bool(
-        {"conversations", "messages", "task", "text_list", "texts"} & value.keys()
-    )
-
-
-def _is_table(member: Any) -> bool:
-    return isinstance(member, list) and bool(member) and isinstance(member[0], dict)
-
-
 def _lines(path: Path) -> Iterator[tuple[Place, Any]]:
     # Only \n ends a line: a JSON string may hold other line separators as they are.
     start = 0
@@ -238,7 +242,7 @@ def _array(text: str, end: int) -> Iterator[tuple[Place, Any]]:
         yield Place(0, walk.line), wrong
 
 
-def _alone(text: str, mark: int) -> Iterator[tuple[Place, Any]]:
+def _whole(text: str, mark: int) -> Iterator[tuple[Place, Any]]:
     """The one object of a file as a record."""
     begin = text.index("{")
     walk = _Walk(text, begin)

@@ -75,6 +75,20 @@ def of(record: Any, name: Name | None) -> Layout:
     )
 
 
+def known(record: Raw) -> bool:
+    """Whether a layout's keys are there."""
+    return any(layout.fits(record) for layout in LAYOUTS.values())
+
+
+def is_record(value: Raw) -> bool:
+    """Whether an object that fills a file is a sample rather than tables of samples."""
+    return known(value) or not any(isinstance(member, dict) or _is_table(member) for member in value.values())
+
+
+def _is_table(member: Any) -> bool:
+    return isinstance(member, list) and bool(member) and isinstance(member[0], dict)
+
+
 def commonest(answers: Sequence[Any]) -> str:
     """The answer that most annotators gave, the first of several.
 

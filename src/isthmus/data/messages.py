@@ -38,11 +38,11 @@ def turns(messages: Sequence[Mapping[str, Any]]) -> tuple[Turn, ...]:
     return made
 
 
-def said(item: Any, attached: Attached) -> Turn:
+def spoken(item: Any, attached: Attached) -> Turn:
     """One turn of LLaVA's `conversations`."""
     if not isinstance(item, dict):
         raise Wrong("a turn is not an object", 'write {"from": "human" | "gpt", "value": "…"}')
-    return _learnt(Turn(_role(item.get("from")), tuple(attached.text(text(item.get("value"))))), item)
+    return _weighted(Turn(_role(item.get("from")), tuple(attached.text(text(item.get("value"))))), item)
 
 
 def message(item: Any, attached: Attached | InMemory) -> Turn:
@@ -54,17 +54,19 @@ def message(item: Any, attached: Attached | InMemory) -> Turn:
         parts = tuple(attached.text(text(content)))
     else:
         parts = tuple(part for one in listed(content, "content") for part in _parts(one, attached))
-    return _learnt(Turn(role, parts), item)
+    return _weighted(Turn(role, parts), item)
 
 
-def _learnt(turn: Turn, said: Mapping[str, Any]) -> Turn:
+def _weighted(turn: Turn, item: Mapping[str, Any]) -> Turn:
     """The turn; nothing is learnt of it by OpenAI's `weight` 0, ms-swift's `loss` or axolotl's `train` false."""
-    slips.refuse(said, slips.TURN)
-    given = [said.get(key) for key in ("weight", "loss", "train")]
-    if any(one not in (None, 0, 1) for one in given):
+    slips.refuse(item, slips.TURN)
+    weights = {key: item[key] for key in ("weight", "loss", "train") if item.get(key) is not None}
+    if any(weight not in (0, 1) for weight in weights.values()):
         raise Wrong("the weight of an answer is neither 0 nor 1", "write weight 0 or 1, or loss or train true or false")
-    if turn.role != "assistant" or 0 not in given:
+    if turn.role != "assistant" or 0 not in weights.values():
         return turn
+    if 1 in weights.values():
+        raise Wrong(f"{' and '.join(weights)} of an answer say two things", "keep one of them")
     if any(isinstance(part, Box | Grounding) for part in turn.parts):
         raise Wrong("an answer that is not to be learnt holds a region", "let it be learnt, or leave the region out")
     return replace(turn, parts=tuple(replace(p, given=True) if isinstance(p, Text) else p for p in turn.parts))
@@ -81,9 +83,12 @@ def _parts(item: Any, attached: Attached | InMemory) -> Sequence[Part]:
         url = item.get("image_url")
         return [Image(attached.picture(url.get("url") if isinstance(url, Mapping) else url))]
     if isinstance(kind, str) and kind in KINDS:
-        given = next((item[key] for key in (kind, "url", "path") if item.get(key) is not None), None)
-        if given is None:
+        named = {key: item[key] for key in (kind, "url", "path") if item.get(key) is not None}
+        if not named:
             return [attached.next(KINDS[kind], item.get("index"))]
+        given, *others = named.values()
+        if any(other != given for other in others):
+            raise Wrong(f"a part names its {kind} as {' and as '.join(named)}, which differ", "keep one of them")
         return [Image(attached.picture(given)) if kind == "image" else attached.video(given)]
     if kind == "box":
         return [attached.region(item)]
@@ -93,7 +98,7 @@ def _parts(item: Any, attached: Attached | InMemory) -> Sequence[Part]:
 
 
 def text(given: Any) -> str:
-    """It, if it is a text of whole characters.
+    """The value, checked to be a string without lone surrogates.
 
     Raises:
         Wrong: it is something else.
@@ -111,9 +116,9 @@ def _role(given: Any) -> Role:
     return ROLES[given]
 
 
-def check_order(said: tuple[Turn, ...]) -> None:
+def check_order(conversation: tuple[Turn, ...]) -> None:
     """Raises `Wrong` where user and assistant do not alternate, the user first, a system turn before them."""
-    body = said[1:] if said and said[0].role == "system" else said
+    body = conversation[1:] if conversation and conversation[0].role == "system" else conversation
     for index, turn in enumerate(body):
         expected = ("user", "assistant")[index % 2]
         if turn.role != expected:
@@ -121,15 +126,21 @@ def check_order(said: tuple[Turn, ...]) -> None:
             raise Wrong(f"turns do not alternate: turn {index + 1} is {turn.role}, not {expected}", remedy)
 
 
-def check_answers(said: tuple[Turn, ...]) -> None:
+def check_answers(conversation: tuple[Turn, ...]) -> None:
     """Raises `Wrong` where there is no answer to learn, or an empty one."""
-    answers = [turn for turn in said if turn.role == "assistant"]
+    answers = [turn for turn in conversation if turn.role == "assistant"]
     if not answers:
         raise Wrong("there is no assistant turn", "add the answer to be learnt, or remove the record")
     if any(not _says(turn) for turn in answers):
         raise Wrong("an answer is empty", "write the answer, or remove its question and it")
-    if all(isinstance(part, Text) and part.given for turn in answers for part in turn.parts):
+    if not any(map(learnt, answers)):
         raise Wrong("no answer is learnt", "give one of them the weight 1, or remove the record")
+
+
+def learnt(answer: Turn) -> bool:
+    """Whether something of an answer is learnt: all but one whose every word is given."""
+    words = [part for part in answer.parts if isinstance(part, Text)]
+    return not words or not all(part.given for part in words)
 
 
 def _says(turn: Turn) -> bool:

@@ -94,8 +94,7 @@ def damaged(record: formats.Record) -> Fault | None:
             elif isinstance(medium, Video):
                 video.decoded(medium.source, medium.frames or SEEN, medium.span)
         except DataError as error:
-            file = str(record.sample.meta["file"])
-            return Fault(record.line, record.sample.id, error.cause, error.remedy, file)
+            return Fault(record.line, record.sample.id, error.cause, error.remedy, record.file)
     return None
 
 

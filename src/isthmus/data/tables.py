@@ -6,7 +6,7 @@ data, and is not read: write it as JSON once, where you trust it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, TypeAlias
@@ -25,6 +25,8 @@ Row: TypeAlias = tuple[int, dict[str, Any] | Wrong]
 
 NAMES = ("id", "question_id", "caption_id", "sen_id", "ref_id", "imgid")
 """Under what entries have their ids."""
+MALFORMED = (KeyError, TypeError, AttributeError, IndexError, ValueError)
+"""What reading an entry raises that is not what it seemed."""
 SPLITS = {1: "train", 2: "val", 3: "test"}
 """OCR-VQA's."""
 
@@ -56,7 +58,7 @@ def guarded(rows: Iterator[Row], line: int) -> Iterator[Row]:
     """The same rows, and as the last one what is wrong with tables that are not what they seemed."""
     try:
         yield from rows
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except MALFORMED as error:
         cause = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else "something has another type"
         yield line, Wrong(f"the tables are malformed ({cause})", "compare the file with the publisher's")
 
@@ -64,22 +66,45 @@ def guarded(rows: Iterator[Row], line: int) -> Iterator[Row]:
 def _each(cells: Sequence[Cell], make: Callable[[Any, Cell], dict[str, Any]]) -> Iterator[Row]:
     """A task per cell, or what is wrong with that one."""
     for number, cell in enumerate(cells):
-        entry = cell.value if isinstance(cell.value, Mapping) else {}
-        name = next((str(entry[key]) for key in NAMES if key in entry), cell.key or f"entry {number}")
         try:
-            if isinstance(cell.value, Wrong):
-                raise cell.value
-            yield cell.line, make(cell.value, cell)
-        except Wrong as wrong:
-            yield cell.line, Wrong(wrong.message, wrong.remedy, name)
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            cause = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else "something has another type"
-            yield cell.line, Wrong(f"the entry is malformed ({cause})", "compare it with its neighbours", name)
+            yield cell.line, make(_sound(cell), cell)
+        except (Wrong, *MALFORMED) as error:
+            yield cell.line, _malformed(error, cell, number)
+
+
+def _spread(cells: Iterable[Cell], parts: Callable[[Any], Iterable[dict[str, Any]]]) -> list[Cell]:
+    """A cell for each part of every entry, with the entry's own keys; of one that is malformed, what is wrong."""
+    spread: list[Cell] = []
+    for number, cell in enumerate(cells):
+        try:
+            entry = _sound(cell)
+            spread += [Cell(cell.line, {**entry, **part}, cell.key) for part in parts(entry)]
+        except (Wrong, *MALFORMED) as error:
+            wrong = _malformed(error, cell, number)
+            spread.append(Cell(cell.line, wrong, wrong.id))
+    return spread
+
+
+def _sound(cell: Cell) -> Any:
+    if isinstance(cell.value, Wrong):
+        raise cell.value
+    return cell.value
+
+
+def _malformed(error: Exception, cell: Cell, number: int) -> Wrong:
+    """What is wrong with an entry, under its name."""
+    entry = cell.value if isinstance(cell.value, Mapping) else {}
+    name = next((str(entry[key]) for key in NAMES if key in entry), cell.key or f"entry {number}")
+    if isinstance(error, Wrong):
+        return Wrong(error.message, error.remedy, name)
+    cause = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else "something has another type"
+    return Wrong(f"the entry is malformed ({cause})", "compare it with its neighbours", name)
 
 
 def _sample(value: Any) -> Any:
-    first = value[0].value if isinstance(value, list) and value and isinstance(value[0], Cell) else value
-    return first if isinstance(first, Mapping) else {}
+    if isinstance(value, list):
+        value = next((cell.value for cell in value if isinstance(cell.value, Mapping)), None)
+    return value if isinstance(value, Mapping) else {}
 
 
 def _items(tables: Tables, key: str) -> list[Cell]:
@@ -145,11 +170,6 @@ def _is_object(entry: Any) -> bool:
 def _refcoco(tables: Tables, beside: Tables) -> Iterator[Row]:
     """References, and the instances that they refer to in the file beside; one sample per sentence."""
     images, regions = _by(_items(beside, "images"), "id"), _by(_items(beside, "annotations"), "id")
-    said = [
-        Cell(cell.line, {**cell.value, "sentence": sentence})
-        for cell in tables.values()
-        for sentence in (cell.value["sentences"] if isinstance(cell.value, Mapping) else [None])
-    ]
 
     def make(entry: Any, cell: Cell) -> dict[str, Any]:
         image = _known(images, entry["image_id"], "image")
@@ -159,16 +179,11 @@ def _refcoco(tables: Tables, beside: Tables) -> Iterator[Row]:
         answer = [_region(region, image, phrase)]
         return task("refer", name, answer, phrase=phrase, image=image["file_name"], meta=meta)
 
-    return _each(said, make)
+    return _each(_spread(tables.values(), _sentences), make)
 
 
 def _flickr(tables: Tables, beside: Tables) -> Iterator[Row]:
     """Karpathy's file of splits: pictures with their sentences."""
-    said = [
-        Cell(cell.line, {**cell.value, "sentence": sentence})
-        for cell in _items(tables, "images")
-        for sentence in cell.value["sentences"]
-    ]
 
     def make(entry: Any, cell: Cell) -> dict[str, Any]:
         name = f"{entry['imgid']}/{entry['sentence']['sentid']}"
@@ -177,7 +192,11 @@ def _flickr(tables: Tables, beside: Tables) -> Iterator[Row]:
         image = {"paths": [*names, entry["filename"]]}
         return task("caption", name, text(entry["sentence"], "raw").strip(), image=image, meta=meta)
 
-    return _each(said, make)
+    return _each(_spread(_items(tables, "images"), _sentences), make)
+
+
+def _sentences(entry: Any) -> Iterator[dict[str, Any]]:
+    return ({"sentence": sentence} for sentence in entry["sentences"])
 
 
 def _region(entry: Any, image: Any, label: str) -> dict[str, Any]:
@@ -255,11 +274,10 @@ def _seed_bench(tables: Tables, beside: Tables) -> Iterator[Row]:
 
 def _ocr_vqa(tables: Tables, beside: Tables) -> Iterator[Row]:
     """Covers of books, each with several questions; pictures are the book's id with the address's ending or `.jpg`."""
-    asked = [
-        Cell(cell.line, {**cell.value, "question": question, "answer": answer, "number": number}, key)
-        for key, cell in tables.items()
-        for number, (question, answer) in enumerate(zip(cell.value["questions"], cell.value["answers"], strict=True))
-    ]
+
+    def asked(entry: Any) -> Iterator[dict[str, Any]]:
+        for number, (question, answer) in enumerate(zip(entry["questions"], entry["answers"], strict=True)):
+            yield {"question": question, "answer": answer, "number": number}
 
     def make(entry: Any, cell: Cell) -> dict[str, Any]:
         image = {"paths": [cell.key + PurePosixPath(entry["imageURL"]).suffix, f"{cell.key}.jpg"]}
@@ -267,7 +285,7 @@ def _ocr_vqa(tables: Tables, beside: Tables) -> Iterator[Row]:
         answer, question = text(entry, "answer"), text(entry, "question")
         return task("reading", f"{cell.key}/{entry['number']}", answer, question=question, image=image, meta=meta)
 
-    return _each(asked, make)
+    return _each(_spread(tables.values(), asked), make)
 
 
 def _msr_vtt(tables: Tables, beside: Tables) -> Iterator[Row]:
