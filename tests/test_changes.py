@@ -13,7 +13,7 @@ import composed
 import isthmus
 import tiny
 from composed import MIX, stir
-from isthmus import changes, storage
+from isthmus import changes, parts, storage
 from isthmus.aligners.llava import LLaVA
 from isthmus.config import AlignerConfig, EncoderConfig, LLMConfig, Recipe
 from isthmus.model import VLM
@@ -122,7 +122,11 @@ def test_an_untouched_encoder_is_referred_to(tmp_path, vision):
     assert reloaded(stir(composed.model("llama", vision=vision)), tmp_path) == set()
 
 
-@pytest.mark.parametrize("went", [("bfloat16",), ("float16",), ("bfloat16", "float32"), ("float32", "bfloat16")])
+WENT = [("bfloat16",), ("float16",), ("bfloat16", "float32"), ("float32", "bfloat16")]
+WENT += [("bfloat16", "float16"), ("float16", "bfloat16")]
+
+
+@pytest.mark.parametrize("went", WENT)
 def test_rounding_is_no_change(tmp_path, went):
     """A base of float32 that runs, or was loaded, in fewer bits."""
     first, *then = (getattr(torch, name) for name in went)
@@ -138,6 +142,25 @@ def test_a_change_is_seen_in_half_precision_too(tmp_path):
     with torch.no_grad():
         model.llm.model.layers[0].mlp.up_proj.weight[3, 4] += 1
     assert reloaded(model, tmp_path) == {"llm.model.layers.0.mlp.up_proj.weight"}
+
+
+def test_a_change_is_seen_after_two_roundings_too(tmp_path):
+    model = composed.model("llama", dtype=torch.bfloat16).half()
+    key = "llm.model.layers.0.mlp.up_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(key)[3, 4] *= 1 + 2**-9
+    model.save_pretrained(tmp_path)
+    assert base_keys(tmp_path) == {key}
+
+
+def test_a_base_is_read_once_where_rounding_cannot_be_what_changed_it(tmp_path, monkeypatch):
+    """In float32 it may be twice the model."""
+    model, asked, load = composed.model("llama", dtype=torch.bfloat16), [], parts.load_llm
+    monkeypatch.setattr(parts, "load_llm", lambda config, dtype: asked.append(dtype) or load(config, dtype))
+    with torch.no_grad():
+        model.llm.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    model.save_pretrained(tmp_path)
+    assert asked == [torch.bfloat16] and base_keys(tmp_path) == {"llm.model.layers.0.mlp.up_proj.weight"}
 
 
 def test_a_base_in_shards_is_compared_over_all_of_them(tmp_path):
@@ -181,7 +204,7 @@ def test_an_adapter_of_another_library_is_refused_before_anything_is_written(tmp
     peft.get_peft_model(model, how) if call == "get_peft_model" else model.add_adapter(how)
     before = model.config.to_dict()
     with pytest.raises(
-        ConfigError, match="q_proj.base_layer.weight and .* were put into the model by other code"
+        ConfigError, match="other code has put .*q_proj.base_layer.weight and .* more into the model"
     ) as told:
         model.save_pretrained(tmp_path / "out", whole=whole)
     assert "merge_and_unload" in told.value.remedy and "isthmus import" in told.value.remedy
@@ -201,10 +224,28 @@ def test_layers_that_were_taken_out_are_refused_unless_the_model_is_whole(tmp_pa
     model = composed.model("llama")
     model.llm.model.layers = model.llm.model.layers[:2]
     model.llm.config.num_hidden_layers = 2
-    with pytest.raises(ConfigError, match=r"llm\.model\.layers\.2\..* of the base are no longer in the model"):
+    with pytest.raises(ConfigError, match=r"the model no longer has llm\.model\.layers\.2\..* and 8 more") as told:
         model.save_pretrained(tmp_path / "out")
+    assert "whole=True" in told.value.remedy
     model.save_pretrained(tmp_path / "whole", whole=True)
     assert torch.equal(logits(isthmus.load(tmp_path / "whole")), logits(model))
+
+
+def test_layers_of_which_the_config_still_tells_are_refused_with_a_remedy_of_their_own(tmp_path):
+    model = composed.model("llama")
+    model.llm.model.layers = model.llm.model.layers[:-1]
+    with pytest.raises(ConfigError, match="the model no longer has") as told:
+        model.save_pretrained(tmp_path / "out", whole=True)
+    assert "num_hidden_layers" in told.value.remedy and "whole" not in told.value.remedy
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_single_tensor_is_named_alone(tmp_path):
+    model = composed.model("llama")
+    del model.llm.model.norm.weight
+    with pytest.raises(ConfigError) as told:
+        model.save_pretrained(tmp_path / "out")
+    assert told.value.cause == "the model no longer has llm.model.norm.weight"
 
 
 def test_another_size_is_refused(tmp_path):

@@ -20,6 +20,7 @@ from composed import MIX, stir
 from isthmus import storage
 from isthmus.aligners.llava import LLaVA
 from isthmus.config import AlignerConfig, Budget, EncoderConfig, LLMConfig, LoRA, ObjectiveConfig, Recipe, Stage
+from isthmus.exporting.peft import export_adapters
 from isthmus.files import sha256
 from isthmus.model import VLM, VLMConfig
 from isthmus.processor import VLMProcessor
@@ -170,7 +171,7 @@ def test_base_parameters_that_were_trained_are_in_the_delta(tmp_path, dtype):
 
 @pytest.mark.parametrize("whole", [False, True], ids=["delta", "whole"])
 def test_what_a_loop_of_ones_own_trains_is_saved(tmp_path, whole):
-    """Without a stage that chose it: whatever requires a gradient, and nothing else of the base."""
+    """Without a stage that chose it: what differs from the base, and nothing else of it."""
     model = composed.model("llama")
     model.llm.model.layers[1].requires_grad_(True)
     with torch.no_grad():
@@ -183,6 +184,24 @@ def test_what_a_loop_of_ones_own_trains_is_saved(tmp_path, whole):
     assert torch.equal(logits(isthmus.load(tmp_path / "two")), logits(model))
     mine = {key for key in load_file(tmp_path / "two/model.safetensors") if storage.is_base(key)}
     assert mine == {key for key in model.state_dict() if key.startswith("llm.model.layers.1.")}
+
+
+def test_what_requires_a_gradient_and_has_not_changed_is_not_in_the_delta(tmp_path):
+    model = composed.model("llama")
+    model.requires_grad_(True)
+    model.save_pretrained(tmp_path)
+    assert not any(map(storage.is_base, load_file(tmp_path / "model.safetensors")))
+
+
+def test_a_whole_model_tells_what_a_loop_of_ones_own_trained(tmp_path):
+    """Nothing compares it with its base, and peft's format could not hold it."""
+    model = composed.model("llama")
+    model.add_lora(["llm.*.q_proj"], LoRA(r=2), "first")
+    model.llm.model.norm.requires_grad_(True)
+    model.save_pretrained(tmp_path / "whole", whole=True)
+    assert isthmus.load(tmp_path / "whole").config.trained == ["llm.model.norm.weight"]
+    with pytest.raises(ConfigError, match="norm.weight was trained beside LoRA"):
+        export_adapters(tmp_path / "whole", tmp_path / "adapters")
 
 
 def test_a_whole_model_stays_whole_even_over_itself(tmp_path):
@@ -447,6 +466,38 @@ def test_a_disk_that_fills_up_keeps_the_older_save(copy):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 0.2}, {"num_beams": 2, "num_return_sequences": 3}])
+def test_generation_settings_that_transformers_refuses_are_not_taken_for_a_full_disk(tmp_path, wrong):
+    model = composed.model("llama")
+    for name, value in wrong.items():
+        setattr(model.generation_config, name, value)
+    with pytest.raises(ConfigError) as told:
+        model.save_pretrained(tmp_path / "out")
+    assert list(wrong)[-1] in told.value.cause and "\n" not in told.value.cause
+    assert "generation_config" in told.value.remedy and "space" not in told.value.remedy
+    assert not (tmp_path / "out").exists()
+    model.generation_config.update(do_sample=True, num_return_sequences=1)
+    model.save_pretrained(tmp_path / "out")
+    assert isthmus.load(tmp_path / "out").generation_config.do_sample
+
+
+def test_generation_settings_that_came_so_are_saved_as_they_came(copy, tmp_path):
+    """Published ones often have a temperature without sampling."""
+    file = copy / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.2}))
+    isthmus.load(copy).save_pretrained(tmp_path / "out")
+    assert isthmus.load(tmp_path / "out").generation_config.temperature == 0.2
+
+
+def test_a_fault_of_the_program_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise TypeError("no such argument")
+
+    monkeypatch.setattr(storage, "save_torch_state_dict", fails)
+    with pytest.raises(TypeError, match="no such argument"):
+        composed.model("llama").save_pretrained(tmp_path)
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):

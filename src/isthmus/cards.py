@@ -23,7 +23,7 @@ from isthmus.config import Source, Stage
 from isthmus.data import folders, sets
 from isthmus.data.containers import Container
 from isthmus.data.formats import Form
-from isthmus.errors import ConfigError
+from isthmus.errors import ConfigError, abbreviated
 from isthmus.files import write_text
 
 NAME = "README.md"
@@ -32,6 +32,8 @@ DATA = "data.json"
 """In a stage's folder: what its sources were when it began."""
 CONTENT = "contents"
 """There, what each file or folder held. Called anew when it is told otherwise: a note without it is completed."""
+NAMED = 8
+"""Globs of a LoRA that a card names; of more the first, and how many there are."""
 RECIPE, REPORT, STEPS = "run.json", "report.json", "manifest.json"
 TASK = "image-text-to-text"
 EMBEDDED: dict[str, packages.Package] = {"smollm2-135m-instruct": packages.LLM, "efficientnet-lite0": packages.LITE}
@@ -285,7 +287,8 @@ def _parts(config: Mapping[str, Any], merged: bool) -> str:
     rows.append(("joint", config["aligner"]["name"], added or "the joint's own defaults", "in this directory"))
     for lora in config.get("lora") or ():
         where = f"merged into {_changed(lora['globs'])}" if merged else "in this directory"
-        rows.append(("LoRA", lora["name"], f"r {lora['r']}, on {' '.join(lora['globs'])}", where))
+        globs = " ".join(lora["globs"]) if len(lora["globs"]) <= NAMED else abbreviated(lora["globs"])
+        rows.append(("LoRA", lora["name"], f"r {lora['r']}, on {globs}", where))
     text = "## Parts\n\n" + _table(("part", "source", "revision or options", "weights"), rows)
     full = " ".join(f"`{glob}`" for glob in config.get("trained") or () if not glob.startswith("connectors"))
     return f"{text}\n\nBase parameters trained in full: {full}." if full else text

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from isthmus import parts, quantised
 from isthmus.config import LLMConfig
+from isthmus.errors import abbreviated
 from isthmus.types import ConfigError
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 ROUNDED = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes that a base may have gone through in memory; what is left of its numbers then is no change."""
+FEW_BITS, STEP = 2**-6, 2**-23
+"""Roundings change less of a number, as a share and at all: bfloat16 has 8 bits, and float16 no step below 2^-24."""
 
 
 def outline(model: VLM, whole: bool) -> VLM:
@@ -68,13 +71,15 @@ def check(model: VLM, whole: bool) -> None:
     found, known = model.state_dict(keep_vars=True), expected.state_dict(keep_vars=True)
     if added := [key for key in found if key not in known]:
         raise ConfigError(
-            f"{added[0]} and {len(added) - 1} more were put into the model by other code and could not be loaded",
+            f"other code has put {abbreviated(added)} into the model, which could not be loaded",
             "merge it first (peft's merge_and_unload), or put it on with `isthmus import ADAPTER OUT --onto MODEL`",
         )
     if lost := [key for key in known if key not in found]:
         raise ConfigError(
-            f"{lost[0]} and {len(lost) - 1} more of the base are no longer in the model",
-            "save with whole=True, or load the model again and leave its parts as they are",
+            f"the model no longer has {abbreviated(lost)}",
+            "set its LLM's config to what the model has (num_hidden_layers …), or load the model again"
+            if whole
+            else "save with whole=True, or load the model again and leave its parts as they are",
         )
     if other := [key for key, tensor in found.items() if tensor.shape != known[key].shape]:
         key = other[0]
@@ -94,7 +99,8 @@ def differing(model: VLM, llm: LLMConfig, keys: Iterable[str], state: Mapping[st
     """Those of the keys, which belong to base parts, whose tensors are not the base's own; every part is read anew.
 
     Memory is that of the largest part once more where its files hold another dtype, and next to none where they hold
-    the model's: they are then read where they lie.
+    the model's: they are then read where they lie. Where rounding alone may have made a difference, the part is read
+    in float32 as well.
 
     Raises:
         ConfigError: a tensor that differs is tied to another one here or in the base alone, so that no directory could
@@ -107,21 +113,28 @@ def differing(model: VLM, llm: LLMConfig, keys: Iterable[str], state: Mapping[st
         if not own:
             continue
         kept = {each.dtype for each in map(live.__getitem__, own) if each.is_floating_point()}
-        base = load(min(kept, key=lambda one: one.itemsize, default=torch.float32))
-        known = {f"{prefix}.{key}": tensor for key, tensor in base.state_dict().items()}
+        dtype = min(kept, key=lambda one: one.itemsize, default=torch.float32)
+        base = load(dtype)
         tied = {f"{prefix}.{key}": f"{prefix}.{first}" for key, first in first_names(base).items()}
-        for key in own:
-            if firsts[key] != key and tied[key] == tied.get(firsts[key]):
-                continue  # another name of a tensor that has been looked at
-            if _same(state.get(key, live[key]).detach(), known[key]):
-                continue
+        tensors = {
+            key: state.get(key, live[key]).detach()
+            for key in own
+            if firsts[key] == key or tied[key] != tied.get(firsts[key])  # else it is looked at under its first name
+        }
+        known = _prefixed(prefix, base)
+        changed = [key for key, tensor in tensors.items() if not _same(tensor, known[key])]
+        if dtype != torch.float32 and any(_near(tensors[key], known[key]) for key in changed):
+            del base, known
+            known = _prefixed(prefix, load(torch.float32))
+            changed = [key for key in changed if not _same(tensors[key], known[key])]
+        for key in changed:
             for first, where in ((firsts[key], "the model"), (tied[key], "its base")):
                 if first != key:
                     raise ConfigError(
                         f"{key} has changed, and is tied to {first} in {where} alone",
                         "load the model again, and tie what its base ties",
                     )
-            found.append(key)
+        found += changed
     return found
 
 
@@ -137,13 +150,34 @@ def _loaders(model: VLM, llm: LLMConfig) -> Iterator[tuple[str, Callable[[torch.
         yield f"encoders.{kind}", partial(parts.load_encoder, model.config.encoder(kind))
 
 
+def _prefixed(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    return {f"{prefix}.{key}": tensor for key, tensor in module.state_dict().items()}
+
+
 def _same(found: Tensor, base: Tensor) -> bool:
     """Whether a tensor is the base's, as it is or as a dtype in between has left it."""
-    base = base.to(found.device)
-    if base.shape != found.shape:  # new tokens lengthen a buffer of the head by zeros; else it was pruned, or grew
-        if base.ndim != found.ndim or base.shape[:-1] != found.shape[:-1] or base.shape[-1] > found.shape[-1]:
-            return False
-        base = F.pad(base, (0, found.shape[-1] - base.shape[-1]))
-    if torch.equal(found, base.to(found.dtype)):
+    fitted = _fitted(found, base)
+    if fitted is None:
+        return False
+    if torch.equal(found, fitted.to(found.dtype)):
         return True
-    return base.is_floating_point() and any(torch.equal(found, base.to(each).to(found.dtype)) for each in ROUNDED)
+    return fitted.is_floating_point() and any(torch.equal(found, fitted.to(each).to(found.dtype)) for each in ROUNDED)
+
+
+def _near(found: Tensor, base: Tensor) -> bool:
+    """Whether a tensor may be the base's, rounded more often than the base was when it was read."""
+    fitted = _fitted(found, base)
+    if fitted is None or not fitted.is_floating_point():
+        return False
+    return torch.allclose(found.float(), fitted.float(), rtol=FEW_BITS, atol=STEP)
+
+
+def _fitted(found: Tensor, base: Tensor) -> Tensor | None:
+    """The base's tensor where the other one is, in its shape; None if it cannot have it."""
+    base = base.to(found.device)
+    if base.shape == found.shape:
+        return base
+    # new tokens lengthen a buffer of the head by zeros; else it was pruned, or grew
+    if base.ndim != found.ndim or base.shape[:-1] != found.shape[:-1] or base.shape[-1] > found.shape[-1]:
+        return None
+    return F.pad(base, (0, found.shape[-1] - base.shape[-1]))

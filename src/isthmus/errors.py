@@ -38,6 +38,11 @@ class NotFinite(IsthmusError):
     code = 4
 
 
+def abbreviated(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """`; did you mean 'x'?` or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

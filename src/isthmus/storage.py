@@ -25,6 +25,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from isthmus import cards, changes, parts, quantised
 from isthmus.config import LLMConfig, check
+from isthmus.errors import abbreviated
 from isthmus.files import sha256
 from isthmus.processor import VLMProcessor
 from isthmus.types import ConfigError, IsthmusError
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 """Names and sha256 of the weight files beside it."""
 DESCRIBED = (("text_config",), ("llm", "config"), ("encoders",), ("aligner", "name"))
-"""What no config lacks from which a model can be built."""
+"""Entries that config.json must have."""
 
 
 def save(model: VLM, folder: Path, whole: bool | None = None, state: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -50,7 +51,8 @@ def save(model: VLM, folder: Path, whole: bool | None = None, state: Mapping[str
     Raises:
         ConfigError: `whole`, while a base part is packed: codes are made anew from the source, never stored; or not
             whole, while there are no base parts to refer to; or `state` lacks a tensor; or other code has added to the
-            model or resized it, so that it could not be loaded. Nothing is written then.
+            model or resized it, so that it could not be loaded; or transformers refuses its generation settings.
+            Nothing is written then.
         IsthmusError: a base part is not the one it was, or the folder cannot be written.
     """
     config = model.config
@@ -62,15 +64,18 @@ def save(model: VLM, folder: Path, whole: bool | None = None, state: Mapping[str
         )
     llm = None if whole else _confirm(config)
     changes.check(model, whole)
+    _check_generation(model.generation_config)
     state = model.state_dict() if state is None else state
     try:
-        config.trained = [*trained, *_awake(model)]
+        kept = stored(model, False)
         if llm is not None:
-            kept = stored(model, False)
             rest = [key for key in model.state_dict(keep_vars=True) if is_base(key) and key not in kept]
-            config.trained += changes.differing(model, llm, rest, state)
+            config.trained = [*trained, *changes.differing(model, llm, rest, state)]
+        else:  # the base is not read; what requires a gradient counts as trained
+            awake = [name for name, each in model.named_parameters() if each.requires_grad and is_base(name)]
+            config.trained = [*trained, *(name for name in awake if name not in kept)]
         if lost := sorted(stored(model, whole) - set(state)):
-            raise ConfigError(f"state_dict lacks {lost[0]} and {len(lost) - 1} more", "pass the whole model's, or none")
+            raise ConfigError(f"state_dict lacks {abbreviated(lost)}", "pass the whole model's, or none")
         _place(model, folder, whole, state)
     finally:
         config.whole, config.trained = came, trained
@@ -92,18 +97,25 @@ def _place(model: VLM, folder: Path, whole: bool, state: Mapping[str, torch.Tens
                 old.unlink()
             for new in Path(staging).iterdir():
                 new.replace(folder / new.name)
-    except Exception as error:  # writers in Rust raise plain Exceptions when the disk is full
+    except Exception as error:
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:  # Rust's, of a full disk
+            raise
         raise IsthmusError(
             f"{folder}: cannot be written ({error})", "free some space or name another folder"
         ) from error
 
 
-def _awake(model: VLM) -> list[str]:
-    """Base weights that a loop of the user's own trains, with the buffers beside them."""
-    kept = stored(model, False)
-    own = [name for name, each in model.named_parameters() if each.requires_grad and name not in kept]
-    beside = {name.rpartition(".")[0] for name in own}
-    return own + [name for name, _ in model.named_buffers() if name not in kept and name.rpartition(".")[0] in beside]
+def _check_generation(settings: GenerationConfig) -> None:
+    """Refuse settings that transformers would not save: inconsistent ones, unless they were loaded so."""
+    if getattr(settings, "_original_object_hash", None) == hash(settings):
+        return
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        raise ConfigError(
+            f"transformers refuses to save the generation settings: {' '.join(str(error).split())}",
+            "correct model.generation_config: do_sample=True beside a temperature, for instance",
+        ) from None
 
 
 def _confirm(config: Any) -> LLMConfig:

@@ -275,6 +275,7 @@ def test_weights_that_an_update_breaks_replace_no_checkpoint(
     first = next(name for name, _ in small.build(recipe).named_parameters() if name.startswith("connectors."))
     assert error.cause == f"step 4: vlm.{first} is not finite after the update" and error.code == 4
     assert "step-0000003" in kept(tmp_path / "broken") and not (tmp_path / "broken" / "model").exists()
+    assert error.remedy.endswith("; this step is not saved, and no earlier checkpoint is touched")
     assert not any(name.endswith("4") for name in kept(tmp_path / "broken"))
 
     def whole(folder: Path) -> dict[str, Tensor]:
@@ -310,7 +311,7 @@ def test_weights_that_are_found_broken_in_the_next_step_are_not_said_to_be_saved
 ) -> None:
     error = broken_run(recipe, tmp_path, monkeypatch, save_every=0.5)
     assert error.cause.startswith("step 5: the weight vlm.connectors.") and (tmp_path / "bad_batch.json").is_file()
-    assert error.remedy.endswith("; the weights before it are broken too, and are not saved")
+    assert error.remedy.endswith("; the weights of step 4 are broken too, and not saved")
     assert kept(tmp_path) == ["step-0000003"]
 
 
@@ -327,7 +328,7 @@ def test_weights_are_said_to_be_saved_where_there_are_some(recipe: Recipe, tmp_p
 
         with pytest.raises(NotFinite) as error:
             run_stage(vlm, small.stage(), Poisoned(vlm), tmp_path / f"{bad}", steps=6, console=small.quiet())
-        assert error.value.remedy.endswith("; the weights before it are saved") == saved
+        assert error.value.remedy.endswith("; a checkpoint of step 2 is saved") == saved
         assert kept(tmp_path / f"{bad}") == ["step-0000002"] * saved
 
 
@@ -356,7 +357,7 @@ def test_a_picture_of_a_validation_that_is_no_number_is_named_and_kept(recipe: R
         run_stage(vlm, small.stage(), feed, tmp_path, steps=3, validate=held_out(batches), console=small.quiet())
     tensor = f"a value in the pixels of image 3 (sample {batches[1].ids[2]})"
     cause = f"step 3: the validation loss is not finite; the first such tensor is {tensor}"
-    assert error.value.cause == cause and error.value.remedy.endswith("; the weights before it are saved")
+    assert error.value.cause == cause and error.value.remedy.endswith("; a checkpoint of step 3 is saved")
     note = json.loads((tmp_path / "bad_batch.json").read_text())
     assert note == {"step": 3, "tensor": tensor, "module": None, "samples": [list(batches[1].ids)]}
     pixels = load_file(tmp_path / "bad_batch.safetensors")["0.media.image.pixels"]

@@ -14,6 +14,7 @@ import transformers
 from rich.console import Console
 
 from isthmus.config import Recipe
+from isthmus.model import VLM
 from isthmus.training.loop import run_stage
 from isthmus.training.optimizer import PATIENCE, Trained, Watch, adamw, choose, norms, rate, table
 from isthmus.training.step import Step
@@ -60,6 +61,35 @@ def test_lora_trains_exactly_its_own_parameters(recipe: Recipe) -> None:
     }
     assert [adapter["name"] for adapter in step.vlm.config.lora] == ["sft"]
     assert "llm.*" not in step.vlm.config.trained
+
+
+def test_lora_lies_only_where_some_of_it_trains(recipe: Recipe, tmp_path: Path) -> None:
+    train = {"llm.*layers.*": {"mode": {"r": 2}}, "llm.*layers.0.*": {"mode": "frozen"}, "llm.*layers.1.mlp.*": 1e-4}
+    step, trained = chosen(recipe, name="sft", train=train)
+    added = {f"vlm.{name}" for name, _ in step.vlm.named_parameters() if ".grafts." in name}
+    assert added and added <= set(trained) and not any(".layers.0." in name for name in added)
+    assert any(".layers.1.mlp." in name for name in added), "it trains at the rate of the glob that decides"
+    step.vlm.save_pretrained(tmp_path)
+    again = VLM.from_pretrained(tmp_path)
+    assert {f"vlm.{name}" for name, _ in again.named_parameters() if ".grafts." in name} == added
+    more = small.stage(name="more", train={"llm.*layers.0.*": {"mode": {"r": 2}}})
+    found = {each.name for each in choose(Step(again, more.objectives), more)}
+    assert found and all(".layers.0." in name and ".grafts.more." in name for name in found)
+    assert {adapter["name"] for adapter in again.config.lora} == {"sft", "more"}
+
+
+def test_lora_that_an_earlier_stage_trained_stays_where_a_later_one_freezes_it(recipe: Recipe) -> None:
+    step, first = chosen(recipe, name="sft", train={"llm.*q_proj": {"mode": {"r": 2}}})
+    train = {"llm.*v_proj": {"mode": {"r": 2}}, "llm.*layers.0.*": {"mode": "frozen"}}
+    later = choose(step, small.stage(name="more", train=train))
+    names = {name for name, _ in step.named_parameters()}
+    assert set(first) <= names and not {each.name for each in later} & set(first)
+    assert not any(".layers.0." in name and ".grafts.more." in name for name in names)
+
+
+def test_a_stage_without_dead_lora_keeps_its_globs(recipe: Recipe) -> None:
+    step, _ = chosen(recipe, name="sft", train={"llm.*layers.*": {"mode": {"r": 2}}, "connectors.*": 1e-3})
+    assert [adapter["globs"] for adapter in step.vlm.config.lora] == [["llm.*layers.*"]]
 
 
 @pytest.mark.parametrize("learned", [True, False])

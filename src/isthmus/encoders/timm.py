@@ -22,6 +22,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from isthmus.config import EncoderConfig, check, nearest
 from isthmus.encoders import eva, nfnet
+from isthmus.errors import abbreviated
 from isthmus.types import ConfigError, DataError
 
 Tower: TypeAlias = eva.Eva | nfnet.NFNet
@@ -84,7 +85,7 @@ def load(config: EncoderConfig, folder: Path, source: Mapping[str, str], dtype: 
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if wrong := {name for name in found.keys() | shapes if found.get(name) != shapes.get(name)}:
         raise DataError(
-            f"{folder}: weights are not those of {described['architecture']} ({min(wrong)} and {len(wrong) - 1} more)",
+            f"{folder}: weights are not those of {described['architecture']} ({abbreviated(sorted(wrong))})",
             "fetch the folder again, or correct `model_args` in its config",
         )
     if dtype != "auto":

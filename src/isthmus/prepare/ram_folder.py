@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CLIPImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
+from isthmus.errors import abbreviated
 from isthmus.prepare.ram import HEADS, RAM, VISUAL, Sizes
 from isthmus.types import ConfigError, DataError
 
@@ -131,18 +132,13 @@ def _sizes(file: Path, found: Mapping[str, tuple[int, ...]]) -> Sizes:
     expected = sizes.shapes()
     for what, names in (("are missing", expected.keys() - found), ("are unknown", found.keys() - expected)):
         if names:
-            raise DataError(f"{file}: tensors {what}: {_some(names)}", REMEDY)
+            raise DataError(f"{file}: tensors {what}: {abbreviated(sorted(names))}", REMEDY)
     for name, wanted in expected.items():
         if found[name] != wanted:
             raise DataError(f"{file}: {name} is of shape {list(found[name])}, not {list(wanted)}", REMEDY)
     if sizes.decoder % HEADS or any((width << stage) % heads for stage, heads in enumerate(sizes.heads)):
         raise DataError(f"{file}: the heads of its attention do not divide its widths", REMEDY)
     return sizes
-
-
-def _some(names: Iterable[str]) -> str:
-    first, *rest = sorted(names)
-    return f"{first} and {len(rest)} more" if rest else first
 
 
 def _lines(file: Path) -> list[str]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -29,7 +28,7 @@ class Bodies:
         queue: requests that may wait to be understood.
 
     Attributes:
-        held: bytes of all bodies now.
+        held: bytes of all bodies that are read or understood now, or wait to be.
         entering: bodies that are being understood, or wait to be.
     """
 
@@ -56,15 +55,22 @@ class Bodies:
                     self.held += len(piece)
                     self._check(held)
                     pieces.append(piece)
-            raw = b"".join(pieces)
-            pieces.clear()
-            return await self._understood(partial(understand, raw))
+            work, result = self._begin(pieces, understand)
+            held = 0  # they are given back once nothing holds them
         except TimeoutError:
             raise Refusal(408, "the body took too long to arrive", "timeout") from None
         except ClientDisconnect:
             raise left() from None
         finally:
             self.held -= held
+        try:
+            await asyncio.wait({result}, timeout=self.limits.decoding)
+        finally:
+            work.cancel()  # if it has not begun
+        if not result.done():
+            message = "the request could not be looked at in time"
+            raise Refusal(503, message, "timeout", headers={"x-should-retry": "false"})
+        return result.result()
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -75,18 +81,31 @@ class Bodies:
         if self.held > HELD:
             raise Refusal(429, "too many large requests at once", "queue_full", headers={"Retry-After": "1"})
 
-    async def _understood(self, understand: Callable[[], Result]) -> Result:
+    def _begin(
+        self, pieces: list[bytes], understand: Callable[[bytes], Result]
+    ) -> tuple[Future[Result], asyncio.Future[Result]]:
+        """Let a thread understand a body: the work, which may be cancelled, and its result in the event loop.
+
+        The body counts until the work is done or cancelled, whoever still waits for it.
+        """
         if self.entering >= self.queue + INTAKE:
             raise Refusal(429, "too many requests wait", "queue_full", headers={"Retry-After": "1"})
-        self.entering += 1
-        future = asyncio.get_running_loop().run_in_executor(self._threads, understand)
-        future.add_done_callback(self._entered)  # counts until the thread is free, whoever still waits for it
-        try:
-            return await asyncio.wait_for(asyncio.shield(future), self.limits.decoding)
-        except TimeoutError:
-            raise Refusal(503, "the request could not be looked at in time", "timeout") from None
+        size = sum(map(len, pieces))
 
-    def _entered(self, future: asyncio.Future[Any]) -> None:
-        self.entering -= 1
-        if not future.cancelled():
-            future.exception()  # seen: who waited for it may have gone
+        def look() -> Result:
+            raw = b"".join(pieces)
+            pieces.clear()
+            return understand(raw)
+
+        def let_go(result: asyncio.Future[Result]) -> None:
+            pieces.clear()  # the queue of the threads keeps cancelled work
+            self.entering -= 1
+            self.held -= size
+            if not result.cancelled():
+                result.exception()  # seen: who waited for it may have gone
+
+        work = self._threads.submit(look)
+        result = asyncio.wrap_future(work)
+        self.entering += 1
+        result.add_done_callback(let_go)
+        return work, result

@@ -91,7 +91,7 @@ def check(world: World, number: int, held: Mapping[str, Mapping[str, Tensor]]) -
         if (name := unsound(held)) is not None:
             raise NotFinite(
                 f"step {number}: {name} is not finite after the update",
-                "lower the learning rate; this step is not saved, and the checkpoints before it are as they were",
+                "lower the learning rate; this step is not saved, and no earlier checkpoint is touched",
             )
 
 
@@ -109,10 +109,10 @@ def unsound(held: Mapping[str, Mapping[str, Tensor]]) -> str | None:
     return next((name for name, good in zip(names, sound) if not good), None)
 
 
-def told(error: NotFinite, saved: bool) -> NotFinite:
-    """The same, with what became of the weights with which the loss or a gradient was not finite."""
-    fate = "the weights before it are saved" if saved else "the weights before it are broken too, and are not saved"
-    return NotFinite(error.cause, f"{error.remedy}; {fate}")
+def told(error: NotFinite, step: int, saved: bool) -> NotFinite:
+    """The same, with what became of the weights with which the loss or a gradient was not finite: those of a step."""
+    sound, broken = f"a checkpoint of step {step} is saved", f"the weights of step {step} are broken too, and not saved"
+    return NotFinite(error.cause, f"{error.remedy}; {sound if saved else broken}")
 
 
 # ---------------------------------------------------------------------------------------------- a validation
@@ -120,7 +120,7 @@ def told(error: NotFinite, saved: bool) -> NotFinite:
 
 @dataclass
 class Forwards:
-    """Those of a step in one validation by this process."""
+    """How often this process has run a step's forward in one validation."""
 
     done: int = 0
     bad: int = 0

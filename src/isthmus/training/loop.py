@@ -239,7 +239,7 @@ class _Runner:
                 if sound := not self.world.any(finite.unsound(saves.held()) is not None):
                     saves.save(state)
                 if isinstance(error, NotFinite):
-                    raise finite.told(error, sound) from error
+                    raise finite.told(error, state.step, sound) from error
             raise
 
     def _evaluate(self, state: checkpoint.State, metrics: log.Metrics, saves: checkpoint.Checkpoints) -> None:
@@ -249,7 +249,7 @@ class _Runner:
             with finite.counted(self.step) as forwards:
                 found = self._validate()
             loss = found["validation_loss"]
-            if not math.isfinite(loss):  # of a number that is none, no later one would ever be the better
+            if not math.isfinite(loss):  # NaN as the best loss would never be beaten
                 finite.refuse_validation(self.step, state.step, forwards, self._validate, self._note())
             self.step.ready()
             with self.world.together():

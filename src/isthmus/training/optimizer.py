@@ -13,7 +13,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from isthmus import lora
 from isthmus.config import LoRA, Stage, Train, nearest
+from isthmus.errors import abbreviated
+from isthmus.graft import ungraft
 from isthmus.model import VLM
 from isthmus.training.parallel import norm, whole
 from isthmus.training.step import Step
@@ -55,8 +58,9 @@ class _Rule:
 def choose(step: Step, stage: Stage) -> list[Trained]:
     """Attach the stage's LoRA, freeze everything, and wake what the stage trains, as float32 masters.
 
-    The last glob that matches a parameter decides; what none matches is frozen. Objectives' own parameters train at
-    the stage's rate, but for those that their objective holds still.
+    The last glob that matches a parameter decides; what none matches is frozen, and the stage's LoRA stays only on
+    Linears where some of it trains. Objectives' own parameters train at the stage's rate, but for those that their
+    objective holds still.
 
     Raises:
         ConfigError: a glob matches nothing (the nearest name is suggested), or others decide on all that it would
@@ -84,9 +88,12 @@ def choose(step: Step, stage: Stage) -> list[Trained]:
         raise ConfigError(f"stage {stage.name} trains nothing", "give at least one glob a rate: connectors.*: 1e-3")
     if packed := [each.name for each in chosen if not each.parameter.is_floating_point()]:
         raise ConfigError(
-            f"stage {stage.name}: {packed[0]} and {len(packed) - 1} more are held in 4 or 8 bits, which cannot train",
+            f"stage {stage.name}: weights that are held in 4 or 8 bits cannot train: {abbreviated(packed)}",
             "train them with LoRA (mode: {r: 16}), or leave bits out of the recipe",
         )
+    for rule in rules:
+        if rule.graft:
+            _keep_trained(step.vlm, rule.graft, {each.name.removeprefix("vlm.") for each in chosen})
     for each in chosen:
         each.parameter.requires_grad_(True)
         each.parameter.data = each.parameter.data.float()
@@ -236,6 +243,17 @@ def _rules(vlm: VLM, stage: Stage) -> Iterator[_Rule]:
             graft = _free_name(stage.name, [adapter["name"] for adapter in vlm.config.lora])
             vlm.add_lora([glob], how.mode, graft)
         yield _Rule(glob, how, graft)
+
+
+def _keep_trained(vlm: VLM, graft: str, trained: Set[str]) -> None:
+    """Take LoRA off the Linears where none of it trains, in the model and in its config."""
+    inside, hosts = f".grafts.{graft}.", lora.hosts(vlm, graft)
+    kept = {name.partition(inside)[0] for name in trained if inside in name}
+    if dead := [path for path in hosts if path not in kept]:
+        for path in dead:
+            ungraft(vlm, path, graft)
+        globs = {"globs": [path for path in hosts if path in kept]}
+        vlm.config.lora = [each | globs if each["name"] == graft else each for each in vlm.config.lora]
 
 
 def _of_model(step: Step, stage: Stage, deciding: Mapping[str, _Rule]) -> Iterator[Trained]:
