@@ -13,9 +13,10 @@ What is equal: operations per run; encoder, LLM and arithmetic; the questions of
 language-model loss; the evaluation; two learning rates tried at half the budget each. What is each recipe's
 own: its stages, what they train, and how they share the budget.
 
-Two cores have some 0.3 TFLOP/s, so that the defaults take some thirteen minutes a joint, four of them measuring (twenty
-for `cogvlm`, whose optimizer has 106 million parameters to move in every step). Five seeds are what lets differences be
-decided: over three, a difference between six joints has to be fourteen times its own error, over five six times.
+Two cores with instructions for bfloat16 take some ten minutes a joint with four seeds (longer for `cogvlm`, whose
+optimizer has 106 million parameters to move in every step), and two or three times that without. Five seeds are what
+lets differences be decided: over three, a difference between six joints has to be fourteen times its own error, over
+five six times.
 """
 
 from __future__ import annotations
