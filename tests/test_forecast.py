@@ -160,6 +160,20 @@ def test_calls_are_timed_as_often_as_they_are_made():
     assert 5e7 < resident() < 1e11
 
 
+@pytest.mark.parametrize("seconds", [0.01, 0.3])
+def test_a_product_too_large_to_try_is_extrapolated_from_smaller_ones(seconds):
+    side = 1 << 14
+    with Ledger(torch.nn.Module()) as ledger, torch.device("meta"):
+        wide, bias = torch.empty(side, side), torch.empty(side)
+        for _ in range(50):
+            torch.addmm(bias, wide, wide)
+            torch.ones(1 << 12, 1 << 14).view(-1).view(1 << 14, -1)  # below LARGEST, and nothing moves
+    found = calibrate.speed(ledger.calls, CPU, seconds)
+    x = torch.full((768, 768), 0.01)
+    smaller = calibrate.best(lambda: torch.addmm(x[0], x, x), CPU, 5)
+    assert 1 / 3 < found.operations / (50 * smaller * (side / 768) ** 3) < 3 and found.tried < 0.05
+
+
 @pytest.mark.parametrize("parts", [("llm",), ("encoder",), ("llm", "encoder")])
 def test_packed_parts_compute_what_dense_ones_do_and_take_less_room(data, parts):
     plain = staged(data, LORA).but(engine={"cache": False})  # the encoder runs in every step

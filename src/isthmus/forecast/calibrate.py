@@ -1,7 +1,8 @@
 """How fast this machine is at the very operations of a step: each kind is done alone, for about a second in all.
 
 Operands are made up in the shapes, strides and dtypes of the trace. With one thread the thread's own clock is read,
-which a busy machine hardly moves. What does not fit into the time or the memory counts at the mean speed of what did.
+which a busy machine hardly moves. What does not fit into the time or the memory is extrapolated: products by their
+operations, all else by its bytes, at the speed of those that were tried and of one measured on purpose.
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from isthmus.costs import Counter as Counted
 from isthmus.forecast.trace import Ledger, Operand, Operation
 
 LARGEST = 1 << 29
 """Bytes of operands that are still tried."""
 TRAINED = 1 << 20
 """Parameters that the optimizer's speed is measured on."""
+SIDE = 1024
+"""Rows and columns of what is measured on purpose: a product of two such matrices, and a copy of 16 of them."""
+FREE = frozenset({"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
+"""Calls that move nothing, besides those that PyTorch itself calls views."""
 
 
 @dataclass(frozen=True)
@@ -33,28 +39,78 @@ class Speed:
     host: float
     """Python and autograd around them."""
     tried: float
-    """The share of the bytes and products of all calls that was tried."""
+    """The share of these operations' seconds that was measured and not extrapolated."""
 
     @property
     def total(self) -> float:
         return self.operations + self.host
 
 
+@dataclass
+class _Rate:
+    """Work that was measured, floating-point operations or bytes, and its seconds."""
+
+    work: float
+    seconds: float
+
+    def of(self, work: float) -> float:
+        return self.seconds * work / self.work
+
+
 def speed(calls: Counter[Operation], device: torch.device, seconds: float = 1.0) -> Speed:
     """The time of a step's calls on this machine."""
-    ordered = sorted(calls.items(), key=lambda item: -item[0].bytes * item[1])
+    moving = {operation: times for operation, times in calls.items() if not _free(operation)}
+    work = {operation: _work(operation) for operation in moving}
+    rates = {kind: _on_purpose(kind, device) for kind in {kind for kind, _ in work.values()}}
+    guess = {operation: rates[kind].of(amount) for operation, (kind, amount) in work.items()}
+    known, rest = _handing(device) * (calls.total() - sum(moving.values())), []
     until = time.perf_counter() + seconds
-    known = tried = rest = 0.0
-    for operation, times in ordered:
-        late = time.perf_counter() > until
-        spent = None if late or operation.bytes > LARGEST else _alone(operation, device)
+    for operation in sorted(moving, key=lambda each: -guess[each] * moving[each]):
+        barred = operation.bytes > LARGEST or guess[operation] > seconds or time.perf_counter() > until
+        spent = None if barred else _alone(operation, device)
         if spent is None:
-            rest += operation.bytes * times
-        else:
-            known += spent * times
-            tried += operation.bytes * times
-    share = tried / max(1.0, tried + rest)
-    return Speed(known / max(share, 1e-9), host(device) * calls.total(), share)
+            rest.append(operation)
+            continue
+        known += spent * moving[operation]
+        kind, amount = work[operation]
+        rates[kind].work += amount * moving[operation]
+        rates[kind].seconds += spent * moving[operation]
+    total = known + sum(rates[work[each][0]].of(work[each][1]) * moving[each] for each in rest)
+    return Speed(total, host(device) * calls.total(), known / max(total, 1e-12) if rest else 1.0)
+
+
+def _free(operation: Operation) -> bool:
+    """Whether a call moves nothing, however large its operands are."""
+    return getattr(operation.function, "is_view", False) or _name(operation) in FREE
+
+
+def _name(operation: Operation) -> str:
+    return str(getattr(operation.function, "overloadpacket", operation.function)).rpartition(".")[2]
+
+
+def _work(operation: Operation) -> tuple[torch.dtype | None, float]:
+    """What a call's time grows with: a product's operations, with its dtype; the bytes of all else, with None."""
+    with Counted() as counter:
+        _call(operation, torch.device("meta"), lambda run: run())
+    if flops := counter.get_total_flops():
+        leaves = [leaf.dtype for leaf in tree_leaves(operation.arguments) if isinstance(leaf, Operand)]
+        return next((dtype for dtype in leaves if dtype.is_floating_point), torch.float32), flops
+    return None, operation.bytes
+
+
+def _on_purpose(kind: torch.dtype | None, device: torch.device) -> _Rate:
+    """The speed of a product in a dtype, or of a copy."""
+    if kind is None:
+        x = torch.ones(16, SIDE, SIDE, dtype=torch.uint8, device=device)
+        return _Rate(x.nbytes, best(x.clone, device, 5))
+    x = torch.full((SIDE, SIDE), 0.01, dtype=kind, device=device)
+    return _Rate(2.0 * SIDE**3, best(lambda: x @ x, device, 5))
+
+
+def _handing(device: torch.device) -> float:
+    """Seconds of a call that moves nothing."""
+    x = torch.ones(8, 8, device=device)
+    return best(lambda: x.view(64), device, 5)
 
 
 def host(device: torch.device, depth: int = 48) -> float:
@@ -103,6 +159,11 @@ def now() -> float:
 
 def _alone(operation: Operation, device: torch.device) -> float | None:
     """Seconds of one call; None where made-up operands do not suit it."""
+    return _call(operation, device, lambda run: best(run, device, 2))
+
+
+def _call(operation: Operation, device: torch.device, way: Callable[[Callable[[], object]], Any]) -> Any:
+    """What `way` makes of a call with made-up operands; None where they do not suit it."""
 
     def make(operand: Operand) -> Tensor:
         made = torch.empty_strided(operand.shape, operand.stride, dtype=operand.dtype, device=device)
@@ -113,10 +174,9 @@ def _alone(operation: Operation, device: torch.device) -> float | None:
             arguments = tree_map_only(Operand, make, operation.arguments)
             options = {name: _placed(value, device) for name, value in operation.options}
             options = tree_map_only(Operand, make, options)
-            spent = best(lambda: operation.function(*arguments, **options), device, 2)
+            return way(lambda: operation.function(*arguments, **options))
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
         return None
-    return spent
 
 
 def _placed(value: Any, device: torch.device) -> Any:
