@@ -134,28 +134,34 @@ def confirm(what: str, path: Path, expected: str | None) -> str:
 
 
 def llm_config(config: LLMConfig) -> PreTrainedConfig:
-    """The architecture of an LLM; no weights are read."""
+    """The architecture of an LLM; no weights are read.
+
+    Raises:
+        ConfigError: the source is no language model, or one that is multimodal already.
+    """
     if config.architecture is not None:
         return AutoConfig.for_model(**config.architecture)
-    return AutoConfig.from_pretrained(folder(config.source, config.revision))
+    architecture = AutoConfig.from_pretrained(folder(config.source, config.revision))
+    _check_llm(architecture, config.source)
+    return architecture
 
 
 def load_llm(config: LLMConfig, dtype: torch.dtype) -> PreTrainedModel:
     """An LLM with its weights; packed ones come from the checkpoint's own numbers, whatever `dtype` is.
 
     Raises:
-        ConfigError: it is no language model, or one that is multimodal already; or it does not run on the kernel.
+        ConfigError: it is no language model, or one that is multimodal already; or it does not run on the kernel; or
+            tensors are missing.
     """
     path = folder(config.source, config.revision)
     architecture = AutoConfig.from_pretrained(path)
     _check_llm(architecture, config.source)
-    with hf.quiet():
-        llm = _auto(architecture).from_pretrained(
-            path,
-            dtype=dtype if config.bits is None else "auto",
-            attn_implementation=_kernel(architecture, config.attention),
-            use_safetensors=True,
-        )
+    llm = hf.complete(
+        _auto(architecture),
+        path,
+        dtype=dtype if config.bits is None else "auto",
+        attn_implementation=_kernel(architecture, config.attention),
+    )
     if config.bits is not None:
         quantised.quantise(llm, config.bits, dtype)
     return llm
@@ -214,6 +220,11 @@ def tensors(source: str) -> dict[str, torch.Tensor]:
 
 def _check_llm(architecture: PreTrainedConfig, source: str) -> None:
     """Refuse what is no language model, or more than one."""
+    if architecture.model_type == "isthmus":
+        raise ConfigError(
+            f"{source} is a model of Isthmus, with an encoder and a joint of its own",
+            f"go on from it with start={source}, or name the LLM that it was made of",
+        )
     if architecture.get_text_config() is not architecture:
         raise ConfigError(
             f"{source}: {architecture.model_type} is a multimodal model, with a tower and a joint of its own",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image as Pillow
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoProcessor,
     CLIPVisionConfig,
@@ -23,8 +25,8 @@ import composed
 import isthmus
 import tiny
 from composed import picture, stir
-from isthmus import exporting
-from isthmus.config import LoRA
+from isthmus import exporting, parts
+from isthmus.config import EncoderConfig, LLMConfig, LoRA
 from isthmus.exporting import blip2, gguf, llava, native, onnx
 from isthmus.types import ConfigError, IsthmusError, Sample, Turn
 from tiny import IMAGE, PATCH, VOCAB
@@ -221,6 +223,46 @@ def test_import_refuses_what_our_joint_does_not_have(tmp_path, changes, reason):
     with pytest.raises(ConfigError, match=reason):
         llava.import_llava(theirs(tmp_path / "theirs", **changes), tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+def test_import_refuses_a_checkpoint_that_is_not_whole(tmp_path):
+    file = theirs(tmp_path / "theirs") / "model.safetensors"
+    whole = load_file(file)
+    projector = next(name for name in whole if "linear_1.weight" in name)
+    norm = next(name for name in whole if "layers.1.input_layernorm" in name)
+    save_file({name: whole[name] for name in whole if name not in (projector, norm)}, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"the weights lack model.* and 1 more\ncopy the checkpoint again"):
+        llava.import_llava(tmp_path / "theirs", tmp_path / "ours")
+    save_file(whole | {projector: torch.zeros(3, 5)}, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match="other shapes than config.json says: model.multi_modal_projector"):
+        llava.import_llava(tmp_path / "theirs", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("described", "cause"),
+    [
+        ({"model_type": "clip_vision_model"}, "is a clip_vision_model, not a LLaVA of transformers"),
+        ({"model_type": "isthmus"}, "is a model of Isthmus already"),
+        ({"model_type": "llava", "hidden_size": 32}, "is a LLaVA in its authors' layout"),
+    ],
+)
+def test_import_refuses_other_models_before_it_builds_one(tmp_path, monkeypatch, described, cause):
+    monkeypatch.setattr(LlavaForConditionalGeneration, "from_pretrained", lambda *_, **__: pytest.fail("was built"))
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ConfigError, match=cause):
+        llava.import_llava(tmp_path, tmp_path / "ours")
+
+
+def test_a_llava_is_no_part_of_another_model(tmp_path):
+    whole = str(theirs(tmp_path / "theirs"))
+    with pytest.raises(ConfigError, match="llava is a multimodal model, and its vision tower cannot be taken out"):
+        parts.encoder_architecture(EncoderConfig(source=whole))
+    with pytest.raises(ConfigError, match="llava is a multimodal model, with a tower and a joint of its own"):
+        parts.llm_config(LLMConfig(source=whole))
+    composed.model("llama", vision="clip").save_pretrained(tmp_path / "ours")
+    with pytest.raises(ConfigError, match=r"is a model of Isthmus, with .*\ngo on from it with start="):
+        parts.llm_config(LLMConfig(source=str(tmp_path / "ours")))
 
 
 def test_nothing_is_written_when_logits_differ(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ Hidden states are counted as transformers counts them: index 0 is the embeddings
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -20,10 +21,14 @@ from transformers.utils import logging
 
 from isthmus.config import EncoderConfig
 from isthmus.encoders import Encoder, check_patches, state_index
+from isthmus.errors import abbreviated
 from isthmus.types import ConfigError, Features
 
 DESCRIBED = ("image_size", "patch_size", "num_hidden_layers", "hidden_size")
 """What the config of a vision transformer tells, and that of a convolutional or hierarchical tower does not."""
+
+NEEDED = re.compile(r"\.\d+\.|embed(?!.*(mask_token|position_ids))")
+"""Tensors without which a tower sees nothing: of its blocks and its embeddings, not of a pooler or a head."""
 
 # EVA's ViT-g as BLIP-2 uses it: transformers holds it, and its AutoModel does not know it alone.
 AutoModel.register(Blip2VisionConfig, Blip2VisionModel, exist_ok=True)
@@ -125,11 +130,37 @@ def load(
 ) -> Transformer:
     """The real tower with its weights from a folder; `auto` is the dtype that they are stored in."""
     whole = AutoConfig.from_pretrained(folder)
-    _register(_vision(whole))
-    with quiet():
-        model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    vision = model if not hasattr(whole, "vision_config") else model.vision_model
+    part = _part(whole)
+    needed = re.compile(rf"^{part}\..*({NEEDED.pattern})") if part else NEEDED
+    model = complete(AutoModel, folder, needed, dtype=dtype)
+    vision = model.get_submodule(part)
     return Transformer(config, vision, _sized(processor(folder), config), source)
+
+
+def complete(kind: Any, folder: Path, needed: re.Pattern[str] = re.compile(""), **options: Any) -> Any:
+    """A model of transformers with its weights, all of which are in the folder: transformers would draw what is not.
+
+    Args:
+        kind: the class, or an Auto class.
+        folder: where the model is.
+        needed: what the name of a tensor has where the model is not used without it.
+        options: those of `from_pretrained`.
+
+    Raises:
+        ConfigError: tensors are missing, or of another shape than the config says.
+    """
+    with quiet():
+        model, told = kind.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    if missing := sorted(name for name in told["missing_keys"] if needed.search(name)):
+        raise ConfigError(f"{folder}: the weights lack {abbreviated(missing)}", "copy the checkpoint again")
+    if other := sorted(name for name, *_ in told["mismatched_keys"]):
+        raise ConfigError(
+            f"{folder}: the weights have other shapes than config.json says: {abbreviated(other)}",
+            "copy the checkpoint again",
+        )
+    return model
 
 
 def empty(
@@ -156,7 +187,29 @@ def processor(folder: Path) -> Any:
 
 def architecture(folder: Path) -> dict[str, Any]:
     """The vision part of a model's config as plain values, saved inside our own config."""
-    return _vision(AutoConfig.from_pretrained(folder)).to_dict()
+    whole = AutoConfig.from_pretrained(folder)
+    _part(whole)
+    return _vision(whole).to_dict()
+
+
+def _part(whole: PreTrainedConfig) -> str:
+    """Where a vision transformer is in the model of a config; empty where it is the model. AutoModel knows it then.
+
+    Raises:
+        ConfigError: the config describes something else, or a model whose tower cannot be told from the rest.
+    """
+    vision = _vision(whole)
+    _register(vision)
+    if vision is whole:
+        return ""
+    known = type(whole) in AutoModel._model_mapping
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        if not known or not hasattr(AutoModel.from_config(whole), "vision_model"):
+            raise ConfigError(
+                f"{whole.model_type} is a multimodal model, and its vision tower cannot be taken out of it here",
+                "name the checkpoint of its vision tower alone, such as CLIP's or SigLIP's",
+            )
+    return "vision_model"
 
 
 def _vision(config: PreTrainedConfig) -> PreTrainedConfig:

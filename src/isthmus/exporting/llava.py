@@ -38,12 +38,12 @@ def import_llava(source: Path, out: Path) -> Parity:
     """Read a LLaVA directory of transformers and write the same model as ours, base weights included.
 
     Raises:
-        ConfigError: the directory uses something that our LLaVA does not have.
+        ConfigError: the directory holds another model, or not all of one, or uses something that our LLaVA has not.
         IsthmusError: the logits differ.
     """
-    with hf.quiet():
-        folder = parts.folder(str(source))
-        theirs = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+    folder = parts.folder(str(source))
+    _require_llava(parts.read_object(folder / "config.json"), source)
+    theirs = hf.complete(LlavaForConditionalGeneration, folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     ours = from_llava(theirs, processor, str(source))
     kernels_linear.use_pytorch(ours)
@@ -51,6 +51,18 @@ def import_llava(source: Path, out: Path) -> Parity:
     parity.require(f"import of {source}")
     ours.save_pretrained(out, whole=True)
     return parity
+
+
+def _require_llava(described: dict[str, Any], source: Path) -> None:
+    """Whether a config.json is of transformers' LLaVA: of any other, transformers would make one of 7B by default."""
+    kind = described.get("model_type", "model without a type")
+    if kind == VLMConfig.model_type:
+        raise ConfigError(f"{source} is a model of Isthmus already", "use it as it is: nothing has to be imported")
+    converted = "authors' checkpoints have a converted form on the hub, whose name ends in -hf"
+    if kind != LlavaConfig.model_type:
+        raise ConfigError(f"{source} is a {kind}, not a LLaVA of transformers", f"name such a one; {converted}")
+    if not {"text_config", "vision_config"} <= described.keys():
+        raise ConfigError(f"{source} is a LLaVA in its authors' layout, not a LLaVA of transformers", converted)
 
 
 def from_llava(theirs: LlavaForConditionalGeneration, processor: LlavaProcessor, source: str) -> VLM:

@@ -152,6 +152,9 @@ def _run(file: Path, pixels: Tensor) -> Tensor:
     onnxruntime: Any = importlib.import_module("onnxruntime")
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     if not isinstance(session.get_inputs()[0].shape[0], str):
-        raise IsthmusError("this encoder and joint became a graph for one number of pictures alone", "keep it as it is")
+        raise IsthmusError(
+            "this encoder and joint became a graph for one number of pictures alone",
+            "use x.shape[0] or x.unflatten(…) rather than len(x) or int(…) in the connector's forward",
+        )
     (found,) = session.run(None, {"pixels": pixels.numpy()})
     return torch.from_numpy(found)
