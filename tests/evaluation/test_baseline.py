@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,17 @@ def test_it_is_measured_like_any_model(server: ChatServer, tmp_path: Path) -> No
     assert again == measured and len(server.bodies) == 12
     baseline.measure(speaker(server, max_tokens=9), [(TASK, CONFIG)], 0, tmp_path)
     assert len(server.bodies) == 24
+
+
+def test_replies_are_as_long_as_those_of_a_model_of_our_own_unless_a_setting_says_otherwise(
+    server: ChatServer, tmp_path: Path
+) -> None:
+    plain = CONFIG.but(controls=())
+    longer = replace(TASK, name="more", longest=64)
+    baseline.measure(speaker(server), [(TASK, plain), (longer, plain)], 0, tmp_path)
+    assert [body["max_tokens"] for body in server.bodies] == [24] * 4 + [64] * 4
+    baseline.measure(speaker(server, max_tokens=512), [(TASK, plain)], 0, tmp_path / "set")
+    assert {body["max_tokens"] for body in server.bodies[8:]} == {512}
 
 
 def test_controls_are_asked_as_few_items_as_those_of_any_model(server: ChatServer, tmp_path: Path) -> None:

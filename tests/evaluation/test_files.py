@@ -87,6 +87,27 @@ def test_exact_match_evens_out_what_does_not_matter(tmp_path, model):
     assert row.cells["after"].value == pytest.approx(2 / 3) and row.clusters == 2
 
 
+def test_documents_and_charts_are_scored_as_their_benchmarks_do(tmp_path, model):
+    path = questions(tmp_path, [["total 12", "12 in all"], "40"])
+    found, row = answered(task("anls", path), model, in_turn("totel 12", "4"))
+    assert [one.right for one in found] == [7 / 8, 0.5] and row.cells["after"].value == pytest.approx(11 / 16)
+    found, row = answered(task("relaxed", path), model, in_turn("Total 12", "41"))
+    assert [one.right for one in found] == [True, True]
+
+
+@pytest.mark.parametrize("name, rule", [("POPE", "yes-no"), ("text-vqa", "vqa"), ("docvqa", "anls")])
+def test_a_benchmarks_name_is_told_what_scores_it(name, rule):
+    with pytest.raises(ConfigError, match=f"{name}.* it is a benchmark, which '{rule}' scores"):
+        named(name)
+
+
+def test_a_reply_is_as_long_as_its_task_unless_an_option_says_otherwise(tmp_path):
+    path = questions(tmp_path, ["cat"])
+    assert task("exact", path).longest == 32 and task("exact", path, longest=64).longest == 64
+    with pytest.raises(ConfigError, match="longest"):
+        task("exact", path, longest=0)
+
+
 def test_a_reply_that_failed_is_not_scored_and_gives_a_range(tmp_path, model):
     found, row = answered(task("exact", questions(tmp_path, ["a", "b"])), model, in_turn(None, "b"))
     assert found[0].right is None

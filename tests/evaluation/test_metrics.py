@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from isthmus.evaluation.metrics import captions, judgements, options, vqa
+from isthmus.evaluation.metrics import captions, documents, judgements, options, vqa
 
 CORPUS = [
     ("a red cat sits on the mat", ["a red cat sits on a mat", "the cat is on the mat"]),
@@ -50,6 +50,42 @@ def test_vqa_normalisation(said, even):
 @pytest.mark.parametrize("people", [["A"] * 10, ["A"] * 5 + ["a b"] * 5, ["+"] * 10])
 def test_a_reply_of_nothing_is_not_what_people_said(reply, people):
     assert vqa.accuracy(reply, people) == 0
+
+
+@pytest.mark.parametrize(
+    "said, answers, score",
+    [
+        ("Invoice  12 ", ["invoice 12"], 1),
+        ("kitten", ["sitting"], 1 - 3 / 7),
+        ("kitten", ["dog", "mitten"], 1 - 1 / 6),
+        ("12", ["13"], 0.5),  # a half is kept
+        ("123", ["456"], 0),
+        ("abc", ["axyz"], 0),  # three of four letters differ
+        ("", ["a"], 0),
+    ],
+)
+def test_anls_by_hand(said, answers, score):
+    assert documents.anls(said, answers) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    "said, answer, right",
+    [
+        ("105", "100", True),
+        ("94.9", "100", False),
+        ("-0.96", "-1", True),
+        ("1", "-1", False),
+        ("5.1%", "0.05", True),
+        ("5", "5%", False),
+        ("0", "0", True),
+        ("0.001", "0", False),
+        ("Blue", "blue", True),
+        ("blue.", "blue", False),
+        ("about 100", "100", False),
+    ],
+)
+def test_relaxed_accuracy_by_hand(said, answer, right):
+    assert documents.relaxed(said, answer) is right
 
 
 def test_pope_of_a_model_that_always_agrees():

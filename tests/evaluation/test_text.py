@@ -145,7 +145,7 @@ def test_another_base_is_not_taken_for_the_llm_alone() -> None:
     model = composed.model()
     model.config.llm = {**model.config.llm, "weights": "0" * 16}
     with pytest.raises(IsthmusError, match="not those this model was trained with"):
-        prose.alone(model, torch.float32)
+        prose.alone(model, torch.float32, 2)
 
 
 def test_bits_per_byte_by_hand(tmp_path: Path, model: VLM) -> None:

@@ -48,6 +48,9 @@ def evaluate(
         ),
     ] = None,
     shots: Annotated[int | None, typer.Option(min=0, help="Demonstrations before each question.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Prompts per forward, of a model that runs here.  \\[default: 16]")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Draws items, demonstrations and the exchange of pictures.")] = 0,
     out: Folder = None,
     golden: Annotated[
@@ -77,6 +80,7 @@ def evaluate(
     from isthmus.evaluation.measure import build, check_exchanges, measure, measure_alone, merge
     from isthmus.evaluation.report import cost_table, table_of
     from isthmus.evaluation.results import as_plain, rows
+    from isthmus.evaluation.score import BATCH
     from isthmus.training import log
     from isthmus.training.machine import arithmetic
 
@@ -98,6 +102,8 @@ def evaluate(
     told = build(_on_text(text or [], limit), seed)
     if told and endpoint is not None:
         raise ConfigError("--text reads log-probabilities of raw text; an endpoint gives replies", "leave --text away")
+    if batch_size is not None and endpoint is not None:
+        raise ConfigError("an endpoint makes batches of its own", "leave --batch-size away")
     folder = out or Path("runs") / "eval" / short_name(model)
     if golden is not None and golden.resolve() == folder.resolve():
         raise ConfigError(f"{folder} is to be written and compared with", "name another folder with --out")
@@ -113,9 +119,10 @@ def evaluate(
         else:
             loaded = load(model, arithmetic(dtype, where), where)
             state = {"model": model, "weights": storage.fingerprint(model)}
-            measured = measure(loaded, [*built, *told], seed, folder, settings=state, progress=advance)
+            how: dict[str, Any] = {"progress": advance, "batch_size": batch_size or BATCH}
+            measured = measure(loaded, [*built, *told], seed, folder, settings=state, **how)
             if told:
-                measured |= merge(measure_alone(loaded, told, seed, folder, progress=advance), _of(measured, told))
+                measured |= merge(measure_alone(loaded, told, seed, folder, **how), _of(measured, told))
     found = [row for task, runs in measured.values() for row in rows(task, runs, seed)]
     if not as_json:
         texts = {task.name for task, _ in told}

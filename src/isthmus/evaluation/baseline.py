@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 
 from isthmus.config import TaskConfig
@@ -45,8 +46,10 @@ def measure(
     """
     for task, _ in built:
         _check_needs_text_alone(task, speaker)
-    listener, found = Listener(speaker), Measured()
+    found = Measured()
     for task, config in built:
+        asking = _as_long(speaker, task)
+        listener = Listener(asking)
         conditions = {None: task} | controlled(task, config)
         runs: dict[Column, list[Prediction]] = {
             control or "after": tasks.run(
@@ -54,7 +57,7 @@ def measure(
                 listener,
                 control=control,
                 folder=folder / "after",
-                settings=speaker.config.identity(),
+                settings=asking.config.identity(),
                 seed=seed,
                 advance=advancing(f"{task.name} {control or 'after'}", len(asked.items), progress),
             )
@@ -62,6 +65,15 @@ def measure(
         }
         found[task.name] = task, runs
     return found
+
+
+def _as_long(speaker: Remote, task: Task) -> Remote:
+    """The same speaker, answering in as many tokens as a model of our own may, unless its settings say how many."""
+    if "max_tokens" in speaker.config.model_fields_set:
+        return speaker
+    own = copy(speaker)
+    own.config = speaker.config.model_copy(update={"max_tokens": task.longest})
+    return own
 
 
 def _check_needs_text_alone(task: Task, speaker: Remote) -> None:

@@ -15,13 +15,31 @@ ON_TEXTS: dict[str, Builder] = text.TASKS
 """Those that read raw text, `options.text`."""
 TASKS: dict[str, Builder] = {**tasks.TASKS, **grounding.TASKS, **ON_FILES, **ON_TEXTS}
 
+BENCHMARKS = {
+    "exact": "gqa",
+    "vqa": "vqav2 vqa2 textvqa vizwiz okvqa",
+    "anls": "docvqa infographicvqa infovqa stvqa",
+    "relaxed": "chartqa plotqa",
+    "yes-no": "pope mme vsr",
+    "options": "mmbench seedbench mmmu scienceqa ai2d",
+    "captions": "coco nocaps textcaps flickr30k",
+    "refer": "refcoco refcoco+ refcocog",
+}
+"""Tasks, and the benchmarks that score as they do."""
+
 
 def named(name: str) -> Builder:
     """The builder of a task: `named("naming")(TaskConfig(name="naming"), seed)`.
 
     Raises:
-        ConfigError: there is no such task; the nearest name is given.
+        ConfigError: there is no such task; the nearest name is given, or the one that a benchmark scores by.
     """
+    bare = name.lower().replace("-", "").replace("_", "")
+    if name not in TASKS and (rule := [task for task, some in BENCHMARKS.items() if bare in some.split()]):
+        raise ConfigError(
+            f"no task named {name!r}: it is a benchmark, which {rule[0]!r} scores",
+            f"ask about its file: --tasks {rule[0]} --data FILE",
+        )
     if name not in TASKS:
         raise ConfigError(f"no task named {name!r}{nearest(name, list(TASKS))}", f"tasks are {sorted(TASKS)}")
     return TASKS[name]

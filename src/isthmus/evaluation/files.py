@@ -9,19 +9,21 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
+
+from pydantic import Field
 
 from isthmus.config import Frozen, OneSource, TaskConfig, check
 from isthmus.data.choices import ROUND
 from isthmus.evaluation import controls, grounding, statistics, tasks
 from isthmus.evaluation.answers import Prediction, match
 from isthmus.evaluation.draw import drawn
-from isthmus.evaluation.metrics import captions, judgements, vqa
+from isthmus.evaluation.metrics import captions, documents, judgements, vqa
 from isthmus.evaluation.score import Scorer
 from isthmus.evaluation.statistics import Estimate
-from isthmus.evaluation.tasks import Advance, Builder, Cut, Free, Item
+from isthmus.evaluation.tasks import Advance, Builder, Cut, Free, Item, Task
 from isthmus.prepare import tags
 from isthmus.types import Box, DataError, Medium, Sample
 
@@ -38,13 +40,15 @@ class File(Frozen):
     """The file, where its pictures are, and how it is read, as in a stage's `data`."""
     one_wording: bool = True
     """Ask every question in the same words, unless the source's own options say otherwise."""
+    longest: int | None = Field(None, ge=1)
+    """Tokens of a reply; None: as many as such tasks have."""
 
 
 @dataclass(frozen=True)
 class Scored(Free):
     """A free reply whose score is a function of itself and the item."""
 
-    longest: ClassVar[int] = 32
+    longest: int = field(default=32, kw_only=True)
 
     @abstractmethod
     def share(self, reply: str, item: Item) -> float | bool | None:
@@ -78,6 +82,24 @@ class People(Scored):
         return vqa.accuracy(reply, item.references)
 
 
+class Documents(Scored):
+    """DocVQA's, InfographicVQA's and ST-VQA's rule."""
+
+    rule = "ANLS: how alike a free reply and the nearest answer are, letter by letter; nothing below a half"
+
+    def share(self, reply: str, item: Item) -> float:
+        return documents.anls(reply, item.references or (item.answer,))
+
+
+class Charts(Scored):
+    """ChartQA's and PlotQA's rule."""
+
+    rule = "relaxed accuracy: the free reply is a number within 5 % of the answer, or the answer's text"
+
+    def share(self, reply: str, item: Item) -> bool:
+        return documents.relaxed(reply, item.answer)
+
+
 class YesNo(Scored):
     """POPE's and MME's questions."""
 
@@ -97,7 +119,7 @@ class YesNo(Scored):
 class Captions(Free):
     """COCO's metrics. A picture's items are its references; each picture is asked once."""
 
-    longest: ClassVar[int] = 40
+    longest: int = field(default=40, kw_only=True)
     divisible: ClassVar[bool] = False
     rule = "CIDEr-D of a free reply against all captions of its picture, / 10; words split without Java (see the docs)"
 
@@ -133,9 +155,9 @@ class Captions(Free):
 # ---------------------------------------------------------------------------------------------- building
 
 
-def exact(task: TaskConfig, seed: int) -> Exact:
-    """`exact`: GQA, and whatever else has one answer."""
-    return task_of(Exact, "exact match", task, check(File, task.options, "task exact"), seed)
+def plainly(make: Callable[..., Task], what: str) -> Builder:
+    """The builder of a task that asks nothing of its file but questions with answers."""
+    return lambda task, seed: task_of(make, what, task, check(File, task.options, f"task {task.name}"), seed)
 
 
 def people(task: TaskConfig, seed: int) -> People:
@@ -180,8 +202,10 @@ def locate(task: TaskConfig, seed: int) -> grounding.Locate:
 
 
 TASKS: dict[str, Builder] = {
-    "exact": exact,
+    "exact": plainly(Exact, "exact match"),  # GQA, and whatever else has one answer
     "vqa": people,
+    "anls": plainly(Documents, "ANLS"),
+    "relaxed": plainly(Charts, "relaxed accuracy"),
     "yes-no": yes_no,
     "captions": captioning,
     "refer": locate,
@@ -219,7 +243,8 @@ def task_of(
     label = f"{Path(source.name).stem}, {what}"
     kinds = sorted({item.kind for item in items})
     cuts = (Cut(label), *(Cut(f"{label}: {kind}", frozenset({kind})) for kind in kinds if len(kinds) > 1))
-    return make(f"{config.name}-{Path(source.name).stem}", items, cuts)
+    made = make(f"{config.name}-{Path(source.name).stem}", items, cuts)
+    return made if how.longest is None else replace(made, longest=how.longest)
 
 
 def _drawn(groups: Sequence[Hashable], questions: int, limit: int) -> list[int]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
 
 from isthmus.config import TaskConfig
 from isthmus.data.boxes import overlap
@@ -21,7 +20,7 @@ ENOUGH = 0.5
 class Locate(Free):
     """The first region of a free reply covers the true one; a reply without a region is wrong."""
 
-    longest: ClassVar[int] = 48
+    longest: int = field(default=48, kw_only=True)
 
     @property
     def rule(self) -> str:

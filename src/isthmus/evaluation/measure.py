@@ -20,7 +20,7 @@ from isthmus.evaluation.answers import Prediction
 from isthmus.evaluation.controls import CONTROLS
 from isthmus.evaluation.draw import drawn
 from isthmus.evaluation.results import Column
-from isthmus.evaluation.score import Scorer
+from isthmus.evaluation.score import BATCH, Scorer
 from isthmus.evaluation.tasks import Free, Task
 from isthmus.model import VLM
 from isthmus.prepare.tags import Tagger
@@ -82,14 +82,16 @@ def measure(
     look: Look | None = None,
     settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    batch_size: int = BATCH,
 ) -> Measured:
     """Predictions of every task, and of its controls where `column` is `after`.
 
     Args:
         folder: where predictions are kept, below a folder named after the column; complete ones are reused.
         settings: what else the answers depend on, above all which weights these are.
+        batch_size: prompts per forward.
     """
-    scorer = Scorer(model, look)
+    scorer = Scorer(model, look, batch_size=batch_size)
     found: Measured = {}
     for task, config in built:
         speaker = Local(model, look, max_new_tokens=task.longest)
@@ -174,6 +176,7 @@ def measure_alone(
     folder: Path,
     *,
     progress: Progress | None = None,
+    batch_size: int = BATCH,
 ) -> Measured:
     """Predictions of tasks on text by the model's LLM without a joint and before any training, as `before`.
 
@@ -181,7 +184,7 @@ def measure_alone(
         ConfigError: the LLM cannot be found.
         IsthmusError: its weights are not those that the model was trained on.
     """
-    scorer = prose.alone(model, model.dtype)
+    scorer = prose.alone(model, model.dtype, batch_size)
     settings = {"dtype": str(model.dtype), "alone": model.config.llm}
     found: Measured = {}
     for task, _ in built:

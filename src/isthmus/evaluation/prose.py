@@ -158,7 +158,7 @@ def of(scorer: Scorer) -> Prose:
     return found
 
 
-def alone(model: VLM, dtype: torch.dtype, batch_size: int = 16) -> Alone:
+def alone(model: VLM, dtype: torch.dtype, batch_size: int) -> Alone:
     """The LLM that a model was made of, as it was before any training, on the model's device.
 
     Raises:

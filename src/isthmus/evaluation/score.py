@@ -38,6 +38,8 @@ COSINE_RULE = (
     "mean over an answer's tokens (as within a sentence) of the largest cosine of their input embeddings, centred over "
     "the task's answers, with any connected token; a token weighs more the fewer answers hold it; the LLM is not run"
 )
+BATCH = 16
+"""Prompts per forward, unless somebody says otherwise."""
 TOLD = 64
 """Candidates that the decoder of an encoder-decoder tells side by side, each beside a copy of its prompt's states."""
 
@@ -100,7 +102,7 @@ class Scorer:
         look: Look | None = None,
         *,
         reply: Callable[[Sequence[Sample]], Sequence[str | None]] | None = None,
-        batch_size: int = 16,
+        batch_size: int = BATCH,
     ) -> None:
         self.model, self.look, self.reply, self.batch_size = model, look, reply, batch_size
         self.renderer = model.processor.renderer()

@@ -10,7 +10,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
@@ -78,10 +78,10 @@ class Task(ABC):
     cuts: tuple[Cut, ...]
     cosine: bool = False
     training: config.Source | None = None
+    longest: int = field(default=24, kw_only=True)
+    """Tokens of a free reply."""
 
     unit: ClassVar[Literal["accuracy", "nats per token"]] = "accuracy"
-    longest: ClassVar[int] = 24
-    """Tokens of a free reply."""
     divisible: ClassVar[bool] = True
     """Whether an item's score stays the same where fewer items are asked."""
 
