@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from isthmus import planning
+from isthmus.aligner import JOINTS
 from isthmus.comparing import budget
 from isthmus.comparing.engine import Engine
 from isthmus.comparing.gather import machine_of
@@ -20,6 +21,7 @@ from isthmus.config import Recipe
 from isthmus.costs import Costs, costs
 from isthmus.errors import ConfigError, IsthmusError
 from isthmus.files import write_text
+from isthmus.objectives import TERMS
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,24 @@ def check_budgets(plan: Plan) -> None:
     for name in plan.recipes:
         recipe = plan.recipe(name)
         budget.apply(recipe, plan.amount, [1.0] * len(recipe.stages))
+
+
+def check_registered(plan: Plan) -> None:
+    """Whether processes of their own find the classes that the recipes name.
+
+    Raises:
+        ConfigError: one is registered in this process alone.
+    """
+    for name in plan.recipes:
+        recipe = plan.recipe(name)
+        terms = [term.name for stage in recipe.stages for term in stage.objectives]
+        for registry, asked in ((JOINTS, [recipe.aligner.name]), (TERMS, terms)):
+            if own := [each for each in asked if each in registry.registered]:
+                raise ConfigError(
+                    f"{name}: the {registry.what} {own[0]!r} is registered in this process alone, "
+                    "and each run is a process of its own",
+                    'say engine="here", or install its class as an entry point (docs/adding_a_joint.md)',
+                )
 
 
 def counted(plan: Plan, place: Place) -> dict[str, Counted]:

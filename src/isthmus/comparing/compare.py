@@ -24,7 +24,15 @@ from isthmus.comparing import gather, page, sizing
 from isthmus.comparing import plan as plans
 from isthmus.comparing.advice import advice
 from isthmus.comparing.budget import shares
-from isthmus.comparing.checks import Counted, Place, check_baseline, check_budgets, check_machine, counted
+from isthmus.comparing.checks import (
+    Counted,
+    Place,
+    check_baseline,
+    check_budgets,
+    check_machine,
+    check_registered,
+    counted,
+)
 from isthmus.comparing.cluster import OnRay
 from isthmus.comparing.engine import Engine, Here, Processes, locked
 from isthmus.comparing.gather import Quality
@@ -112,6 +120,8 @@ def compare(
         check_budgets(plan)
         plan = plan.with_sizes(sizes)
         plan.check_data(place.folder)
+        if engine != "here":
+            check_registered(plan)
         structure = counted(plan, place)
         engines: dict[str, Callable[[], Engine]] = {
             "local": lambda: Processes(lock, place.console, str(place.device), at_once),
