@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from isthmus.config import Budget, LoRA, Recipe, Source, read
+from isthmus.data import formats
 from isthmus.overrides import ELSEWHERE, fields, parse_value
 from isthmus.recipes import BOOK
 from isthmus.types import ConfigError, Route
@@ -38,6 +40,21 @@ def test_a_name_is_one_folder_below_where_runs_are_kept(tmp_path: Path, name: st
     folder = tmp_path / read(file).name
     folder.mkdir()
     assert folder.resolve().parent == tmp_path.resolve()
+
+
+def test_a_file_may_be_named_by_a_text(tmp_path: Path) -> None:
+    Recipe(name="mine").save(tmp_path / "mine.yaml")
+    assert read(str(tmp_path / "mine.yaml")).name == "mine"
+    rows = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi!"}]}]
+    (tmp_path / "my.json").write_text(json.dumps(rows))
+    assert len(formats.load(str(tmp_path / "my.json"), str(tmp_path))) == 1
+
+
+def test_an_unknown_field_of_a_changed_copy_is_told_as_in_a_file() -> None:
+    with pytest.raises(ConfigError, match="Recipe: unknown key 'encodr'; did you mean 'encoder'"):
+        Recipe().but(encodr="lite0")
+    with pytest.raises(ConfigError, match="Recipe: unknown key 'learning_rate'; it is called 'stages.NAME.lr' here"):
+        Recipe().but(learning_rate=1e-3)
 
 
 def test_names_of_the_book_are_kept() -> None:

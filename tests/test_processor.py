@@ -173,6 +173,18 @@ def test_who_asks_for_an_open_answer_is_heard_or_refused(processor, tokenize):
         call([MESSAGES[0], ANSWERED[0]])
 
 
+def test_masks_of_answers_are_what_training_learns(processor, model):
+    inputs = processor.apply_chat_template(ANSWERED, return_assistant_tokens_mask=True)
+    masks = inputs.pop("assistant_masks").bool()
+    said = [processor.decode(row[mask]) for row, mask in zip(inputs["input_ids"], masks)]
+    assert said[:2] == ["a cat<|im_end|>", "hello you<|im_end|>a cat<|im_end|>"]
+    labels = inputs["input_ids"].masked_fill(~masks, -100)
+    logits = model(**inputs).logits[:, :-1][masks[:, 1:]]
+    expected = torch.nn.functional.cross_entropy(logits, inputs["input_ids"][:, 1:][masks[:, 1:]])
+    torch.testing.assert_close(model(**inputs, labels=labels).loss, expected)
+    assert not processor.apply_chat_template(MESSAGES, return_assistant_tokens_mask=True)["assistant_masks"].any()
+
+
 def test_what_would_be_left_out_is_refused(processor, model):
     for wrong in ({"padding": "max_length", "max_length": 9}, {"truncation": True}, {"add_special_token": True}):
         for call in (partial(processor, ONE.source, "<image>a"), partial(processor.apply_chat_template, MESSAGES)):

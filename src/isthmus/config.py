@@ -34,8 +34,12 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def but(self, **changes: Any) -> Self:
-        """A copy with fields replaced, validated again."""
-        return type(self).model_validate({**self.model_dump(), **changes})
+        """A copy with fields replaced, validated again.
+
+        Raises:
+            ConfigError: a field is unknown, or a value does not fit its field.
+        """
+        return check(type(self), {**self.model_dump(), **changes}, type(self).__name__)
 
 
 def _named(key: str) -> BeforeValidator:
@@ -333,12 +337,13 @@ class Recipe(Frozen):
         path.write_text(text, encoding="utf-8")
 
 
-def read(path: Path) -> Recipe:
+def read(path: str | Path) -> Recipe:
     """Read a recipe from YAML or JSON.
 
     Raises:
         ConfigError: not there, unreadable, not a mapping, a key is there twice, or a field is unknown or wrong.
     """
+    path = Path(path)
     try:
         tree = plain(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -251,7 +251,15 @@ def explain(model: type[BaseModel], tree: Any, error: ValidationError, dotted: b
     deepest = [(names, fault) for names, fault in found if not any(names == way[: len(names)] != way for way in ways)]
     causes = [_cause(model, names, fault, dotted) for names, fault in deepest or found]
     remedies = [_remedy(names, fault, dotted) for names, fault in deepest or found]
-    return "; ".join(dict.fromkeys(causes)), next(filter(None, remedies), SCHEMA)
+    return "; ".join(dict.fromkeys(causes)), next(filter(None, remedies), _known(model))
+
+
+def _known(model: type[BaseModel]) -> str:
+    """What may be written: the options of a part, which no schema of a recipe has, by name."""
+    paths = [path for path, _ in fields(model)]
+    if any(len(path) > 1 for path in paths):
+        return SCHEMA
+    return f"options are {', '.join(name for (name,) in paths)}" if paths else "it has no options: leave them out"
 
 
 def _names(model: type[BaseModel], tree: Any, fault: Any) -> list[str]:

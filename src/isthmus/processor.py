@@ -25,6 +25,7 @@ from isthmus.data.reading import Reader, padded
 from isthmus.data.template import Template
 from isthmus.tokens import name_tokens
 from isthmus.types import (
+    IGNORE,
     Batch,
     ConfigError,
     DataError,
@@ -256,6 +257,7 @@ class VLMProcessor(ProcessorMixin):
         return_tensors: str = "pt",
         padding: bool | str = True,
         processor_kwargs: Mapping[str, Any] | None = None,
+        return_assistant_tokens_mask: bool = False,
         **more: Any,
     ) -> Any:
         """Messages in the common form (roles; text and image parts) -> model inputs, ending where the answer begins.
@@ -266,6 +268,8 @@ class VLMProcessor(ProcessorMixin):
 
         Args:
             add_generation_prompt: open an answer at the end; None does so unless the last turn is the assistant's.
+            return_assistant_tokens_mask: add `assistant_masks`, 1 at what training would learn: answers with their
+                ends, [B, T], or [B, U] of an encoder-decoder's decoder; nowhere if an answer is opened.
 
         Raises:
             DataError: no messages; or an answer is to be opened after an answer; or see `data.formats.turns`.
@@ -293,6 +297,10 @@ class VLMProcessor(ProcessorMixin):
             inputs["instruction_ids"] = batch.extra_text["image"]
         if self.routes and batch.route_BT is not None:
             inputs["route"] = batch.route_BT.amax(1)  # a row is one conversation, and its padding is 0
+        if return_assistant_tokens_mask:
+            written = inputs.get("decoder_input_ids", batch.input_ids_BT)
+            labels = torch.full_like(written, IGNORE) if batch.labels_BT is None else batch.labels_BT
+            inputs["assistant_masks"] = (labels != IGNORE).long()
         features = BatchFeature(inputs, tensor_type=return_tensors)
         return features if return_dict else features["input_ids"]
 

@@ -18,6 +18,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
+import numpy as np
 import torch
 from PIL import Image as Pillow
 from torch import Tensor
@@ -83,7 +84,19 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
+    """A picture; levels from 0 to 255 in an array or tensor, [H, W], [H, W, 3] or [3, H, W], are made an open one."""
+
     source: Source
+
+    def __post_init__(self) -> None:
+        if isinstance(self.source, np.ndarray | Tensor):
+            levels = np.asarray(self.source.cpu() if isinstance(self.source, Tensor) else self.source)
+            if levels.ndim == 3 and levels.shape[0] == 3 != levels.shape[2]:
+                levels = np.moveaxis(levels, 0, 2)
+            if levels.dtype != np.uint8 or levels.shape[2:] not in ((), (3,)):
+                cause = f"a picture is an array {list(levels.shape)} of {levels.dtype}"
+                raise DataError(cause, "pass levels from 0 to 255 as uint8, [H, W, 3] or [3, H, W]")
+            object.__setattr__(self, "source", Pillow.fromarray(levels))
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,15 @@ def test_check_tells_alike_faults_once_and_where_pictures_lie(monkeypatch, capsy
     assert "holds no conversation" in capsys.readouterr().err
 
 
+def test_check_tells_the_byte_of_a_record_in_a_file_of_one_line(monkeypatch, capsys, tmp_path: Path) -> None:
+    said = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "red"}]
+    file = tmp_path / "one.json"
+    file.write_text(json.dumps([{"conversations": said, "image": f"{number}.png"} for number in range(2)]))
+    second = file.read_text().index("{", file.read_text().index("0.png"))
+    assert run(monkeypatch, "check", str(file)) == 3
+    assert capsys.readouterr().out.splitlines()[1].startswith(f"{file}:1: one:1@{second}: no picture 1.png")
+
+
 def test_check_tells_a_fault_as_soon_as_it_is_found(monkeypatch, capsys, data: Path) -> None:
     def each(form: formats.Form) -> Iterator[formats.Fault]:
         yield formats.Fault(7, "a", "cause", "remedy")

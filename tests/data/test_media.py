@@ -15,7 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from isthmus.data import media
-from isthmus.types import DataError
+from isthmus.types import DataError, Image
 
 
 def encoded(image, format="PNG", **options):
@@ -283,6 +283,14 @@ def test_crop_equals_clips_own_processor():
     theirs = processor(images=image, return_tensors="pt")["pixel_values"][0]
     assert ours.shape == (3, 32, 32)
     assert torch.equal(ours, theirs)
+
+
+def test_levels_in_an_array_are_a_picture():
+    levels = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(4, 5, 3)
+    for given in (levels, np.moveaxis(levels, 2, 0), torch.tensor(levels)):
+        assert np.array_equal(np.asarray(media.open_image(Image(given).source)), levels)
+    with pytest.raises(DataError, match="float64"):
+        Image(levels / 255)
 
 
 def test_squash_equals_siglips_own_processor():

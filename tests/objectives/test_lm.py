@@ -160,3 +160,10 @@ def test_faults_are_named() -> None:
         named("lm", {"row": 3})
     with pytest.raises(DataError, match="no labels"):
         supervised(Batch(torch.ones(1, 3), torch.ones(1, 3), torch.ones(1, 3)))
+
+
+def test_what_options_there_are_is_said_where_one_is_unknown() -> None:
+    """The schema of recipes does not have them."""
+    with pytest.raises(ConfigError) as told:
+        named("lm", {"rwos": 1})
+    assert told.value.remedy.startswith("options are ") and "rows" in told.value.remedy

@@ -135,6 +135,10 @@ def test_modes(recipe: Recipe) -> None:
     "train, message",
     [
         ({"connector.*": 1e-3}, "'connector.*' matches no parameter; did you mean 'connectors.*'"),
+        ({"vision_tower.*": 1e-5}, "matches no parameter; did you mean 'encoders.image.*'"),
+        ({"model.mm_projector.*": 1e-3}, "did you mean 'connectors.*'"),
+        ({"*visual.merger*": 1e-3}, "did you mean 'connectors.*'"),
+        ({"all-linear": {"mode": {"r": 2}}}, "did you mean 'llm.*layers.*'"),
         ({"llm.*norms": {"mode": {"r": 2}}}, "matches no Linear"),
         ({"llm.*": {"mode": "frozen"}}, "trains nothing"),
         (

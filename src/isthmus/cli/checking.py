@@ -100,5 +100,5 @@ class Ids:
 
 
 def _says_the_line(fault: Fault) -> bool:
-    """Whether the id is none of the record's own, but made of its file and line."""
-    return not fault.id or re.fullmatch(rf"(.*:)?{fault.line}(@\d+)?", fault.id, re.DOTALL) is not None
+    """Whether the id is none of the record's own, but made of its file and line, and says no byte."""
+    return not fault.id or re.fullmatch(rf"(.*:)?{fault.line}", fault.id, re.DOTALL) is not None

@@ -107,7 +107,11 @@ class Record:
         return self.place.line
 
 
-def load(path: Path, images: Path | None = None, options: FileOptions = FileOptions()) -> list[Sample]:  # noqa: B008
+def load(
+    path: str | Path,
+    images: str | Path | None = None,
+    options: FileOptions = FileOptions(),  # noqa: B008
+) -> list[Sample]:
     """All conversations of a file. Relative picture paths start from `images`, or from the file's own folder.
 
     With `images` given, pictures lie below it: no absolute paths, no way out by `..`.
@@ -115,7 +119,8 @@ def load(path: Path, images: Path | None = None, options: FileOptions = FileOpti
     Raises:
         DataError: any record is faulty; the first faults and their number are named.
     """
-    found = list(each(Form(path, images, options)))
+    path = Path(path)
+    found = list(each(Form(path, None if images is None else Path(images), options)))
     samples = [record.sample for record in found if isinstance(record, Record)]
     refuse(path, [fault for fault in found if isinstance(fault, Fault)], len(samples))
     return samples

@@ -23,6 +23,14 @@ from isthmus.training.step import Step
 from isthmus.types import Batch, ConfigError, IsthmusError
 
 Schedule = Literal["cosine", "linear", "constant"]
+GLOBS = "globs go over parameter names, such as connectors.*, llm.* and encoders.*"
+FOREIGN = {
+    "connectors.*": "mm_projector multi_modal_projector merger",
+    "encoders.image.*": "vision_tower vision_model visual",
+    "llm.*": "language_model",
+    "llm.*layers.*": "all-linear",
+}
+"""Globs, and what LLaVA, transformers and peft call what they match."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +74,14 @@ def choose(step: Step, stage: Stage) -> list[Trained]:
         ConfigError: a glob matches nothing (the nearest name is suggested), or others decide on all that it would
             train; or nothing trains.
     """
+    _check_foreign(step.vlm, stage)
     rules = list(_rules(step.vlm, stage))
     names = [name for name, _ in step.vlm.named_parameters()]
     for rule in rules:
         if not any(map(rule.claims, names)):
             raise ConfigError(
                 f"stage {stage.name}: {rule.glob!r} matches no parameter{nearest(rule.glob, _globs(names))}",
-                "globs go over parameter names, such as connectors.* and llm.*",
+                GLOBS,
             )
     deciding = {name: rule for rule in rules for name in names if rule.claims(name)}  # the last one stays
     for rule in rules:
@@ -243,6 +252,15 @@ def _rules(vlm: VLM, stage: Stage) -> Iterator[_Rule]:
             graft = _free_name(stage.name, [adapter["name"] for adapter in vlm.config.lora])
             vlm.add_lora([glob], how.mode, graft)
         yield _Rule(glob, how, graft)
+
+
+def _check_foreign(vlm: VLM, stage: Stage) -> None:
+    """Globs over names that other toolkits have."""
+    names = [name for named in (vlm.named_parameters(), vlm.named_modules()) for name, _ in named]
+    for glob in stage.train:
+        meant = [ours for ours, theirs in FOREIGN.items() if set(theirs.split()) & {*glob.replace("*", ".").split(".")}]
+        if meant and not any(fnmatch.fnmatchcase(name, glob) for name in names):
+            raise ConfigError(f"stage {stage.name}: {glob!r} matches no parameter; did you mean {meant[0]!r}?", GLOBS)
 
 
 def _keep_trained(vlm: VLM, graft: str, trained: Set[str]) -> None:
