@@ -97,7 +97,7 @@ def test_mmbench_with_pictures_in_base64_and_by_reference(tmp_path: Path) -> Non
         ({"answer": "D"}, "'D' is none of 2 options"),
         ({"B": None}, "1 options"),
         ({"image": "['a', "}, "names the row"),
-        ({"image": "[" + "x" * 80 + "]"}, "malformed"),
+        ({"image": "[" + "x" * 80 + "]"}, "not base64"),
     ],
 )
 def test_faulty_rows_are_told_with_their_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -218,6 +218,88 @@ def test_scienceqa_as_rows(tmp_path: Path) -> None:
     assert len(shown(with_picture)) == 1 and not without.media
 
 
+OPTIONS = ["face", "eye", "nose", "mouth"]
+
+
+@pytest.mark.parametrize(
+    ("given", "right"),
+    [
+        ({"options": OPTIONS, "answer": "2"}, "C"),  # AI2D's rows
+        ({"choices": OPTIONS, "answer": "2"}, "C"),
+        ({"options": OPTIONS, "answer": 0}, "A"),
+        ({"options": OPTIONS, "answer": "nose"}, "C"),
+        ({"options": OPTIONS, "answer": "b"}, "B"),
+        ({"options": ["1", "2", "3", "4"], "answer": "2"}, "B"),  # the word, rather than the number of an option
+        ({"options": ["1", "2", "3", "4"], "answer": 2}, "C"),
+        ({"options": ["4", "5", "6", "7"], "answer": "2"}, "C"),
+        ({"options": dict(zip("ABCD", OPTIONS)), "answer": "D"}, "D"),
+        ({"options": dict(zip("badc", ("eye", "face", "mouth", "nose"))), "answer": "eye"}, "B"),
+        ({"options": dict(zip("ABCDE", [*OPTIONS, None])), "answer": "A"}, "A"),  # as Parquet fills them up
+        ({"options": str(OPTIONS), "answer": "1"}, "B"),
+        ({"choices": [], "options": OPTIONS, "answer": "1"}, "B"),
+        ({**dict(zip("ABCD", OPTIONS)), "E": None, "answer": "C"}, "C"),
+        ({"A": 0, "B": 1, "c": "noted by hand", "answer": "B"}, "B"),
+    ],
+)
+def test_options_as_rows(tmp_path: Path, given: dict[str, Any], right: str) -> None:
+    (tmp_path / "0.png").write_bytes(png(1))
+    path = tmp_path / "asked.jsonl"
+    path.write_text(json.dumps({"question": "Which?", "image": "0.png", **given}))
+    (sample,) = read(path)
+    words = sample.meta["choices"]
+    listed = "\n".join(f"{letter}. {word}" for letter, word in zip("ABCD", words))
+    assert sample.turns[0].text == f"Which?\n{listed}\nAnswer with the letter of the right choice."
+    assert sample.turns[1].text == right and len(words) == (2 if given.get("A") == 0 else 4)
+    assert isinstance(sample.turns[0].parts[0], Image) and len(sample.media) == 1
+    if "face" in words:
+        assert words == OPTIONS
+
+
+def test_several_pictures_of_a_question_with_options(tmp_path: Path) -> None:
+    for name in ("0.png", "1.png"):
+        (tmp_path / name).write_bytes(png(1))
+    row = {"images": ["0.png", "1.png"], "options": OPTIONS, "answer": "eye"}
+    path = tmp_path / "asked.jsonl"
+    path.write_text("\n".join(json.dumps({**row, "question": said}) for said in ("Which?", "In <image> or <image>?")))
+    before, within = read(path)
+    assert [type(part) for part in before.turns[0].parts[:2]] == [Image, Image]
+    assert len(within.media) == 2 and isinstance(within.turns[0].parts[1], Image)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"options": {"label": ["A"], "text": ["face"]}, "answer": "A"}, "neither a list of texts nor"),
+        ({"options": {"A": "face", "C": "nose"}, "answer": "A"}, "neither a list of texts nor"),
+        ({"options": "A. face B. eye", "answer": "A"}, "neither a list of texts nor"),
+        ({"options": [{"A": "face"}, {"B": "eye"}], "answer": "A"}, "neither a list of texts nor"),
+        ({"options": ["face", None], "answer": "A"}, "neither a list of texts nor"),
+        ({"options": ["face"], "answer": "A"}, "1 options"),
+        ({"options": OPTIONS}, "the question has no answer"),
+        ({"options": OPTIONS, "answer": "4"}, "'4' is none of 4 options"),
+        ({"options": OPTIONS, "answer": "²"}, "'²' is none of 4 options"),
+    ],
+)
+def test_options_are_never_passed_over(tmp_path: Path, given: dict[str, Any], message: str) -> None:
+    (tmp_path / "0.png").write_bytes(png(1))
+    path = tmp_path / "asked.jsonl"
+    path.write_text(json.dumps({"question": "Which?", "image": "0.png", **given}))
+    (fault,) = formats.check(path)
+    assert message in fault.message and fault.remedy
+    if "neither" in message:  # as the remedy says
+        (sample,) = read(path, format="question")
+        assert "choices" not in sample.meta and sample.turns[1].text == "A"
+
+
+def test_texts_in_brackets_are_lists_only_where_they_begin_so(tmp_path: Path) -> None:
+    said = ["[illegible]", "[a] and [b]", "['a', 'b']", '["a"]', "[-1, 2]", "['a'] or ['b']", "[1] to [2]"]
+    rows = [{"index": number, "question": "What?", "answer": one} for number, one in enumerate(said)]
+    found = read(tsv(tmp_path, rows))
+    answers = ["[illegible]", "[a] and [b]", "a", "a", "-1", "['a'] or ['b']", "[1] to [2]"]
+    assert [sample.turns[1].text for sample in found] == answers
+    assert [sample.meta.get("answers") for sample in found] == [None, None, ["a", "b"], None, ["-1", "2"], None, None]
+
+
 def test_mme_and_pope_as_rows(tmp_path: Path) -> None:
     held = {"bytes": png(1), "path": None}
     asked = {"question_id": "code_reasoning/0020.png", "image": held, "question": "Is it? Please answer yes or no."}
@@ -243,7 +325,8 @@ def test_an_index_beside_a_picture_s_path_changes_nothing(tmp_path: Path, name: 
     "row",
     [
         {"question": "?", "choice_a": "x", "choice_b": "y", "question_type_id": []},
-        {"index": 1, "question": "?", "answer": "[{[]: 1}]"},
+        {"index": 1, "question": "?", "answer": "[]"},
+        {"index": 1, "question": "?", "answer": "[1, {}]"},
     ],
 )
 def test_rows_that_nobody_publishes_are_faults(tmp_path: Path, row: dict[str, Any]) -> None:

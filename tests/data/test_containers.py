@@ -16,7 +16,7 @@ from PIL import Image as Pillow
 from torch.utils.data import DataLoader
 
 from isthmus.config import Source
-from isthmus.data import containers, formats, records, tars
+from isthmus.data import containers, formats, joined, jsons, layouts, records, tables, tars
 from isthmus.data.faults import Wrong
 from isthmus.data.formats import FileOptions, Form
 from isthmus.data.media import open_image
@@ -393,6 +393,10 @@ NOTES = json.dumps({"version": 1, "splits": {"train": {"num_examples": 1}}})
 CLASSES = json.dumps(["cat", "dog"])
 TABLE = json.dumps({"1": {"question": "?", "imageId": "1", "answer": "x"}})
 CAPTION = "file_name,text\na.png,x\n"
+LONG = json.dumps({"licenses": [{"name": "x" * 80} for _ in range(2000)]})[:-1]
+"""The beginning of an object that tells nothing of what it holds."""
+COCO = '"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"id": 1, "image_id": 1, "caption": "x"}]'
+SCANS = json.dumps({"dataset_name": "docvqa", "data": [{"questionId": 1, "question": "?", "image": "a.png"}]})
 
 
 def filled(folder: Path, files: dict[str, str]) -> Path:
@@ -413,6 +417,14 @@ def filled(folder: Path, files: dict[str, str]) -> Path:
         {"metadata.jsonl": json.dumps({"file_name": "a.png", "text": "x"}), "val.json": f"[{SAID}]"},
         {"metadata.csv": CAPTION, "val.json": f"[{SAID}]"},
         {"metadata.csv": CAPTION, "train.jsonl": SAID},
+        {"train.jsonl": SAID, "val_v1.0.json": SCANS},
+        {"train.jsonl": SAID, "val.json": json.dumps([{"imgname": "a.png", "query": "?", "label": "x"}])},
+        {"train.jsonl": SAID, "captions.json": f"{LONG}, {COCO}}}"},
+        {"train.jsonl": SAID, "captions.json": f"{{{COCO}, {LONG[1:]}}}"},
+        {"train.jsonl": SAID, "one.json": f"{LONG}, {SAID[1:]}"},
+        {"train.jsonl": SAID, "long.json": f"[{LONG}, {SAID[1:]}]"},
+        {"train.jsonl": SAID, "long.json": f"[{SAID}, {LONG}}}]"},
+        {"train.jsonl": SAID, "gqa.json": f"{TABLE[:-1]}, {LONG[1:]}}}"},
     ],
 )
 def test_files_of_two_kinds_that_both_hold_samples_are_refused(tmp_path: Path, files: dict[str, str]) -> None:
@@ -432,6 +444,64 @@ def test_files_of_two_kinds_that_both_hold_samples_are_refused(tmp_path: Path, f
 )
 def test_notes_beside_samples_are_passed_over(tmp_path: Path, files: dict[str, str], answer: str) -> None:
     assert [one.turns[1].text for one in formats.load(filled(tmp_path / "data", files))] == [answer]
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [
+        f"{LONG}}}",
+        f"{LONG}, {NOTES[1:]}",
+        f"[{NOTES}, {LONG}}}]",
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys((f"layer.{n}" for n in range(9999)), "x")}, indent=1),
+        json.dumps([["x"] * 30_000]),
+    ],
+)
+def test_long_notes_beside_samples_are_not_read_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notes: str
+) -> None:
+    def whole(path: Path) -> Any:
+        raise AssertionError(f"{path} is read through")
+
+    monkeypatch.setattr(jsons, "_text", whole)
+    folder = filled(tmp_path / "data", {"train.jsonl": SAID, "notes.json": notes})
+    assert len(notes) > jsons.HEAD and [one.turns[1].text for one in formats.load(folder)] == ["y"]
+
+
+class Everything(dict[str, Any]):
+    """A record in which every key is there but some."""
+
+    def __init__(self, value: Any, missing: set[str]) -> None:
+        super().__init__()
+        self.value, self.missing = value, missing
+
+    def __contains__(self, key: object) -> bool:
+        return key not in self.missing
+
+    def __getitem__(self, key: str) -> Any:
+        return self.value
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.value if key in self else default
+
+    def values(self) -> Any:
+        return [self.value]
+
+
+@pytest.mark.parametrize("value", ["x", ["x"], [{"x": 1}], {"x": 1}, None])
+def test_no_layout_is_without_the_words_that_files_are_searched_for(value: Any) -> None:
+    written = (
+        "conversations messages completion chosen task text texts text_list txt TEXT caption captions caption_str "
+    )
+    written += "question questions query regions qas objects videoid annotations sentences"
+    words = set(written.split())
+    assert all(joined.WORDS.fullmatch(f'"{word}"'.encode()) for word in words)
+
+    def fitting(missing: set[str]) -> list[Any]:
+        record = Everything(value, missing)
+        known = [layout for layout in layouts.LAYOUTS.values() if layout.fits(record)]
+        return known + [name for name, one in tables.TABLES.items() if one.fits(Everything(record, missing))]
+
+    assert fitting(words) == [] and fitting(set())
 
 
 def test_shards_with_an_index_beside_them_are_read(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""Layouts of multiple choice: MMBench's TSV (and what VLMEvalKit keeps in that form), SEED-Bench, MMMU, ScienceQA.
+"""Layouts of multiple choice: MMBench's TSV (and what VLMEvalKit keeps in that form), SEED-Bench, MMMU, and rows with
+a list of options, as ScienceQA and AI2D have them.
 
 MMBench: Liu et al. 2023, arXiv 2307.06281. SEED-Bench: Li et al. 2023, arXiv 2307.16125. MMMU: Yue et al. 2024, arXiv
-2311.16502. ScienceQA: Lu et al. 2022, arXiv 2209.09513.
+2311.16502. ScienceQA: Lu et al. 2022, arXiv 2209.09513. AI2D: Kembhavi et al. 2016, arXiv 1603.07396.
 
 Each becomes the task `choice`: `meta` holds the `choices` in words, the `category` that gets a row of its own and,
 where there is one, the `group` of categories.
@@ -9,7 +10,6 @@ where there is one, the `group` of categories.
 
 from __future__ import annotations
 
-import ast
 import base64
 import binascii
 import re
@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
 
+from isthmus.data.answers import literal, spelled
 from isthmus.data.faults import Wrong
-from isthmus.data.layout import Found, Layout, Raw, has, task, text
+from isthmus.data.layout import Found, Layout, Raw, has, pictures, task, text, unanswered
 
 ROUND = "#round-"
 """In an id, before the number of times that the options of a question were moved (circular evaluation)."""
@@ -28,6 +29,8 @@ REFERENCE = 64
 """MMBench's column `image`: what is not longer is the index of the row whose picture it is."""
 MARKER = re.compile(r"<image\s?(\d)>")
 """Where MMMU's questions and options show a picture."""
+NUMBER = re.compile(r"[0-9]{1,2}")
+"""An answer that may be an option's, spelled as a text."""
 BREAKFAST, RATE = "12", 15
 """SEED-Bench's kind of question about the videos of Breakfast, in which it counts frames, and how many a second has."""
 DOMAINS = {
@@ -83,8 +86,10 @@ def letter(answer: Any, options: Sequence[str]) -> str:
     """The letter of the right option.
 
     Raises:
-        Wrong: the answer names none.
+        Wrong: the answer names none, or there is none.
     """
+    if answer is None or answer == "":
+        raise unanswered()
     letters = ascii_uppercase[: len(options)]
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
         return letters[answer]
@@ -92,17 +97,35 @@ def letter(answer: Any, options: Sequence[str]) -> str:
         return answer.strip().upper()
     if answer in options:
         return letters[options.index(answer)]
+    if isinstance(answer, str) and NUMBER.fullmatch(answer.strip()) and int(answer) < len(options):
+        return letters[int(answer)]
     remedy = "write an option's letter, its words, or its number from 0"
     raise Wrong(f"the answer {str(answer)[:40]!r} is none of {len(options)} options", remedy)
 
 
-def science(record: Raw, name: str) -> dict[str, Any]:
-    """ScienceQA's `question`, `choices`, `answer` (a number), `hint` and perhaps a picture."""
-    shown = {"image": record["image"]} if record.get("image") is not None else {}
-    subject = record.get("subject", record.get("category"))
-    meta = {"answer": record["answer"], "split": record.get("split"), "subject": subject, "category": subject}
+def science(record: Raw, name: str, **shown: Any) -> dict[str, Any]:
+    """ScienceQA's `question`, `choices`, `answer` (a number) and `hint`; others' `options` are read like `choices`."""
+    subject, answer = record.get("subject", record.get("category")), record.get("answer")
+    meta = {"answer": answer, "split": record.get("split"), "subject": subject, "category": subject}
     hint = str(record.get("hint") or "")
-    return asked(name, text(record, "question"), _list(record["choices"]), record["answer"], meta, hint, **shown)
+    return asked(name, text(record, "question"), _options(record), answer, meta, hint, **shown)
+
+
+def _options(record: Raw) -> Sequence[Any]:
+    """`choices` or `options`, as a list or as texts by their letters, else the columns `A`, `B`, ….
+
+    Raises:
+        Wrong: they are something else.
+    """
+    given = spelled(record.get("choices") or record.get("options")) or [record[key] for key in _letters(record)]
+    if isinstance(given, Mapping):
+        named = {str(key).upper(): word for key, word in given.items() if word not in (None, "")}
+        letters = _letters(named)
+        given = [named[key] for key in letters] if len(letters) == len(named) else []
+    if not isinstance(given, list | tuple) or not given or not all(isinstance(one, str | int | float) for one in given):
+        remedy = 'write ["…", "…"] or {"A": "…", "B": "…"}; or ask without them (options: {format: question})'
+        raise Wrong("the options are neither a list of texts nor texts by their letters", remedy)
+    return given
 
 
 def seed(record: Raw, kinds: Mapping[Any, str]) -> dict[str, Any]:
@@ -144,7 +167,7 @@ def _seconds(record: Raw) -> Any:
 
 
 def _science(record: Raw, name: str) -> Found:
-    yield science(record, str(record.get("id", name)))
+    yield science(record, str(record.get("id", name)), images=pictures(record))
 
 
 def _seed(record: Raw, name: str) -> Found:
@@ -166,7 +189,7 @@ def _mmbench(record: Raw, name: str) -> Found:
         context = marks + hint
         yield asked(own, question, options, text(record, "answer"), meta, context, images=pictures)
         return
-    answers = _literal(text(record, "answer"))
+    answers = literal(text(record, "answer"))
     told = {key: value for key, value in meta.items() if value} | ({"answers": answers} if len(answers) > 1 else {})
     said = max(answers, key=answers.count)
     yield task("question", own, said, question=marks + question, images=pictures, meta=told)
@@ -177,14 +200,14 @@ def _mmmu(record: Raw, name: str) -> Found:
     own = str(record.get("id", name))
     subject = "_".join(own.split("_")[1:-1])
     meta = {"category": subject, "group": SUBJECTS.get(subject), "subfield": record.get("subfield")}
-    question, options = text(record, "question"), _literal(record["options"], empty=True)
+    question, options = text(record, "question"), literal(record["options"], empty=True)
     numbers = [match for given in (question, *options) for match in MARKER.findall(given)]
     unnamed = [key[-1] for key in sorted(record) if re.fullmatch(r"image_\d", key) and record[key] is not None]
     unnamed = [number for number in unnamed if number not in numbers]
     pictures = [record.get(f"image_{number}") for number in (*unnamed, *numbers)]
     question = "<image>" * len(unnamed) + MARKER.sub("<image>", question)
     if record["question_type"] == "open":
-        answers = _literal(text(record, "answer"))
+        answers = literal(text(record, "answer"))
         told = {key: value for key, value in meta.items() if value} | {"open": True, "answers": answers}
         yield task("question", own, answers[0], question=question, images=pictures, meta=told)
         return
@@ -194,7 +217,7 @@ def _mmmu(record: Raw, name: str) -> Found:
 
 def _letters(record: Raw) -> list[str]:
     """The options' columns, up to the first empty one."""
-    filled = [str(record.get(key) or "").strip() != "" for key in ascii_uppercase]
+    filled = [record.get(key) is not None and str(record[key]).strip() != "" for key in ascii_uppercase]
     return list(ascii_uppercase[: filled.index(False)] if False in filled else ascii_uppercase)
 
 
@@ -211,10 +234,10 @@ def _pictures(record: Raw) -> list[Any]:
     """Pictures in base64 or by path, in the columns `image` and `image_path`; none is a question without."""
     given = record.get("image")
     if given and _is_inline(given):
-        return [_decoded(one) for one in _literal(given)]
+        return [_decoded(one) for one in literal(given)]
     if given:
         return [given]
-    return list(_literal(record["image_path"])) if record.get("image_path") else []
+    return list(literal(record["image_path"])) if record.get("image_path") else []
 
 
 def _decoded(given: str) -> bytes:
@@ -224,46 +247,23 @@ def _decoded(given: str) -> bytes:
         raise Wrong("a picture is not base64", "write the file's bytes in base64, or its path as image_path") from None
 
 
-def _literal(given: Any, empty: bool = False) -> list[str]:
-    """A list of texts, also where it is written as a text, `['a', 'b']`; another text is the only one.
-
-    Raises:
-        Wrong: it is something else, or empty where it must not be.
-    """
-    if isinstance(given, str) and given.startswith("[") and given.endswith("]"):
-        try:
-            given = ast.literal_eval(given)
-        except (TypeError, ValueError, SyntaxError, MemoryError, RecursionError):
-            raise Wrong("a list in a cell is malformed", 'write ["…", "…"]') from None
-    found = given if isinstance(given, list | tuple) else [given]
-    if (not found and not empty) or not all(isinstance(one, str | int | float) for one in found):
-        raise Wrong("a cell holds no texts", "write a text, or a list of them")
-    return [str(one) for one in found]
-
-
-def _list(given: Any) -> Sequence[Any]:
-    if not isinstance(given, list | tuple):
-        raise Wrong("choices is not a list", "write a JSON array")
-    return given
-
-
 LAYOUTS: dict[str, Layout] = {
     "mmbench": Layout(lambda record: _is_mmbench(record), _mmbench),
     "mmmu": Layout(has("question", "options", "question_type"), _mmmu),
-    "seed-rows": Layout(has("question", "choice_a", "choice_b"), _seed),
-    "choices": Layout(lambda record: has("question", "answer")(record) and _is_listed(record), _science),
+    "seed-rows": Layout(has("question", "choice_a", "choice_b"), _seed, split="data_type"),
+    "choices": Layout(lambda record: "question" in record and _has_options(record), _science, prepend=True),
 }
 """By name; the first that fits a record reads it."""
 
 
-def _is_listed(record: Raw) -> bool:
-    return bool(record.get("choices")) and isinstance(record["choices"], list | tuple)
+def _has_options(record: Raw) -> bool:
+    return bool(record.get("choices") or record.get("options")) or len(_letters(record)) > 1
 
 
 def _is_mmbench(record: Raw) -> bool:
     """By its columns; a question without options about a picture that is named is one like any other."""
-    plain = not _letters(record) and not _is_inline(record.get("image", ""))
-    return has("index", "question", "answer")(record) and not _is_listed(record) and not plain
+    inline = _is_inline(record.get("image", "")) and not _has_options(record)
+    return has("index", "question", "answer")(record) and (bool(_letters(record)) or inline)
 
 
 def _is_inline(picture: Any) -> bool:

@@ -265,6 +265,8 @@ class Described(Several):
                 if isinstance(raw, dict) and isinstance(raw.get("file_name"), str):
                     raw |= {"file_name": (within / raw["file_name"]).as_posix()} | _part(within)
                     raw |= {"id": f"{stem}:{place.line}"} if raw.get("id") is None else {}
+                if isinstance(raw, Wrong):
+                    raw.split = _part(within).get("split")
                 yield Place(shard, place.line), raw
 
 
@@ -285,7 +287,10 @@ class Pictures(Copied):
         if not found:
             yield Place(0, 1), Wrong("neither samples nor pictures in this folder", "name a file, or another folder")
         for number, picture in enumerate(found, start=1):
-            yield Place(0, number), self._record(picture)
+            record = self._record(picture)
+            if isinstance(record, Wrong):
+                record.split = _part(picture.relative_to(self.path).parent).get("split")
+            yield Place(0, number), record
 
     def _pictures(self) -> list[Path]:
         return sorted(one for one in below(self.path) if one.suffix.lower() in PICTURES)

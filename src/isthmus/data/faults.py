@@ -39,11 +39,13 @@ class Fault:
 
 
 class Wrong(Exception):
-    """One fault of the record at hand; `id` names it where there is no record to tell, `missing` a file."""
+    """One fault of the record at hand; `id` and its publisher's `split` where there is no record to tell them, and
+    the file that is `missing`.
+    """
 
-    def __init__(self, message: str, remedy: str, id: str = "", missing: str = "") -> None:
+    def __init__(self, message: str, remedy: str, id: str = "", missing: str = "", split: str | None = None) -> None:
         super().__init__(message)
-        self.message, self.remedy, self.id, self.missing = message, remedy, id, missing
+        self.message, self.remedy, self.id, self.missing, self.split = message, remedy, id, missing, split
 
 
 @contextlib.contextmanager

@@ -87,7 +87,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Left:
-    """A sample that is left out, being of another split of the publisher's than `rows` names."""
+    """What is left out, be it right or wrong: it is of another split of the publisher's than `rows` names."""
 
     split: str | None
 
@@ -193,10 +193,18 @@ def sample(raw: Any, place: Place, part: int, container: containers.Container, f
 
 
 def parsed(raw: Any, place: Place, container: containers.Container, form: Form) -> Iterator[Record | Fault | Left]:
-    """The samples and faults of a record as it stands in its file, and those of its samples that are not wanted."""
-    name, part = "", 0
-    file = container.name(place)
+    """The samples and faults of a record as it stands in its file, and those that are not wanted."""
+    name, part, split = "", 0, None
+    file, rows = container.name(place), form.options.rows
+
+    def amiss(wrong: Wrong, name: str) -> Fault | Left:
+        known = wrong.split or split
+        if rows is not None and known is not None and known not in rows:
+            return Left(known)
+        return Fault(place.line, name, wrong.message, wrong.remedy, file, wrong.missing)
+
     try:
+        split = _split(raw, raw, file)
         if isinstance(raw, Wrong):
             raise raw
         raw = full(raw) if isinstance(raw, Mapping) else raw
@@ -204,25 +212,26 @@ def parsed(raw: Any, place: Place, container: containers.Container, form: Form) 
         layout = layouts.of(raw, form.options.format)
         shelf = Shelf(form.folder, form.images is not None, form.options.boxes or layout.unit, container.held(raw))
     except Wrong as wrong:
-        yield Fault(place.line, wrong.id or name, wrong.message, wrong.remedy, file)
+        yield amiss(wrong, wrong.id or name)
         return
     made = layout.read(raw, name)
     while True:
+        split = _split(raw, raw, file, layout.split)
         try:
             one = next(made, None)
             if one is None:
                 return
             if isinstance(one, Wrong):
                 raise one
-            name, split = _id(one, name), _split(one, raw, file)
-            if form.options.rows is not None and split not in form.options.rows:
+            name, split = _id(one, name), _split(one, raw, file, layout.split)
+            if rows is not None and split not in rows:
                 yield Left(split)
             else:
                 told = {"file": file, "line": place.line} | ({} if split is None else {"split": split})
                 prepend = form.options.prepend or (form.options.prepend is None and layout.prepend)
                 yield Record(_sample(one | {"id": name}, told, shelf, form, prepend), place, file, part, split)
         except Wrong as wrong:
-            yield Fault(place.line, name, wrong.message, wrong.remedy, file, wrong.missing)
+            yield amiss(wrong, name)
         part += 1
 
 
@@ -243,11 +252,12 @@ def _id(record: Any, default: str) -> str:
     return messages.text(str(name))
 
 
-def _split(record: Mapping[str, Any], raw: Mapping[str, Any], file: str) -> str | None:
+def _split(record: Any, raw: Any, file: str, key: str = "split") -> str | None:
     """The publisher's split of a sample: what it says, or its record, or the name of the file that it stands in."""
-    meta = record.get("meta")
+    meta = record.get("meta") if isinstance(record, Mapping) else None
     said = meta.get("split") if isinstance(meta, Mapping) else None
-    said = said or raw.get("split")
+    if isinstance(raw, Mapping):
+        said = said or raw.get(key) or raw.get("split")
     return said if isinstance(said, str) else containers.split_of(file)
 
 

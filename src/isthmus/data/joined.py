@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,12 @@ from isthmus.data.faults import Wrong
 from isthmus.data.jsons import Cell, Place
 from isthmus.data.layouts import Name
 from isthmus.types import ConfigError
+
+WORDS = re.compile(
+    rb'"(?:conversations|messages|completion|chosen|task|texts?|text_list|txt|TEXT|captions?|caption_str|questions?|query'
+    rb'|regions|qas|objects|videoid|annotations|sentences)"'
+)
+"""Keys of which every record and every table has one; no file without is read through to see what it holds."""
 
 
 def may_be_tables(path: Path) -> bool:
@@ -32,11 +40,34 @@ def record(path: Path) -> tables.Row | None:
 
 
 def holds_samples(path: Path) -> bool:
-    """Whether a file plainly holds samples, rather than notes about the files beside it."""
-    _, first = next(jsons.places(path), (None, None))
-    if isinstance(first, dict) and layouts.known(first):
+    """Whether a file plainly holds samples, rather than notes about the files beside it.
+
+    Its beginning tells it, or that none of the words is there which samples have; any other file is read through.
+    """
+    shape = jsons.shape(path)
+    if shape not in ("array", "object"):
+        _, first = next(jsons.places(path), (None, None))
+        return isinstance(first, dict) and layouts.known(first)
+    cells, whole = jsons.beginning(path)
+    if _are_samples(path, cells):
         return True
-    return may_be_tables(path) and tables.of(_members(path)[0], None) is not None
+    decided = whole or (shape == "array" and cells) or not _worded(path)
+    return not decided and _are_samples(path, jsons.root(path))
+
+
+def _are_samples(path: Path, cells: Sequence[Cell]) -> bool:
+    """Whether these are the members of tables or of one record, or items of which the first is a record."""
+    sound = {cell.key or str(number): cell for number, cell in enumerate(cells) if not isinstance(cell.value, Wrong)}
+    first = {key: jsons.plain(cell) for key, cell in sound.items()}
+    if jsons.shape(path) == "array":
+        first = first["0"] if isinstance(first.get("0"), dict) else {}
+    return layouts.known(first) or (may_be_tables(path) and tables.of(sound, None) is not None)
+
+
+def _worded(path: Path) -> bool:
+    """Whether a word is there without which nothing is a sample."""
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return WORDS.search(content) is not None
 
 
 class Joined(Several):

@@ -19,6 +19,8 @@ from isthmus.types import DataError
 
 MARK = b"\xef\xbb\xbf"
 """Of the byte order; some editors write it."""
+HEAD = 1 << 16
+"""So many bytes tell what most files hold."""
 NOTHING: tuple[Any, ...] = (None, "", [], {})
 """What is as good as not there."""
 
@@ -131,16 +133,42 @@ def root(path: Path) -> list[Cell]:
     return list(members.values())
 
 
+def beginning(path: Path) -> tuple[list[Cell], bool]:
+    """As `root`, of the file's first bytes alone: what stands there whole; and whether that is all of the file.
+
+    Of an array that is cut the items before the cut are there.
+    """
+    with opened(path) as stream:
+        raw = stream.read(len(MARK) + HEAD)
+    text = raw.decode("utf-8-sig", "ignore")
+    closing = "]" if text.lstrip().startswith("[") else "}"
+    walk = _Walk(text, text.find("[" if closing == "]" else "{") + 1)
+    found: list[Cell] = []
+    try:
+        for _ in walk.until(closing):
+            line, key = walk.line, "" if closing == "]" else walk.key()
+            if not key or walk.here != "[":
+                found.append(Cell(line, walk.value(), key))
+                continue
+            items: list[Cell] = []
+            found.append(Cell(line, items, key))
+            items.extend(walk.items())
+    except Wrong:
+        return found, False
+    return found, True
+
+
 def _one_of(before: Cell | None, cell: Cell) -> Cell:
     """Of two members of one key the one that holds something, or what is wrong where both do, and not the same."""
-    if before is None or _plain(before) in NOTHING:
+    if before is None or plain(before) in NOTHING:
         return cell
-    if _plain(cell) in (*NOTHING, _plain(before)):
+    if plain(cell) in (*NOTHING, plain(before)):
         return before
     return Cell(cell.line, _twice(cell.key), cell.key)
 
 
-def _plain(cell: Cell) -> Any:
+def plain(cell: Cell) -> Any:
+    """Its value, of an array the items' values."""
     return [item.value for item in cell.value] if isinstance(cell.value, list) else cell.value
 
 
@@ -310,16 +338,28 @@ class _Walk:
 
     def member(self) -> Cell:
         """A key and its value; of an array, the list of its items."""
-        line, key = self.line, self.value()
+        line, key = self.line, self.key()
+        return Cell(line, self.value() if self.here != "[" else list(self.items()), key)
+
+    def key(self) -> str:
+        """A key, up to its value.
+
+        Raises:
+            Wrong: there is none.
+        """
+        key = self.value()
         self.skip()
         if self.here != ":" or not isinstance(key, str):
             raise Wrong("no key and colon here", "repair the JSON")
         self.at += 1
         self.skip()
-        if self.here != "[":
-            return Cell(line, self.value(), key)
+        return key
+
+    def items(self) -> Iterator[Cell]:
+        """Those of the array that begins here."""
         self.at += 1
-        return Cell(line, [Cell(self.line, self.value()) for _ in self.until("]")], key)
+        for _ in self.until("]"):
+            yield Cell(self.line, self.value())
 
     @property
     def here(self) -> str:

@@ -12,6 +12,9 @@ from isthmus.data.faults import Wrong
 Raw: TypeAlias = Mapping[str, Any]
 Found: TypeAlias = Iterator[dict[str, Any] | Wrong]
 
+PICTURE = ("image", "images", "file_name", "filename")
+"""Where a record names its picture; the first that is not empty is read."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -22,17 +25,30 @@ class Layout:
         read: its samples; the second argument is the id of a record that has none.
         unit: what its regions count.
         prepend: its publishers put pictures that no marker places before the first question.
+        split: under which key a record says its publisher's split, if not under `split`.
     """
 
     fits: Callable[[Raw], bool]
     read: Callable[[Raw, str], Found]
     unit: Unit = "shares"
     prepend: bool = False
+    split: str = "split"
 
 
 def has(*keys: str) -> Callable[[Raw], bool]:
     """Recognises records by keys that must be there."""
     return lambda record: all(key in record for key in keys)
+
+
+def pictures(record: Raw) -> Any:
+    """The picture that a record names, or several; None where it has none."""
+    return next((record[key] for key in PICTURE if record.get(key)), None)
+
+
+def unanswered() -> Wrong:
+    """What is wrong with a question of which the answer is kept back, or was forgotten."""
+    remedy = "take the split that has answers (options: {rows: SPLIT}), or leave such questions out ({faults: skip})"
+    return Wrong("the question has no answer", remedy)
 
 
 def task(kind: str, name: str, answer: Any, **more: Any) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
-from isthmus.data import choices, slips
+from isthmus.data import answers, choices, slips
 from isthmus.data.attached import Unit, corners
 from isthmus.data.faults import Wrong
-from isthmus.data.layout import Found, Layout, Raw, has, listed, task, text
+from isthmus.data.layout import PICTURE, Found, Layout, Raw, has, listed, task, text
 
 Name: TypeAlias = Literal[
     "llava",
@@ -32,6 +32,7 @@ Name: TypeAlias = Literal[
     "seed-rows",
     "choices",
     "caption",
+    "chartqa",
     "question",
     "pope",
     "coco-captions",
@@ -40,6 +41,7 @@ Name: TypeAlias = Literal[
     "vqav2",
     "gqa",
     "textvqa",
+    "docvqa",
     "textcaps",
     "refcoco",
     "scienceqa",
@@ -87,28 +89,6 @@ def is_record(value: Raw) -> bool:
 
 def _is_table(member: Any) -> bool:
     return isinstance(member, list) and bool(member) and isinstance(member[0], dict)
-
-
-def commonest(answers: Sequence[Any]) -> str:
-    """The answer that most annotators gave, the first of several.
-
-    Raises:
-        Wrong: there is none.
-    """
-    texts = worded(answers)
-    return max(texts, key=texts.count)
-
-
-def worded(answers: Sequence[Any]) -> list[str]:
-    """Annotators' answers as texts.
-
-    Raises:
-        Wrong: there is none, or one is neither a text nor a number.
-    """
-    texts = [answer.get("answer") if isinstance(answer, Mapping) else answer for answer in answers]
-    if not texts or not all(isinstance(one, str | int | float) and not isinstance(one, bool) for one in texts):
-        raise Wrong("answers holds no texts", "write a list of texts")
-    return [str(one) for one in texts]
 
 
 # ---------------------------------------------------------------------------------------------- conversations
@@ -290,40 +270,11 @@ def _caption(record: Raw, name: str) -> Found:
             yield task("video" if "video" in shown else "caption", own, caption.strip(), **shown)
 
 
-PICTURE = ("image", "images", "file_name", "filename")
-"""Where a record names its picture; the first that is not empty is read."""
 CAPTIONS = ("caption", "captions", "text", "txt", "TEXT")
 
 
 def _is_caption(record: Raw) -> bool:
     return any(key in record for key in CAPTIONS) and any(record.get(key) for key in ("video", *PICTURE))
-
-
-def _is_question(record: Raw) -> bool:
-    return "question" in record and any(record.get(key) for key in PICTURE)
-
-
-def _question(record: Raw, name: str) -> Found:
-    """Pictures, a question, and an answer or the answers of several people."""
-    answer = record.get("answer", record.get("multiple_choice_answer"))
-    several = answer if isinstance(answer, list) else record.get("answers")
-    several = several if isinstance(several, list) else []
-    given = commonest(several if answer is None or answer is several else [answer])
-    meta = {"answers": worded(several)} if several else {}
-    own = record.get("meta", {})
-    if not isinstance(own, dict):
-        raise Wrong("meta is not an object", 'write {"meta": {…}}')
-    meta = own | meta | {key: record[key] for key in ("category",) if key in record}
-    pictures = next(record[key] for key in PICTURE if record.get(key))
-    yield task("question", name, given, question=text(record, "question"), images=pictures, meta=meta)
-
-
-def _pope(record: Raw, name: str) -> Found:
-    """POPE: is a thing in the picture? (Li et al., arXiv 2305.10355)"""
-    asked = text(record, "text")
-    yield task(
-        "question", str(record.get("question_id", name)), text(record, "label"), question=asked, image=record["image"]
-    )
 
 
 def _texts_are(kind: type) -> Callable[[Raw], bool]:
@@ -352,8 +303,7 @@ LAYOUTS: dict[str, Layout] = {
         lambda record: any(isinstance(record.get(key), list) for key in VG), _visual_genome, "pixels"
     ),
     "webvid": Layout(has("videoid", "name"), _webvid),
-    "question": Layout(_is_question, _question, prepend=True),
-    "pope": Layout(has("image", "text", "label"), _pope),
+    **answers.LAYOUTS,
     "caption": Layout(_is_caption, _caption),
 }
 """By name; the first that fits a record reads it."""

@@ -29,7 +29,7 @@ from isthmus.types import ConfigError, DataError, Image, Sample, Video
 
 SEEN = 8
 """Frames by which a video is judged whose reader chooses their number."""
-READING = 6
+READING = 7
 """Raised when the same files are read as other samples than before, or other samples are held out."""
 HASHED = 1 << 30
 """Bytes of a file that is read whole to know whether its content has changed."""

@@ -12,23 +12,28 @@ from pathlib import PurePosixPath
 from typing import Any, TypeAlias
 
 from isthmus.data import choices
+from isthmus.data.answers import commonest, worded
 from isthmus.data.attached import shares
 from isthmus.data.faults import Wrong
 from isthmus.data.jsons import Cell
 from isthmus.data.layout import task, text
-from isthmus.data.layouts import Name, commonest
+from isthmus.data.layouts import Name
 
 Tables: TypeAlias = dict[str, Cell]
 """A file's members by key; the items of an array by their number."""
 Row: TypeAlias = tuple[int, dict[str, Any] | Wrong]
 """A line and the task that starts there."""
 
-NAMES = ("id", "question_id", "caption_id", "sen_id", "ref_id", "imgid")
+NAMES = ("id", "question_id", "questionId", "caption_id", "sen_id", "ref_id", "imgid")
 """Under what entries have their ids."""
 MALFORMED = (KeyError, TypeError, AttributeError, IndexError, ValueError)
 """What reading an entry raises that is not what it seemed."""
+SPLIT = ("split", "data_split", "data_type")
+"""Under what entries say their publisher's split."""
 SPLITS = {1: "train", 2: "val", 3: "test"}
 """OCR-VQA's."""
+SCAN = ("image", "image_local_name", "file_path")
+"""Where DocVQA, InfographicVQA and ST-VQA name a question's picture."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +97,15 @@ def _sound(cell: Cell) -> Any:
 
 
 def _malformed(error: Exception, cell: Cell, number: int) -> Wrong:
-    """What is wrong with an entry, under its name."""
+    """What is wrong with an entry, under its name and of its split."""
     entry = cell.value if isinstance(cell.value, Mapping) else {}
     name = next((str(entry[key]) for key in NAMES if key in entry), cell.key or f"entry {number}")
+    said = next((entry[key] for key in SPLIT if isinstance(entry.get(key), str | int)), None)
+    split = SPLITS.get(said) if isinstance(said, int) else said
     if isinstance(error, Wrong):
-        return Wrong(error.message, error.remedy, name)
+        return Wrong(error.message, error.remedy, name, split=error.split or split)
     cause = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else "something has another type"
-    return Wrong(f"the entry is malformed ({cause})", "compare it with its neighbours", name)
+    return Wrong(f"the entry is malformed ({cause})", "compare it with its neighbours", name, split=split)
 
 
 def _sample(value: Any) -> Any:
@@ -238,10 +245,28 @@ def _gqa(tables: Tables, beside: Tables) -> Iterator[Row]:
 
 def _textvqa(tables: Tables, beside: Tables) -> Iterator[Row]:
     def make(entry: Any, cell: Cell) -> dict[str, Any]:
-        image, answer = f"{entry['image_id']}.jpg", commonest(entry["answers"])
+        image, answer = f"{entry['image_id']}.jpg", commonest(entry.get("answers"))
         meta = {"answers": entry["answers"]}
         name = str(entry["question_id"])
         return task("reading", name, answer, question=text(entry, "question"), image=image, meta=meta)
+
+    return _each(_items(tables, "data"), make)
+
+
+def _docvqa(tables: Tables, beside: Tables) -> Iterator[Row]:
+    """The files of the Robust Reading Competition: DocVQA (Mathew et al., arXiv 2007.00398), InfographicVQA (Mathew et
+    al., arXiv 2104.12756), ST-VQA (Biten et al., arXiv 1905.13648); their test splits have no answers.
+
+    A question is put as where the same one stands in a row with its picture (`question`).
+    """
+    whole = tables["dataset_split"].value if "dataset_split" in tables else None
+
+    def make(entry: Any, cell: Cell) -> dict[str, Any]:
+        people, path = worded(entry.get("answers")), text(entry, *SCAN)
+        split = entry.get("data_split", whole if isinstance(whole, str) else None)
+        image, meta = {"paths": [path, PurePosixPath(path).name]}, {"answers": people, "split": split}
+        name, question = text(entry, "questionId", "question_id"), text(entry, "question")
+        return task("question", name, commonest(people), question=question, image=image, meta=meta)
 
     return _each(_items(tables, "data"), make)
 
@@ -259,8 +284,8 @@ def _scienceqa(tables: Tables, beside: Tables) -> Iterator[Row]:
     """Questions with choices; pictures lie at `<split>/<id>/image.png`. Some questions have none."""
 
     def make(entry: Any, cell: Cell) -> dict[str, Any]:
-        image = f"{entry['split']}/{cell.key}/{entry['image']}" if entry.get("image") else None
-        return choices.science({**entry, "image": image}, cell.key)
+        shown = {"image": f"{entry['split']}/{cell.key}/{entry['image']}"} if entry.get("image") else {}
+        return choices.science(entry, cell.key, **shown)
 
     return _each(list(tables.values()), make)
 
@@ -323,6 +348,7 @@ TABLES: dict[str, Table] = {
     "vqav2": Table(_members("questions"), _vqav2, "the annotations with the answers"),
     "textcaps": Table(_entries("caption_str", of="data"), _textcaps),
     "textvqa": Table(_entries("question", "image_id", of="data"), _textvqa),
+    "docvqa": Table(lambda first: any(_entries("question", key, of="data")(first) for key in SCAN), _docvqa),
     "msr-vtt": Table(_members("videos", "sentences"), _msr_vtt),
     "gqa": Table(_entries("imageId", "question"), _gqa),
     "scienceqa": Table(_entries("question", "choices"), _scienceqa),
