@@ -19,6 +19,8 @@ from pydantic_core import PydanticCustomError
 from isthmus.errors import ConfigError, nearest
 
 SCHEMA = "`isthmus recipes --schema` lists every key"
+FEW = 12
+"""Names that a remedy lists; what has more is a recipe, a stage or the engine, which the schema has."""
 NAME, KEY = "NAME", "KEY"
 """What stand in a field's path for the items of a list and of a mapping."""
 Path: TypeAlias = tuple[str, ...]
@@ -256,10 +258,10 @@ def explain(model: type[BaseModel], tree: Any, error: ValidationError, dotted: b
 
 def _known(model: type[BaseModel]) -> str:
     """What may be written: the options of a part, which no schema of a recipe has, by name."""
-    paths = [path for path, _ in fields(model)]
-    if any(len(path) > 1 for path in paths):
+    names = list(model.model_fields)
+    if len(names) > FEW:
         return SCHEMA
-    return f"options are {', '.join(name for (name,) in paths)}" if paths else "it has no options: leave them out"
+    return f"options are {', '.join(names)}" if names else "it has no options: leave them out"
 
 
 def _names(model: type[BaseModel], tree: Any, fault: Any) -> list[str]:

@@ -181,18 +181,20 @@ def _calls(recipe: Recipe, room: str) -> set[str]:
 
 
 def _tests(room: str, name: str, file: Path) -> list[str]:
-    """The tests of a file: its mirror, else those that import it or name it as a recipe does; and for a joint, the
-    contract that lists it."""
+    """The tests of a file: its mirror, else those that import it, by name if one has it, or name it as a recipe does;
+    and for a joint, the contract that lists it."""
     root = checkout()
     if root is None:
         return []
     tests = root / "tests"
-    found = sorted(tests.rglob(f"test_{file.stem}.py"))
+    places = [tests / place for place in file.relative_to(SOURCE).parents]
+    found = [test for place in places if (test := place / f"test_{file.stem}.py").exists()]
     module = re.escape(".".join(file.relative_to(SOURCE).with_suffix("").parts))
     parent, _, stem = module.rpartition(r"\.")
     imports = re.compile(rf"from isthmus\.{module} import|from isthmus\.{parent} import .*\b{stem}\b")
     if not found:
         found = [test for test in sorted(tests.rglob("test_*.py")) if imports.search(test.read_text("utf-8"))]
+        found = [test for test in found if test.stem == f"test_{file.stem}"] or found
     if not found:
         rooms = [test for kind in ("aligners", "objectives") for test in sorted((tests / kind).glob("test_*.py"))]
         found = [test for test in rooms if f'"{name}"' in test.read_text("utf-8")]

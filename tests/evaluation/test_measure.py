@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,6 +61,14 @@ def test_baselines_may_be_asked_fewer_items_and_are_paired_with_the_same_ones(tm
 
 def items(kinds: str) -> tuple[Item, ...]:
     return tuple(replace(ITEMS[0], prompt=ITEMS[0].prompt.but(id="twin"), kind=kind) for kind in kinds)
+
+
+def test_answers_of_another_batch_size_are_asked_anew(tmp_path: Path) -> None:
+    task, model = Choice("t", ITEMS, (Cut("T"),)), composed.model()
+    for size in (1, 1, 2):
+        measure(model, [(task, TaskConfig(name="t", controls=()))], 0, tmp_path, batch_size=size)
+    kept = [json.loads(file.read_text().splitlines()[0]) for file in tmp_path.rglob("t*.jsonl")]
+    assert sorted(header["settings"]["batch"] for header in kept) == [1, 2]
 
 
 def test_items_of_one_name_are_paired_by_their_place() -> None:

@@ -62,6 +62,7 @@ def test_a_reply_of_nothing_is_not_what_people_said(reply, people):
         ("123", ["456"], 0),
         ("abc", ["axyz"], 0),  # three of four letters differ
         ("", ["a"], 0),
+        ("a c", ["a  b"], 0.75),  # of four letters before blanks are evened out
     ],
 )
 def test_anls_by_hand(said, answers, score):
@@ -81,6 +82,7 @@ def test_anls_by_hand(said, answers, score):
         ("0.001", "0", False),
         ("Blue", "blue", True),
         ("blue.", "blue", False),
+        ("5", "inf", False),
         ("about 100", "100", False),
     ],
 )

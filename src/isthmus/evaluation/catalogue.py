@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Container
 
 from isthmus.config import nearest
-from isthmus.evaluation import files, grounding, multiple, tasks, text
+from isthmus.evaluation import files, grounding, multiple, tasks, text, yes_no
 from isthmus.evaluation.tasks import Builder
 from isthmus.types import ConfigError
 
-ON_FILES: dict[str, Builder] = {**files.TASKS, **multiple.TASKS}
+ON_FILES: dict[str, Builder] = {**files.TASKS, **yes_no.TASKS, **multiple.TASKS}
 """Those that ask about a file of the user's, `options.data`."""
 ON_TEXTS: dict[str, Builder] = text.TASKS
 """Those that read raw text, `options.text`."""
 TASKS: dict[str, Builder] = {**tasks.TASKS, **grounding.TASKS, **ON_FILES, **ON_TEXTS}
 
 BENCHMARKS = {
-    "exact": "gqa",
+    "exact": "gqa ocrbench",
     "vqa": "vqav2 vqa2 textvqa vizwiz okvqa",
     "anls": "docvqa infographicvqa infovqa stvqa",
     "relaxed": "chartqa plotqa",

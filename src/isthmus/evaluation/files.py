@@ -7,7 +7,6 @@ stands in the samples' `meta`, where `isthmus.data` puts it for the layouts that
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,17 +17,15 @@ from pydantic import Field
 from isthmus.config import Frozen, OneSource, TaskConfig, check
 from isthmus.data.choices import ROUND
 from isthmus.evaluation import controls, grounding, statistics, tasks
-from isthmus.evaluation.answers import Prediction, match
+from isthmus.evaluation.answers import Prediction, match, normalise
 from isthmus.evaluation.draw import drawn
-from isthmus.evaluation.metrics import captions, documents, judgements, vqa
+from isthmus.evaluation.metrics import captions, documents, vqa
 from isthmus.evaluation.score import Scorer
 from isthmus.evaluation.statistics import Estimate
 from isthmus.evaluation.tasks import Advance, Builder, Cut, Free, Item, Task
 from isthmus.prepare import tags
 from isthmus.types import Box, DataError, Medium, Sample
 
-MOST = 200.0
-"""MME's score of a sub-task at its best."""
 Group: TypeAlias = Callable[[Sequence[Sample]], tuple[Sequence[Hashable], int]]
 """The group of every sample, and how many questions each is."""
 
@@ -62,15 +59,16 @@ class Scored(Free):
 
 
 class Exact(Scored):
-    """GQA's rule: the reply is the answer."""
+    """GQA's and OCRBench's rule: the reply is an answer."""
 
     rule = (
-        "free reply equals the answer, after case, accents of Latin letters, punctuation, articles and number words "
+        "free reply equals an answer, after case, accents of Latin letters, punctuation, articles and number words "
         "are evened out"
     )
 
     def share(self, reply: str, item: Item) -> bool | None:
-        return match(reply, item.answer)
+        told = [match(reply, answer) for answer in known(item) if normalise(answer)]
+        return any(told) if told else None
 
 
 class People(Scored):
@@ -88,31 +86,16 @@ class Documents(Scored):
     rule = "ANLS: how alike a free reply and the nearest answer are, letter by letter; nothing below a half"
 
     def share(self, reply: str, item: Item) -> float:
-        return documents.anls(reply, item.references or (item.answer,))
+        return documents.anls(reply, known(item))
 
 
 class Charts(Scored):
     """ChartQA's and PlotQA's rule."""
 
-    rule = "relaxed accuracy: the free reply is a number within 5 % of the answer, or the answer's text"
+    rule = "relaxed accuracy: the free reply is a number within 5 % of an answer, or an answer's text"
 
     def share(self, reply: str, item: Item) -> bool:
-        return documents.relaxed(reply, item.answer)
-
-
-class YesNo(Scored):
-    """POPE's and MME's questions."""
-
-    rule = "yes or no as the free reply's first word, else as the one of both that it holds; neither, or both, is wrong"
-
-    def share(self, reply: str, item: Item) -> bool:
-        return judgements.judgement(reply) is judgements.judgement(item.answer)
-
-    def totals(self, predictions: Sequence[Prediction]) -> dict[str, Estimate]:
-        """POPE's rates; MME's score where each picture has two questions."""
-        clusters = [prediction.cluster for prediction in predictions]
-        found = {f"POPE {name}": _share(counted, clusters) for name, counted in _pope(predictions).items()}
-        return found | _pope_settings(predictions) | _mme(predictions)
+        return any(documents.relaxed(reply, answer) for answer in known(item))
 
 
 @dataclass(frozen=True)
@@ -176,15 +159,6 @@ def people(task: TaskConfig, seed: int) -> People:
     return built
 
 
-def yes_no(task: TaskConfig, seed: int) -> YesNo:
-    """`yes-no`: POPE, MME, VSR; rows by the `category` of a question, where it has one."""
-    built = task_of(YesNo, "yes or no", task, check(File, task.options, "task yes-no"), seed, group=_pairs)
-    for item in built.items:
-        if judgements.judgement(item.answer) is None:
-            raise DataError(f"{item.prompt.id}: the answer is neither yes nor no: {item.answer[:40]!r}", "correct it")
-    return built
-
-
 def captioning(task: TaskConfig, seed: int) -> Captions:
     """`captions`: COCO, NoCaps, TextCaps, Flickr30k; samples with the same picture are its references."""
     built = task_of(Captions, "CIDEr-D / 10", task, check(File, task.options, "task captions"), seed, _gathered)
@@ -206,7 +180,6 @@ TASKS: dict[str, Builder] = {
     "vqa": people,
     "anls": plainly(Documents, "ANLS"),
     "relaxed": plainly(Charts, "relaxed accuracy"),
-    "yes-no": yes_no,
     "captions": captioning,
     "refer": locate,
 }
@@ -238,7 +211,7 @@ def task_of(
         raise DataError(
             f"{source.name} has no item for task {config.name!r}", "`isthmus data stats` shows what it holds"
         )
-    places = range(len(samples)) if config.limit is None else _drawn(*(group or _rounds)(samples), config.limit)
+    places = range(len(samples)) if config.limit is None else _drawn(*(group or rounds)(samples), config.limit)
     items = tuple(item(samples[place]) for place in places)
     label = f"{Path(source.name).stem}, {what}"
     kinds = sorted({item.kind for item in items})
@@ -257,7 +230,7 @@ def _drawn(groups: Sequence[Hashable], questions: int, limit: int) -> list[int]:
     return sorted(place for number in chosen for place in together[number])
 
 
-def _rounds(samples: Sequence[Sample]) -> tuple[list[Hashable], int]:
+def rounds(samples: Sequence[Sample]) -> tuple[list[Hashable], int]:
     """Each by itself; a question whose options are moved about is one with all of its rounds."""
     ids = [sample.id for sample in samples]
     moved = {name.partition(ROUND)[0] for name in ids if ROUND in name}
@@ -265,10 +238,9 @@ def _rounds(samples: Sequence[Sample]) -> tuple[list[Hashable], int]:
     return [own if own in moved else place for place, own in enumerate(names)], 1
 
 
-def _pairs(samples: Sequence[Sample]) -> tuple[list[Hashable], int]:
-    """Two questions of one category about one picture, where there are two about every one, as MME has them."""
-    groups: list[Hashable] = [(_kind(sample), _picture(sample)) for sample in samples]
-    return (groups, 2) if set(Counter(groups).values()) == {2} else _rounds(samples)
+def known(item: Item) -> tuple[str, ...]:
+    """All answers that are right."""
+    return item.references or (item.answer,)
 
 
 def item(sample: Sample) -> Item:
@@ -283,17 +255,17 @@ def item(sample: Sample) -> Item:
         prompt=bare.prompt.but(meta=sample.meta),
         choices=_texts(sample, "choices"),
         references=_texts(sample, "answers"),
-        cluster=_picture(sample),
-        kind=_kind(sample),
+        cluster=picture_of(sample),
+        kind=kind_of(sample),
     )
 
 
-def _picture(sample: Sample) -> str:
+def picture_of(sample: Sample) -> str:
     """What tells the picture from others, or a sample that shows nothing."""
     return " ".join(map(_name, sample.media)) or sample.id.partition(ROUND)[0]
 
 
-def _kind(sample: Sample) -> str:
+def kind_of(sample: Sample) -> str:
     return str(sample.meta.get("category", ""))
 
 
@@ -336,7 +308,7 @@ def _gathered(samples: Sequence[Sample]) -> list[Sample]:
     """One sample per picture, the answers of all of its samples as its references."""
     by_picture: dict[str, list[Sample]] = {}
     for sample in samples:
-        by_picture.setdefault(_picture(sample), []).append(sample)
+        by_picture.setdefault(picture_of(sample), []).append(sample)
     return [
         same[0].but(meta={**same[0].meta, "answers": [one.turns[-1].text for one in same]})
         for name, same in by_picture.items()
@@ -351,50 +323,3 @@ def _with_region(samples: Sequence[Sample]) -> list[Sample]:
         if len(regions) == 1:
             found.append(sample.but(meta={**sample.meta, "box": regions[0].xyxy}))
     return found
-
-
-def _share(counted: judgements.Counted, clusters: Sequence[Hashable]) -> Estimate:
-    """A rate's share with its interval; of nothing that counts it is 0, and nothing is known of it."""
-    if not counted:
-        return Estimate(0.0, 0.0, 1.0, 0.0, 0.0, 0, 0)
-    return statistics.accuracy([hit for _, hit in counted], [clusters[place] for place, _ in counted])
-
-
-def _pope(predictions: Sequence[Prediction]) -> dict[str, judgements.Counted]:
-    said = [judgements.judgement(prediction.prediction or "") for prediction in predictions]
-    return judgements.pope(said, [judgements.judgement(prediction.answer) is True for prediction in predictions])
-
-
-def _pope_settings(predictions: Sequence[Prediction]) -> dict[str, Estimate]:
-    """POPE's F1 of each setting and their mean, where the categories are its settings and several of them."""
-    kinds = [prediction.kind for prediction in predictions]
-    if len(set(kinds)) < 2 or not set(kinds) <= {"random", "popular", "adversarial"}:
-        return {}
-    clusters, f1 = [prediction.cluster for prediction in predictions], _pope(predictions)["f1"]
-    each = {kind: [one for one in f1 if kinds[one[0]] == kind] for kind in sorted(set(kinds))}
-    found = {f"POPE f1, {kind}": _share(counted, clusters) for kind, counted in each.items()}
-    if not all(each.values()):
-        return found
-    hits, places = [hit for _, hit in f1], [place for place, _ in f1]
-    mean = statistics.macro(hits, [kinds[place] for place in places], [clusters[place] for place in places])
-    return found | {"POPE f1, mean of settings": mean}
-
-
-def _mme(predictions: Sequence[Prediction]) -> dict[str, Estimate]:
-    """MME's score per category, in its two groups and in all; nothing without categories, or where pictures have not
-    two questions each."""
-    pictures: defaultdict[tuple[str, str], list[bool]] = defaultdict(list)
-    for prediction in predictions:
-        pictures[prediction.kind, prediction.cluster].append(prediction.right is True)
-    if not all(kind and len(pair) == 2 for (kind, _), pair in pictures.items()):
-        return {}
-    scores = [(kind, picture, part) for (kind, picture), part in zip(pictures, judgements.mme(pictures.values()))]
-    kinds = {kind for kind, _ in pictures}
-
-    def total(members: set[str]) -> Estimate:
-        """The sum of sub-tasks' scores, each the mean over its own pictures."""
-        chosen = [(part / MOST, kind, picture) for kind, picture, part in scores if kind in members]
-        return statistics.macro(*zip(*chosen)).through(lambda share: MOST * len(members) * share)  # type: ignore[arg-type]
-
-    groups = {f"MME {group}": total(members) for group, members in judgements.MME.items() if members <= kinds}
-    return {"MME score": total(kinds), **groups, **{f"MME {kind}": total({kind}) for kind in sorted(kinds)}}

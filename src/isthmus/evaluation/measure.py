@@ -96,7 +96,7 @@ def measure(
     for task, config in built:
         speaker = Local(model, look, max_new_tokens=task.longest)
         scorer.reply = _reply(speaker)
-        asked_so = {"dtype": str(model.dtype), **_how(speaker, task), **(settings or {})}
+        asked_so = {"dtype": str(model.dtype), "batch": batch_size, **_how(speaker, task), **(settings or {})}
         runs: dict[Column, list[Prediction]] = {}
         for name, (control, asked) in conditions(model, task, config, column).items():
             advance = advancing(f"{task.name} {name}", len(asked.items), progress)
@@ -185,7 +185,7 @@ def measure_alone(
         IsthmusError: its weights are not those that the model was trained on.
     """
     scorer = prose.alone(model, model.dtype, batch_size)
-    settings = {"dtype": str(model.dtype), "alone": model.config.llm}
+    settings = {"dtype": str(model.dtype), "batch": batch_size, "alone": model.config.llm}
     found: Measured = {}
     for task, _ in built:
         advance = advancing(f"{task.name} alone", len(task.items), progress)

@@ -4,13 +4,15 @@ ANLS: Biten et al. 2019, arXiv 1905.13648 (scene text); Mathew et al. 2020, arXi
 that of the Robust Reading Competition.
 Relaxed accuracy: Masry et al. 2022, arXiv 2203.10244 (ChartQA), after Methani et al. 2019, arXiv 1909.00997 (PlotQA).
 
-Differs:
-    - A similarity of exactly a half counts, as it does for the competition; the papers' formula and the PyPI package
-      `anls`, which gives the same otherwise, drop it.
+A similarity of exactly a half counts, and lengths are those before blanks are evened out, as in the competition's
+script; the papers' formula and the PyPI package `anls` drop a half.
+
+Differs: `inf` and `nan` are words, not numbers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 LEAST = 0.5
@@ -25,8 +27,7 @@ def anls(reply: str, answers: Sequence[str]) -> float:
     Raises:
         ValueError: there is no answer.
     """
-    said = _even(reply)
-    best = max(_similarity(said, _even(answer)) for answer in answers)
+    best = max(_similarity(reply, answer) for answer in answers)
     return best if best >= LEAST else 0.0
 
 
@@ -43,7 +44,7 @@ def _even(text: str) -> str:
 
 
 def _similarity(one: str, other: str) -> float:
-    return 1 - _edits(one, other) / max(len(one), len(other), 1)
+    return 1 - _edits(_even(one), _even(other)) / max(len(one), len(other), 1)
 
 
 def _edits(one: str, other: str) -> int:
@@ -57,8 +58,9 @@ def _edits(one: str, other: str) -> int:
 
 
 def _number(text: str) -> float | None:
+    bare = text.strip()
     try:
-        bare = text.strip()
-        return float(bare.removesuffix("%")) / (100 if bare.endswith("%") else 1)
+        number = float(bare.removesuffix("%")) / (100 if bare.endswith("%") else 1)
     except ValueError:
         return None
+    return number if math.isfinite(number) else None
