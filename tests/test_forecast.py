@@ -97,6 +97,15 @@ def test_operations_and_tokens_are_those_of_real_steps(data, joint, train):
     assert ahead.memory["weights"] == pytest.approx(sum(weights.values()), rel=0.01)
 
 
+@pytest.mark.parametrize("joint", ["kosmos2", "qwen_vl"])
+def test_joints_with_tables_of_places_are_traced_in_bfloat16_too(data, joint):
+    """As autocast computes, a table in float32 does not make its sum with bfloat16 one of float32 for attention."""
+    recipe = staged(data, {"connectors.*": 1e-3}, joint)
+    (single,) = forecast(recipe, CPU, 0).stages
+    (half,) = forecast(recipe.but(dtype="bfloat16"), CPU, 0).stages
+    assert half.flops == single.flops and half.memory["activations"] < single.memory["activations"]
+
+
 def test_bytes_that_live_are_counted_by_hand():
     x = torch.ones(10, 10, device="meta", requires_grad=True)  # 400 bytes
     with Ledger(torch.nn.ParameterList([x])) as ledger:  # type: ignore[arg-type]

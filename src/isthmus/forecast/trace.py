@@ -124,17 +124,19 @@ class Ledger(TorchDispatchMode):
 
 @contextmanager
 def in_dtype(step: Step, dtype: torch.dtype) -> Iterator[None]:
-    """All floating-point weights of a step without numbers in one dtype, as autocast computes; afterwards as before."""
-    before = {name: tensor.dtype for name, tensor in step.named_parameters()}
-    for parameter in step.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+    """All floating-point weights of a step without numbers, and the tables of its connectors, in one dtype, as autocast
+    computes; afterwards as before."""
+    tensors = [*step.parameters(), *step.vlm.connectors.buffers()]
+    before = [tensor.dtype for tensor in tensors]
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
     try:
         yield
     finally:
-        for name, parameter in step.named_parameters():
-            parameter.grad = None
-            parameter.data = parameter.data.to(before[name])
+        for tensor, own in zip(tensors, before):
+            tensor.grad = None
+            tensor.data = tensor.data.to(own)
 
 
 def _described(argument: Any) -> Any:
