@@ -291,8 +291,21 @@ class Reckoning(LLaVA):
         return super().connector(kind, encoder, width)
 
 
-def test_a_joint_that_reckons_while_it_is_built_is_saved_too(tmp_path):
-    model = stir(composed.model("llama", Reckoning.name))
+@isthmus.register
+class Refusing(LLaVA):
+    """LLaVA whose connector turns what the meta device lacks into an error of its own."""
+
+    name = "refusing"
+
+    def connector(self, kind, encoder, width):
+        if torch.empty(1).is_meta:
+            raise ConfigError("no numbers here", "build it on the CPU")
+        return super().connector(kind, encoder, width)
+
+
+@pytest.mark.parametrize("joint", [Reckoning, Refusing])
+def test_a_joint_that_reckons_while_it_is_built_is_saved_too(tmp_path, joint):
+    model = stir(composed.model("llama", joint.name))
     assert reloaded(model, tmp_path) == set()
 
 

@@ -61,6 +61,12 @@ def test_a_length_that_the_prompt_uses_up_is_said_with_its_remedy(model, inputs)
     assert longer.shape[1] == prompt + 3
     assert torch.equal(longer, model.generate(**inputs, max_new_tokens=3, **greedy))
     assert torch.equal(longer, model.generate(**inputs, max_length=5, max_new_tokens=3, **greedy)), "it goes first"
+    given = GenerationConfig(max_length=5, **greedy)
+    try:
+        model.generation_config.max_new_tokens = 3
+        assert torch.equal(longer, model.generate(**inputs, generation_config=given)), "settings are merged"
+    finally:
+        model.generation_config.max_new_tokens = None
 
 
 @torch.no_grad()

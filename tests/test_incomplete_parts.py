@@ -35,12 +35,34 @@ def test_an_llm_that_lacks_a_tensor_is_refused(tmp_path, family, part):
 
 @pytest.mark.parametrize(
     ("family", "part"),
-    [("clip", "layers.1.mlp.fc1"), ("clip", "position_embedding"), ("vit", "layer.0."), ("dinov2", "cls_token")],
+    [
+        ("clip", "layers.1.mlp.fc1"),
+        ("clip", "position_embedding"),
+        ("clip", "pre_layrnorm"),
+        ("vit", "layer.0."),
+        ("dinov2", "cls_token"),
+    ],
 )
 def test_a_tower_that_lacks_a_tensor_is_refused(tmp_path, family, part):
     folder = without(tiny.vision_folder(tmp_path, family), part)
     with pytest.raises(ConfigError, match="the weights lack "):
         parts.load_encoder(EncoderConfig(source=str(folder)), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("damage", "cause"),
+    [
+        (lambda shard: shard.unlink(), "of its index are not there"),
+        (lambda shard: shard.write_bytes(shard.read_bytes()[:-9]), "rror"),
+    ],
+)
+def test_an_llm_whose_shards_are_not_whole_is_refused(tmp_path, damage, cause):
+    folder = tiny.llm_folder(tmp_path, "llama")
+    parts.load_llm(LLMConfig(source=str(folder)), torch.float32).save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+    damage(sorted(folder.glob("model-*.safetensors"))[0])
+    with pytest.raises(ConfigError, match=f"{folder.name}.*{cause}"):
+        parts.load_llm(LLMConfig(source=str(folder)), torch.float32)
 
 
 @pytest.mark.parametrize(("family", "part"), [("vit", "pooler"), ("siglip", "head"), ("dinov2", "mask_token")])

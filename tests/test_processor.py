@@ -193,8 +193,11 @@ def test_what_would_be_left_out_is_refused(processor, model):
     inputs = processor(ONE.source, "<image>a", padding=True, truncation=False, return_token_type_ids=True)
     with pytest.raises(ConfigError, match="forward of this model does not take output_hidden_states"):
         model(**inputs, output_hidden_states=True)
-    with pytest.raises(DataError, match="there are no messages"):
-        processor.apply_chat_template([])
+    for empty in ([], [[]], [MESSAGES[0], []], MESSAGES[0][0]):
+        with pytest.raises(DataError, match="there are no messages"):
+            processor.apply_chat_template(empty)
+    with pytest.raises(ConfigError, match="does not take continue_final_message\nleave it out$"):
+        processor.apply_chat_template(MESSAGES, continue_final_message=True)
     with pytest.raises(ConfigError, match="'llava' is no recipe"):
         isthmus.compose("llava")
 

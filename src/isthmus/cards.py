@@ -291,7 +291,7 @@ def _parts(config: Mapping[str, Any], merged: bool) -> str:
         rows.append(("LoRA", lora["name"], f"r {lora['r']}, on {globs}", where))
     text = "## Parts\n\n" + _table(("part", "source", "revision or options", "weights"), rows)
     full = " ".join(f"`{glob}`" for glob in config.get("trained") or () if not glob.startswith("connectors"))
-    return f"{text}\n\nBase parameters trained in full: {full}." if full else text
+    return f"{text}\n\nBase parameters trained in full or changed: {full}." if full else text
 
 
 def _changed(globs: Sequence[str]) -> str:

@@ -363,9 +363,10 @@ def _check_room(own: GenerationConfig, prompt: int, asked: dict[str, Any]) -> No
     Raises:
         ConfigError: `max_length` alone says how long an answer may be, and the prompt is that long already.
     """
-    given = asked.get("generation_config") or own
-    new = asked.get("max_new_tokens", given.max_new_tokens)
-    length = asked.get("max_length", given.max_length)
+    new, length = (
+        asked.get(name) or getattr(asked.get("generation_config"), name, None) or getattr(own, name)
+        for name in ("max_new_tokens", "max_length")
+    )
     if new is None and length is not None and length <= prompt:
         raise ConfigError(
             f"max_length={length} counts the prompt too, which has {prompt} tokens",

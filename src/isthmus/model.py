@@ -45,7 +45,7 @@ class VLMConfig(PreTrainedConfig):
         aligner: name and options.
         surgery: dotted module path inside the LLM -> [out, in] of a Linear whose shape was changed (pruning).
         lora: LoRA grafts in order of attachment: {globs, name, r, alpha, dropout, dora}.
-        trained: globs of base parameters that were trained in full or merged into, and so are saved with the joint.
+        trained: globs of base tensors that are saved with the joint: trained in full, merged into, or else changed.
         whole: whether the checkpoint holds the base parts' weights too.
         template: how conversations are rendered (`chat`, `plain`).
     """

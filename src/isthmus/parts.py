@@ -29,6 +29,7 @@ from transformers import (
 from isthmus import assets, kernels, quantised, sites
 from isthmus.config import EncoderConfig, LLMConfig
 from isthmus.encoders import Encoder, hf, lite, nfnet, several, timm
+from isthmus.errors import abbreviated
 from isthmus.types import ConfigError, IsthmusError
 
 EMBEDDED_LLM = "smollm2-135m-instruct"
@@ -92,6 +93,8 @@ def _own_shards(path: Path) -> Path:
                 f"{index} leads to {min(strange)!r}, which is no safetensors file beside it",
                 "convert the checkpoint to safetensors first",
             )
+        if missing := sorted(shard for shard in shards if not (path / shard).is_file()):
+            raise ConfigError(f"{path}: {abbreviated(missing)} of its index are not there", "copy the checkpoint again")
     return path
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image as Pillow
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -49,6 +48,7 @@ MARKER = "<image>"
 """Where a picture goes in a plain string given to `__call__`; in conversations it is ordinary text."""
 FILES = ("processor_config.json", "tokenizer_config.json", "tokenizer.json")
 """What a directory holds of a processor, whatever the model."""
+PADDING = {"padding", "max_length", "truncation", "padding_side", "pad_to_multiple_of", "size"}
 IDLE = {"return_attention_mask", "return_token_type_ids", "return_mm_token_type_ids"}
 """Arguments of transformers' processors that change nothing here."""
 PADDED = "leave it out: rows are padded on the left to the longest and never cut, pictures are the encoder's size"
@@ -276,8 +276,9 @@ class VLMProcessor(ProcessorMixin):
             ConfigError: an argument of transformers that has no meaning here.
         """
         more |= {**(processor_kwargs or {}), "padding": padding == "max_length"}
-        refuse(more, "apply_chat_template", PADDED, IDLE)
-        if not conversation:
+        remedy = PADDED if any(map(more.get, PADDING)) else "leave it out"
+        refuse(more, "apply_chat_template", remedy, IDLE)
+        if not conversation or isinstance(conversation, Mapping) or not all(conversation):
             raise DataError("there are no messages", "pass a list of {role, content}")
         alone = isinstance(conversation[0], Mapping)
         many = [conversation] if alone else conversation
@@ -353,20 +354,10 @@ def _interleave(string: str, pictures: Iterator[Any]) -> list[str | Image]:
 
 
 def _picture(given: Any) -> Image:
-    """What somebody calls a picture; levels in an array or tensor are made one."""
-    if isinstance(given, np.ndarray | Tensor):
-        levels = given.cpu().numpy() if isinstance(given, Tensor) else given
-        if levels.ndim == 3 and levels.shape[0] == 3 != levels.shape[2]:
-            levels = np.moveaxis(levels, 0, 2)
-        if levels.dtype != np.uint8 or levels.shape[2:] not in ((), (3,)):
-            raise DataError(
-                f"a picture is an array {list(levels.shape)} of {levels.dtype}",
-                "pass levels from 0 to 255 as uint8, [H, W, 3] or [3, H, W]",
-            )
-        return Image(Pillow.fromarray(levels))
-    if not isinstance(given, Source):
+    """What somebody calls a picture."""
+    if not isinstance(given, Source | np.ndarray | Tensor):
         raise DataError(f"{type(given).__name__} is no picture", "give a path, bytes or an open picture")
-    return Image(given)
+    return Image(given)  # type: ignore[arg-type]
 
 
 def _opens(answered: Sequence[bool], asked: bool | None) -> bool:

@@ -71,6 +71,7 @@ class Drawn(Protocol):
     def draw(self) -> Pillow.Image: ...
 
 
+LEVELS = "pass levels from 0 to 255 as uint8, [H, W, 3] or [3, H, W]"
 Source: TypeAlias = str | Path | bytes | Pillow.Image | Drawn
 """Where pixels come from: a path, encoded bytes, an open picture, or something that draws itself."""
 
@@ -89,14 +90,15 @@ class Image:
     source: Source
 
     def __post_init__(self) -> None:
-        if isinstance(self.source, np.ndarray | Tensor):
-            levels = np.asarray(self.source.cpu() if isinstance(self.source, Tensor) else self.source)
-            if levels.ndim == 3 and levels.shape[0] == 3 != levels.shape[2]:
-                levels = np.moveaxis(levels, 0, 2)
-            if levels.dtype != np.uint8 or levels.shape[2:] not in ((), (3,)):
-                cause = f"a picture is an array {list(levels.shape)} of {levels.dtype}"
-                raise DataError(cause, "pass levels from 0 to 255 as uint8, [H, W, 3] or [3, H, W]")
-            object.__setattr__(self, "source", Pillow.fromarray(levels))
+        given = self.source
+        if isinstance(given, np.ndarray | Tensor):
+            if given.dtype in (np.uint8, torch.uint8) and given.ndim in (2, 3) and 0 not in given.shape:
+                levels = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
+                if levels.ndim == 3 and levels.shape[0] == 3 != levels.shape[2]:
+                    levels = np.moveaxis(levels, 0, 2)
+                if levels.shape[2:] in ((), (3,)):
+                    return object.__setattr__(self, "source", Pillow.fromarray(levels))
+            raise DataError(f"a picture is an array {list(given.shape)} of {given.dtype}", LEVELS)
 
 
 @dataclass(frozen=True)

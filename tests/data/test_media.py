@@ -289,8 +289,15 @@ def test_levels_in_an_array_are_a_picture():
     levels = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(4, 5, 3)
     for given in (levels, np.moveaxis(levels, 2, 0), torch.tensor(levels)):
         assert np.array_equal(np.asarray(media.open_image(Image(given).source)), levels)
-    with pytest.raises(DataError, match="float64"):
-        Image(levels / 255)
+    for wrong in (
+        levels / 255,
+        levels[0, 0],
+        levels.sum(dtype=np.uint8)[...],
+        levels[:0],
+        torch.ones(2, 2, dtype=torch.bfloat16),
+    ):
+        with pytest.raises(DataError, match="a picture is an array"):
+            Image(wrong)
 
 
 def test_squash_equals_siglips_own_processor():

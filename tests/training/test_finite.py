@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from isthmus.aligner import JOINTS
+from isthmus.aligners.llava import LLaVA
 from isthmus.cli import app
 from isthmus.config import Engine, Recipe
 from isthmus.model import VLM
@@ -304,6 +306,23 @@ def test_moments_that_are_broken_behind_sound_weights_are_not_saved(
     error = broken_run(recipe, tmp_path, monkeypatch, "exp_avg_sq", save_every=1 / 6)
     assert error.cause.startswith("step 4: the moment exp_avg_sq of vlm.connectors.")
     assert "step-0000003" in kept(tmp_path)
+
+
+def test_a_mask_of_minus_infinity_beside_trained_weights_is_no_fault(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Masked(LLaVA):
+        def connector(self, kind: str, encoder: Any, width: int) -> Any:
+            made = super().connector(kind, encoder, width)
+            linear = next(each for each in made.modules() if isinstance(each, torch.nn.Linear))
+            linear.register_buffer("mask", torch.full((2, 2), -torch.inf))
+            return made
+
+    monkeypatch.setitem(JOINTS.registered, "masked", Masked)
+    vlm = small.build(recipe.but(aligner="masked"))
+    run_stage(vlm, small.stage(save_every=0.5), small.Colours(vlm), tmp_path, steps=2, console=small.quiet())
+    saved = sorted((tmp_path / "checkpoints").glob("*/trainable.safetensors"))
+    assert any(name.endswith("mask") for name in load_file(saved[-1]))
 
 
 def test_weights_that_are_found_broken_in_the_next_step_are_not_said_to_be_saved(

@@ -20,7 +20,7 @@ from isthmus.comparing.plan import BEGUN, Job, Plan
 from isthmus.config import Recipe
 from isthmus.costs import Costs, costs
 from isthmus.errors import ConfigError, IsthmusError
-from isthmus.files import write_text
+from isthmus.files import read_note, write_text
 from isthmus.objectives import TERMS
 
 
@@ -105,10 +105,8 @@ def operations(plan: Plan, place: Place) -> dict[str, list[float]]:
     found = {}
     for name in plan.recipes:
         recipe, file = plan.recipe(name), place.folder / name / "operations.json"
-        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-        if isinstance(known, list):  # of a comparison that was begun before files said whose counts they are
-            known = {"recipe": recipe.fingerprint(), "per_step": known}
-        if known is None or known["recipe"] != recipe.fingerprint():
+        known = read_note(file)
+        if known.get("recipe") != recipe.fingerprint():
             place.console.print(f"counting the operations of {name}", highlight=False)
             known = {"recipe": recipe.fingerprint(), "per_step": _counted(recipe, plan.amount.unit == "flops")}
             file.parent.mkdir(parents=True, exist_ok=True)

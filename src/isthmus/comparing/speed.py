@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from isthmus.assembly import load
 from isthmus.costs import TEXT, prompt
 from isthmus.evaluation.measure import arithmetic_of
-from isthmus.files import write_text
+from isthmus.files import read_note, write_text
 from isthmus.model import VLM
 from isthmus.types import Batch
 
@@ -38,8 +38,9 @@ class Speed:
 
 def speed_of(folder: Path, dtype: torch.dtype, device: torch.device, note: Path) -> Speed:
     """A saved model's speed, from a note of the same arithmetic, threads and kind of device, or measured and noted."""
-    if note.is_file():
-        known = Speed(**json.loads(note.read_text()))
+    kept = read_note(note)
+    if kept.keys() == {field.name for field in fields(Speed)}:
+        known = Speed(**kept)
         here = str(dtype).removeprefix("torch."), torch.get_num_threads(), device.type
         if (known.arithmetic, known.threads, torch.device(known.device).type) == here:
             return known

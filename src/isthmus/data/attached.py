@@ -13,7 +13,9 @@ from pathlib import Path, PurePath
 from typing import Any, Literal, TypeAlias
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 from PIL import Image as Pillow
+from torch import Tensor
 
 from isthmus.data import slips
 from isthmus.data.faults import Wrong
@@ -103,6 +105,8 @@ class InMemory:
     def picture(self, given: Any) -> Source:
         if isinstance(given, str) and given.startswith("data:"):
             return _data_url(given)
+        if isinstance(given, np.ndarray | Tensor):
+            return Image(given).source  # type: ignore[arg-type]
         if not isinstance(given, str | Path | bytes | Pillow.Image | Drawn):
             raise Wrong("an image part holds no picture", "give a path, bytes, a data URL or an open picture")
         return given

@@ -7,13 +7,14 @@ Hidden states are counted as transformers counts them: index 0 is the embeddings
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.blip_2.modeling_blip_2 import Blip2VisionConfig, Blip2VisionModel
@@ -27,8 +28,8 @@ from isthmus.types import ConfigError, Features
 DESCRIBED = ("image_size", "patch_size", "num_hidden_layers", "hidden_size")
 """What the config of a vision transformer tells, and that of a convolutional or hierarchical tower does not."""
 
-NEEDED = re.compile(r"\.\d+\.|embed(?!.*(mask_token|position_ids))")
-"""Tensors without which a tower sees nothing: of its blocks and its embeddings, not of a pooler or a head."""
+NEEDLESS = re.compile(r"(^|\.)(pooler|head|visual_projection|text_projection)\.|mask_token|position_ids|logit_scale")
+"""Tensors that no state of a tower depends on."""
 
 # EVA's ViT-g as BLIP-2 uses it: transformers holds it, and its AutoModel does not know it alone.
 AutoModel.register(Blip2VisionConfig, Blip2VisionModel, exist_ok=True)
@@ -131,29 +132,36 @@ def load(
     """The real tower with its weights from a folder; `auto` is the dtype that they are stored in."""
     whole = AutoConfig.from_pretrained(folder)
     part = _part(whole)
-    needed = re.compile(rf"^{part}\..*({NEEDED.pattern})") if part else NEEDED
+
+    def needed(name: str) -> bool:
+        return name.startswith(part) and NEEDLESS.search(name) is None
+
     model = complete(AutoModel, folder, needed, dtype=dtype)
     vision = model.get_submodule(part)
     return Transformer(config, vision, _sized(processor(folder), config), source)
 
 
-def complete(kind: Any, folder: Path, needed: re.Pattern[str] = re.compile(""), **options: Any) -> Any:
+def complete(kind: Any, folder: Path, needed: Callable[[str], bool] = bool, **options: Any) -> Any:
     """A model of transformers with its weights, all of which are in the folder: transformers would draw what is not.
 
     Args:
         kind: the class, or an Auto class.
         folder: where the model is.
-        needed: what the name of a tensor has where the model is not used without it.
+        needed: whether the model is of no use without the tensor of a name; all are, unless told.
         options: those of `from_pretrained`.
 
     Raises:
-        ConfigError: tensors are missing, or of another shape than the config says.
+        ConfigError: files cannot be read; tensors are missing, or of another shape than the config says.
     """
-    with quiet():
-        model, told = kind.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    if missing := sorted(name for name in told["missing_keys"] if needed.search(name)):
+    try:
+        with quiet():
+            model, told = kind.from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    except (SafetensorError, OSError) as error:
+        remedy = "copy it again" if any(folder.glob("*.safetensors")) else "convert it to safetensors first"
+        raise ConfigError(f"{folder}: {str(error).splitlines()[0]}", remedy) from None
+    if missing := sorted(filter(needed, told["missing_keys"])):
         raise ConfigError(f"{folder}: the weights lack {abbreviated(missing)}", "copy the checkpoint again")
     if other := sorted(name for name, *_ in told["mismatched_keys"]):
         raise ConfigError(

@@ -82,9 +82,13 @@ class Checkpoints:
 
     def held(self) -> dict[str, dict[str, Tensor]]:
         """All tensors that a resumable checkpoint has, by file."""
+        return self.updated() | {WEIGHTS: self._moving()}
+
+    def updated(self) -> dict[str, dict[str, Tensor]]:
+        """Those of them that an update writes; buffers may hold what they like, such as a mask's minus infinity."""
         drifting = self.step.drifting()
         more = {DRIFTING: drifting} if drifting else {}
-        return {WEIGHTS: self._moving(), MOMENTS: self._moments(), **more}
+        return {WEIGHTS: self._weights(), MOMENTS: self._moments(), **more}
 
     def save_best(self, state: State) -> None:
         """Write the weights that validated best so far, and drop those they beat."""
@@ -165,11 +169,14 @@ class Checkpoints:
 
     def _moving(self) -> dict[str, Tensor]:
         """Everything that training changes: trainable tensors, and statistics of the modules that own them."""
-        moving = {each.name: each.parameter.data for each in self.trained}
+        moving = self._weights()
         owners = {name.rpartition(".")[0] for name in moving}
         kept = self.step.state_dict()
         buffers = {name: buffer for name, buffer in self.step.named_buffers() if name.rpartition(".")[0] in owners}
         return moving | {name: buffer for name, buffer in buffers.items() if name in kept}
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {each.name: each.parameter.data for each in self.trained}
 
     def _moments(self) -> dict[str, Tensor]:
         return {

@@ -77,28 +77,28 @@ def _written_down(note: Path, number: int, fault: Fault, batches: Sequence[Batch
 # ---------------------------------------------------------------------------------------------- what is saved
 
 
-def check(world: World, number: int, held: Mapping[str, Mapping[str, Tensor]]) -> None:
+def check(world: World, number: int, updated: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Refuse to save what the update of a step broke: a learning rate or moments beyond what numbers can hold.
 
     Args:
         number: of the step.
-        held: what a checkpoint would hold, by file and name. All processes have to ask.
+        updated: what it has written of a checkpoint, by file and name. All processes have to ask.
 
     Raises:
         NotFinite: a tensor is not finite in some process; all raise it.
     """
     with world.together():
-        if (name := unsound(held)) is not None:
+        if (name := unsound(updated)) is not None:
             raise NotFinite(
                 f"step {number}: {name} is not finite after the update",
                 "lower the learning rate; this step is not saved, and no earlier checkpoint is touched",
             )
 
 
-def unsound(held: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+def unsound(updated: Mapping[str, Mapping[str, Tensor]]) -> str | None:
     """The first tensor that is not finite, of what this process holds of each."""
     names, finite = [], []
-    for file, tensors in held.items():
+    for file, tensors in updated.items():
         for name, tensor in tensors.items():
             mine = local(tensor.detach())
             if mine.is_floating_point() and mine.numel():

@@ -188,11 +188,11 @@ class _Runner:
         if warning := self.watch.end(self.adamw):
             say(warning)
         saves.restore_best(state)
-        finite.check(self.world, state.step, saves.held())
+        finite.check(self.world, state.best_step or state.step, saves.updated())
         return Result("done", steps, state, self._hand_over())
 
     def _save(self, state: checkpoint.State, saves: checkpoint.Checkpoints) -> None:
-        finite.check(self.world, state.step, saves.held())
+        finite.check(self.world, state.step, saves.updated())
         saves.save(state)
 
     def _advance(
@@ -236,7 +236,7 @@ class _Runner:
             yield
         except Exception as error:
             if state.step and self.step.sound and (self.world.size == 1 or isinstance(error, IsthmusError)):
-                if sound := not self.world.any(finite.unsound(saves.held()) is not None):
+                if sound := not self.world.any(finite.unsound(saves.updated()) is not None):
                     saves.save(state)
                 if isinstance(error, NotFinite):
                     raise finite.told(error, state.step, sound) from error
@@ -244,7 +244,7 @@ class _Runner:
 
     def _evaluate(self, state: checkpoint.State, metrics: log.Metrics, saves: checkpoint.Checkpoints) -> None:
         """A validation that fails leaves a checkpoint without it; a run that goes on from there has it first."""
-        finite.check(self.world, state.step, saves.held())
+        finite.check(self.world, state.step, saves.updated())
         with self._kept(state, saves):
             with finite.counted(self.step) as forwards:
                 found = self._validate()
