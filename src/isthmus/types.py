@@ -92,13 +92,13 @@ class Image:
     def __post_init__(self) -> None:
         given = self.source
         if isinstance(given, np.ndarray | Tensor):
-            if given.dtype in (np.uint8, torch.uint8) and given.ndim in (2, 3) and 0 not in given.shape:
-                levels = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
-                if levels.ndim == 3 and levels.shape[0] == 3 != levels.shape[2]:
-                    levels = np.moveaxis(levels, 0, 2)
-                if levels.shape[2:] in ((), (3,)):
-                    return object.__setattr__(self, "source", Pillow.fromarray(levels))
-            raise DataError(f"a picture is an array {list(given.shape)} of {given.dtype}", LEVELS)
+            sound = given.dtype in (np.uint8, torch.uint8) and given.ndim in (2, 3) and 0 not in given.shape
+            levels = np.asarray(given.cpu() if isinstance(given, Tensor) else given) if sound else np.empty((0, 0, 0))
+            if levels.ndim == 3 and levels.shape[0] == 3 != levels.shape[2]:
+                levels = np.moveaxis(levels, 0, 2)
+            if levels.shape[2:] not in ((), (3,)):
+                raise DataError(f"a picture is an array {list(given.shape)} of {given.dtype}", LEVELS)
+            object.__setattr__(self, "source", Pillow.fromarray(levels))
 
 
 @dataclass(frozen=True)
