@@ -4,9 +4,10 @@
 
 A case is one stage of a recipe over its own first batches. The plan, the count and the timed run each have a process
 of their own. Operations are those that PyTorch's FlopCounterMode counts in the real loop, with a formula for the CPU's
-fused attention, which it lacks. Memory is the largest resident set from the first step on. Time is the process's own
-time between two questions to the feed, on one thread, which a busy machine moves less than a clock; so that is the time
-that the plan is held against, and its calibration reads the thread's own clock too.
+fused attention, which it lacks. Memory is the largest resident set of the steps, without the hand-over behind them,
+which may read the base once more. Time is the process's own time between two questions to the feed, on one thread,
+which a busy machine moves less than a clock; so that is the time that the plan is held against, and its calibration
+reads the thread's own clock too.
 """
 
 from __future__ import annotations
@@ -68,7 +69,6 @@ def ran(job: dict[str, Any]) -> dict[str, float]:
     from torch.utils.flop_counter import FlopCounterMode
 
     from isthmus.training import loop, machine
-    from isthmus.training.meter import peak_memory
     from isthmus.training.run import Feed, Run, mix_of
 
     recipe, cpu, folder = recipe_of(job), torch.device("cpu"), Path(job["folder"])
@@ -92,7 +92,9 @@ def ran(job: dict[str, Any]) -> dict[str, float]:
     train()
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     times = [later - earlier for earlier, later in zip(feed.asked[SETTLED:], feed.asked[SETTLED + 1 :])]
-    return {"trained": trained, "peak": peak_memory(cpu), "seconds": statistics.mean(times), "each": times}
+    rows = [json.loads(line) for line in (folder / stage.name / "metrics.jsonl").read_text().splitlines()]
+    peak = 1e9 * max(row["memory_gb"] for row in rows if "memory_gb" in row)
+    return {"trained": trained, "peak": peak, "seconds": statistics.mean(times), "each": times}
 
 
 class Timed:
