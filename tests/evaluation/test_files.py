@@ -276,11 +276,14 @@ def test_all_questions_are_asked_and_none_is_held_out(tmp_path):
 
 
 def test_an_answer_in_words_is_the_letter_of_its_choice(tmp_path, model):
-    path = questions(tmp_path, ["owl", "b"], meta=[{"choices": ["cat", "owl"]}] * 2)
+    shown, meta = ["What?\nA. cat\nB. owl"] * 2, [{"choices": ["cat", "owl"]}] * 2
+    path = questions(tmp_path, ["owl", "b"], meta=meta, question=shown)
     found, _ = answered(task("options", path), model, lambda prompt: "B")
     assert [one.right for one in found] == [True, True]
     with pytest.raises(DataError, match="none of the choices"):
-        task("options", questions(tmp_path, ["dog"], meta=[{"choices": ["cat", "owl"]}]))
+        task("options", questions(tmp_path, ["dog"], meta=meta, question=shown))
+    with pytest.raises(DataError, match="the question shows none of its choices"):
+        task("options", questions(tmp_path, ["owl"], meta=meta))
 
 
 def test_captions_of_a_single_picture_are_refused(tmp_path):

@@ -83,7 +83,7 @@ def choices(task: TaskConfig, seed: int) -> Options:
 
     Raises:
         ConfigError: the options of a file that holds them in every order are to be moved again.
-        DataError: an item has no choices and is not `open`, or its answer is none of them.
+        DataError: an item has no choices and is not `open`, or shows none of them, or its answer is none of them.
     """
     how = check(Choices, task.options, "task options")
     built = task_of(Options, "options", task, how, seed)
@@ -108,11 +108,16 @@ def _by_letter(item: Item) -> Item:
     """The item with its answer as a letter, which it is already in layouts of multiple choice.
 
     Raises:
-        DataError: the answer is neither the letter of a choice nor one of the choices.
+        DataError: the answer is neither the letter of a choice nor one of the choices, or the prompt shows none.
     """
     letters = ascii_uppercase[: len(item.choices)]
-    answer = item.answer.strip()
-    if answer in item.choices and item.prompt.meta.get("kind") != "choice":
+    answer, listed = item.answer.strip(), item.prompt.meta.get("kind") == "choice"
+    if not listed and not any(choice in turn.text for turn in item.prompt.turns for choice in item.choices):
+        raise DataError(
+            f"{item.prompt.id}: the question shows none of its choices",
+            'write them into it, one a line, or write {"question": …, "options": […], "answer": …}',
+        )
+    if answer in item.choices and not listed:
         return replace(item, answer=letters[item.choices.index(answer)])
     if len(answer) == 1 and answer.upper() in letters:
         return replace(item, answer=answer.upper())
