@@ -39,10 +39,10 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 import harness
 import isthmus
 from isthmus.config import AlignerConfig, EncoderConfig, LLMConfig, Recipe
-from isthmus.encoders import hf
 from isthmus.exporting import gguf
 from isthmus.exporting.gguf_check import Sight
 from isthmus.model import VLM
+from isthmus.pretrained import quiet
 from isthmus.types import Context, Image, Media, Sample, Turn
 
 SIDE, LIKELIEST = 112, 100
@@ -178,7 +178,7 @@ def run(tower: str, count: int, words: int, llama: str) -> dict[str, Any]:
         folder = Path(scratch)
         model = built(tower, folder)
         model.save_pretrained(folder / "model")
-        with hf.quiet():
+        with quiet():
             written = gguf.export(folder / "model", folder / "gguf")
         shown = pictures(count)
         questions = [QUESTIONS[number % len(QUESTIONS)] for number in range(count)]

@@ -11,7 +11,8 @@ and pictures: on two cores some two minutes a setting and seed. How settings are
 What is learnt are questions about coloured shapes, where things are in drawn scenes, and what scenes show: fewer kinds
 than other recipes have, so that few steps suffice for LLaVA to read its pictures. `few captions` are settings in which
 a tenth of the pictures come with words, in the stages before, too; `bare pictures` adds all of them without a word, in
-every second sample of the last stage, so that the number of steps and of samples in each is the same.
+every second sample of the last stage, so that the number of steps and of samples in each is the same. Such a run reads
+its few words half as often: its control is `in half the samples`, the same run with a term that weighs nothing.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class Setting:
     """Of the pictures, that come with words."""
     bare: bool = False
     """Whether every second sample of the last stage is any of the pictures without words."""
+    mute: bool = False
+    """Whether the term weighs nothing, so that pictures without words take the place of others and teach nothing."""
 
     @property
     def shared(self) -> str:
@@ -66,6 +69,7 @@ BARE = {
     "LLaVA, few captions": Setting({"alpha": 0}, FEW),
     "VDEP, few captions": Setting({}, FEW),
     "VDEP, few captions and bare pictures": Setting({}, FEW, bare=True),
+    "LLaVA, few captions in half the samples": Setting({}, FEW, bare=True, mute=True),
 }
 GROUPS = {
     "Settings of the term": TERM,
@@ -126,6 +130,9 @@ def stages(seed: int, name: str, options: argparse.Namespace) -> tuple[Any, Any]
     ]
     if setting.bare:
         told[-1] = told[-1].but(data=[*told[-1].data, bare(options.pictures, weight=2.0)])
+    if setting.mute:
+        words, term = told[-1].objectives
+        told[-1] = told[-1].but(objectives=[words, term.but(weight=0.0)])
     return before.but(stages=tuple(told[:-1])), recipe.but(stages=(told[-1],))
 
 

@@ -17,7 +17,7 @@ from isthmus.types import ConfigError
 ROOT = Path(isthmus.__file__).parent
 
 FLOORS: list[set[str]] = [
-    {"types", "errors", "config", "overrides", "registry", "files", "assets", "torchfile"},
+    {"types", "errors", "config", "overrides", "registry", "files", "assets", "torchfile", "pretrained"},
     {
         "graft",
         "lora",

@@ -24,13 +24,12 @@ from isthmus.evaluation import report as reports
 from isthmus.evaluation.measure import Measured, build, check_exchanges, conditions, measure, merge, rules
 from isthmus.evaluation.results import Column, Credit, Curve, Generation, Part, Report, examples, headline, rows
 from isthmus.evaluation.tasks import Task, plain
-from isthmus.files import read_note, write_text
+from isthmus.files import read_note, write_text, writing
 from isthmus.forecast import kept, was
 from isthmus.model import VLM
 from isthmus.planning import count
 from isthmus.speakers.local import Local
 from isthmus.training import locks, log
-from isthmus.training.checkpoint import writing
 from isthmus.training.parallel import World
 from isthmus.training.run import Run
 from isthmus.types import Image

@@ -1,4 +1,4 @@
-"""Files that take their place whole or not at all, and what a file's content is known by."""
+"""Files that take their place whole or not at all, what a disk that refuses is told as, and a content's hash."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+from isthmus.errors import IsthmusError
 
 
 @contextlib.contextmanager
@@ -41,6 +45,15 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+def remove(folder: Path) -> None:
+    """Delete a folder so that no half of it is ever taken for the whole, and what an interrupted call left of it."""
+    doomed = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if folder.exists():
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
 def sweep(folder: Path) -> None:
     """Remove what killed processes left half-written in a folder, in which nobody may be writing."""
     for part in folder.glob(".*.part"):
@@ -57,6 +70,18 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def read_json(file: Path, remedy: str) -> Any:
+    """What a JSON file holds that nothing can make again.
+
+    Raises:
+        IsthmusError: it is damaged, or not there.
+    """
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise IsthmusError(f"{file} cannot be read ({error})", remedy) from None
+
+
 def read_note(path: Path) -> dict[str, Any]:
     """What a JSON file holds that can be made again: nothing where it is missing or damaged."""
     try:
@@ -64,6 +89,19 @@ def read_note(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a disk that refuses into a cause and a remedy."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise IsthmusError(
+            f"{path}: cannot be written ({reason})",
+            "free some space or make the folder writable, then run again: it goes on from the last checkpoint",
+        ) from error
 
 
 def sync(path: Path) -> None:

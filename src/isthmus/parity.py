@@ -20,9 +20,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Blip2Proces
 from isthmus import kernels_linear, parts
 from isthmus.config import check
 from isthmus.data.media import MOST_PIXELS, open_image
-from isthmus.encoders import hf
 from isthmus.exporting import TOLERANCE
 from isthmus.model import VLM, VLMConfig
+from isthmus.pretrained import quiet
 from isthmus.processor import MARKER
 from isthmus.serving import told
 from isthmus.serving.spelling import Spelling
@@ -225,7 +225,7 @@ def form(source: str, name: str | None = None, key_env: str | None = None) -> Fo
         kernels_linear.use_pytorch(ours)
         return Ours(ours)
     try:
-        with hf.quiet():
+        with quiet():
             model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
             processor = AutoProcessor.from_pretrained(folder, backend="pil")
     except (OSError, ValueError) as error:

@@ -30,6 +30,7 @@ from isthmus import assets, kernels, quantised, sites
 from isthmus.config import EncoderConfig, LLMConfig
 from isthmus.encoders import Encoder, hf, lite, nfnet, several, timm
 from isthmus.errors import abbreviated
+from isthmus.pretrained import complete
 from isthmus.types import ConfigError, IsthmusError
 
 EMBEDDED_LLM = "smollm2-135m-instruct"
@@ -159,7 +160,7 @@ def load_llm(config: LLMConfig, dtype: torch.dtype) -> PreTrainedModel:
     path = folder(config.source, config.revision)
     architecture = AutoConfig.from_pretrained(path)
     _check_llm(architecture, config.source)
-    llm = hf.complete(
+    llm = complete(
         _auto(architecture),
         path,
         dtype=dtype if config.bits is None else "auto",

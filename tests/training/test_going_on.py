@@ -20,8 +20,8 @@ from isthmus.cards import lineage
 from isthmus.config import Recipe
 from isthmus.data.mix import Batches
 from isthmus.experiment import experiment
+from isthmus.files import remove
 from isthmus.training import locks, loop
-from isthmus.training.checkpoint import remove
 from isthmus.training.log import read_rows
 from isthmus.training.loop import run_stage
 from isthmus.training.parallel import World

@@ -24,9 +24,8 @@ from isthmus.data.sets import content
 from isthmus.errors import ConfigError, DataError
 from isthmus.evaluation.measure import build, check_exchanges
 from isthmus.experiment import data_hash
-from isthmus.files import write_text
+from isthmus.files import remove, write_text
 from isthmus.recipes import BOOK
-from isthmus.training.checkpoint import remove
 
 TRIAL_SEED = 1_000_003
 """Rates are tried under a seed of their own, so that none of the seeds that count has chosen its rate."""

@@ -7,22 +7,18 @@ Hidden states are counted as transformers counts them: index 0 is the embeddings
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.blip_2.modeling_blip_2 import Blip2VisionConfig, Blip2VisionModel
-from transformers.utils import logging
 
 from isthmus.config import EncoderConfig
 from isthmus.encoders import Encoder, check_patches, state_index
-from isthmus.errors import abbreviated
+from isthmus.pretrained import complete
 from isthmus.types import ConfigError, Features
 
 DESCRIBED = ("image_size", "patch_size", "num_hidden_layers", "hidden_size")
@@ -114,18 +110,6 @@ class Transformer(Encoder):
         return x_NSE[:, first : x_NSE.shape[1] - self._behind]
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' progress bars over weights on disk: commands show their own. Downloads keep theirs."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def load(
     config: EncoderConfig, folder: Path, source: dict[str, str], dtype: torch.dtype | Literal["auto"]
 ) -> Transformer:
@@ -139,36 +123,6 @@ def load(
     model = complete(AutoModel, folder, needed, dtype=dtype)
     vision = model.get_submodule(part)
     return Transformer(config, vision, _sized(processor(folder), config), source)
-
-
-def complete(kind: Any, folder: Path, needed: Callable[[str], bool] = bool, **options: Any) -> Any:
-    """A model of transformers with its weights, all of which are in the folder: transformers would draw what is not.
-
-    Args:
-        kind: the class, or an Auto class.
-        folder: where the model is.
-        needed: whether the model is of no use without the tensor of a name; all are, unless told.
-        options: those of `from_pretrained`.
-
-    Raises:
-        ConfigError: files cannot be read; tensors are missing, or of another shape than the config says.
-    """
-    try:
-        with quiet():
-            model, told = kind.from_pretrained(
-                folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
-            )
-    except (SafetensorError, OSError) as error:
-        remedy = "copy it again" if any(folder.glob("*.safetensors")) else "convert it to safetensors first"
-        raise ConfigError(f"{folder}: {str(error).splitlines()[0]}", remedy) from None
-    if missing := sorted(filter(needed, told["missing_keys"])):
-        raise ConfigError(f"{folder}: the weights lack {abbreviated(missing)}", "copy the checkpoint again")
-    if other := sorted(name for name, *_ in told["mismatched_keys"]):
-        raise ConfigError(
-            f"{folder}: the weights have other shapes than config.json says: {abbreviated(other)}",
-            "copy the checkpoint again",
-        )
-    return model
 
 
 def empty(

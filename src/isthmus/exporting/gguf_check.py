@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
-from isthmus.encoders import hf
 from isthmus.exporting import Trial
 from isthmus.exporting.gguf_file import tensors
 from isthmus.exporting.gguf_llm import FREQUENCIES
+from isthmus.pretrained import quiet
 
 
 @torch.inference_mode()
@@ -37,7 +37,7 @@ def logits(llm: Path, sight: Path, trial: Trial) -> Tensor:
 
 def _llm(file: Path) -> Any:
     reader, where = GGUFReader(file), {"gguf_file": file.name}
-    with hf.quiet(), redirect_stderr(StringIO()):  # its bar of tensors has no other switch
+    with quiet(), redirect_stderr(StringIO()):  # its bar of tensors has no other switch
         config = AutoConfig.from_pretrained(file.parent, **where)
         # transformers reads neither a head's width in every family, nor the frequencies below
         config.head_dim = _field(reader, f"{_field(reader, 'general.architecture')}.attention.key_length")

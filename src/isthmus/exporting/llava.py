@@ -25,11 +25,11 @@ from isthmus.aligners.llava import LLaVA
 from isthmus.config import AlignerConfig, EncoderConfig, LLMConfig
 from isthmus.connectors.mlp import MLP
 from isthmus.data import media
-from isthmus.encoders import hf
 from isthmus.encoders.hf import Transformer
 from isthmus.exporting import Parity, Trial, answering, dense, opened, projector, refuse
 from isthmus.exporting.native import add_marker, begins_alone, by_parts, marked, picture_processor, reads_texts, write
 from isthmus.model import VLM, VLMConfig
+from isthmus.pretrained import complete
 from isthmus.processor import MARKER, VLMProcessor
 from isthmus.types import ConfigError, Layout
 
@@ -43,7 +43,7 @@ def import_llava(source: Path, out: Path) -> Parity:
     """
     folder = parts.folder(str(source))
     _require_llava(parts.read_object(folder / "config.json"), source)
-    theirs = hf.complete(LlavaForConditionalGeneration, folder, dtype=torch.float32).eval()
+    theirs = complete(LlavaForConditionalGeneration, folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     ours = from_llava(theirs, processor, str(source))
     kernels_linear.use_pytorch(ours)

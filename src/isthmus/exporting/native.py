@@ -16,9 +16,10 @@ from transformers import LlavaImageProcessorPil, PreTrainedModel, ProcessorMixin
 from isthmus import cards, parts
 from isthmus.data import media
 from isthmus.data.template import Template
-from isthmus.encoders import Encoder, hf
+from isthmus.encoders import Encoder
 from isthmus.exporting import KEEP, Parity
 from isthmus.model import VLM
+from isthmus.pretrained import quiet
 from isthmus.processor import MARKER
 from isthmus.types import ConfigError, Layout
 
@@ -156,7 +157,7 @@ def write(
         parity: how close both are.
         asked: code that makes `inputs` of "What is this?" and the picture `cat.png`.
     """
-    with hf.quiet():
+    with quiet():
         theirs.save_pretrained(out)
     processor.save_pretrained(out)
     name, folder = type(theirs).__name__, '"path/to/this/directory"'

@@ -17,9 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from isthmus.config import Recipe
-from isthmus.files import read_note, write_text
+from isthmus.files import read_note, write_text, writing
 from isthmus.forecast import kept
-from isthmus.training.checkpoint import writing
 from isthmus.training.log import read_rows
 
 PLAN, BOTH = "plan.json", "planned.json"

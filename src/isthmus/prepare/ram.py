@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import SwinConfig, SwinModel
 
-from isthmus.encoders.hf import quiet
+from isthmus.pretrained import quiet
 
 HEADS, EPSILON = 4, 1e-12
 """Of the decoder: what no tensor's shape tells."""

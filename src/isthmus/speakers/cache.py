@@ -11,8 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from isthmus.config import Frozen
-from isthmus.files import write_text
-from isthmus.training.checkpoint import writing
+from isthmus.files import write_text, writing
 
 
 class Answer(Frozen):

@@ -7,23 +7,22 @@ state in it, because every step derives its own seed.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from isthmus.config import Engine, Stage
-from isthmus.files import sha256, sync, write_text
+from isthmus.files import read_json, remove, sha256, sync, write_text, writing
 from isthmus.training import agreement
 from isthmus.training.optimizer import Trained
 from isthmus.training.parallel import gathered, like
@@ -293,40 +292,6 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         except Exception:
             shutil.rmtree(part, ignore_errors=True)  # a full disk gets its space back
             raise
-
-
-def remove(folder: Path) -> None:
-    """Delete a folder so that no half of it is ever taken for the whole, and what an interrupted call left of it."""
-    doomed = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(doomed, ignore_errors=True)
-    if folder.exists():
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns a disk that refuses into a cause and a remedy."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise IsthmusError(
-            f"{path}: cannot be written ({reason})",
-            "free some space or make the folder writable, then run again: it goes on from the last checkpoint",
-        ) from error
-
-
-def read_json(file: Path, remedy: str) -> Any:
-    """What a JSON file holds that nothing can make again.
-
-    Raises:
-        IsthmusError: it is damaged, or not there.
-    """
-    try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise IsthmusError(f"{file} cannot be read ({error})", remedy) from None
 
 
 # ---------------------------------------------------------------------------------------------- inside

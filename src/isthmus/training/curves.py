@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 
-from isthmus.training.checkpoint import writing
+from isthmus.files import writing
 
 Row: TypeAlias = Mapping[str, Any]
 Point: TypeAlias = tuple[int, float]

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from isthmus.files import write_text
-from isthmus.training.checkpoint import MOMENTS, writing
+from isthmus.files import write_text, writing
+from isthmus.training.checkpoint import MOMENTS
 from isthmus.training.optimizer import Trained
 from isthmus.training.parallel import World, local, whole
 from isthmus.training.step import Step

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from isthmus.training.checkpoint import writing
+from isthmus.files import writing
 from isthmus.training.parallel import World
 from isthmus.types import ConfigError
 

@@ -16,9 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from isthmus.files import write_text
+from isthmus.files import write_text, writing
 from isthmus.training.board import Board
-from isthmus.training.checkpoint import writing
 
 Row = dict[str, Any]
 PATIENT, LOOKED = 0.1, 20

@@ -21,6 +21,7 @@ from rich.console import Console, RenderableType
 from torch import Tensor
 
 from isthmus.config import Engine, Stage
+from isthmus.files import writing
 from isthmus.model import VLM
 from isthmus.training import checkpoint, curves, finite, log, machine, optimizer, parallel
 from isthmus.training.budget import marks
@@ -278,7 +279,7 @@ class _Runner:
 
     def _draw(self, metrics: log.Metrics) -> None:
         file = self.folder / "curves.png"
-        with self.world.together(), checkpoint.writing(file):
+        with self.world.together(), writing(file):
             if self.world.main:
                 curves.draw_curves(log.read_rows(metrics.file), file, f"Stage {self.stage.name}")
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from isthmus.files import read_note, write_text
-from isthmus.training.checkpoint import writing
+from isthmus.files import read_note, write_text, writing
 from isthmus.types import ConfigError, IsthmusError
 
 GAIN = 1.3

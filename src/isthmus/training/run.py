@@ -26,7 +26,7 @@ from isthmus.data import lottery, recent, sets
 from isthmus.data.collate import Collator, Look
 from isthmus.data.mix import Batches, Mix, Ref
 from isthmus.data.recent import Recent
-from isthmus.files import sweep, write_text
+from isthmus.files import read_json, sweep, write_text, writing
 from isthmus.model import VLM
 from isthmus.prepare import codes, tags
 from isthmus.prepare.features import FeatureCache
@@ -204,7 +204,7 @@ class Run:
             told["start"] = storage.fingerprint(recipe.start)
         plain = recipe.model_dump(mode="json")
         if note.is_file() and self._begun():
-            known = checkpoint.read_json(note, "delete it: the run goes on by the notes of its stages")
+            known = read_json(note, "delete it: the run goes on by the notes of its stages")
             if known.get("start") != told.get("start") and recipe.start == known["recipe"].get("start"):
                 raise ConfigError(
                     f"{recipe.start} is another model than the one that the run in {self.folder} began with",
@@ -222,7 +222,7 @@ class Run:
             told["dtype"] = known["dtype"]
         else:
             told["dtype"] = str(arithmetic(recipe.dtype, self.device)).removeprefix("torch.")
-        with checkpoint.writing(note):
+        with writing(note):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(note, json.dumps(told | {"recipe": plain}, indent=1))
 
@@ -337,7 +337,7 @@ class Run:
         self.fill(look, data.media())
         with self.world.together():
             if self.world.main:
-                with checkpoint.writing(note):
+                with writing(note):
                     write_text(note, str(len(look)))
 
     def _fit_codes(self, look: Look, model: VLM, data: Data) -> None:

@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from isthmus.config import Recipe
-from isthmus.encoders.hf import quiet
+from isthmus.pretrained import quiet
 
 WIDTH, SIDE = 32, 16
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230), "grey": (130, 130, 130)}
