@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import harness
 from isthmus.evaluation.answers import Prediction
@@ -30,6 +30,7 @@ Rows: TypeAlias = dict[str, Outcomes]
 """One cell's results by the label of their row."""
 Work: TypeAlias = tuple[Path, Callable[[], None]]
 """Where a cell leaves its figures, and what makes them."""
+Figure = TypeVar("Figure", Outcomes, Level, Gap)
 NATS = ", nats"
 """Ends the label of rows in which less is better."""
 LEVEL = 0.05
@@ -87,13 +88,15 @@ def read(file: Path, asked: Mapping[str, Any]) -> Rows:
         raise SystemExit(
             f"{file.parent} was made with {told['asked']}, not {dict(asked)}; give those, or another --out"
         )
-    return {
-        label: Outcomes(**{name: _tuple(each) for name, each in row.items()}) for label, row in told["rows"].items()
+    return _restored(Outcomes, told["rows"])
+
+
+def _restored(kind: type[Figure], saved: Mapping[str, Mapping[str, Any]]) -> dict[str, Figure]:
+    """Figures by label from their JSON, which has lists where they have tuples."""
+    tuples = {
+        label: {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for label, row in saved.items()
     }
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return {label: kind(**row) for label, row in tuples.items()}
 
 
 # ---------------------------------------------------------------------------------------------- many cells
@@ -190,6 +193,13 @@ def compare(found: Mapping[str, Sequence[Rows]], first: str, besides: Collection
     for (case, label), p in zip(judged, holm([case["gaps"][label].p for case, label in judged])):
         case["adjusted"][label] = p
     return cases
+
+
+def restored(saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What `compare` returned, from its JSON."""
+    return [
+        {**case, "levels": _restored(Level, case["levels"]), "gaps": _restored(Gap, case["gaps"])} for case in saved
+    ]
 
 
 def is_clear(each: Gap) -> bool:

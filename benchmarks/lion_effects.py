@@ -8,13 +8,15 @@ per kind, with a router, and stage by stage; places learnt from several depths o
 in a sentence or behind a learned word, of which a share is wrong in training as in testing. Both branches first learn
 to speak in words for some steps without the LLM, once per seed and encoder depths, and every cell starts there. Cells
 are trained once per seed into `runs/lion/`. An interrupted run goes on, a finished one is not done again. `--collect`
-only reads what is finished, `--write` turns it into `docs/results/lion.md`. `--quick` is for twenty minutes on two
+only reads what is finished, `--write` turns it into `docs/results/lion.md`, where experiments that were not asked for
+stay as they were measured. `--quick` is for twenty minutes on two
 cores: few steps, pictures and cells. How cells are compared is said in `effects`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -230,33 +232,16 @@ def picture(experiment: str) -> Path:
     return PAGE.with_name(f"lion_{experiment}.svg")
 
 
-def page(result: Mapping[str, Any], found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """The page of the results."""
-    sections = []
-    for name, cases in found.items():
-        trial, done = EXPERIMENTS[name], [case["cell"] for case in cases]
-        lacking = [cell for cell in trial.cells if cell not in done]
-        left = f"Not trained for all seeds yet: {', '.join(lacking)}." if lacking else ""
-        told = effects.tables(cases) if cases else ""
-        seen = f"![Differences from “{next(iter(trial.cells))}”, with their intervals]({picture(name).name})"
-        parts = [
-            f"## {name.capitalize()}",
-            trial.asks,
-            seen if len(done) > 1 else "",
-            told,
-            effects.verdict(cases),
-            left,
-        ]
-        sections.append("\n\n".join(part for part in parts if part))
-    told = "\n\n".join(sections)
+def page(trials: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page of the results, from every experiment's cells, numbers and machine."""
+    told = "\n\n".join(section(name, trials[name]) for name in EXPERIMENTS if name in trials)
     return f"""# What LION's parts do
 
 Written by `python benchmarks/lion_effects.py --write`; do not edit it by hand. The numbers are in
 [`lion_effects.json`](../../benchmarks/results/lion_effects.json), what LION is in [its page](../systems/lion.md).
 
-SmolLM2-135M, frozen, and EfficientNet-Lite0; {result["warm"]} steps of 128 pictures for the connectors alone, once per
-seed, then {result["steps"]} steps of 6 samples in every cell, over {result["pictures"]} pictures of every source; seeds
-{", ".join(map(str, result["seeds"]))}; {result["items"]} items per task, the same for all cells.
+SmolLM2-135M, frozen, and EfficientNet-Lite0. The connectors alone learn first, once per seed, in steps of 128 pictures;
+then every cell has as many steps of 6 samples as the others, and the same items per task.
 
 In brackets is the wider of two intervals at 95 %: of Student's t over seeds, and of a bootstrap over seeds and items.
 Rows in nats are minus the log of the right answer's probability (for captions per token, for choices among them): less
@@ -264,9 +249,27 @@ is better, and they tell small differences earlier than accuracies, which are th
 seed, and are in bold where their interval leaves zero out; of many, one in twenty would be bold if nothing differed.
 
 {told}
-
-{harness.in_words(result["machine"])}
 """
+
+
+def section(name: str, trial: Mapping[str, Any]) -> str:
+    """What an experiment asks, what came out, and with how much of everything."""
+    experiment, cases = EXPERIMENTS[name], trial["cells"]
+    done = [case["cell"] for case in cases]
+    lacking = [cell for cell in experiment.cells if cell not in done]
+    seen = f"![Differences from “{next(iter(experiment.cells))}”, with their intervals]({picture(name).name})"
+    parts = [
+        f"## {name.capitalize()}",
+        experiment.asks,
+        f"{trial['warm']} steps for the connectors alone, {trial['steps']} in every cell, over {trial['pictures']} "
+        f"pictures of every source;\nseeds {', '.join(map(str, trial['seeds']))}; {trial['items']} items per task.",
+        seen if len(done) > 1 else "",
+        effects.tables(cases),
+        effects.verdict(cases),
+        f"Not trained for all seeds yet: {', '.join(lacking)}." if lacking else "",
+        harness.in_words(trial["machine"]),
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -282,8 +285,8 @@ def main(arguments: list[str] | None = None) -> int:
     made.add_argument("--items", type=int, default=200, help="per task (200)")
     effects.arguments(made, "runs/lion")
     options = effects.parse(made, arguments, QUICK)
-    result = {"machine": harness.machine(), "seeds": options.seeds, **asked(options)}
-    return effects.carry_out(__file__, arguments, options, _cells(options), lambda: _report(result, options))
+    told = {"machine": harness.machine(), "seeds": options.seeds, **asked(options)}
+    return effects.carry_out(__file__, arguments, options, _cells(options), lambda: _report(told, options))
 
 
 def _cells(options: argparse.Namespace) -> Iterator[effects.Work]:
@@ -295,19 +298,27 @@ def _cells(options: argparse.Namespace) -> Iterator[effects.Work]:
                 yield where(trial, cell, seed, options), made
 
 
-def _report(result: Mapping[str, Any], options: argparse.Namespace) -> int:
+def _report(told: Mapping[str, Any], options: argparse.Namespace) -> int:
     """Save and print what is finished; 1 where something is left to do."""
     found = collect(options)
     for name, cases in found.items():
         print(f"\n{name}: {EXPERIMENTS[name].asks}\n\n{effects.tables(cases)}")
-    print(harness.save("lion_effects", {**result, "experiments": found}, options))
+    trials = _measured() | {name: {**told, "cells": cases} for name, cases in found.items() if cases}
+    print(harness.save("lion_effects", {"experiments": trials}, options))
     if options.write:
         PAGE.parent.mkdir(parents=True, exist_ok=True)
-        PAGE.write_text(page(result, found), encoding="utf-8")
+        PAGE.write_text(page(trials), encoding="utf-8")
         for name, cases in ((name, cases) for name, cases in found.items() if len(cases) > 1):
             picture(name).write_text(effects.forest({name.capitalize(): cases}, tuple(cases[0]["levels"])))
         print(PAGE)
     return int(any(_left(name, cases, options) for name, cases in found.items()))
+
+
+def _measured() -> dict[str, dict[str, Any]]:
+    """The experiments of which figures are kept already."""
+    file = harness.RESULTS / "lion_effects.json"
+    trials = json.loads(file.read_text(encoding="utf-8"))["experiments"] if file.is_file() else {}
+    return {name: {**trial, "cells": effects.restored(trial["cells"])} for name, trial in trials.items()}
 
 
 def _left(experiment: str, cases: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> list[str]:

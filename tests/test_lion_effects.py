@@ -90,14 +90,14 @@ def test_differences_are_paired_by_seed_and_bold_only_where_their_interval_leave
     shown = capsys.readouterr().out
     assert "**0.103 [0.089, 0.118]**" in shown
     assert "0.000 [-0.497, 0.497]" in shown and "**0.000" not in shown
-    (hard, soft) = json.loads((tmp_path / "found.json").read_text())["experiments"]["tags"][1:]
+    (hard, soft) = json.loads((tmp_path / "found.json").read_text())["experiments"]["tags"]["cells"][1:]
     assert hard["gaps"]["Presence"]["value"] == pytest.approx(0.31 / 3)
     assert soft["cell"] == "soft, 50 % wrong"
 
 
 def test_a_cell_counts_only_when_all_its_seeds_are_there(effects, tmp_path):
     effects.main(figures(effects, tmp_path, {"none": [0.5, 0.6, 0.7], "hard, 0 % wrong": [0.6, 0.7]}))
-    cases = json.loads((tmp_path / "found.json").read_text())["experiments"]["tags"]
+    cases = json.loads((tmp_path / "found.json").read_text())["experiments"]["tags"]["cells"]
     assert [case["cell"] for case in cases] == ["none"]
 
 
@@ -113,4 +113,18 @@ def test_the_page_says_what_is_told_apart_and_what_was_not_trained(effects, tmp_
     page = effects.PAGE.read_text()
     assert "- hard, 50 % wrong: better on Presence" in page and "Captions, nats" in page
     assert "- soft, 50 % wrong: cannot be told apart from the first row." in page
-    assert "Not trained for all seeds yet: hard, 0 % wrong," in page and "40 steps of 6 samples" in page
+    assert "Not trained for all seeds yet: hard, 0 % wrong," in page and "40 in every cell" in page
+
+
+def test_experiments_that_were_not_asked_for_stay_as_they_were(effects, tmp_path, monkeypatch):
+    monkeypatch.setattr(effects, "PAGE", tmp_path / "results" / "lion.md")
+    monkeypatch.setattr(effects.harness, "RESULTS", tmp_path)
+    before = effects.main([*figures(effects, tmp_path, {"none": [0.5, 0.6, 0.7]}), "--write"])
+    saved = json.loads((tmp_path / "found.json").read_text())
+    kept = saved["experiments"] | {"depth": saved["experiments"]["tags"] | {"steps": 77}}
+    (tmp_path / "lion_effects.json").write_text(json.dumps({"experiments": kept}))
+    again = effects.main([*figures(effects, tmp_path / "more", {"none": [0.9, 0.9, 0.9]}), "--write"])
+    depth, tags = effects.PAGE.read_text().split("## Tags")
+    assert before == again == 1
+    assert "0.600 [" in depth and "77 in every cell" in depth
+    assert "0.900 [" in tags and "0.600 [" not in tags
