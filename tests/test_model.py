@@ -18,7 +18,7 @@ from isthmus import parts, sites
 from isthmus.config import LLMConfig, ObjectiveConfig
 from isthmus.model import VLM, VLMConfig
 from isthmus.training.step import Step
-from isthmus.types import IGNORE, Batch, DataError, Features, Media, Sample, Turn
+from isthmus.types import IGNORE, Batch, Context, DataError, Features, Media, Sample, Turn
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,25 @@ def test_features_may_come_from_a_cache_and_in_another_dtype(model):
     half = features.map(lambda x: x.bfloat16())
     cached = replace(batch, media={"image": replace(images, pixels=None, features=half)})
     torch.testing.assert_close(logits(model, cached), logits(model, batch), atol=0.5, rtol=0.1)
+
+
+@pytest.mark.parametrize("options", [{}, {"pool": 2}, {"pool": 2, "normalise": True}], ids=str)
+def test_a_projector_multiplies_cached_features_in_their_dtype_as_autocast_would_cast_them(options):
+    """Cast to the weights' float32 and back to bfloat16, features are the same to the bit, and so are all gradients."""
+    model = stir(composed.model("llama", options=options))
+    connector = model.connectors["image"]
+    batch = model.processor.collator()(MIX)
+    images = batch.media["image"]
+    half = model.encoders["image"](images.pixels).map(lambda x: x.detach().bfloat16())
+    cached = replace(batch, media={"image": replace(images, pixels=None, features=half)})
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.encode("image", cached.media["image"]).x_NSE.dtype == torch.bfloat16
+        found = model.connect(cached)["image"]
+        expected = connector(half.map(torch.Tensor.float), Context())
+    assert torch.equal(found, expected)
+    weights = list(connector.parameters())
+    gradients = [torch.autograd.grad(y.float().square().sum(), weights) for y in (found, expected)]
+    assert all(map(torch.equal, *gradients))
 
 
 def test_media_without_pixels_or_features_are_refused(model):

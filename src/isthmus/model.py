@@ -208,15 +208,15 @@ class VLM(Generation, PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         return self._connect(kind, media, replace(batch, extra_text={}))
 
     def encode(self, kind: str, media: Media) -> Features:
-        """What the connector of a kind reads of media, in its dtype: x [N, S, E], encoded unless it was cached."""
-        encoder, features = self.encoders[kind], media.features
+        """What the connector of a kind reads of media: x [N, S, E], in its dtype, encoded unless it was cached."""
+        encoder, connector, features = self.encoders[kind], self.connectors[kind], media.features
         if features is None:
             if media.pixels is None:
                 raise DataError(f"{kind} without pixels or features", "collate with a reader of pixels or features")
             with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(encoder)):
                 features = encoder(media.pixels.to(next(encoder.parameters()).dtype))
-        weight = next(self.connectors[kind].parameters())
-        return features.map(lambda x: x.to(weight.dtype))
+        cast_back = connector.multiplies_first and torch.is_autocast_enabled(media.row_N.device.type)
+        return features if cast_back else features.map(lambda x: x.to(next(connector.parameters()).dtype))
 
     def _connect(self, kind: str, media: Media, batch: Batch, features: Features | None = None) -> Tensor:
         route_N = None if batch.route_BT is None else _first(batch.route_BT, batch.segment_BT, media)

@@ -18,6 +18,8 @@ class Connector(nn.Module):
 
     reads_context: ClassVar[bool] = False
     """True if `forward` depends on the question, so that its output is not reused across questions."""
+    multiplies_first: ClassVar[bool] = False
+    """True if a matrix product is all that `forward` does with x: under autocast it takes x in any dtype."""
 
     def tokens(self, s: int) -> int:
         """Q for S encoder tokens, known before any forward."""

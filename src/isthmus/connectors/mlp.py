@@ -21,6 +21,8 @@ class MLP(Connector):
         depth: number of Linears; 1 is LLaVA's linear projector, 2 is LLaVA-1.5's `mlp2x_gelu`.
     """
 
+    multiplies_first = True
+
     def __init__(self, width: int, out: int, depth: int = 2):
         super().__init__()
         widths = [width, *[out] * depth]

@@ -32,6 +32,7 @@ class Pool(Connector):
         ConfigError: the grid is smaller than `side`.
     """
 
+    multiplies_first = True
     cells_QS: Tensor
 
     def __init__(self, inner: Connector, grid: tuple[int, int], side: int):
