@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import io
 import json
@@ -25,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from isthmus.config import Engine, Recipe, Stage
-from isthmus.training import optimizer
+from isthmus.training import checkpoint, optimizer
 from isthmus.training.loop import run_stage
 from isthmus.training.optimizer import Trained, choose
 from isthmus.training.parallel import World, local, spread
@@ -130,10 +131,30 @@ class Faulty(Share):
         return super().__call__(step, micro)
 
 
-def fail(world: World, recipe: Recipe, stage: Stage, folder: Path, engine: Engine, feed: type[Share] = Faulty) -> None:
+def fail(
+    world: World,
+    recipe: Recipe,
+    stage: Stage,
+    folder: Path,
+    engine: Engine,
+    feed: type[Share] = Faulty,
+    steps: int | None = 6,
+) -> None:
     """What every process says of a fault in one of them, and its exit code, as the command line does."""
     with _telling(world, folder):
-        learn(world, recipe, stage, folder, engine, feed)
+        learn(world, recipe, stage, folder, engine, feed, steps)
+
+
+def full(world: World, recipe: Recipe, stage: Stage, folder: Path) -> None:
+    """The same where the first process, which saves beside the training, finds its disk full."""
+
+    def fill(*unused: Any) -> None:
+        time.sleep(0.3)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "_fill", fill)
+        fail(world, recipe, stage, folder, Engine(save_async=True))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import pytest
 import ranks
 import small
 import torch
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from isthmus.config import AlignerConfig, Engine, Recipe, Stage
@@ -20,7 +21,7 @@ from isthmus.connectors.codebook import Codebook
 from isthmus.training.log import read_rows
 from isthmus.training.parallel import World
 from isthmus.training.run import Feed, mix_of
-from isthmus.training.toy import toy
+from isthmus.training.toy import toy, write_data
 from isthmus.types import Batch, ConfigError, DataError, Sample, Turn
 
 TRAIN = {
@@ -260,6 +261,13 @@ def test_a_fault_in_one_process_ends_all_with_it_and_what_was_done_is_kept(recip
     assert checkpoint_state(tmp_path)["step"] == 2
 
 
+def test_a_disk_that_is_full_for_the_first_process_is_told_by_all(recipe: Recipe, tmp_path: Path) -> None:
+    """The only save is the one that a picture brings about that the second cannot read."""
+    assert ranks.start(2, ranks.full, recipe, stage(save_every=None, evaluate_every=None), tmp_path) == [1, 1]
+    said = [(tmp_path / f"said-{rank}").read_text() for rank in (0, 1)]
+    assert all("step-0000002: cannot be written (No space left on device)" in each for each in said)
+
+
 @pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_validation_that_fails_in_all_processes_loses_no_step(recipe: Recipe, tmp_path: Path, engine: str) -> None:
     whole = alone(recipe, stage(), tmp_path / "whole")
@@ -404,21 +412,33 @@ def test_packed_rows_hold_so_many_pictures_and_what_is_left_out_is_told(tmp_path
     assert f"; {len(too_long)} of the first 40 samples left out, too long" in feed.first()
 
 
-def test_all_stages_of_a_recipe_and_its_feature_cache(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """A recipe of two stages with pictures of their own, and where one process has run it, its features beside it."""
+    folder = tmp_path_factory.mktemp("stages")
+    recipe, data = toy(folder / "parts"), write_data(folder / "other", 40)
+    for file in data.parent.glob("*.png"):
+        ImageOps.invert(Image.open(file)).save(file)
+    align, tune = recipe.stages
+    full = {glob: how.but(mode="full") for glob, how in tune.train.items()}  # dropout differs by rank
+    recipe = recipe.but(stages=(align, tune.but(data=[str(data)], train=full)))
+    ranks.start(1, ranks.whole, recipe, folder / "one", folder / "home")
+    return recipe, folder
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_all_stages_of_a_recipe_and_its_feature_cache(stages: tuple[Recipe, Path], tmp_path: Path, engine: str) -> None:
     """Each process encodes its share of the pictures, once; packed rows and a split batch, as one process has them."""
-    recipe = toy(tmp_path / "parts")
-    tune = recipe.stages[1]
-    tune = tune.but(train={glob: how.but(mode="full") for glob, how in tune.train.items()})  # dropout differs by rank
-    recipe = recipe.but(stages=(recipe.stages[0], tune))
-    ranks.start(1, ranks.whole, recipe, tmp_path / "one", tmp_path / "home-1")
-    assert ranks.start(2, ranks.whole, recipe, tmp_path / "two", tmp_path / "home-2") == [0, 0]
+    recipe, one = stages
+    made = recipe.but(engine=ENGINES[engine])
+    assert ranks.start(2, ranks.whole, made, tmp_path / "two", tmp_path / "home") == [0, 0]
     for name in ("align", "tune"):
         # the cache was filled in other batches, and eight steps at a high rate make more of the last digit
-        same(tmp_path / "one" / name, tmp_path / "two" / name, tolerance=1e-4)
-    one, two = (rows_of(tmp_path / home / "features") for home in ("home-1", "home-2"))
-    assert one.keys() == two.keys() and len(one) == 4
-    for key, row in one.items():
-        torch.testing.assert_close(row, two[key], rtol=1e-5, atol=1e-5)
+        same(one / "one" / name, tmp_path / "two" / name, tolerance=1e-4)
+    ours, theirs = (rows_of(home / "features") for home in (one / "home", tmp_path / "home"))
+    assert ours.keys() == theirs.keys() and len(ours) == 8
+    for key, row in ours.items():
+        torch.testing.assert_close(row, theirs[key], rtol=1e-5, atol=1e-5)
 
 
 def rows_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ from isthmus.training.loop import run_stage
 from isthmus.training.run import Run
 from isthmus.training.step import Step
 from isthmus.training.toy import toy
-from isthmus.types import Batch, IsthmusError
+from isthmus.types import Batch, IsthmusError, NotFinite
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +154,49 @@ def test_what_fails_beside_the_training_stops_it_at_the_next_step(
     assert not any("step-0000005" in str(path) for path in calls)
     assert sound(tmp_path)[-1] in (2, 4) and not list((tmp_path / "align" / "checkpoints").glob(".*"))
     finishes_as(expected, recipe, tmp_path)
+
+
+class Blank(small.Colours):
+    """A picture of the fourth step is no numbers, or the step is interrupted."""
+
+    error: BaseException | None = None
+
+    def __call__(self, step: int, micro: int) -> Batch:
+        batch = super().__call__(step, micro)
+        if step == 3:
+            if self.error is not None:
+                raise self.error
+            batch.media["image"].pixels.fill_(torch.nan)
+        return batch
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("error", [None, ValueError("anything"), KeyboardInterrupt()], ids=repr)
+def test_a_stage_that_fails_is_left_when_its_last_save_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException | None, full: bool
+) -> None:
+    real = checkpoint._fill
+
+    def fill(*arguments: object) -> None:
+        time.sleep(0.5)
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoint, "_fill", fill)
+    vlm = small.build(small.parts(tmp_path / "parts"))
+    feed, stage = Blank(vlm), small.stage(save_every=1 / 2)
+    feed.error = error
+    with pytest.raises(BaseException) as told:  # noqa: PT011 - its kind is looked at below
+        run_stage(vlm, stage, feed, tmp_path, steps=6, console=small.quiet(), engine=Engine(save_async=True))
+    assert not any(thread.name.startswith("checkpoint") for thread in threading.enumerate())
+    saved = tmp_path / "checkpoints" / "step-0000003"
+    if full:
+        assert isinstance(told.value, IsthmusError) and not saved.exists()
+        assert f"{saved}: cannot be written (No space left on device)" in str(told.value)
+    else:
+        assert isinstance(told.value, type(error) if error else NotFinite) and checkpoint.damage(saved) is None
+        assert error or "a checkpoint of step 3 is saved" in str(told.value)
 
 
 @pytest.mark.parametrize("keep", [1, 4])

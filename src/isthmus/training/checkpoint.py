@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,11 @@ class State:
 
     def improves(self, loss: float) -> bool:
         return self.best_loss is None or loss < self.best_loss
+
+    def validated(self, rows: Iterable[Mapping[str, Any]]) -> bool:
+        """Whether the log has a validation at this step, and the state knows of it."""
+        found = [row["validation_loss"] for row in rows if row["step"] == self.step and "validation_loss" in row]
+        return bool(found) and not self.improves(found[-1])
 
 
 class Checkpoints:
@@ -92,6 +98,19 @@ class Checkpoints:
     def save_best(self, state: State) -> None:
         """Write the weights that validated best so far, and drop those they beat."""
         self._write("best", state, {WEIGHTS: self._moving()}, keep=1)
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """However it is left, all saves have ended then; one that failed is told in place of what ended it."""
+        try:
+            yield
+        except BaseException as error:
+            if common(self.step, error):
+                self.step.world.lead(self.writer.close)
+            else:
+                self.writer.close()
+            raise
+        self.step.world.lead(self.writer.close)
 
     def resume(self) -> State:
         """Fill weights and moments from the newest sound checkpoint; a fresh `State` when there is none.
@@ -228,9 +247,33 @@ class Writer:
         if pending is not None:
             pending.result()
 
+    def close(self) -> None:
+        """The same for good: no thread is left."""
+        if self._pool is not None:
+            self._pool.shutdown()
+        self.join()
 
-def begin(folder: Path, stage: Stage, seed: int, steps: Callable[[], int], say: Callable[[str], None]) -> int:
-    """The number of steps of the stage in this folder: decided on the first call, read back ever after.
+
+def common(step: Step, error: BaseException) -> bool:
+    """Whether all processes have failed with it, as they do with our errors, so that they can act on it together."""
+    return step.sound and (step.world.size == 1 or isinstance(error, IsthmusError))
+
+
+def begun(folder: Path) -> bool:
+    """Whether a stage has settings to keep to in this folder: a step was saved under them, or the model handed over."""
+    done = any((folder / "checkpoints").glob("step-*")) or (folder / "model").is_dir()
+    return done and (folder / MANIFEST).is_file()
+
+
+def clear(folder: Path) -> None:
+    """Forget the settings of a stage that has not begun, by whose note others would take it for one that has."""
+    if not begun(folder):
+        with writing(folder / MANIFEST):
+            (folder / MANIFEST).unlink(missing_ok=True)
+
+
+def begin(folder: Path, stage: Stage, seed: int, steps: int | None, say: Callable[[str], None]) -> int:
+    """The number of steps of the stage in this folder: `steps` when it begins, read back ever after.
 
     `say` is told of what differs from then and may; see `agreement`.
 
@@ -239,7 +282,7 @@ def begin(folder: Path, stage: Stage, seed: int, steps: Callable[[], int], say: 
     """
     file = folder / MANIFEST
     wanted = {"seed": seed, **stage.model_dump(mode="json")}
-    manifest: dict[str, Any] = read_json(file, AGAIN) if file.is_file() else {"run": wanted, "steps": steps()}
+    manifest: dict[str, Any] = read_json(file, AGAIN) if begun(folder) else {"run": wanted, "steps": steps}
     wrong, said = agreement.of_stage(manifest["run"], wanted)
     if wrong:
         raise ConfigError(

@@ -4,13 +4,14 @@ that it starts with is made of the same."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from isthmus import aligner, assembly, kernels, objectives, parts
+from isthmus import aligner, assembly, fuse, kernels, objectives, parts
 from isthmus.config import EncoderConfig, LLMConfig, Recipe, Stage
 from isthmus.model import VLM
 from isthmus.training import agreement
@@ -30,12 +31,35 @@ def check(recipe: Recipe, vlm: VLM, device: torch.device) -> None:
     if any(stage.joint for stage in recipe.stages):
         vlm = outline(vlm)
     for stage in recipe.stages:
-        try:
+        with of(stage):
             if stage.joint:
                 assembly.rebuild(vlm, stage.joint)
-            _check_stage(stage, vlm, recipe.llm.attention, device)
-        except ConfigError as error:
-            raise ConfigError(f"stage {stage.name}: {error.cause}", error.remedy) from None
+            terms = [objectives.named(term.name, term.options) for term in stage.objectives]
+            _check_stage(stage, terms, vlm, recipe.llm.attention, device)
+        check_split(stage, terms, stage.accumulate)
+
+
+@contextmanager
+def of(stage: Stage) -> Iterator[None]:
+    """What is refused inside is told with the stage's name."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"stage {stage.name}: {error.cause}", error.remedy) from None
+
+
+def check_split(stage: Stage, terms: Iterable[objectives.Objective], micros: int) -> None:
+    """Whether a stage's steps may be split into so many micro-batches.
+
+    Raises:
+        ConfigError: a term of its loss does not add up over them.
+    """
+    whole = [term.name for term in terms if not term.splits]
+    if micros > 1 and whole:
+        raise ConfigError(
+            f"stage {stage.name}: {whole[0]} compares the samples of a batch, which cannot be split",
+            "set accumulate to 1",
+        )
 
 
 def outline(model: VLM) -> VLM:
@@ -46,8 +70,9 @@ def outline(model: VLM) -> VLM:
     return copy.deepcopy(model, memo)
 
 
-def _check_stage(stage: Stage, vlm: VLM, attention: str, device: torch.device) -> None:
-    terms = [objectives.named(term.name, term.options) for term in stage.objectives]
+def _check_stage(
+    stage: Stage, terms: Sequence[objectives.Objective], vlm: VLM, attention: str, device: torch.device
+) -> None:
     for term in terms:
         term.check(vlm)
     bare = all(source.name == BARE for source in stage.data)  # samples without labels are never out of a share
@@ -61,6 +86,8 @@ def _check_stage(stage: Stage, vlm: VLM, attention: str, device: torch.device) -
         raise ConfigError("an encoder-decoder cannot read packed rows", "use bucketed or shuffled batching")
     if stage.batching == "packed":
         kernels.check_packing(attention, device)
+        if any(term.needs == "hidden" for term in terms):
+            fuse.check(vlm.config.text_config, divided=True, counted=True)
 
 
 def started(recipe: Recipe, dtype: torch.dtype) -> VLM:

@@ -23,13 +23,13 @@ from torch import Tensor
 from isthmus.config import Engine, Stage
 from isthmus.files import writing
 from isthmus.model import VLM
-from isthmus.training import checkpoint, curves, finite, log, machine, optimizer, parallel
+from isthmus.training import checkpoint, combination, curves, finite, log, machine, optimizer, parallel
 from isthmus.training.budget import marks
 from isthmus.training.meter import Meter
 from isthmus.training.parallel import World
 from isthmus.training.signals import interrupts
 from isthmus.training.step import Step
-from isthmus.types import IGNORE, Batch, ConfigError, IsthmusError, NotFinite
+from isthmus.types import IGNORE, Batch, NotFinite
 
 WARM, TIMED, GLANCE = 2, 8, 0.05
 """Calibration runs 2 optimizer steps unmeasured and 8 measured, or as many as fit into 5 % of the budget."""
@@ -100,11 +100,10 @@ def run_stage(
         step.to(device).accompany()
         runner = _Runner(step, trained, stage, feed, folder, seed, validate, torch.device(device), dtype, engine)
         console.print(log.first_lines(f"Stage {stage.name}", optimizer.table(step, runner.trained), sample))
-        if steps is None and not world.any((folder / checkpoint.MANIFEST).is_file()):
+        if steps is None and not world.lead(lambda: checkpoint.begun(folder)):
             steps = runner.calibrate()
-        begun = steps or 0  # a manifest that is there already knows better
         say = lambda text: console.print(text, soft_wrap=True, markup=False)  # noqa: E731
-        return runner.run(world.lead(lambda: checkpoint.begin(folder, stage, seed, lambda: begun, say)), console)
+        return runner.run(world.lead(lambda: checkpoint.begin(folder, stage, seed, steps, say)), console)
 
 
 def derive(seed: int, *names: str | int) -> int:
@@ -129,19 +128,22 @@ class _Runner:
         dtype: torch.dtype,
         engine: Engine,
     ):
-        whole = [name for name, term in step.terms.items() if not term.splits]
-        if feed.micros > 1 and whole:
-            raise ConfigError(
-                f"stage {stage.name}: {whole[0]} compares the samples of a batch, which cannot be split",
-                "set accumulate to 1",
-            )
+        combination.check_split(stage, step.terms.values(), feed.micros)
         if stage.recompute:
             step.recompute()
         self.step, self.stage, self.feed, self.folder = step, stage, feed, folder
         self.seed, self.validate, self.device, self.dtype, self.engine = seed, validate, device, dtype, engine
         self.world = step.world
         self.spread = parallel.spread(
-            step, step.units(), self.world, device, engine.parallel, engine.shard_frozen, step.uneven(), step.drifting()
+            step,
+            step.units(),
+            self.world,
+            device,
+            engine.parallel,
+            engine.shard_frozen,
+            step.uneven(),
+            step.drifting(),
+            step.vlm.encoders.values(),
         )
         self.trained = trained = optimizer.anew(step, trained)
         self.adamw = optimizer.adamw(trained, stage.betas)
@@ -166,9 +168,9 @@ class _Runner:
         evaluations = marks(self.stage.evaluate_every, steps) if self.validate else set()
         saving = marks(self.stage.save_every, steps)
         progress = log.Progress(console, self.stage.name, steps, state.step)
-        with metrics, progress, interrupts(progress.say) as stopped:
+        with metrics, progress, interrupts(progress.say) as stopped, saves.settled():
             self.step.ready()
-            if state.step in evaluations and self.world.lead(lambda: _unseen(state, file)):
+            if state.step in evaluations and self.world.lead(lambda: not state.validated(log.read_rows(file))):
                 self._evaluate(state, metrics, saves)
             while state.step < steps and not self.world.any(stopped()):
                 row = self._advance(state, steps, saves, progress.say)
@@ -182,7 +184,6 @@ class _Runner:
                     self._save(state, saves)
             if state.step not in saving:
                 self._save(state, saves)
-            self.world.lead(saves.writer.join)
         self._draw(metrics)
         if state.step < steps:
             return Result("interrupted", steps, state, None)
@@ -229,14 +230,14 @@ class _Runner:
 
     @contextmanager
     def _kept(self, state: checkpoint.State, saves: checkpoint.Checkpoints) -> Iterator[None]:
-        """What fails inside leaves a checkpoint of the state; of several processes all have to fail, as ours do.
+        """What fails inside, in all processes, leaves a checkpoint of the state.
 
         There is none of a state that is not finite itself, nor of one that is not that of a finished step.
         """
         try:
             yield
         except Exception as error:
-            if state.step and self.step.sound and (self.world.size == 1 or isinstance(error, IsthmusError)):
+            if state.step and checkpoint.common(self.step, error):
                 if sound := not self.world.any(finite.unsound(saves.updated()) is not None):
                     saves.save(state)
                 if isinstance(error, NotFinite):
@@ -390,9 +391,3 @@ def _sizes(batches: list[Batch]) -> list[int]:
         sum(int((batch.segment_BT > 0).sum()) for batch in batches),
         sum(int((each != IGNORE).sum()) for each in labels),
     ]
-
-
-def _unseen(state: checkpoint.State, metrics: Path) -> bool:
-    """Whether a state knows nothing of a validation at its step."""
-    rows = [row for row in log.read_rows(metrics) if row["step"] == state.step and "validation_loss" in row]
-    return not rows or state.improves(rows[-1]["validation_loss"])

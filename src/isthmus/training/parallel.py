@@ -217,6 +217,7 @@ def spread(
     shard_frozen: bool,
     uneven: bool,
     drifting: Iterable[str],
+    lasting: Iterable[nn.Module] = (),
 ) -> Alone:
     """The step, ready to train in this world. With `fsdp` its parameters are other objects afterwards.
 
@@ -226,6 +227,7 @@ def spread(
         shard_frozen: shard what does not train, too; otherwise every process holds it whole.
         uneven: samples may differ in which parameters they use.
         drifting: names of what every process changes alike without a gradient, so that nobody has to be sent it.
+        lasting: modules that are run by themselves as well: one that is frozen is never sharded.
     """
     if world.size == 1:
         return Alone(step)
@@ -235,7 +237,7 @@ def spread(
                 dist.broadcast(parameter.data, 0)
     if how == "ddp":
         return Replicated(step, device, uneven, drifting)
-    return Sharded(step, units, world, device, shard_frozen, uneven)
+    return Sharded(step, units, world, device, shard_frozen, uneven, lasting)
 
 
 class Alone:
@@ -295,11 +297,14 @@ class Sharded(Alone):
         device: torch.device,
         shard_frozen: bool,
         uneven: bool,
+        lasting: Iterable[nn.Module],
     ):
         super().__init__(step)
         self.world = world
         mesh = init_device_mesh(device.type, (world.size,))
+        frozen = [each for each in lasting if not any(p.requires_grad for p in each.parameters())]
         held = {p for p in step.parameters() if p.ndim == 0 or not (p.requires_grad or shard_frozen)}
+        held |= {p for each in frozen for p in each.parameters()}
         self.scalars = [p for p in step.parameters() if p.ndim == 0 and p.requires_grad]
         for unit in units:
             if not held.issuperset(unit.parameters()):
@@ -335,6 +340,14 @@ class Sharded(Alone):
                     kept = full.to("cpu", copy=True) if self.world.main else parameter.data  # a gathered one is padded
                     done[id(parameter)] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
                 setattr(module, name, done[id(parameter)])
+
+
+def empty(module: nn.Module) -> None:
+    """Leave a module shapes without numbers, sharded or not: FSDP's own `to` takes no parameters that were gathered."""
+    for part in module.modules():
+        for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+            blank = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            setattr(part, name, nn.Parameter(blank, False) if isinstance(tensor, nn.Parameter) else blank)
 
 
 # ---------------------------------------------------------------------------------------------- sharded tensors

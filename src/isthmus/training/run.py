@@ -30,7 +30,7 @@ from isthmus.files import read_json, sweep, write_text, writing
 from isthmus.model import VLM
 from isthmus.prepare import codes, tags
 from isthmus.prepare.features import FeatureCache
-from isthmus.training import agreement, checkpoint, combination, locks, log, loop, optimizer, validation
+from isthmus.training import agreement, checkpoint, combination, locks, log, loop, optimizer, parallel, validation
 from isthmus.training.budget import steps_for
 from isthmus.training.machine import arithmetic
 from isthmus.training.parallel import World
@@ -155,16 +155,22 @@ class Feed:
             )
         return len(sample.media)
 
-    def first(self) -> str:
-        """What becomes of the first batches: how much of them is padding, and how many samples are too long."""
-        padding = self._batches.padding_share(range(self._batches.window))
+    def first(self, step: int = 0) -> str:
+        """What becomes of the batches planned first: how much of them is padding, and how many samples are too long.
+
+        Args:
+            step: where the stage begins, or goes on.
+        """
+        steps, looked_at = self._batches.around(step)
+        padding = self._batches.padding_share(steps)
         said = [f"batches: {padding:.1%} of their tokens is padding"]
+        samples = f"{looked_at:,} samples from step {steps.start} on" if steps.start else f"first {looked_at:,} samples"
         for ids, fate in (
             (self._collator.dropped, "left out"),
             (self._collator.shortened, "without their oldest turns"),
         ):
             if ids:
-                said.append(f"{len(ids)} of the first {self._batches.drawn:,} samples {fate}, too long")
+                said.append(f"{len(ids)} of the {samples} {fate}, too long")
         return "; ".join(said)
 
 
@@ -197,8 +203,10 @@ class Run:
     def _begin(self) -> None:
         """Leave a note of the recipe, or find the one that the first call left; clear away what kills left of files."""
         note, recipe = self.folder / NOTE, self.recipe
-        for place in (self.folder, *(self.folder / stage.name for stage in recipe.stages)):
-            sweep(place)
+        sweep(self.folder)
+        for stage in recipe.stages:
+            sweep(self.folder / stage.name)
+            checkpoint.clear(self.folder / stage.name)
         told = {"fingerprint": recipe.fingerprint()}
         if recipe.start is not None:
             told["start"] = storage.fingerprint(recipe.start)
@@ -213,7 +221,7 @@ class Run:
             if known["fingerprint"] == told["fingerprint"] and known["recipe"] == plain:
                 return
             was = known["recipe"]
-            begun = [one for one in was["stages"] if (self.folder / one["name"] / checkpoint.MANIFEST).is_file()]
+            begun = [one for one in was["stages"] if checkpoint.begun(self.folder / one["name"])]
             if wrong := agreement.of_recipe(was | {"stages": begun}, plain):
                 raise ConfigError(
                     f"{self.folder} holds a run of another recipe: {agreement.told(wrong)}",
@@ -237,17 +245,15 @@ class Run:
     def newborn(self) -> VLM:
         """The model as it is composed, or as the recipe starts with it, before any training.
 
-        A fault of a later stage is told now: before the first one begins, data of all are opened, and globs of all
-        are looked up.
+        A fault of a later stage is told now: before the first one begins, data of all are opened and dealt out to the
+        processes, and globs of all are looked up.
 
         Raises:
             ConfigError: a part of it cannot do what a stage asks, or the model to start with has other parts.
             DataError: a stage's data are not there, or wrong.
         """
         recipe = self.recipe
-        if not self._begun():
-            for stage in recipe.stages:
-                mix_of(stage, recipe.seed)
+        opened = [] if self._begun() else [(stage, mix_of(stage, recipe.seed)) for stage in recipe.stages]
         model = compose(recipe, self.dtype) if recipe.start is None else combination.started(recipe, self.dtype)
         combination.check(self.recipe, model, self.device)
         outline = combination.outline(model)
@@ -255,6 +261,10 @@ class Run:
             if stage.joint:
                 rebuild(outline, stage.joint)
             optimizer.choose(Step(outline, stage.objectives), stage)
+        for stage, data in opened:
+            with combination.of(stage):
+                collator = model.processor.collator(None, stage.template, **limits(stage))
+                Feed(stage, data, collator, recipe.seed, self.world)
         return model.to(self.device)  # type: ignore[arg-type]
 
     def look(self, model: VLM) -> Look:
@@ -284,7 +294,7 @@ class Run:
                 self.console.print(f"stage {stage.name} is finished: {self.model_of(stage)}")
             elif self._stage(model, stage, look) == "interrupted":
                 return None
-            model.llm.to("meta")  # type: ignore[arg-type]
+            parallel.empty(model.llm)
             model = load(self.model_of(stage), self.dtype, self.device)
         return model
 
@@ -298,7 +308,8 @@ class Run:
         self._fit_codes(look, model, data)
         collator = model.processor.collator(look, stage.template, **limits(stage))
         own = Feed(stage, data, collator, self.recipe.seed, self.world)
-        self.console.print(f"{stage.batching} {own.first()}", soft_wrap=True, markup=False)
+        first = own.first(_reached(self.folder / stage.name))
+        self.console.print(f"{stage.batching} {first}", soft_wrap=True, markup=False)
         with Prefetched(own, self.recipe.engine.workers) as feed:
             result = loop.run_stage(
                 model,
@@ -353,6 +364,12 @@ class Run:
             cache = look if isinstance(look, FeatureCache) else _cache(model)
             self.world.lead(lambda: codes.settle(model, cache, media, self.recipe.seed))
             codes.settle(model, cache, media, self.recipe.seed)
+
+
+def _reached(folder: Path) -> int:
+    """The step from which a stage goes on, as far as the names of its checkpoints tell."""
+    ends = (checkpoint.NUMBERED.search(each.name) for each in (folder / "checkpoints").glob("step-*"))
+    return max((int(end.group()[1:]) for end in ends if end), default=0)
 
 
 def _cache(model: VLM) -> FeatureCache:
