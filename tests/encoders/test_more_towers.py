@@ -17,6 +17,16 @@ TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "in
 TOWER = {**SMALL, "intermediate_size": 64}
 STAGES = {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1], "image_size": 32}
 
+PLAIN = [
+    ("ViTModel", {**TOWER, "image_size": [32, 32], "patch_size": [8, 8]}, 1),
+    ("Dinov2WithRegistersModel", {**SMALL, "mlp_ratio": 2, "num_register_tokens": 4}, 5),
+    ("DINOv3ViTModel", {**TOWER, "num_register_tokens": 4}, 5),
+    ("BeitModel", TOWER, 1),
+    ("Aimv2VisionModel", TOWER, 0),
+    ("YolosModel", {**TOWER, "image_size": [32, 32], "num_detection_tokens": 5}, 1),
+]
+"""Towers, what they are made of, and their tokens in front of the patches."""
+
 
 def folder(path, name, fields, processor="vit"):
     kind = getattr(transformers, name)
@@ -43,17 +53,7 @@ def test_a_tower_that_is_known_as_half_of_a_model_alone_is_built_from_its_config
     assert torch.equal(again(pixels).x_NSE, encoder(pixels).x_NSE) and encoder.tokens == 16
 
 
-@pytest.mark.parametrize(
-    ("name", "fields", "extra"),
-    [
-        ("ViTModel", {**TOWER, "image_size": [32, 32], "patch_size": [8, 8]}, 1),
-        ("Dinov2WithRegistersModel", {**SMALL, "mlp_ratio": 2, "num_register_tokens": 4}, 5),
-        ("DINOv3ViTModel", {**TOWER, "num_register_tokens": 4}, 5),
-        ("BeitModel", TOWER, 1),
-        ("Aimv2VisionModel", TOWER, 0),
-        ("YolosModel", {**TOWER, "image_size": [32, 32], "num_detection_tokens": 5}, 1),
-    ],
-)
+@pytest.mark.parametrize(("name", "fields", "extra"), PLAIN)
 @torch.no_grad()
 def test_tokens_that_are_no_patches_are_left_out(tmp_path, name, fields, extra):
     chosen = folder(tmp_path, name, fields)
@@ -63,6 +63,13 @@ def test_tokens_that_are_no_patches_are_left_out(tmp_path, name, fields, extra):
     assert torch.equal(encoder(pixels).x_NSE, expected[:, extra : extra + 16]) and encoder.tokens == 16
     keeping = parts.load_encoder(chosen.model_copy(update={"class_token": "keep"}), torch.float32)
     assert torch.equal(keeping(pixels).x_NSE, expected[:, : extra + 16]) and keeping.tokens == extra + 16
+
+
+@pytest.mark.parametrize(("name", "fields", "extra"), PLAIN)
+def test_what_the_penultimate_state_does_not_need_is_what_is_behind_it(tmp_path, name, fields, extra):
+    encoder = parts.load_encoder(folder(tmp_path, name, fields), torch.float32).requires_grad_()
+    encoder(torch.randn(2, 3, 32, 32)).x_NSE.square().sum().backward()
+    assert encoder.needless() == {key for key, each in encoder.named_parameters() if each.grad is None} != set()
 
 
 @pytest.mark.parametrize(

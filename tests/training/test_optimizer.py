@@ -151,12 +151,33 @@ def test_modes(recipe: Recipe) -> None:
         ),
         ({"llm.*q_proj": {"mode": {"r": 2}}, "*": 1e-4}, "'llm.*q_proj' trains nothing: globs behind it"),
         ({"connectors.*": 1e-3, "*": 1e-4}, "'connectors.*' trains nothing: globs behind it"),
+        ({"encoders.*post_layernorm*": 1e-3}, "'encoders.*post_layernorm*' trains nothing: what the encoder returns"),
+        ({"encoders.*layers.2.*": {"mode": {"r": 2}}}, "'encoders.*layers.2.*' trains nothing: what the encoder"),
     ],
 )
 def test_globs_that_do_nothing_are_refused(recipe: Recipe, train: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         chosen(recipe, train=train)
     assert message in str(error.value)
+
+
+def test_what_no_state_of_an_encoder_depends_on_is_frozen_and_not_counted(recipe: Recipe) -> None:
+    """CLIP's penultimate state leaves out the last of three blocks and the norm behind it."""
+    train = {
+        "encoders.*": 1e-3,
+        "encoders.*layers.[12].*": {"mode": {"r": 2}},
+        "encoders.*post_layernorm*": {"mode": "frozen"},
+    }
+    step, trained = chosen(recipe, name="see", train=train)
+    added = {name for name in trained if ".grafts." in name}
+    assert added and all(".layers.1." in name for name in added)
+    assert added == {name for name, _ in step.named_parameters() if ".grafts." in name}
+    assert not any(part in name for name in trained for part in (".layers.2.", "post_layernorm"))
+    console = Console(width=120, file=io.StringIO(), record=True)
+    console.print(table(step, list(trained.values())))
+    row = next(line for line in console.export_text().splitlines() if "encoders.image " in line and "+" not in line)
+    moving = sum(each.parameter.numel() for name, each in trained.items() if name not in added)
+    assert row.split("│")[3].strip() == f"{moving:,}" and "100.00%" not in row
 
 
 def test_what_is_refused_for_its_place_trains_behind_the_others(recipe: Recipe) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+import copy
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.image_processing_base import ImageProcessingMixin
 
+from isthmus import quantised
 from isthmus.types import ConfigError, Features
 
 
@@ -54,6 +56,27 @@ class Encoder(nn.Module):
     def forward(self, pixels: Tensor) -> Features:
         """pixels [N, C, H, W] -> features with x [N, S, E] and the configured taps."""
         raise NotImplementedError
+
+    def needless(self) -> set[str]:
+        """Names of the parameters that none of the states it returns depends on: blocks behind them, poolers, heads.
+
+        A backward over a copy without numbers tells, in which what is held in 4 or 8 bits is dense.
+        """
+        memo: dict[int, Any] = {id(each): _outline(each) for each in self.buffers()}
+        memo |= {id(each): nn.Parameter(_outline(each), requires_grad=False) for each in self.parameters()}
+        outline = copy.deepcopy(self, memo).eval()
+        with torch.device("meta"), torch.enable_grad():
+            held = {f"{path}.weight": f"{path}.packed" for path in quantised.dequantise(outline)}
+            named = {name: each.requires_grad_() for name, each in outline.named_parameters()}
+            seen = outline(outline.blank())
+            states = torch.stack([x.sum() for x in (seen.x_NSE, *seen.taps.values())])
+            gradients = torch.autograd.grad(states.sum(), list(named.values()), allow_unused=True)
+        return {held.get(name, name) for name, gradient in zip(named, gradients) if gradient is None}
+
+
+def _outline(tensor: Tensor) -> Tensor:
+    """A tensor's shape without its numbers; of all floating-point ones in one dtype, as they meet under autocast."""
+    return torch.empty_like(tensor, dtype=torch.float32 if tensor.is_floating_point() else None, device="meta")
 
 
 def state_index(layer: int | str, depth: int) -> int:

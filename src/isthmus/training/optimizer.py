@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from isthmus import lora
+from isthmus import lora, sites
 from isthmus.config import LoRA, Stage, Train, nearest
 from isthmus.errors import abbreviated
 from isthmus.graft import ungraft
@@ -66,16 +66,17 @@ class _Rule:
 def choose(step: Step, stage: Stage) -> list[Trained]:
     """Attach the stage's LoRA, freeze everything, and wake what the stage trains, as float32 masters.
 
-    The last glob that matches a parameter decides; what none matches is frozen, and the stage's LoRA stays only on
-    Linears where some of it trains. Objectives' own parameters train at the stage's rate, but for those that their
-    objective holds still.
+    The last glob that matches a parameter decides; what none matches is frozen, and so is what an encoder holds beside
+    the states that it returns (`Encoder.needless`). The stage's LoRA stays only on Linears where some of it trains.
+    Objectives' own parameters train at the stage's rate, but for those that their objective holds still.
 
     Raises:
         ConfigError: a glob matches nothing (the nearest name is suggested), or others decide on all that it would
-            train; or nothing trains.
+            train, or what an encoder returns depends on none of it; or nothing trains.
     """
     _check_foreign(step.vlm, stage)
-    rules = list(_rules(step.vlm, stage))
+    needless = set(_needless(step.vlm, stage))
+    rules = list(_rules(step.vlm, stage, needless))
     names = [name for name, _ in step.vlm.named_parameters()]
     for rule in rules:
         if not any(map(rule.claims, names)):
@@ -83,9 +84,13 @@ def choose(step: Step, stage: Stage) -> list[Trained]:
                 f"stage {stage.name}: {rule.glob!r} matches no parameter{nearest(rule.glob, _globs(names))}",
                 GLOBS,
             )
-    deciding = {name: rule for rule in rules for name in names if rule.claims(name)}  # the last one stays
+    reached = [name for name in names if name not in needless]
+    deciding = {name: rule for rule in rules for name in reached if rule.claims(name)}  # the last one stays
     for rule in rules:
-        if rule.how.mode != "frozen" and not any(each is rule and rule.trains(name) for name, each in deciding.items()):
+        meant = {name for name in names if rule.claims(name) and rule.trains(name)}
+        if meant and meant <= needless:
+            raise _needs_none(stage, rule.glob)
+        if meant and not any(deciding.get(name) is rule for name in meant):
             raise ConfigError(
                 f"stage {stage.name}: {rule.glob!r} trains nothing: globs behind it decide on all that it matches",
                 "the last glob that matches decides: put this one behind them, or leave it out",
@@ -244,14 +249,48 @@ def norms(trained: Sequence[Trained]) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------- inside
 
 
-def _rules(vlm: VLM, stage: Stage) -> Iterator[_Rule]:
+def _rules(vlm: VLM, stage: Stage, needless: Set[str]) -> Iterator[_Rule]:
     """The stage's map in order, each LoRA attached under a name of its own."""
     for glob, how in stage.train.items():
         graft = None
         if isinstance(how.mode, LoRA):
+            hosts = _hosts(vlm, glob, needless)
+            if not hosts:
+                raise _needs_none(stage, glob)
             graft = _free_name(stage.name, [adapter["name"] for adapter in vlm.config.lora])
-            vlm.add_lora([glob], how.mode, graft)
+            vlm.add_lora(hosts, how.mode, graft)
         yield _Rule(glob, how, graft)
+
+
+def _hosts(vlm: VLM, glob: str, needless: Set[str]) -> list[str]:
+    """What LoRA's glob stands for: itself, or Linears one by one if encoders do not need all that it matches."""
+    heads = sites.heads(vlm)
+    linears = {path: each for path, each in sites.linears(vlm).items() if each not in heads}
+    own = {
+        path: {f"{path}.{name}" for name, _ in linear.named_parameters(recurse=False)}
+        for path, linear in linears.items()
+        if fnmatch.fnmatchcase(path, glob)
+    }
+    kept = [path for path, parameters in own.items() if not parameters <= needless]
+    return kept if len(kept) < len(own) else [glob]
+
+
+def _needless(vlm: VLM, stage: Stage) -> Iterator[str]:
+    """Parameters on which nothing depends that their encoder returns; only of encoders that the stage is about."""
+    for kind, encoder in vlm.encoders.items():
+        part = f"encoders.{kind}."
+        names = [
+            f"{part}{name}" for named in (encoder.named_parameters(), encoder.named_modules()) for name, _ in named
+        ]
+        if any(fnmatch.fnmatchcase(name, glob) for name in names for glob in stage.train):
+            yield from (f"{part}{name}" for name in encoder.needless())
+
+
+def _needs_none(stage: Stage, glob: str) -> ConfigError:
+    return ConfigError(
+        f"stage {stage.name}: {glob!r} trains nothing: what the encoder returns does not depend on what it matches",
+        "leave it out, or name a deeper state in encoder.layer or encoder.taps",
+    )
 
 
 def _check_foreign(vlm: VLM, stage: Stage) -> None:
