@@ -286,3 +286,17 @@ def test_what_is_merged_into_a_mapping_may_be_overruled_there(tmp_path: Path) ->
     recipe = read(file)
     assert [stage.name for stage in recipe.stages] == ["align", "sft", "last"]
     assert recipe.last.budget == Budget(steps=1)
+
+
+# ---------------------------------------------------------------------------------------------- what nothing feeds
+
+
+def test_an_encoder_of_another_kind_is_refused_until_data_can_feed_it(tmp_path: Path) -> None:
+    """Its newborn connector would train on nothing."""
+    assert "more_encoders: no data feed an encoder of audio" in refused(tmp_path, "more_encoders: {audio: whisper}")
+    told = fault("more_encoders={video: lite0}")
+    assert told.cause.startswith("override: more_encoders: no data feed an encoder of video")
+    assert "frames of a video are pictures" in (told.remedy or "")
+    with pytest.raises(ConfigError, match="no data feed"):
+        Recipe().but(more_encoders={"video": "lite0"}).override([])
+    assert Recipe().override([]).encoders.keys() == {"image"}

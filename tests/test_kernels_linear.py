@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -166,6 +168,38 @@ def test_where_mkl_is_not_slow_nothing_is_changed(monkeypatch):
     monkeypatch.setattr(kernels_linear, "mkl_is_slow", lambda: False)
     linear = nn.Linear(4, 4)
     assert kernels_linear.use_in_inference(nn.ModuleList([linear])) == 0 and type(linear) is nn.Linear
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_linears_that_carry_grafts_are_chosen_too(monkeypatch, dora):
+    """Those of a model with LoRA: their class is another one, by which the graft is called."""
+    monkeypatch.setattr(kernels_linear, "mkl_is_slow", lambda: True)
+    torch.manual_seed(0)
+    plain = composed.model("llama").llm.requires_grad_(False)
+    linears = [path for path, each in plain.named_modules() if isinstance(each, nn.Linear)]
+    kernels_linear.use_pytorch(plain)
+    hosts = lora.attach(plain, "*layers*", LoRA(r=2, dora=dora))
+    for name, parameter in plain.named_parameters():
+        if ".grafts." in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    ours = copy.deepcopy(plain)
+    assert kernels_linear.use_onednn(ours) == len(linears) > len(hosts) > 4
+    assert all(type(ours.get_submodule(path)) is not type(plain.get_submodule(path)) for path in linears)
+    used = []
+    product = kernels_linear._linear
+    monkeypatch.setattr(kernels_linear, "_linear", lambda *given: used.append(given) or product(*given))
+    ids = torch.arange(6)[None]
+    found = ours(input_ids=ids).logits
+    assert len(used) == len(linears)
+    torch.testing.assert_close(found, plain(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert ours.state_dict().keys() == plain.state_dict().keys() and [*lora.hosts(ours)] == hosts
+
+    kernels_linear.use_pytorch(ours)
+    used.clear()
+    assert torch.equal(ours(input_ids=ids).logits, plain(input_ids=ids).logits) and not used
+    assert all(type(ours.get_submodule(path)) is type(plain.get_submodule(path)) for path in linears)
+    assert sorted(lora.merge(ours)) == sorted(hosts)
+    assert {type(ours.get_submodule(path)) for path in linears} == {nn.Linear}
 
 
 def test_an_export_is_compared_in_pytorchs_own_arithmetic(monkeypatch, tmp_path):

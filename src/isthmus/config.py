@@ -266,6 +266,7 @@ class Recipe(Frozen):
     encoder: OneEncoder = EncoderConfig()
     """The image encoder."""
     more_encoders: dict[Literal["video", "audio"], OneEncoder] = Field(default_factory=dict)
+    """Refused in files and overrides: no data feed them yet."""
     llm: Annotated[LLMConfig, _named("source")] = LLMConfig()
     aligner: Annotated[AlignerConfig, _named("name")] = AlignerConfig()
     system: str | None = None
@@ -320,7 +321,7 @@ class Recipe(Frozen):
         A unit of a budget takes the place of another: `stages.align.budget.steps=2`.
 
         Raises:
-            ConfigError: a key is unknown, or a value does not fit its field.
+            ConfigError: a key is unknown, a value does not fit its field, or an encoder has no data.
         """
         tree = self.model_dump()
         for assignment in assignments:
@@ -328,7 +329,7 @@ class Recipe(Frozen):
             if not equals:
                 raise ConfigError(f"override {assignment!r} has no '='", "write key=value, e.g. seed=1")
             assign(tree, Recipe, path.strip(), parse_value(text, path.strip()))
-        return check(Recipe, tree, "override", dotted=True)
+        return _fed(check(Recipe, tree, "override", dotted=True), "override")
 
     def save(self, path: Path) -> None:
         """Write as YAML or JSON, by the file's ending."""
@@ -366,7 +367,15 @@ def read(path: str | Path) -> Recipe:
 
 def parse(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """Validate a tree of plain values; what is wrong is told as by `check`."""
-    return check(Recipe, tree, where)
+    return _fed(check(Recipe, tree, where), where)
+
+
+def _fed(recipe: Recipe, where: str) -> Recipe:
+    """The recipe, unless an encoder of it would never see data."""
+    if recipe.more_encoders:
+        cause = f"{where}: more_encoders: no data feed an encoder of {' or '.join(recipe.more_encoders)}"
+        raise ConfigError(cause, "leave it out; frames of a video are pictures (options of its data: {frames: 8})")
+    return recipe
 
 
 def check(model: type[Model], tree: Mapping[str, Any], where: str, dotted: bool = False) -> Model:

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from isthmus import graft
+
 FEW = 4
 """Rows up to which exchanged factors are faster."""
 SMALL = 1 << 16
@@ -34,8 +36,8 @@ PLAIN = (Tensor, nn.Parameter)
 def use_in_inference(*roots: nn.Module) -> int:
     """Give every plain `nn.Linear` inside `roots` the class below, where MKL is slow; says how many.
 
-    Names, parameters and `isinstance` stay as they are; tools that ask for `type(module) is nn.Linear` find none. What
-    is grafted on comes after it.
+    Names, parameters and `isinstance` stay as they are, and so does what is grafted on; tools that ask for
+    `type(module) is nn.Linear` find none.
     """
     return sum(len(_adopted(root)) for root in roots) if mkl_is_slow() else 0
 
@@ -50,9 +52,8 @@ def use_onednn(root: nn.Module) -> int:
 
 def use_pytorch(root: nn.Module) -> None:
     """Give every Linear inside `root` PyTorch's own products again, as forms of a model are compared in."""
-    ours: list[Any] = [module for module in root.modules() if type(module) is Linear]
-    for module in ours:
-        module.__class__ = nn.Linear
+    for module in _made_of(root, Linear):
+        _rebase(module, nn.Linear)
 
 
 @functools.cache
@@ -108,10 +109,20 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _adopted(root: nn.Module) -> list[Linear]:
     """The Linears inside `root` that have the class above, or are given it."""
-    for module in root.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = Linear
-    return [module for module in root.modules() if type(module) is Linear]
+    for module in _made_of(root, nn.Linear):
+        _rebase(module, Linear)
+    return _made_of(root, Linear)
+
+
+def _made_of(root: nn.Module, kind: type[nn.Linear]) -> list[Any]:
+    """The modules inside `root` that have this very class, grafts aside."""
+    return [module for module in root.modules() if graft._base(module) is kind]
+
+
+def _rebase(module: Any, kind: Any) -> None:
+    """Give a module another class below its grafts."""
+    mixins = tuple(cls for cls in (graft.Carrier, graft.Grafted) if isinstance(module, cls))
+    module.__class__ = graft._swapped(kind, mixins) if mixins else kind
 
 
 class _Product(torch.autograd.Function):

@@ -7,15 +7,21 @@ import math
 from collections import Counter
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.config import parse
 from isthmus.data.mix import CYCLE, Batches, Mix, by_size, permuted
+from isthmus.files import remove
+from isthmus.training import run
 from isthmus.training.run import mix_of
-from isthmus.types import ConfigError, DataError
+from isthmus.training.toy import toy
+from isthmus.types import ConfigError, DataError, Sample, Text, Turn
 
 
 @given(st.integers(1, 300), st.integers(0, 5))
@@ -208,6 +214,73 @@ def test_every_micro_batch_has_a_row_though_samples_are_left_out(batching, ranks
         rows = [each.rows(step) for each in own]
         assert [len(some) for some in rows] == [8 // ranks] * ranks
         assert all(item % 10 for some in rows for row in some for _, item in row)
+
+
+@pytest.mark.parametrize("batching", ["bucketed", "packed", "shuffled"])
+@pytest.mark.parametrize("gone", [1, 10, 60])
+def test_a_step_has_the_same_samples_for_any_split_though_samples_are_left_out(batching, gone):
+    long = lambda ref: 0 if ref[1] * 7919 % 100 < gone else length(ref)  # noqa: E731
+
+    def dealt(world_size: int, least: int) -> list[list[tuple[int, int]]]:
+        options: dict[str, Any] = {"max_length": 400, "world_size": world_size, "least": least}
+        ranks = [Batches(MIX, 8, batching, long, 6, rank=rank, **options) for rank in range(world_size)]
+        assert all(rank.rows(step)[micro::least] for step in range(24) for rank in ranks for micro in range(least))
+        return [sorted(ref for rank in ranks for ref in rank[step]) for step in range(24)]
+
+    whole = dealt(1, 1)
+    assert {len(step) for step in whole} == {8}
+    assert all(dealt(*split) == whole for split in [(2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (1, 8), (2, 4)])
+    if batching != "bucketed":  # what fits of a window, in the order of the draws
+        drawn = [MIX[index] for index in range(48, 96) if long(MIX[index])]
+        assert whole[6] == sorted(drawn[:8])
+
+
+def test_later_draws_take_the_place_of_what_is_left_out():
+    """A stand-in from the same window has the length of its original, and would come to stand beside it."""
+    long = lambda ref: 0 if ref[1] % 10 == 3 else length(ref)  # noqa: E731
+    made = Batches(MIX, 8, "bucketed", long, 6)
+    kept = [MIX[index] for index in range(2 * 48) if long(MIX[index])]
+    own = sum(long(MIX[index]) > 0 for index in range(48))
+    found = [ref for step in range(6) for ref in made[step]]
+    assert own < 48 and sorted(found) == sorted(kept[:48]) and len(set(found)) == 48
+
+
+def test_a_sample_is_rendered_once_for_its_window_however_large_the_batch(monkeypatch):
+    """Where a stage goes on, and with more samples in a window than lengths are remembered."""
+    monkeypatch.setattr(run, "REMEMBERED", 16)
+    said = (Turn("user", (Text("What?"),)), Turn("assistant", (Text("That."),)))
+    samples: Any = [Sample(said, id=str(number)) for number in range(400)]
+    rendered = Counter[str]()
+
+    def lengths(sample: Sample) -> int:
+        rendered[sample.id] += 1
+        return 0 if int(sample.id) % 50 == 7 else 10 + int(sample.id) % 13
+
+    collator: Any = SimpleNamespace(lengths=lengths, dropped={"7", "57"}, shortened=set())
+    tree = {"name": "a", "data": ["naming"], "train": {"connectors.*": {}}, "budget": {"steps": 50}, "batch_size": 8}
+    (stage,) = parse({"stages": [tree]}).stages
+    mix = Mix([samples], [1], 0)
+    feed = run.Feed(stage, run.Data([samples], mix), collator, 0)
+    told = feed.first(40)
+    for step in range(25, 50):
+        feed._batches.rows(step)
+    window = {str(mix[index][1]) for index in range(200, 400)}
+    assert set(rendered.values()) == {1} and window <= rendered.keys()
+    out = sum(int(name) % 50 == 7 for name in window)
+    assert len(rendered) <= 200 + 2 * out and f"; 2 of the {len(rendered)} samples from step 25 on left out" in told
+
+
+def test_a_stage_that_goes_on_tells_of_the_batches_that_come(tmp_path: Path, monkeypatch) -> None:
+    asked = []
+    first = run.Feed.first
+    monkeypatch.setattr(run.Feed, "first", lambda feed, step: asked.append(step) or first(feed, step))
+    made = toy(tmp_path / "toy")
+    recipe = made.but(stages=[made.stages[0].but(budget={"steps": 4}, save_every=0.5, evaluate_every=None)])
+    for _ in range(2):
+        assert run.train(recipe, tmp_path / "run", torch.device("cpu")) is not None
+        remove(tmp_path / "run/align/model")
+        remove(tmp_path / "run/align/checkpoints/step-0000004")
+    assert asked == [0, 2]
 
 
 def test_shares_follow_sizes_to_a_power() -> None:

@@ -9,7 +9,8 @@ neither time nor memory depends on how far a run has come or on how large a set 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import blake2b
 from itertools import cycle, islice
@@ -91,6 +92,16 @@ class Mix:
         return number, permuted(position, self.sizes[number], (self.seed, number, epoch))
 
 
+@dataclass(frozen=True)
+class _Window:
+    """What is planned at a time: the rows of each step, and the lengths of all samples that were looked at for it."""
+
+    number: int
+    steps: range
+    batches: list[list[list[Ref]]]
+    lengths: Mapping[Ref, int]
+
+
 class Batches:
     """Batches over a mix: `batches[step]` are the samples of a step, a pure function of the step.
 
@@ -98,8 +109,8 @@ class Batches:
     is through first: so an epoch shows every sample, and none stands beside itself because a window repeats it.
     `bucketed` sorts a window by length, so that a batch pads little, and shuffles the order of its batches; samples of
     which nothing is said are the shortest, so they are sorted for themselves and dealt out evenly. `packed` fills the
-    rows of a step with its samples, whole ones. A sample of length 0 is left out. Which samples a step has
-    depends on neither ranks nor micro-batches.
+    rows of a step with its samples, whole ones. A sample of length 0 is left out, and a later draw takes its place.
+    Which samples a step has, `batch_size` of them, depends on neither ranks nor micro-batches.
 
     Args:
         mix: the stream of samples.
@@ -143,12 +154,7 @@ class Batches:
         self.max_length, self.max_media, self.least = max_length, max_media, least
         self._length, self._media, self._bare = length, media, bare
         self._arrange = {"bucketed": self._bucketed, "shuffled": self._shuffled, "packed": self._packed}[batching]
-        self._planned: dict[int, list[list[list[Ref]]]] = {}
-
-    @property
-    def drawn(self) -> int:
-        """Samples that the first window is made of, before any is left out."""
-        return self.window * self.batch_size
+        self._planned: _Window | None = None
 
     def __getitem__(self, step: int) -> list[Ref]:
         """This rank's samples of a step."""
@@ -166,12 +172,19 @@ class Batches:
         """All ranks' rows of a step.
 
         Raises:
-            DataError: overlong samples were left out until nothing of a window remained.
+            DataError: overlong samples were left out until nothing remained of a window and as many draws behind it.
         """
-        window = step // self._wide
-        if window not in self._planned:
-            self._planned = {window: self._plan(window)}
-        return self._planned[window][step - self._steps(window).start]
+        window = self._around(step)
+        return window.batches[step - window.steps.start]
+
+    def around(self, step: int) -> tuple[range, int]:
+        """The steps that are planned together with this one, and the number of samples that were looked at for them.
+
+        Raises:
+            DataError: see `whole`.
+        """
+        window = self._around(step)
+        return window.steps, len(window.lengths)
 
     def padding_share(self, steps: range) -> float:
         """Share of the tokens of these steps' batches on this rank that is padding."""
@@ -179,7 +192,8 @@ class Batches:
             raise ConfigError("padding cannot be told without lengths", "give the batches a length")
         real = padded = 0
         for step in steps:
-            lengths = [sum(self._length(ref) for ref in row) for row in self.rows(step)]
+            known = self._around(step).lengths
+            lengths = [sum(known[ref] for ref in row) for row in self.rows(step)]
             real += sum(lengths)
             padded += sum(max(micro) * len(micro) for micro in (lengths[k :: self.least] for k in range(self.least)))
         return 1 - real / padded
@@ -188,30 +202,38 @@ class Batches:
         """The steps of a window. Its width need not be a whole number: a step is of the window in which it starts."""
         return range(math.ceil(window * self._wide), math.ceil((window + 1) * self._wide))
 
-    def _plan(self, number: int) -> list[list[list[Ref]]]:
-        """The batches of a window, each a list of rows."""
-        steps, size = self._steps(number), self.batch_size
-        refs = [self.mix[index] for index in range(steps.start * size, steps.stop * size)]
-        if self._length is None:
-            return self._arrange(refs, [1] * len(refs), number)
-        lengths = [self._length(ref) for ref in refs]
-        kept = [(ref, length) for ref, length in zip(refs, lengths) if length > 0]
-        if not kept:
+    def _around(self, step: int) -> _Window:
+        number = step // self._wide
+        if self._planned is None or self._planned.number != number:
+            self._planned = self._plan(number)
+        return self._planned
+
+    def _plan(self, number: int) -> _Window:
+        steps, lengths = self._steps(number), dict[Ref, int]()
+        first, wanted = steps.start * self.batch_size, len(steps) * self.batch_size
+
+        def fits(ref: Ref) -> bool:
+            if ref not in lengths:
+                lengths[ref] = 1 if self._length is None else self._length(ref)
+            return lengths[ref] > 0
+
+        # A stand-in comes from the draws behind the window, since one of the window's own would stand beside itself.
+        refs = list(islice(filter(fits, map(self.mix.__getitem__, range(first, first + 2 * wanted))), wanted))
+        if not refs:
             raise DataError(
-                f"all {len(refs)} samples of steps {steps[0]} to {steps[-1]} are longer than max_length",
+                f"all {wanted} samples of steps {steps[0]} to {steps[-1]} are longer than max_length",
                 "raise max_length, or set overlong to oldest",
             )
-        # Every micro-batch of every rank has a row: where too few are left, some stand in for those that were left out.
-        kept += islice(cycle(tuple(kept)), max(0, len(steps) * self.world_size * self.least - len(kept)))
-        return self._arrange([ref for ref, _ in kept], [length for _, length in kept], number)
+        refs += islice(cycle(tuple(refs)), wanted - len(refs))
+        return _Window(number, steps, self._arrange(refs, lengths, number), lengths)
 
-    def _shuffled(self, refs: list[Ref], lengths: list[int], number: int) -> list[list[list[Ref]]]:
+    def _shuffled(self, refs: list[Ref], lengths: Mapping[Ref, int], number: int) -> list[list[list[Ref]]]:
         return _deal([[ref] for ref in refs], len(self._steps(number)))
 
-    def _bucketed(self, refs: list[Ref], lengths: list[int], number: int) -> list[list[list[Ref]]]:
-        order = sorted(range(len(refs)), key=lengths.__getitem__)
-        bare = [[refs[index]] for index in order if self._bare(refs[index])]
-        said = [[refs[index]] for index in order if not self._bare(refs[index])]
+    def _bucketed(self, refs: list[Ref], lengths: Mapping[Ref, int], number: int) -> list[list[list[Ref]]]:
+        order = sorted(refs, key=lengths.__getitem__)
+        bare = [[ref] for ref in order if self._bare(ref)]
+        said = [[ref] for ref in order if not self._bare(ref)]
         steps = len(self._steps(number))
         ends = [(len(refs) * k // steps, len(bare) * k // steps) for k in range(steps + 1)]
         batches = [
@@ -220,13 +242,13 @@ class Batches:
         ]
         return self._shuffle(batches, number)
 
-    def _packed(self, refs: list[Ref], lengths: list[int], number: int) -> list[list[list[Ref]]]:
+    def _packed(self, refs: list[Ref], lengths: Mapping[Ref, int], number: int) -> list[list[list[Ref]]]:
         least = self.world_size * self.least
         batches = []
-        for batch in _deal(list(zip(refs, lengths)), len(self._steps(number))):
-            sizes, media = [length for _, length in batch], [self._media(ref) for ref, _ in batch]
+        for batch in _deal(refs, len(self._steps(number))):
+            sizes, media = [lengths[ref] for ref in batch], [self._media(ref) for ref in batch]
             rows = pack(sizes, media, self.max_length, self.max_media, least)
-            batches.append([[batch[index][0] for index in row] for row in rows])
+            batches.append([[batch[index] for index in row] for row in rows])
         return batches
 
     def _shuffle(self, items: list, number: int) -> list:
