@@ -24,6 +24,7 @@ FLOORS: list[set[str]] = [
         "quantised",
         "sites",
         "fuse",
+        "rows",
         "tokens",
         "kernels",
         "kernels_linear",

@@ -18,9 +18,10 @@ from isthmus.graft import at
 from isthmus.types import Batch, ConfigError, DataError, Past
 
 ODD = ("bloom", "falcon", "gptj", "mpt", "deepseek_v3", "falcon_h1", "gpt2", "gpt_oss", "lfm2", "llama4_text")
-ODD += ("gpt_neo", "jamba")
+ODD += ("gpt_neo", "jamba", "smollm3")
 LION: dict = {"queries": 3, "layers": 2, "width": 16, "heads": 2, "inner": 24, "vocabulary": 320, "bottleneck": 4}
 LION |= {"aggregator": {"heads": 2, "inner": 24}}
+MADE = "norms of single heads and turns of whole ones alone"
 
 
 def padding_told(family: str):
@@ -213,10 +214,19 @@ def test_prompts_for_an_encoder_with_learnt_positions_are_padded_on_the_right():
         ("falcon", "ee_mllm", {"compute": "rule"}, "builds its masks by itself"),
         ("lfm2", "ee_mllm", {"compute": "rule"}, "carry a state along the whole row"),
         ("gpt2", "cogvlm", {}, "no Linears that experts could stand beside"),
-        ("olmo2", "llama_adapter", {}, "otherwise than head by head"),
-        ("stablelm", "llama_adapter", {}, "otherwise than head by head"),
+        ("olmo2", "llama_adapter", {}, MADE),  # norms over all heads
+        ("stablelm", "llama_adapter", {}, MADE),  # a part of each head is turned
+        ("hunyuan_v1_dense", "llama_adapter", {}, MADE),  # norms by other names, behind the turn
+        ("afmoe", "llama_adapter", {}, MADE),  # a gate on what the heads have read
+        ("qwen3_next", "llama_adapter", {}, MADE),  # the same gate, of the queries' Linear
+        ("falcon_h1", "llama_adapter", {}, MADE),  # scaled keys
+        ("olmo", "llama_adapter", {}, MADE),  # clipped queries, keys and values
+        ("llama4_text", "llama_adapter", {}, MADE),  # turned by a function of its own
         ("stablelm", "ee_mllm", {}, "not made of q_proj"),
         ("gpt_oss", "ee_mllm", {}, "not made of q_proj"),
+        ("falcon_h1", "saisa", {}, "not made of q_proj"),
+        ("olmo", "ee_mllm", {}, "not made of q_proj"),
+        ("llama4_text", "ee_mllm", {}, "not made of q_proj"),
     ],
 )
 def test_what_a_family_cannot_carry_is_refused_when_composing(family, aligner, options, reason):

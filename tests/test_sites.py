@@ -112,6 +112,19 @@ def test_the_feed_forward_part_is_t5s_sublayer_or_the_norm_before_it():
     assert sites.feed(layer) == ("post_attention_layernorm", False)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt", "gemma2", "afmoe"])
+@torch.no_grad()
+def test_the_norm_that_is_found_is_the_one_that_the_feed_forward_hears(family):
+    model = llm(family)
+    layer: Any = sites.layers(model).modules[1]
+    said, heard = [], []
+    layer.get_submodule(sites.feed(layer).path).register_forward_hook(lambda module, args, out: said.append(out))
+    reader = layer.fc1 if family == "opt" else layer.mlp
+    reader.register_forward_pre_hook(lambda module, args: heard.append(args[0]))
+    model(IDS)
+    assert torch.equal(said[0].flatten(), heard[0].flatten())
+
+
 def test_the_two_stacks_of_an_encoder_decoder():
     model = llm("t5")
     assert sites.layers(model, "encoder").modules is model.encoder.block

@@ -74,6 +74,9 @@ _WINDOW = {"sliding_window": 24, "head_dim": 8}
 _GEMMA = {**_GATED, "head_dim": 8, "eos_token_id": 1, "bos_token_id": 2}
 _CAPPED = {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+_UNTURNED = {"sliding_window": 512, "layer_types": _MIXED}
+"""Of families that turn queries and keys in layers with a window alone; the window is longer than any row."""
+_FEW = {"moe_intermediate_size": 16, "num_experts": 2, "num_experts_per_tok": 1}
 _OLD = {
     "vocab_size": VOCAB,
     "pad_token_id": PAD,
@@ -179,6 +182,13 @@ _CONFIGS = {
         "mamba_d_head": 8,
         "mamba_d_state": 8,
     },
+    "smollm3": {**_GATED, "no_rope_layers": [1, 0, 1]},
+    "cohere2": {**_GATED, **_UNTURNED},
+    "exaone4": {**_GATED, **_UNTURNED, "head_dim": 8},
+    "afmoe": {**_GATED, **_UNTURNED, **_FEW, "head_dim": 8, "num_dense_layers": 1},
+    "hunyuan_v1_dense": {**_GATED, "head_dim": 8},
+    "qwen3_next": {**_GATED, **_FEW, "head_dim": 8, "layer_types": ["full_attention"] * 3},
+    "olmo": {**_GATED, "clip_qkv": 1.0},
     "llama4_text": {
         **_GATED,
         "head_dim": 8,

@@ -1,4 +1,4 @@
-"""A VLM as transformers calls it: `forward` for logits and a loss, `generate` with every decoding strategy, and its
+"""A VLM as transformers calls it: `forward` for logits and a loss, `generate` by transformers' own loops, and its
 directory.
 
 Media are connected once, before decoding starts. Each step then carries the row's full-length modality, since the
@@ -18,7 +18,8 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPas
 
 from isthmus import sites, storage
 from isthmus.processor import refuse
-from isthmus.types import IGNORE, KINDS, Batch, ConfigError, DataError, Media, Modality, Past, Route
+from isthmus.rows import Rows, check_routes, fit, recall, remember, routes
+from isthmus.types import IGNORE, Batch, ConfigError, DataError, Media, Modality, Past
 
 if TYPE_CHECKING:
     from isthmus.model import VLM, VLMConfig
@@ -32,6 +33,9 @@ SAVING = {"safe_serialization", "max_shard_size", "save_function", "save_origina
 """And of its `save_pretrained`."""
 STEPPING = {"position_ids", "cache_position", "is_first_iteration", "tokenizer", "assistant_tokenizer"}
 """And what `generate` passes to `forward`, which knows it by itself."""
+BLIND = ("assistant_model", "assistant_early_exit", "guidance_scale", "prefill_chunk_size")
+"""What makes transformers' `generate` run a model on the ids of the prompt alone, where no picture is."""
+LOOKUP = "prompt_lookup_num_tokens"
 
 
 class Generation(GenerationMixin):
@@ -77,10 +81,11 @@ class Generation(GenerationMixin):
             decoder_input_ids: [B, U], with labels of that shape, for an encoder-decoder; made from labels where they
                 are left out, as transformers makes them, and each then predicts the label in its own column.
             encoder_outputs: its encoder's states, where they are known already.
-            modality: [B, past + T], carried by `generate`; pass it when continuing a cache by hand that holds images.
+            modality: [B, past + T], what stands where; told from the ids, and of a cache from what rides on it, where
+                it is left out.
             route: of which kind the tasks are (`types.Route`), where the joint treats kinds apart: one number, one per
-                row, one per id [B, T], or [B, past + T] as `generate` carries it.
-            vision, media_at: connected media of a joint that keeps them aside.
+                row, one per id [B, T], or [B, past + T]. A cache goes on on its own.
+            vision, media_at: connected media of a joint that keeps them aside; they ride on a cache as well.
             logits_to_keep: the last n positions, or a [T] index or mask.
             num_items_in_batch: the labels of a whole optimizer step, of which these are a part; the loss is then their
                 sum divided by it.
@@ -90,7 +95,7 @@ class Generation(GenerationMixin):
         Raises:
             ConfigError: an argument of transformers that has no meaning here, such as `output_hidden_states`.
             DataError: there are no ids; or an encoder-decoder is given neither decoder_input_ids nor labels; or the
-                routes are of other rows, or no kinds of tasks.
+                cache or the routes are of other rows, or these no kinds of tasks.
         """
         as_tuple = not (self.config.return_dict if return_dict is None else return_dict)
         targets = None if labels is None else labels[:, 1:]
@@ -99,7 +104,7 @@ class Generation(GenerationMixin):
             past_key_values = None
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         if route is not None and not cached:
-            _check_routes(route)
+            check_routes(route)
         if self.config.is_encoder_decoder:
             if decoder_input_ids is None:
                 decoder_input_ids, targets = self._shifted(labels), labels
@@ -108,7 +113,7 @@ class Generation(GenerationMixin):
                 attention_mask, route = batch.segment_BT, batch.route_BT
                 encoder_outputs = self._read(batch)
             read_BTD: Any = encoder_outputs.last_hidden_state
-            route = None if route is None else _routes(route, read_BTD[..., 0])
+            route = None if route is None else routes(route, read_BTD[..., 0], read_BTD.shape[1])
             hidden_BTD = self.tell(decoder_input_ids, read_BTD, attention_mask, route, past_key_values)
             return self._answer(hidden_BTD, targets, logits_to_keep, past_key_values, num_items_in_batch, as_tuple)
         given: Any = _ids(input_ids) if inputs_embeds is None else inputs_embeds
@@ -117,21 +122,21 @@ class Generation(GenerationMixin):
             attention_mask = torch.ones(rows, cached + length, dtype=torch.long, device=self.device)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
-        past = Past(past_key_values, vision, media_at)
-        segment_BS = (attention_mask > 0).long()
-        if route is not None:
-            route = _routes(route, attention_mask[:, -length:], segment_BS)
+        segment_BS, ids_BT = (attention_mask > 0).long(), attention_mask[:, -length:]
+        held = recall(past_key_values, segment_BS) if modality is None else Rows(modality)
+        vision = held.vision_BKQD if vision is None else vision
+        past = Past(past_key_values, vision, held.media_at_BK if media_at is None else media_at)
+        route = held.route_BS if route is None else routes(route, ids_BT, segment_BS.shape[1])
+        modality_BT = torch.zeros_like(ids_BT)
         if inputs_embeds is None:
-            batch = self.as_batch(input_ids, attention_mask[:, -length:], pixel_values, image_at, instruction_ids)
+            batch = self.as_batch(input_ids, ids_BT, pixel_values, image_at, instruction_ids)
             batch.route_BT = None if route is None else route[:, -length:]
             connected = self.connect(batch)
-            inputs_embeds = self.embed(batch, connected)
-            if modality is None:
-                modality = nn.functional.pad(batch.modality_BT, (cached, 0))
+            inputs_embeds, modality_BT = self.embed(batch, connected), batch.modality_BT
             past = self.aside(replace(batch, segment_BT=segment_BS), connected, past)
-        if modality is None:
-            modality = torch.zeros_like(attention_mask)
+        modality = fit(torch.cat([held.modality_BS, modality_BT], 1), segment_BS.shape[1])
         hidden_BTD, _, _ = self.think(inputs_embeds, segment_BS, modality, route, past)
+        remember(past, modality, route)
         return self._answer(hidden_BTD, targets, logits_to_keep, past_key_values, num_items_in_batch, as_tuple)
 
     def _shifted(self: Any, labels: Tensor | None) -> Tensor:
@@ -178,9 +183,11 @@ class Generation(GenerationMixin):
         answer alone, and its cache is a dynamic one.
 
         Raises:
-            ConfigError: `max_length`, which counts the prompt, is used up by it.
+            ConfigError: `max_length`, which counts the prompt, is used up by it; or a way of decoding is asked for that
+                runs on ids alone (`BLIND`), or prompt lookup for several prompts or a padded one.
             DataError: there is no prompt.
         """
+        _check_mode(self.generation_config, kwargs)
         batch = inputs if isinstance(inputs, Batch) else self._prompt(inputs, kwargs)
         carried: dict[str, Any] = {"attention_mask": (batch.segment_BT > 0).long(), "route": batch.route_BT}
         if self.config.is_encoder_decoder:
@@ -189,7 +196,7 @@ class Generation(GenerationMixin):
             cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
             carried |= {"encoder_outputs": self._read(batch), "past_key_values": cache}
             return GenerationMixin.generate(self, **carried, **kwargs)
-        _check_room(self.generation_config, batch.input_ids_BT.shape[1], kwargs)
+        _check_prompt(self.generation_config, kwargs, batch.segment_BT)
         connected = self.connect(batch)
         embeds_BTD, past = self.embed(batch, connected), self.aside(batch, connected, Past(None))
         carried |= {"modality": batch.modality_BT, "vision": past.vision_BKQD, "media_at": past.media_at_BK}
@@ -212,29 +219,12 @@ class Generation(GenerationMixin):
         ids_BT = _ids(kwargs.pop("input_ids", ids_BT))
         names = ("attention_mask", "pixel_values", "image_at", "instruction_ids", "route")
         if kwargs.get("route") is not None:
-            _check_routes(kwargs["route"])
+            check_routes(kwargs["route"])
         return self.as_batch(ids_BT, *(kwargs.pop(name, None) for name in names))
 
     def create_masks_for_generate(self, attention_mask: Tensor | None, **unused: Any) -> Tensor | None:
         """The 2-D mask as it is: a mask built here, without the modality, would lose the joint's rule."""
         return attention_mask
-
-    def _update_model_kwargs_for_generation(
-        self: Any,
-        outputs: Any,
-        model_kwargs: dict[str, Any],
-        is_encoder_decoder: bool = False,
-        num_new_tokens: int = 1,
-    ) -> dict[str, Any]:
-        """Carry modality and route along over the whole row: what is generated is text of the same route."""
-        updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
-        if self.config.is_encoder_decoder:  # its decoder reads the route of the prompt, and nothing that grows
-            return updated
-        updated["modality"] = nn.functional.pad(updated["modality"], (0, num_new_tokens))
-        if updated.get("route") is not None:
-            last = updated["route"][:, -1:].expand(-1, num_new_tokens)
-            updated["route"] = torch.cat([updated["route"], last], 1)
-        return updated
 
     def as_batch(
         self: Any,
@@ -267,7 +257,7 @@ class Generation(GenerationMixin):
             media["image"] = Media(row_N, torch.ones_like(row_N), at_N, pixels=pixels)
         segment_BT = torch.ones_like(ids_BT) if mask_BT is None else (mask_BT > 0).long()
         extra_text = {} if instruction_ids is None else {"image": instruction_ids}
-        route_BT = None if route is None else _routes(route, ids_BT)
+        route_BT = None if route is None else routes(route, ids_BT, ids_BT.shape[1])
         return Batch(ids_BT, segment_BT, modality_BT, media=media, route_BT=route_BT, extra_text=extra_text)
 
     # ------------------------------------------------------------------------------------ its vocabulary
@@ -358,43 +348,35 @@ def _ids(given: Tensor | None) -> Tensor:
     return given
 
 
-def _check_room(own: GenerationConfig, prompt: int, asked: dict[str, Any]) -> None:
+def _asked(own: GenerationConfig, given: dict[str, Any], name: str) -> Any:
+    """A setting as `generate` reads it: from its arguments, from the config among them, or from the model's own."""
+    found = (given.get(name), getattr(given.get("generation_config"), name, None), getattr(own, name, None))
+    return next((each for each in found if each is not None), None)
+
+
+def _check_mode(own: GenerationConfig, given: dict[str, Any]) -> None:
     """
     Raises:
-        ConfigError: `max_length` alone says how long an answer may be, and the prompt is that long already.
+        ConfigError: a way of decoding that would not see the pictures.
     """
-    new, length = (
-        asked.get(name) or getattr(asked.get("generation_config"), name, None) or getattr(own, name)
-        for name in ("max_new_tokens", "max_length")
-    )
+    asked = {name: _asked(own, given, name) for name in BLIND}
+    if asked["guidance_scale"] == 1:  # transformers does nothing then
+        del asked["guidance_scale"]
+    refuse(asked, "generate", "leave it out; greedy search, beams, sampling and prompt lookup work")
+
+
+def _check_prompt(own: GenerationConfig, given: dict[str, Any], segment_BT: Tensor) -> None:
+    """
+    Raises:
+        ConfigError: `max_length` alone says how long an answer may be, and the prompt is that long already; or the
+            prompt of prompt lookup is padded, which cuts the mask by a count that knows no embedded prompt.
+    """
+    new, length, lookup = (_asked(own, given, name) for name in ("max_new_tokens", "max_length", LOOKUP))
+    prompt = segment_BT.shape[1]
     if new is None and length is not None and length <= prompt:
         raise ConfigError(
             f"max_length={length} counts the prompt too, which has {prompt} tokens",
             "say how long the answer may be: max_new_tokens",
         )
-
-
-def _check_routes(route: Tensor | int) -> None:
-    """
-    Raises:
-        DataError: one of them is no `Route`.
-    """
-    wrong = [each for each in torch.as_tensor(route).unique().tolist() if each not in tuple(Route)]
-    if wrong:
-        raise DataError(f"route {wrong[0]} is no kind of task", KINDS)
-
-
-def _routes(route: Tensor | int, ids_BT: Tensor, row_BS: Tensor | None = None) -> Tensor:
-    """A route, or one per row, as one per id; one per id as it is. With rows of which the ids are the end, one per
-    column of those."""
-    route, row_BS = torch.as_tensor(route, device=ids_BT.device), ids_BT if row_BS is None else row_BS
-    if route.shape == row_BS.shape:
-        return route
-    if route.shape == ids_BT.shape:
-        return nn.functional.pad(route, (row_BS.shape[1] - ids_BT.shape[1], 0))
-    if route.numel() not in (1, len(ids_BT)):
-        raise DataError(
-            f"routes of shape {list(route.shape)} for ids of shape {list(ids_BT.shape)}",
-            "pass one number, one per row, or one per id of the prompt",
-        )
-    return route.reshape(-1, 1).expand_as(row_BS)
+    if lookup is not None and (len(segment_BT) > 1 or not segment_BT.all()):
+        raise ConfigError(f"{LOOKUP} takes one prompt without padding", "pass prompts one at a time, or leave it out")

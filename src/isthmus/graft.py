@@ -20,7 +20,7 @@ import functools
 import inspect
 import textwrap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, cast
 
@@ -300,6 +300,47 @@ def _library(module: nn.Module) -> str:
 def _source(cls: Any) -> ast.FunctionDef:
     tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
     return next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+
+
+def arguments(module: Any) -> set[str]:
+    """What the family's own forward of a module asks for by name."""
+    return {argument.arg for argument in _source(_base(module)).args.args}
+
+
+def steps(module: Any, among: list[ast.stmt] | None = None) -> Iterator[ast.stmt]:
+    """What the family's own forward of a module does, in order: of a condition on the module's fields alone the branch
+    that it takes, of any other both."""
+    for step in _source(_base(module)).body if among is None else among:
+        if not isinstance(step, ast.If):
+            yield step
+            continue
+        try:
+            taken = step.body if _answer(step.test, module) else step.orelse
+        except LookupError:
+            taken = [*step.body, *step.orelse]
+        yield from steps(module, taken)
+
+
+def _answer(asked: ast.expr, module: Any) -> Any:
+    """The value of an expression over a module's fields.
+
+    Raises:
+        LookupError: it asks for more than those.
+    """
+    match asked:
+        case ast.Name(id="self"):
+            return module
+        case ast.Constant(value=value):
+            return value
+        case ast.Attribute(value=of, attr=name):
+            return getattr(_answer(of, module), name)
+        case ast.UnaryOp(op=ast.Not(), operand=of):
+            return not _answer(of, module)
+        case ast.BoolOp(op=op, values=parts):
+            return (all if isinstance(op, ast.And) else any)(_answer(part, module) for part in parts)
+        case ast.Compare(left=left, ops=[ast.Is() | ast.IsNot() as how], comparators=[right]):
+            return (_answer(left, module) is _answer(right, module)) == isinstance(how, ast.Is)
+    raise LookupError(ast.unparse(asked))
 
 
 def _hands_on(cls: Any, below: list[str]) -> bool:

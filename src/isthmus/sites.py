@@ -7,7 +7,6 @@ every attention module with `is_causal`, and the head is run by the model's own 
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast
@@ -22,6 +21,7 @@ from isthmus.types import ConfigError
 ADDED = "grafts"
 """The child that holds what was added to a module; below it, nothing belongs to the base model."""
 FEED_NORMS = (
+    "pre_mlp_layernorm",
     "pre_feedforward_layernorm",
     "pre_ff_layernorm",
     "post_attention_layernorm",
@@ -94,20 +94,6 @@ def attention(layer: nn.Module) -> nn.Module:
         if _attends(module):
             return module
     raise ConfigError(f"{type(layer).__name__} has no attention module", "choose a layer that attends")
-
-
-def turns_whole(attention: Any) -> bool:
-    """Whether a family's rotation takes whole queries and keys; StableLM cuts what is turned out of them beforehand."""
-    rotate = vars(inspect.getmodule(type(attention))).get("apply_rotary_pos_emb")
-    if rotate is None:
-        return True
-    share = (getattr(attention.config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
-    given, angle = (torch.zeros(1, 1, 1, int(attention.head_dim * part), device="meta") for part in (1, share))
-    try:
-        rotate(given, given, angle[0], angle[0])
-    except RuntimeError:
-        return False
-    return True
 
 
 def mlp(layer: nn.Module) -> nn.Module:

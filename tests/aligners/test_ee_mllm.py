@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,6 +28,9 @@ from isthmus.evaluation.gap.states import Pair
 from isthmus.model import VLM
 from isthmus.recipes.ee_mllm import ee_mllm
 from isthmus.types import Batch, ConfigError, Modality, Past, Sample, Side, Turn
+
+UNTURNED = ("smollm3", "cohere2", "exaone4")
+"""Families that turn no queries and keys in their second layer."""
 
 
 def grown(family: str = "llama", **options: Any) -> VLM:
@@ -89,7 +93,7 @@ def masked_by_hand(model: VLM, batch: Batch, layers: range) -> Tensor:
 # ---------------------------------------------------------------------------------------------- the same numbers
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "glm", "opt"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "glm", "opt", *UNTURNED])
 @torch.no_grad()
 def test_skipping_and_the_rule_equal_a_mask_written_out(family):
     batch = composed.model(family).processor.collator()([MIX[2]])  # two pictures, text around them
@@ -365,6 +369,27 @@ def test_savings_are_those_of_the_spec(visual, text, how, saved):
     assert 100 * (1 - ratio) == pytest.approx(saved, abs=0.05)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3", "glm", "opt", *UNTURNED])
+def test_keys_and_values_are_those_that_the_layer_itself_hands_to_its_cache(family):
+    llm, kept, asked = tiny.llm(family), DynamicCache(), {}
+    for index, layer in enumerate(sites.layers(llm).modules):
+        attention = sites.attention(layer)
+        attention.register_forward_pre_hook(partial(_note, asked, index), with_kwargs=True)
+    llm(torch.arange(20, 30)[None], past_key_values=kept)
+    for index, layer in enumerate(sites.layers(llm).modules):
+        composite.check(layer)
+        x, rotation = asked[index]
+        found = composite.keys_and_values(sites.attention(layer), x[0], rotation and [each[0] for each in rotation])
+        for mine, theirs in zip(found, (kept.layers[index].keys, kept.layers[index].values), strict=True):
+            close(mine.transpose(0, 1), theirs[0])
+    assert composite.turns(sites.attention(sites.layers(llm).modules[1])) == (family in ("llama", "qwen3", "glm"))
+
+
+def _note(asked: dict[int, Any], index: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    asked[index] = (args[0] if args else kwargs["hidden_states"], kwargs.get("position_embeddings"))
+
+
 # ---------------------------------------------------------------------------------------------- refusals
 
 
@@ -376,6 +401,13 @@ def test_what_cannot_be_is_refused_with_the_reason():
     phi = PhiConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
     with pytest.raises(ConfigError, match="not made of q_proj"):
         composite.check(sites.layers(AutoModelForCausalLM.from_config(phi)).modules[0])
+
+
+def test_an_attention_that_could_clip_but_does_not_is_carried():
+    layer = sites.layers(tiny.llm("olmo", clip_qkv=None)).modules[0]
+    assert composite.check(layer) == "self_attn"
+    with pytest.raises(ConfigError, match="not made of q_proj"):
+        composite.check(sites.layers(tiny.llm("olmo")).modules[0])
 
 
 @pytest.mark.slow  # importing that kernel takes a quarter of a minute

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import composed
@@ -146,6 +148,28 @@ def test_attention_equals_two_softmaxes_by_hand_and_not_one(pictures):
     if start:  # before the picture, the prompts know nothing of it
         plain = by_hand(host, addition, x, rotation, addition.prompts, False)
         torch.testing.assert_close(found[:, :start], plain[:, :start], atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3", "glm", "opt", "mistral", "smollm3", "cohere2", "exaone4"])
+def test_prompts_are_asked_by_the_queries_that_the_layer_itself_hands_to_its_kernel(family, monkeypatch):
+    vlm, asked, own = model(family=family, lower=0), {}, {}
+
+    def kernel(module, query, *args, **kwargs):
+        own[module.layer_idx] = query * kwargs["scaling"]
+        return sdpa_attention_forward(module, query, *args, **kwargs)
+
+    def look(self, host, query, *args):
+        asked[host.layer_idx] = query * host.scaling
+        return looked(self, host, query, *args)
+
+    looked = Prompted.look
+    monkeypatch.setattr(Prompted, "look", look)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "isthmus", kernel)
+    vlm.run(vlm.processor.collator()(MIX))
+    assert asked.keys() == own.keys() == {0, 1, 2}
+    for index, query in own.items():
+        torch.testing.assert_close(asked[index], query, atol=1e-5, rtol=1e-5)
 
 
 def test_on_text_with_equal_gates_it_is_pefts_adaption_prompt():

@@ -14,7 +14,6 @@ Differs:
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -26,7 +25,7 @@ from torch.nn import functional as F
 from isthmus import fuse, sites
 from isthmus.aligner import Addition, Aligner
 from isthmus.config import Frozen
-from isthmus.connectors import Connector
+from isthmus.connectors import Connector, composite
 from isthmus.encoders import Encoder
 from isthmus.graft import Graft, at
 from isthmus.types import ConfigError, Context, Features, Side
@@ -35,10 +34,6 @@ if TYPE_CHECKING:
     from isthmus.model import VLM
 
 Tuned: TypeAlias = Literal["bias", "scale", "inputs"]
-
-OUTPUTS = ("o_proj", "out_proj")
-"""What families call the Linear behind their heads."""
-
 
 # ---------------------------------------------------------------------------------------------- connectors
 
@@ -137,7 +132,7 @@ class Prompted(Graft):
     def __init__(self, host: Any, width: int, prompts: int, pictures: bool, gate: float):
         super().__init__()
         _check(host)
-        self.pictures = pictures
+        self.pictures, self.turns = pictures, composite.turns(host)
         self.prompts = nn.Parameter(torch.randn(prompts, width)) if prompts else None
         self.gate = nn.Parameter(torch.full((host.q_proj.out_features // host.head_dim,), gate))
 
@@ -146,9 +141,9 @@ class Prompted(Graft):
         prompts_BCPD, allowed_BTC = self.offered(x, side)
         if prompts_BCPD is None:
             return output, *rest
-        query = _query(host, x, kw.get("position_embeddings"))
+        query = _query(host, x, kw.get("position_embeddings") if self.turns else None)
         seen = self.look(host, query, prompts_BCPD, allowed_BTC)
-        out = next(getattr(host, name) for name in OUTPUTS if hasattr(host, name))
+        out = next(getattr(host, name) for name in composite.OUT if hasattr(host, name))
         return output + out(seen) - out(seen.new_zeros(1, 1, seen.shape[-1])), *rest  # without the bias, which is in
 
     def offered(self, x_BTD: Tensor, side: Side | None) -> tuple[Tensor | None, Tensor | None]:
@@ -213,31 +208,27 @@ class Affine(Graft):
 
 def _check(host: Any) -> None:
     missing = [name for name in ("q_proj", "k_proj", "v_proj", "head_dim", "scaling") if not hasattr(host, name)]
-    if not any(hasattr(host, name) for name in OUTPUTS):
+    if not any(hasattr(host, name) for name in composite.OUT):
         missing.append("o_proj")
     if missing:
         raise ConfigError(
             f"{type(host).__name__} has no {', '.join(missing)}, so prompts cannot stand beside its keys",
             "choose an LLM with separate query, key, value and output projections",
         )
-    norms = [norm.weight.numel() for name, norm in host.named_children() if name in ("q_norm", "k_norm")]
-    if any(width != host.head_dim for width in norms) or not sites.turns_whole(host):
+    if not composite.repeatable(host):
         raise ConfigError(
-            f"{type(host).__name__} normalises or turns queries otherwise than head by head and whole",
+            f"{type(host).__name__} is not made of projections, norms of single heads and turns of whole ones alone",
             "choose a Llama-, Qwen-, Mistral-, Gemma-, GLM- or OPT-like LLM",
         )
 
 
 def _query(host: Any, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-    """The host's queries [B, H, T, d], normalised and rotated as its own forward does it."""
+    """The host's queries [B, H, T, d], normalised and turned as its own forward does it."""
     query = host.q_proj(x_BTD).unflatten(-1, (-1, host.head_dim))
     if hasattr(host, "q_norm"):
         query = host.q_norm(query)
     query = query.transpose(1, 2)
-    if rotation is None:
-        return query
-    family: Any = sys.modules[type(host).__module__]  # each family rotates its own way
-    return family.apply_rotary_pos_emb(query, query, *rotation)[0]
+    return query if rotation is None else composite.turned(host, query, rotation)
 
 
 # ---------------------------------------------------------------------------------------------- the joint

@@ -13,19 +13,25 @@ Differs: works on ragged batches, packed rows, prefixes that are reused, and tex
 
 from __future__ import annotations
 
+import ast
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from isthmus import sites
+from isthmus import graft, sites
 from isthmus.graft import Graft
 from isthmus.types import ConfigError, Modality, Side
 
-INSIDE = {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "q_norm", "k_norm", "rotary_fn", sites.ADDED}
-"""What an attention module may hold for its keys and values to be computed here."""
+OUT = {"o_proj", "out_proj"}
+"""What families call the Linear behind their heads."""
+NORMS = {"q_norm", "k_norm"}
+INSIDE = {"q_proj", "k_proj", "v_proj", *OUT, *NORMS, "rotary_fn", sites.ADDED}
+"""What an attention module may hold for its queries, keys and values to be computed beside it."""
+ROTATE = "apply_rotary_pos_emb"
+"""What every family calls the function that turns its queries and keys."""
 
 
 class Rows(NamedTuple):
@@ -140,21 +146,64 @@ def check(layer: nn.Module) -> str:
         ConfigError: it is made otherwise than Llama's and OPT's.
     """
     attention: Any = sites.attention(layer)
-    children = {name for name, _ in attention.named_children()}
-    made = {"q_proj", "k_proj", "v_proj"} <= children <= INSIDE and len(children & {"o_proj", "out_proj"}) == 1
-    norm = attention.k_norm.weight.numel() if "k_norm" in children else None
-    if (
-        not made
-        or norm not in (None, attention.head_dim)
-        or attention.q_proj.out_features != _out(attention).in_features
-        or not sites.turns_whole(attention)
-        or dict(attention.named_parameters(recurse=False))  # gpt-oss's sinks
-    ):
+    if not repeatable(attention) or dict(attention.named_parameters(recurse=False)):  # gpt-oss's sinks
         raise ConfigError(
             f"{type(attention).__name__} is not made of q_proj, k_proj, v_proj and o_proj alone",
             "choose a Llama-, Qwen-, Mistral-, Gemma-, GLM- or OPT-like LLM, or ee_mllm with compute=rule",
         )
     return _name(layer, attention)
+
+
+def repeatable(attention: Any) -> bool:
+    """Whether queries, keys and values can be computed beside an attention as it computes them itself: by projections,
+    norms of single heads and a turn of whole ones, with nothing scaled, gated or clipped on the way."""
+    children = dict(attention.named_children())
+    if not ({"q_proj", "k_proj", "v_proj"} <= children.keys() <= INSIDE and len(children.keys() & OUT) == 1):
+        return False
+    weights = [getattr(children[name], "weight", None) for name in NORMS & children.keys()]
+    return (
+        all(weight is not None and weight.numel() == attention.head_dim for weight in weights)
+        and attention.q_proj.out_features == _out(attention).in_features
+        and _turns_whole(attention)
+        and not any(map(_alters, graft.steps(attention)))
+    )
+
+
+def turns(attention: Any) -> bool:
+    """Whether a layer's attention turns queries and keys to their positions: SmolLM3, Cohere 2 and EXAONE 4 do so in
+    some of their layers."""
+    return bool(_turning(attention))
+
+
+def _turning(attention: Any) -> list[ast.Call]:
+    calls = [node for step in graft.steps(attention) for node in ast.walk(step) if isinstance(node, ast.Call)]
+    return [call for call in calls if ast.unparse(call.func) == ROTATE]
+
+
+def _turns_whole(attention: Any) -> bool:
+    """Whether what turns takes whole queries and keys together; StableLM cuts a part out of them beforehand."""
+    rotate = vars(inspect.getmodule(type(attention))).get(ROTATE)
+    if rotate is None:
+        return "position_embeddings" not in graft.arguments(attention)  # Llama 4 turns in a way of its own
+    if any(len(call.args) != 4 or call.keywords for call in _turning(attention)):
+        return False
+    share = (getattr(attention.config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+    given, angle = (torch.zeros(1, 1, 1, int(attention.head_dim * part), device="meta") for part in (1, share))
+    try:
+        rotate(given, given, angle[0], angle[0])
+    except RuntimeError:
+        return False
+    return True
+
+
+def _alters(step: ast.stmt) -> bool:
+    """Whether a step calculates, in place or not, beyond what modules do; OPT scales its queries before the kernel."""
+    return any(
+        isinstance(node, ast.AugAssign)
+        or (isinstance(node, ast.BinOp) and ast.unparse(node.right) != "self.scaling")
+        or (isinstance(node, ast.Call) and ast.unparse(node.func).endswith("_"))
+        for node in ast.walk(step)
+    )
 
 
 def feed_forward(layer: nn.Module) -> str:
@@ -175,11 +224,14 @@ def keys_and_values(host: Any, media_MD: Tensor, rotation: list[Tensor] | None) 
     key_MHd, value_MHd = (each(media_MD).unflatten(-1, (-1, host.head_dim)) for each in (host.k_proj, host.v_proj))
     if hasattr(host, "k_norm"):
         key_MHd = host.k_norm(key_MHd)
-    if rotation is not None:
-        key_HMd, (cos, sin) = key_MHd.transpose(0, 1)[None], (each[None] for each in rotation)
-        rotate = vars(inspect.getmodule(type(host)))["apply_rotary_pos_emb"]  # every family has its own, so called
-        key_MHd = rotate(key_HMd, key_HMd, cos, sin)[1][0].transpose(0, 1)
+    if rotation is not None and turns(host):
+        key_MHd = turned(host, key_MHd.transpose(0, 1)[None], [each[None] for each in rotation])[0].transpose(0, 1)
     return key_MHd, value_MHd
+
+
+def turned(host: Any, x_BHTd: Tensor, rotation: Sequence[Tensor]) -> Tensor:
+    """Queries or keys turned to their positions the family's own way."""
+    return vars(inspect.getmodule(type(host)))[ROTATE](x_BHTd, x_BHTd, *rotation)[0]
 
 
 class _Joined:
