@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import composed
 from composed import MIX, picture, sample, stir
@@ -70,6 +70,18 @@ def test_beside_routed_experts_a_newborn_equals_transformers_own_forward():
     embeds = vlm.embed(batch, vlm.connect(batch))
     expected = theirs(inputs_embeds=embeds, position_ids=positions, attention_mask=masks, use_cache=False).logits
     torch.testing.assert_close(logits(vlm, batch), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_routed_experts_are_shared_with_text_and_most_of_a_mixture_has_no_second_weights():
+    config = AutoConfig.for_model("mixtral")  # with the sizes of 8x7B
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(config)
+    layer = sites.layers(llm).modules[0]
+    grafts = model().aligner.grafts(llm, torch.nn.ModuleDict(), config.hidden_size)
+    first = {path: addition for path, _, addition in grafts if path.startswith("llm.model.layers.0.")}
+    assert {path.split(".")[4] for path in first} == {"self_attn"}
+    second, own = (sum(p.numel() for p in each.parameters()) for each in (torch.nn.ModuleList(first.values()), layer))
+    assert second / own == pytest.approx(0.03, abs=0.002)
 
 
 @torch.no_grad()

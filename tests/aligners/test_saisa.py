@@ -11,8 +11,11 @@ from composed import MIX, picture, sample, stir
 from isthmus import aligner as aligners
 from isthmus import fuse, sites
 from isthmus.aligners.saisa import OwnView
+from isthmus.config import Budget, ObjectiveConfig, Stage
 from isthmus.model import VLM
 from isthmus.recipes.saisa import saisa
+from isthmus.training.optimizer import choose
+from isthmus.training.step import Step
 from isthmus.types import Batch, ConfigError, Modality
 
 
@@ -125,3 +128,25 @@ def test_the_embedded_recipe_trains_what_the_joint_adds():
 def test_opt_is_refused_with_the_reason():
     with pytest.raises(ConfigError, match="feed-forward Linears on the layer itself"):
         composed.model("opt", "saisa")
+
+
+@pytest.mark.parametrize("options", [{}, {"pool": 2}, {"normalise": True}, {"pool": 2, "normalise": True}], ids=str)
+def test_in_half_precision_the_whole_llm_learns_the_same_as_in_single(options):
+    """With float32 masters states are float32 beside features that autocast has left in half precision."""
+    losses, gradients = {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = composed.model("llama", "saisa", {"inner": 16, **options}, dtype=dtype)
+        step = Step(model, [ObjectiveConfig(name="lm")])
+        train = {"connectors.*": 1e-3, "llm.*": 1e-5}
+        choose(step, Stage(name="one", data=("none",), train=train, budget=Budget(steps=1), lr=1e-2))
+        stir(model)
+        step.ready()
+        batch = model.processor.collator()(MIX)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            losses[dtype], _ = step(batch, step.scales([batch]))
+        losses[dtype].backward()
+        layers = sites.layers(model.llm).modules
+        gradients[dtype] = torch.cat([layer.grafts["saisa"].projector[0].weight.grad.flatten() for layer in layers])
+    single, half = torch.float32, torch.bfloat16
+    torch.testing.assert_close(losses[half], losses[single], rtol=0.02, atol=0)
+    assert torch.cosine_similarity(gradients[half], gradients[single], 0) > 0.95

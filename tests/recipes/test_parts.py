@@ -1,12 +1,18 @@
-"""The embedded stages: pictures that are encoded for one of them serve the others."""
+"""The embedded stages: pictures that are encoded for one of them serve the others. LLaVA's texts as published."""
 
 from __future__ import annotations
 
-import pytest
+import copy
 
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+import composed
 from isthmus import recipes
-from isthmus.config import Source
+from isthmus.config import Source, Writing
 from isthmus.data.sets import Set, open_set
+from isthmus.model import VLM
+from isthmus.processor import VLMProcessor
 from isthmus.recipes import parts
 from isthmus.recipes.blip2 import instructblip
 from isthmus.recipes.cogvlm import cogvlm
@@ -67,3 +73,37 @@ def test_published_recipes_encode_in_every_step_and_embedded_ones_once() -> None
     for name, build in recipes.BOOK.items():
         recipe = build()
         assert recipe.engine.cache is (None if recipe.llm.architecture is None else False), name
+
+
+ASKED = composed.sample(composed.picture(1), "Describe.", answer="a cat")
+
+
+@pytest.fixture(scope="module")
+def untemplated() -> tuple[VLM, PreTrainedTokenizerBase]:
+    """LLaVA's joint, and a tokenizer that brings no chat template, as Vicuna's brings none."""
+    model = composed.model("llama", "llava")
+    tokenizer = copy.deepcopy(model.processor.tokenizer)
+    tokenizer.chat_template = None
+    return model, tokenizer
+
+
+def written(processor: VLMProcessor, template: Writing) -> tuple[str, str]:
+    """A question and its answer as a model reads them, and what of it is learnt."""
+    rendered = processor.renderer(template).render(ASKED.turns)
+    (start, end), decode = rendered.spans[0], processor.tokenizer.decode
+    learnt = decode([token for token, learn in zip(rendered.ids, rendered.trained) if learn])
+    return f"{decode(rendered.ids[:start])}<image>{decode(rendered.ids[end:])}", learnt
+
+
+@pytest.mark.parametrize("name", ["llava-v1-7b", "llava-1.5-7b", "vdep-7b"])
+def test_llavas_published_texts_are_the_authors_but_for_what_is_said_to_differ(name, untemplated) -> None:
+    recipe, (model, tokenizer) = recipes.named(name), untemplated
+    processor, end = VLMProcessor.of(model, tokenizer, recipe.system), tokenizer.eos_token
+    assert [stage.template for stage in recipe.stages] == ["plain", "chat"]
+    assert written(processor, "plain") == (f"<image>\na cat{end}", f"a cat{end}")  # theirs: <image>a cat\n
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    )
+    told = f"{system} USER: <image>\nDescribe. ASSISTANT: a cat{end}"
+    assert written(processor, "chat") == (told, f" a cat{end}")

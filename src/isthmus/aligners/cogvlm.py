@@ -3,7 +3,10 @@
 Wang et al. 2023, arXiv 2311.03079. Official code: github.com/THUDM/CogVLM, `utils/models/mixin.py`.
 
 Differs:
-    - an expert sits on each Linear of a layer, so that fused and separate projections and any LLM are served alike;
+    - an expert sits on each Linear of a layer, so that fused and separate projections and any LLM are served alike; an
+      LLM's routed experts are no Linears (Mixtral, gpt-oss), so pictures share them with text, and little more than
+      attention has a second set of weights there;
+    - the LLM's chat template takes the place of `Question: ... Short answer:` and `[INST] ... [/INST]`;
     - a newline follows the end marker, which keeps pictures in a row apart (the authors have one picture);
     - the last layer has only the experts that a prediction can depend on, unless `idle` asks for the rest;
     - `every`, `where` and `start` are the paper's ablations; its bidirectional image mask is left out, because a rule
@@ -25,7 +28,7 @@ from isthmus import fuse, sites
 from isthmus.aligner import Addition, Aligner
 from isthmus.config import Frozen
 from isthmus.connectors import Connector
-from isthmus.connectors.pool import Pool
+from isthmus.connectors.pool import pooled
 from isthmus.data.boxes import Brackets
 from isthmus.encoders import Encoder
 from isthmus.graft import Graft, at
@@ -162,8 +165,7 @@ class CogVLM(Aligner):
         """Average the encoder's grid to pool x pool tokens first."""
 
     def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
-        joint: Connector = GLU(encoder.width, width, self.options.expansion)
-        return Pool(joint, encoder.grid, self.options.pool) if self.options.pool else joint
+        return pooled(GLU(encoder.width, width, self.options.expansion), encoder, self.options.pool)
 
     def grafts(self, llm: nn.Module, encoders: nn.ModuleDict, width: int) -> Iterator[Addition]:
         stack = sites.layers(llm)

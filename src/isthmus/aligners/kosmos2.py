@@ -10,7 +10,6 @@ Differs:
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -20,10 +19,10 @@ from isthmus.aligner import Aligner
 from isthmus.config import Frozen
 from isthmus.connectors import Connector
 from isthmus.connectors.latents import Latents
-from isthmus.connectors.pool import Normalised, settle
+from isthmus.connectors.pool import Normalised, settle, whole_grid
 from isthmus.data.boxes import Links
 from isthmus.encoders import Encoder
-from isthmus.types import ConfigError, Layout
+from isthmus.types import Layout
 
 if TYPE_CHECKING:
     from isthmus.model import VLM
@@ -49,9 +48,7 @@ class Kosmos2(Aligner):
 
     def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
         options = self.options
-        if options.places and encoder.tokens != math.prod(encoder.grid):
-            raise ConfigError(f"{encoder.tokens} tokens are no grid of {encoder.grid}", "set class_token to drop")
-        grid = encoder.grid if options.places else None
+        grid = whole_grid(encoder) if options.places else None
         joint: Connector = Latents(encoder.width, width, options.queries, options.heads, grid)
         return Normalised(joint, encoder.width, width) if options.normalise else joint
 

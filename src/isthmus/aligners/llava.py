@@ -3,10 +3,14 @@
 Liu et al. 2023, arXiv 2304.08485 (linear) and arXiv 2310.03744 (two-layer MLP).
 Official code: github.com/haotian-liu/LLaVA.
 
-Differs: `pool`, `normalise` and `words` are ours, off by default; the embedded recipe uses the first two, since a
-135 M LLM on a laptop pays for every image token, and the demo the third, since so small an LLM hardly learns to read
-vectors that are not nearly words (docs/log.md). The published LLaVA-1.5 letter-boxes pictures in both stages; the
-authors' first stage crops them.
+Differs:
+    - `pool`, `normalise` and `words` are ours, off by default; the embedded recipe uses the first two, since a 135 M
+      LLM on a laptop pays for every image token, and the demo the third, since so small an LLM hardly learns to read
+      vectors that are not nearly words (docs/log.md);
+    - the published LLaVA-1.5 letter-boxes pictures in both stages; the authors' first stage crops them;
+    - in the first stage a line break stands between picture and caption, and the LLM's end token behind it; the
+      authors' caption follows the picture at once and ends with a line break;
+    - in conversations a picture stands where its marker is; the authors move it to the start of its turn.
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 Zhu et al. 2023, arXiv 2304.10592. Official code: github.com/Vision-CAIR/MiniGPT-4.
 
-Differs: the Q-Former's weights come from the `qformer` option; without it, it is newborn, and a first stage must train
-it before it is frozen.
+Differs:
+    - the Q-Former's weights come from the `qformer` option; without it, it is newborn, and a first stage must train it
+      before it is frozen;
+    - the LLM's chat template and its end token take the place of `###Human:`, `###Assistant:` and `###`.
 """
 
 from __future__ import annotations

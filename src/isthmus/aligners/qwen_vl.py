@@ -9,7 +9,6 @@ Differs:
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -18,11 +17,11 @@ from isthmus import sites
 from isthmus.aligner import Aligner
 from isthmus.config import Frozen
 from isthmus.connectors import Connector
-from isthmus.connectors.pool import Normalised, settle
+from isthmus.connectors.pool import Normalised, settle, whole_grid
 from isthmus.connectors.position_aware import PositionAware
 from isthmus.data.boxes import Thousandths
 from isthmus.encoders import Encoder
-from isthmus.types import ConfigError, Layout
+from isthmus.types import Layout
 
 if TYPE_CHECKING:
     from isthmus.model import VLM
@@ -43,12 +42,8 @@ class QwenVL(Aligner):
         normalise: bool = False
 
     def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
-        if encoder.tokens != math.prod(encoder.grid):
-            raise ConfigError(f"{encoder.tokens} tokens are no grid of {encoder.grid}", "set class_token to drop")
-        options = self.options
-        joint: Connector = PositionAware(
-            encoder.width, width, encoder.grid, options.side, options.heads, options.positions
-        )
+        options, grid = self.options, whole_grid(encoder)
+        joint: Connector = PositionAware(encoder.width, width, grid, options.side, options.heads, options.positions)
         return Normalised(joint, encoder.width, width) if options.normalise else joint
 
     def layout(self, kind: str, tokens: int) -> Layout:

@@ -13,7 +13,7 @@ Differs:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import Field
@@ -23,7 +23,7 @@ from isthmus import fuse, sites
 from isthmus.aligner import Addition, Aligner
 from isthmus.config import Frozen
 from isthmus.connectors import Connector, composite
-from isthmus.connectors.pool import Pool
+from isthmus.connectors.pool import pooled
 from isthmus.encoders import Encoder
 from isthmus.graft import Graft, arithmetic
 from isthmus.types import ConfigError, Context, Features, Layout, Modality, Side
@@ -69,8 +69,9 @@ class OwnView(Graft):
     def forward(self, host: Any, base: Callable[..., Any], x: Tensor, *args: Any, side: Side | None, **kw: Any) -> Any:
         if side is not None and composite.holds_media(side):
             at_BT = side.modality_BT != Modality.TEXT
+            master = cast(nn.Linear, self.projector[0]).weight
             with arithmetic(x):
-                own_MD = self.projector(_present(side))
+                own_MD = self.projector(_present(side).to(master.dtype))
             x = fuse.splice(x, at_BT, own_MD, "image")
         return base(x, *args, **kw)
 
@@ -100,8 +101,7 @@ class SAISA(Aligner):
         """LayerNorm of the features first."""
 
     def connector(self, kind: str, encoder: Encoder, width: int) -> Connector:
-        joint: Connector = Gain(encoder.width, self.options.normalise)
-        return Pool(joint, encoder.grid, self.options.pool) if self.options.pool else joint
+        return pooled(Gain(encoder.width, self.options.normalise), encoder, self.options.pool)
 
     def layout(self, kind: str, tokens: int) -> Layout:
         return Layout(count=tokens, after="\n")
@@ -120,6 +120,4 @@ class SAISA(Aligner):
 
     def media_mask(self, position_BT: Tensor, segment_BT: Tensor, media_at_BK: Tensor) -> Tensor:
         """Only the last medium that has begun: the one that a place belongs to."""
-        begun_BTK = super().media_mask(position_BT, segment_BT, media_at_BK)
-        last_BT1 = media_at_BK[:, None].where(begun_BTK, -1).amax(-1, keepdim=True)
-        return begun_BTK & (media_at_BK[:, None] == last_BT1)
+        return fuse.last(super().media_mask(position_BT, segment_BT, media_at_BK), media_at_BK)

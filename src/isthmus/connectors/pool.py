@@ -17,7 +17,31 @@ from isthmus.config import Frozen
 from isthmus.connectors import Connector
 from isthmus.connectors.mlp import MLP
 from isthmus.encoders import Encoder
-from isthmus.types import ConfigError, Context, Features
+from isthmus.types import ConfigError, Context, DataError, Features
+
+
+def whole_grid(encoder: Encoder) -> tuple[int, int]:
+    """(rows, columns) of the encoder's tokens, all of which stand in them.
+
+    Raises:
+        ConfigError: others are kept beside the grid.
+    """
+    rows, columns = encoder.grid
+    if encoder.tokens != rows * columns:
+        raise ConfigError(
+            f"the encoder's {encoder.tokens} tokens are no grid: a class token stays beside {rows}x{columns} patches",
+            "set encoder.class_token to drop",
+        )
+    return rows, columns
+
+
+def pooled(inner: Connector, encoder: Encoder, side: int | None) -> Connector:
+    """The connector behind a `Pool` of the encoder's grid to `side` x `side`; as it is where `side` is None.
+
+    Raises:
+        ConfigError: the encoder's tokens are no grid, or one smaller than `side`.
+    """
+    return inner if side is None else Pool(inner, whole_grid(encoder), side)
 
 
 class Pool(Connector):
@@ -49,9 +73,18 @@ class Pool(Connector):
         return self.inner.tokens(self.side**2)
 
     def forward(self, features: Features, context: Context) -> Tensor:
-        """x [N, rows * columns, E] -> y of the inner connector for [N, side * side, E]."""
-        pooled = self.cells_QS.to(features.x_NSE.dtype) @ features.x_NSE
-        return self.inner(replace(features, x_NSE=pooled, grid=(self.side, self.side)), context)
+        """x [N, rows * columns, E] -> y of the inner connector for [N, side * side, E].
+
+        Raises:
+            DataError: the pictures differ in size, so that their tokens are no such grid.
+        """
+        if features.lengths_N is not None:
+            raise DataError(
+                "pictures that differ in size have no common grid to pool",
+                "use an encoder of square pictures, or leave the pooling out",
+            )
+        x_NQE = self.cells_QS.to(features.x_NSE.dtype) @ features.x_NSE
+        return self.inner(replace(features, x_NSE=x_NQE, grid=(self.side, self.side)), context)
 
 
 class Normalised(Connector):
@@ -120,11 +153,7 @@ def projector(
     joint: Connector = MLP(encoder.width, out, depth)
     if normalise:
         joint = Normalised(joint, encoder.width, out, words)
-    if pool and encoder.tokens != encoder.grid[0] * encoder.grid[1]:
-        raise ConfigError(
-            "pool: the encoder's tokens are no grid, one for the picture is kept", "set class_token: drop"
-        )
-    return Pool(joint, encoder.grid, pool) if pool else joint
+    return pooled(joint, encoder, pool)
 
 
 class Projected(Frozen):

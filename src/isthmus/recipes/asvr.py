@@ -49,6 +49,7 @@ def _published(weight: float, shift: Literal[0, 1]) -> Recipe:
         encoder=EncoderConfig(source="google/siglip-so400m-patch14-384", layer=-2, architecture=SIGLIP_SO400M_384),
         llm=LLMConfig(source="lmsys/vicuna-7b-v1.5", architecture=parts.VICUNA_7B),
         aligner=AlignerConfig(name="asvr", options={} if weight else {"tokenizer": None}),
+        system=parts.VICUNA_V1,
         stages=(_told(align, weight, shift), _told(sft, weight, shift)),
     )
 

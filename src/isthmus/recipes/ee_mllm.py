@@ -27,6 +27,7 @@ def published(visual: Visual, free: bool) -> Recipe:
         encoder=EncoderConfig(source="openai/clip-vit-large-patch14-336", layer=-2, architecture=parts.CLIP_L_336),
         llm=LLMConfig(source="lmsys/vicuna-7b-v1.5", architecture=parts.VICUNA_7B),
         aligner=AlignerConfig(name="ee_mllm", options=_options(visual, free)),
+        system=parts.VICUNA_V1,
         stages=parts.llava_stages({"connectors.*": Train()}),
     )
 

@@ -18,7 +18,8 @@ def llava(
 def published(projector: str) -> Recipe:
     """As the authors trained it on 7B; name your copies of their data with `stages.align.data=...`.
 
-    Values of stage 1 and 2 are those of the official scripts (spec B3.1, T1.4).
+    Values of stage 1 and 2 are those of the official scripts (spec B3.1, T1.4). Conversations begin with Vicuna's
+    system turn, captions with none.
     """
     first = projector == "linear"
     encoder = EncoderConfig(source="openai/clip-vit-large-patch14-336", layer=-2, architecture=parts.CLIP_L_336)
@@ -31,6 +32,7 @@ def published(projector: str) -> Recipe:
         encoder=encoder,
         llm=LLMConfig(source="lmsys/vicuna-7b-v1.5", architecture=parts.VICUNA_7B),
         aligner=AlignerConfig(name="llava", options={"projector": projector}),
+        system=parts.VICUNA_V1,
         stages=(
             Stage(
                 name="align",

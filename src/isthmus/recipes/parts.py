@@ -44,6 +44,11 @@ VICUNA_7B: dict[str, Any] = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
+VICUNA_V1 = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+"""The system turn of LLaVA's `v1` template, which Vicuna from v1.1 on was trained with."""
 
 ENCODER = EncoderConfig(layer="block5+block11+head", aspect="squash")
 """EfficientNet-Lite0 with three depths side by side."""

@@ -24,6 +24,7 @@ def published() -> Recipe:
         encoder=EncoderConfig(source="openai/clip-vit-large-patch14-336", layer=-2, architecture=parts.CLIP_L_336),
         llm=LLMConfig(source="lmsys/vicuna-7b-v1.5", architecture=parts.VICUNA_7B),
         aligner=AlignerConfig(name="saisa"),
+        system=parts.VICUNA_V1,
         stages=parts.llava_stages(JOINT),
     )
 
