@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image as Pillow
 from PIL import ImageChops, ImageStat
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import composed
@@ -166,8 +168,62 @@ def test_a_planted_word_is_found_in_the_model(llava):
         planted = sites.embedding(llava.llm).weight[word]
         assert report._said(llava, planted[None], 0).argmax().item() == word
         assert report._said(llava, planted[None], 2).argmax().item() == word  # its head is its embedding
-    tokens = sites.embedding(llava.llm).weight[report._ids(llava, "cat")].detach()[None]
-    assert report._ranks(llava, tokens, [Pair(PAIRS[0].prompt, "a cat")], 2).tolist() == [1]
+    tokens = sites.embedding(llava.llm).weight[[40, 120]].detach()[:, None]
+    assert report._ranks(llava, tokens, [{40}, {7, 120}], 2).tolist() == [1, 1]
+    assert report._ranks(llava, tokens, [set(), {120}], 2).tolist() == [1]
+
+
+def speaking(vocabulary, merges=(), normalizer=None, decoder=None):
+    """As much of a model as its tokenizer: whole words, or pieces that are merged."""
+    ids = {piece: number for number, piece in enumerate(vocabulary)}
+    whole = models.WordLevel(ids, unk_token="<unk>")
+    inner = Tokenizer(models.BPE(vocab=ids, merges=list(merges)) if merges else whole)
+    inner.normalizer, inner.decoder = normalizer, decoder
+    inner.pre_tokenizer = None if merges else pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    return SimpleNamespace(processor=SimpleNamespace(tokenizer=tokenizer)), ids
+
+
+def answered(*words):
+    return [Pair(PAIRS[0].prompt, each) for each in words]
+
+
+def test_a_space_that_is_a_token_of_its_own_is_no_word():
+    """As in Llama-2's tokenizer.json, where a text is given a space in front of the one that it begins with."""
+    pieces = ["<unk>", "▁", *"catdog", "ca", "cat", "▁cat", "do", "dog", "▁dog"]
+    merges = [("c", "a"), ("ca", "t"), ("▁", "cat"), ("d", "o"), ("do", "g"), ("▁", "dog")]
+    spaced = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    plain = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    model, ids = speaking(dict.fromkeys(pieces), merges, spaced, plain)
+    assert model.processor.tokenizer.encode(" cat", add_special_tokens=False) == [ids["▁"], ids["▁cat"]]
+    assert report.telling(model, answered("a cat", "the dog")) == [{ids["▁cat"]}, {ids["▁dog"]}]
+
+
+def test_words_that_most_answers_share_tell_no_picture():
+    model, ids = speaking(["<unk>", "cat", "dog", "cow", "pig", "is", "on", "left", "right", "red"])
+    said = [
+        "a cat is on the left red",
+        "a dog is on the left red",
+        "a cow is on the right",
+        "a pig is on the left",
+        "red red",
+        "on the left",
+        "nameless",
+    ]
+    # of seven answers "is", "on" and "left" stand in four or more, "red" in three
+    found = [{"cat", "red"}, {"dog", "red"}, {"cow", "right"}, {"pig"}, {"red"}, set(), set()]
+    assert report.telling(model, answered(*said)) == [{ids[word] for word in words} for words in found]
+    half = report.telling(model, answered("cat left", "dog left", "cow", "pig"))
+    assert half == [{ids["cat"], ids["left"]}, {ids["dog"], ids["left"]}, {ids["cow"]}, {ids["pig"]}]
+
+
+def test_where_all_answers_share_their_words_no_place_is_claimed(llava):
+    alike = [Pair(pair.prompt, "a cat") for pair in PAIRS]
+    found = report.measure(llava, "one", "own", alike, pictures=0, cells=2)
+    assert {layer.rank for layer in found.layers} == {layer.found for layer in found.layers} == {None}
+    text = page.render([found])
+    assert "without the place of the right word: no word of the first 16 answers" in text
+    assert "<b>Place of the right word</b>" not in text and page_checks.faults(text) == []
 
 
 # ---------------------------------------------------------------------------------------------- effects

@@ -13,7 +13,7 @@ from PIL import Image as Pillow
 from isthmus.evaluation.escaping import escape
 from isthmus.evaluation.gap import drawing
 from isthmus.evaluation.gap.effects import Effect
-from isthmus.evaluation.gap.report import NEIGHBOURS, RANKED, TOP, Gap, Layer, Shown
+from isthmus.evaluation.gap.report import MUTE, NEIGHBOURS, RANKED, TOP, Gap, Layer, Shown
 
 STYLE = """
 .gap polyline { stroke-width: 2.2; }
@@ -80,7 +80,7 @@ CHARTS = (
     ),
     Chart(
         f"Right word among the first {TOP}",
-        f"Share of at most {RANKED} pictures with a token that would say one of the answer’s words.",
+        f"Share of at most {RANKED} pictures with a token that would say one of the answer’s words; see below which.",
         lambda layer: layer.found,
     ),
 )
@@ -324,6 +324,8 @@ def _method(gaps: Sequence[Gap]) -> str:
         "neighbours": f"Huh et al. 2024, arXiv 2405.07987, k = {NEIGHBOURS}, cosine",
         "lens": "nostalgebraist 2020: the LLM’s last norm and head on inner states; nothing is trained for it. At the "
         "input: cosine with the words’ embeddings, from their centre",
+        "right word": "the first token of any of the answer’s words that stands in at most half of all answers; "
+        f"{', '.join(MUTE)} are none",
         "attention": "of transformers’ plain attention, at the last position before the answer",
         "hidden places": "Zeiler & Fergus 2014, arXiv 1311.2901; grey cells, the answer’s log-probability per token",
     }

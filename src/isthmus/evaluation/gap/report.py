@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,9 @@ WORDS = 3
 """Words of each token that are drawn."""
 RANKED = 16
 """Pictures of which every token is read through the lens: their states in all layers are kept."""
+MUTE = ("a", "an", "the", "and", "with", "of", "in")
+"""Words that say nothing of a picture."""
+COMMON = f"no word of the first {RANKED} answers stands in half of all answers or fewer"
 Progress = Callable[[str], None]
 
 
@@ -45,9 +50,9 @@ class Layer:
     mass: float | None
     """Share of the attention where the answer begins, mean over heads and pictures."""
     rank: float | None
-    """Median place of the answer's words in what a picture's tokens would say, the best over words and tokens."""
+    """Median place of what is `telling` in what a picture's tokens would say, the best over words and tokens."""
     found: float | None
-    """Share of pictures with a token among whose `TOP` words is one of the answer's."""
+    """Share of pictures with a token among whose `TOP` words is one that is `telling`."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Gap:
     nll: float
     effects: dict[str, effects.Effect]
     skipped: dict[str, str]
-    """What does not apply to this joint, and why."""
+    """What does not apply to this joint or to these answers, and why."""
     shown: tuple[Shown, ...] = field(repr=False)
 
     @property
@@ -125,7 +130,8 @@ def measure(
     progress("states and attention by layer")
     seen = states.see(model, pairs, keep=max(pictures, RANKED), look=look)
     progress("what the words of each token are")
-    layers = tuple(_layer(model, seen, pairs, number) for number in range(len(seen.words_ND)))
+    wanted = telling(model, pairs)[:RANKED]
+    layers = tuple(_layer(model, seen, wanted, number) for number in range(len(seen.words_ND)))
     progress("blank, exchanged and shuffled pictures")
     nll, found = effects.effects(model, pairs)
     shown = []
@@ -144,7 +150,7 @@ def measure(
         layers=layers,
         nll=nll,
         effects=found,
-        skipped=_skipped(model, seen),
+        skipped=_skipped(model, seen, wanted),
         shown=tuple(shown),
     )
 
@@ -170,11 +176,12 @@ def chosen_layers(count: int) -> list[int]:
 # ---------------------------------------------------------------------------------------------- one layer
 
 
-def _layer(model: VLM, seen: Seen, pairs: Sequence[Pair], number: int) -> Layer:
+def _layer(model: VLM, seen: Seen, wanted: Sequence[Collection[int]], number: int) -> Layer:
     words_ND = seen.words_ND[number]
     image_ND = seen.image_ND[number] if seen.image_ND else seen.joint_ND
     apart = asdict(measures.modality_gap(image_ND, words_ND)) if seen.image_ND else {}
-    ranks = _ranks(model, seen.tokens_KQD[number][:RANKED], pairs, number) if seen.tokens_KQD else None
+    ranked = seen.tokens_KQD and any(wanted)
+    ranks = _ranks(model, seen.tokens_KQD[number], wanted, number) if ranked else None
     return Layer(
         number=number,
         gap=apart.get("gap"),
@@ -190,12 +197,13 @@ def _layer(model: VLM, seen: Seen, pairs: Sequence[Pair], number: int) -> Layer:
 
 
 @torch.no_grad()
-def _ranks(model: VLM, tokens_KQD: Tensor, pairs: Sequence[Pair], layer: int) -> Tensor:
-    """Per picture, the best place of any of its answer's words in what any of its tokens would say."""
+def _ranks(model: VLM, tokens_KQD: Tensor, wanted: Sequence[Collection[int]], layer: int) -> Tensor:
+    """Per picture of which a word is wanted, the best place of any of them in what any of its tokens would say."""
     found = []
-    for tokens_QD, pair in zip(tokens_KQD, pairs):
-        scores_QV = _said(model, tokens_QD, layer)
-        found.append(measures.ranks(scores_QV, torch.tensor(_ids(model, pair.words))).min())
+    for tokens_QD, ids in zip(tokens_KQD, wanted):
+        if ids:
+            scores_QV = _said(model, tokens_QD, layer)
+            found.append(measures.ranks(scores_QV, torch.tensor([*ids])).min())
     return torch.stack(found)
 
 
@@ -210,11 +218,24 @@ def _said(model: VLM, states_MD: Tensor, layer: int) -> Tensor:
         return measures.logit_lens(states_MD, norm, head).exp().cpu()
 
 
-def _ids(model: VLM, words: str) -> list[int]:
-    """The first token of each word, as it stands within a sentence; articles say nothing of a picture."""
+def telling(model: VLM, pairs: Sequence[Pair]) -> list[set[int]]:
+    """Per pair, what its answer's words begin with, each as it stands within a sentence.
+
+    What stands so in more than half of the answers is left out: it would be found whatever a picture shows.
+    """
+    begun = [
+        {first for word in pair.words.split() if word.lower() not in MUTE for first in _first(model, word)}
+        for pair in pairs
+    ]
+    answers = Counter(itertools.chain.from_iterable(begun))
+    return [{token for token in tokens if 2 * answers[token] <= len(pairs)} for tokens in begun]
+
+
+def _first(model: VLM, word: str) -> list[int]:
+    """A word's first token that is more than the space before it, which some tokenizers keep apart."""
     tokenizer = model.processor.tokenizer
-    telling = [word for word in words.split() if word.lower() not in ("a", "an", "the", "and", "with", "of", "in")]
-    return [tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in telling or words.split()]
+    tokens = tokenizer.encode(f" {word}", add_special_tokens=False)
+    return [token for token in tokens if tokenizer.decode([token], skip_special_tokens=True).strip()][:1]
 
 
 # ---------------------------------------------------------------------------------------------- one picture
@@ -245,8 +266,8 @@ def _words(model: VLM, tokens_QD: Tensor, layer: int) -> list[list[tuple[str, fl
     ]
 
 
-def _skipped(model: VLM, seen: Seen) -> dict[str, str]:
-    """What does not apply to the joint."""
+def _skipped(model: VLM, seen: Seen, wanted: Sequence[Collection[int]]) -> dict[str, str]:
+    """What does not apply to the joint, or to the answers."""
     if not seen.image_ND:
         aside = states.ASIDE.format(name=model.aligner.name)
         return {
@@ -255,6 +276,8 @@ def _skipped(model: VLM, seen: Seen) -> dict[str, str]:
             "attention": aside,
         }
     reasons = {}
+    if not any(wanted):
+        reasons["the place of the right word"] = COMMON
     if not seen.mass_NH:
         reasons["attention"] = states.UNTOLD
     if states.grid(model) is None:
