@@ -134,7 +134,7 @@ def _stage(
         row = 0 if encodes_anew(recipe, model) else row_bytes(model)
     flops = _mean(drawn.volumes, {number: float(each.flops) for number, each in traces.items()})
     memory = weights | _step_memory(step, drawn, traces, trained, dtype)
-    took = _seconds(drawn, traces, flops, trained, recipe, device, seconds) if seconds else None
+    took = _seconds(drawn, traces, flops, trained, recipe, device, dtype, seconds) if seconds else None
     if steps is None and took is not None and stage.budget.minutes is not None:
         steps = max(1, int(60 * stage.budget.minutes / _with_validation(stage, sum(took.values()))))
     shown = (drawn.epoch or stage.batch_size) if steps is None else steps * stage.batch_size
@@ -250,14 +250,17 @@ def _seconds(
     trained: int,
     recipe: Recipe,
     device: torch.device,
+    dtype: torch.dtype,
     budget: float,
 ) -> dict[str, float]:
     """Seconds of the mean step, from the traced one that is nearest to it."""
-    nearest = min(traces.values(), key=lambda each: abs(each.flops - flops))
+    number = min(traces, key=lambda number: abs(traces[number].flops - flops))
+    nearest = traces[number]
     found = calibrate.speed(nearest.calls, device, budget)
     scale = flops / max(1, nearest.flops)
     return {
         "operations": found.operations * scale,
+        "casts": len(drawn.steps[number]) * calibrate.casts(trained, dtype, device),
         "host": found.host,
         "optimizer": calibrate.optimizer(trained, device),
         "data": 0.0 if recipe.engine.workers else drawn.seconds,

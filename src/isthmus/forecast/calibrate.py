@@ -22,8 +22,8 @@ from isthmus.forecast.trace import Ledger, Operand, Operation
 
 LARGEST = 1 << 29
 """Bytes of operands that are still tried."""
-TRAINED = 1 << 20
-"""Parameters that the optimizer's speed is measured on."""
+TRAINED = 1 << 24
+"""Parameters on which, at most, the speed of the optimizer and of casts is measured: more than caches hold."""
 SIDE = 1024
 """Rows and columns of what is measured on purpose: a product of two such matrices, and a copy of 16 of them."""
 FREE = frozenset({"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
@@ -127,7 +127,8 @@ def host(device: torch.device, depth: int = 48) -> float:
 
 def optimizer(trained: int, device: torch.device) -> float:
     """Seconds of clipping and AdamW over so many parameters."""
-    weight = nn.Parameter(torch.ones(TRAINED, device=device))
+    tried = max(1, min(trained, TRAINED))
+    weight = nn.Parameter(torch.ones(tried, device=device))
     weight.grad = gradient = torch.full_like(weight, 1e-3)
     adamw = torch.optim.AdamW([weight], fused=True)
 
@@ -136,7 +137,17 @@ def optimizer(trained: int, device: torch.device) -> float:
         gradient.mul_(0.999)
         adamw.step()
 
-    return best(update, device, 5) * trained / TRAINED
+    return best(update, device, 5) * trained / tried
+
+
+def casts(trained: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds of autocast over so many parameters in float32: them before the forward, their gradients behind it."""
+    if dtype == torch.float32:
+        return 0.0
+    tried = max(1, min(trained, TRAINED))
+    weight = torch.ones(tried, device=device)
+    gradient = torch.ones(tried, dtype=dtype, device=device)
+    return best(lambda: (weight.to(dtype), gradient.float()), device, 5) * trained / tried
 
 
 def best(work: Callable[[], object], device: torch.device, times: int) -> float:
