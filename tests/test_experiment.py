@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 from PIL import Image as Pillow
 from rich.console import Console
 
@@ -16,7 +18,7 @@ from isthmus import experiment
 from isthmus.config import Recipe, TaskConfig
 from isthmus.evaluation.results import examples
 from isthmus.evaluation.tasks import Choice, Cut, Item, Task
-from isthmus.experiment import data_hash, free_replies
+from isthmus.experiment import data_hash, free_replies, named, processor
 from isthmus.forecast import was
 from isthmus.training.parallel import World
 from isthmus.types import Audio, Box, Image, Sample, Turn
@@ -84,6 +86,28 @@ def test_what_was_planned_is_set_beside_what_it_took_where_training_came_to_its_
     monkeypatch.setattr(was, "compare", lambda folder: [was.Stage("a", dict.fromkeys(NUMBERS), NUMBERS)])
     assert (experiment._done(run) is not None) == shown
     assert ("planned / was" in console.export_text()) == shown
+
+
+def test_a_processor_is_told_by_its_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    told = tmp_path / "cpuinfo"
+    monkeypatch.setattr(experiment, "CPUS", told)
+    assert processor() == "riscv64"
+    one = "processor\t: {}\nvendor_id\t: AuthenticAMD\nmodel\t\t: 17\nmodel name\t: AMD EPYC 9654 96-Core Processor\n"
+    told.write_text("\n".join(one.format(number) for number in range(2)))
+    assert processor() == "AMD EPYC 9654 96-Core Processor"
+    told.write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")  # as Arm's
+    assert processor() == "riscv64"
+    monkeypatch.setattr(platform, "processor", lambda: "Intel64 Family 6")
+    assert processor() == "Intel64 Family 6"
+
+
+def test_an_accelerator_is_told_by_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = {0: "NVIDIA H200", 1: "NVIDIA A100-SXM4-80GB"}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: models[device.index or 0])
+    found = [named(torch.device(device)) for device in ("cpu", "cuda", "cuda:1")]
+    assert found == ["cpu", "cuda: NVIDIA H200", "cuda:1: NVIDIA A100-SXM4-80GB"]
 
 
 NUMBERS = {"steps_per_second": 1.0, "flops": 1.0, "peak": 1.0}

@@ -49,7 +49,7 @@ def test_every_joint_of_the_table_can_take_part(script) -> None:
     told = script.settings(options)
     joints = [book.named(name) for name in script.JOINTS]
     common = common_of(joints, None, told["tasks"], None, told["data"], told["overrides"])
-    plan = planned(joints, common, "900-samples", range(3), None, (1.0,), 0.25)
+    plan = planned(joints, common, "9k-samples", range(3), None, (1.0,), 0.25)
     check_budgets(plan)
     assert plan.baseline == script.JOINTS[0] and len(plan.recipes) == len(set(script.JOINTS)) >= 12
     for name in plan.recipes:

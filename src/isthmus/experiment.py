@@ -34,6 +34,9 @@ from isthmus.training.parallel import World
 from isthmus.training.run import Run
 from isthmus.types import Image
 
+CPUS = Path("/proc/cpuinfo")
+"""Where Linux tells of its processors; Python's `platform` knows no model there."""
+
 
 @dataclass
 class Clock:
@@ -177,7 +180,7 @@ def summarise(
         sentence="; ".join(
             f"{row.label} {headline(row.cells['before'])} → {headline(row.cells['after'])}"
             for row in table
-            if row.unit == "accuracy"
+            if row.unit == "accuracy" and "before" in row.cells  # some of a small share, that has none of a kind
         ),
         parts=parts_of(recipe, model),
         rows=table,
@@ -189,7 +192,7 @@ def summarise(
         method={
             "rule": rules(tasks),
             "arithmetic": f"{run.dtype} base parts, float32 for what trains; the same in training and measuring",
-            "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {run.device}",
+            "machine": f"{processor()}, {torch.get_num_threads()} threads, {named(run.device)}",
             "software": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")),
         },
         seconds=seconds,
@@ -197,6 +200,19 @@ def summarise(
         generations=said,
         credits=credits_of(recipe),
     )
+
+
+def processor() -> str:
+    """This machine's processor by its model, or by its kind where nothing tells the model."""
+    lines = CPUS.read_text(errors="replace").splitlines() if CPUS.is_file() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "") or platform.processor() or platform.machine()
+
+
+def named(device: torch.device) -> str:
+    """A device, an accelerator with its model: `cuda:0: NVIDIA H200`."""
+    model = getattr(torch.get_device_module(device), "get_device_name", None)
+    return str(device) if model is None else f"{device}: {model(device)}"
 
 
 def parts_of(recipe: Recipe, model: VLM) -> tuple[Part, ...]:

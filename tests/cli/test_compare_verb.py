@@ -57,6 +57,8 @@ def test_a_finished_comparison_is_shown_and_published(embedded, monkeypatch, cap
     [
         (["lava"], "no recipe named 'lava'; did you mean 'llava'"),
         (["llava", "--budget", "soon"], "no budget is written 'soon'"),
+        (["llava", "--budget", "1e400flops"], "no budget is written '1e400flops'"),
+        (["llava", "--budget", "16-steps"], "16 steps give some stage of llava less than one step"),
         (["llava", "--grid", "1,zero"], "no grid of factors is written '1,zero'"),
         (["llava", "--baseline", "demo"], "no recipe is named 'demo'"),
         (["llava", "--set", "sede=1"], "unknown key 'sede'; did you mean 'seed'"),
@@ -77,9 +79,17 @@ def test_faults_are_said_before_anything_runs(monkeypatch, capsys, tmp_path, wor
     assert not (tmp_path / "out" / "plan.json").exists()
 
 
+@pytest.mark.parametrize(
+    "words", [[], ["--add", "llava"], ["llava", "--budget", "soon"], ["llava", "--budget", "1-steps"]]
+)
+def test_what_is_refused_for_itself_leaves_no_folder(monkeypatch, tmp_path, words) -> None:
+    assert run(monkeypatch, "compare", *words, "--out", str(tmp_path / "out"), "--device", "cpu") == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_grid_is_read() -> None:
     assert factors_of("1/3, 1,3") == (1 / 3, 1.0, 3.0)
-    for text in ("", "0", "-1,1", "1/0"):
+    for text in ("", "0", "-1,1", "1/0", "1e400", "1,1e-400"):
         with pytest.raises(ConfigError):
             factors_of(text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,9 @@ def test_operations_are_told_by_their_prefix() -> None:
     ]
 
 
-@pytest.mark.parametrize("text", ["", "10", "ten minutes", "0m", "5-epochs", "10M", "-3m"])
+@pytest.mark.parametrize(
+    "text", ["", "10", "ten minutes", "0m", "5-epochs", "10M", "-3m", "10-", "3--steps", "1e400flops", "1e308h"]
+)
 def test_anything_else_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="no budget is written"):
         parse(text)
@@ -60,10 +63,13 @@ def test_stages_keep_their_shares() -> None:
 
 
 def test_every_stage_gets_something_and_all_is_dealt() -> None:
-    assert dealt(10, [0.02, 0.08, 0.9]) == [1, 1, 8]
-    assert dealt(2, [0.02, 0.08, 0.9]) == [1, 1, 1]
-    for whole in range(3, 40):
-        assert sum(dealt(whole, [0.333, 0.333, 0.334])) == whole
+    few = [Fraction(1, 50), Fraction(2, 25), Fraction(9, 10)]
+    assert dealt(10, few) == [1, 1, 8]
+    assert dealt(2, few) == [1, 1, 1]
+    assert dealt(2, [Fraction(0), *few]) == [0, 1, 1, 1] and dealt(10, [*few, Fraction(0)]) == [1, 1, 8, 0]
+    thirds = [Fraction(333, 1000), Fraction(333, 1000), Fraction(334, 1000)]
+    for whole in (*range(3, 40), 10**300):
+        assert sum(dealt(whole, thirds)) == whole
 
 
 def test_counts_are_compared_in_samples(tmp_path: Path) -> None:
@@ -89,10 +95,15 @@ def test_steps_are_shared_as_a_recipe_shares_its_own(tmp_path: Path) -> None:
 def test_minutes_beside_counts_have_no_shares(tmp_path: Path) -> None:
     recipe = toy(tmp_path)
     first, second = recipe.stages
+    lengths = (first.but(budget=Budget(minutes=1)), second.but(batch_size=8, budget=Budget(minutes=3)))
+    off = first.but(name="off", budget=Budget(steps=0))
+    for unit in ("steps", "samples"):
+        assert shares(recipe.but(stages=(off, *lengths)), unit) == [0, 0.25, 0.75]
     with pytest.raises(ConfigError, match="some stages last minutes"):
         shares(recipe.but(stages=(first, second.but(budget=Budget(minutes=1)))))
-    with pytest.raises(ConfigError, match="has no stage"):
-        shares(recipe.but(stages=()))
+    for none in ((), (first.but(budget=Budget(steps=0)), second.but(budget=Budget(steps=0)))):
+        with pytest.raises(ConfigError, match="has no stage"):
+            shares(recipe.but(stages=none))
 
 
 def test_every_recipe_on_embedded_parts_can_share_a_budget() -> None:
@@ -137,7 +148,7 @@ def test_steps_never_take_more_operations_than_were_given(tmp_path: Path) -> Non
 def test_less_than_a_step_is_refused_with_the_least_that_is_enough(tmp_path: Path) -> None:
     recipe = toy(tmp_path)
     other, per_step = recipe.but(name="other"), [[2.34e7, 6.1e7], [9.87e7, 1e7]]
-    with pytest.raises(ConfigError, match=r"1 MFLOP are less than one step of some stage of toy, other\ngive") as told:
+    with pytest.raises(ConfigError, match=r"1 MFLOP give some stage of toy, other less than one step\ngive") as told:
         budget.enough([recipe, other], parse("1M-flops"), per_step)
     least = parse(told.value.remedy.split()[4])
     for some, costs in zip((recipe, other), per_step):
@@ -148,3 +159,49 @@ def test_less_than_a_step_is_refused_with_the_least_that_is_enough(tmp_path: Pat
     with pytest.raises(ConfigError, match="less than one step"):
         apply(other, least.times(0.9), per_step[1])
     assert min(stage.budget.steps for stage in apply(other, least.times(0.1), per_step[1], least=True).stages) == 1
+
+
+@pytest.mark.parametrize(
+    ("unit", "least", "expected"),
+    [
+        ("steps", 49, [{"steps": 1}, {"steps": 48}]),
+        ("samples", 3136, [{"samples": 64}, {"samples": 3072}]),
+    ],
+)
+def test_a_step_or_a_batch_of_every_stage_is_the_least(tmp_path: Path, unit: str, least: int, expected: list) -> None:
+    """Of stages of 3 and 144 steps; the float next to 1/49 lies below it, so that 49 of them are less than a step."""
+    first, second = toy(tmp_path).stages
+    lengths = (first.but(batch_size=64, budget=Budget(steps=3)), second.but(batch_size=64, budget=Budget(steps=144)))
+    recipe = toy(tmp_path).but(stages=lengths)
+    given = [stage.budget.model_dump(exclude_none=True) for stage in apply(recipe, parse(f"{least}-{unit}")).stages]
+    assert given == expected
+    for less in (1, least - 1):
+        with pytest.raises(ConfigError, match="give some stage of toy less than one step") as told:
+            apply(recipe, parse(f"{less}-{unit}"))
+        assert told.value.remedy == f"give a budget of {least}-{unit} or more"
+    assert apply(recipe, parse(f"1-{unit}"), least=True).stages[0].budget.model_dump(exclude_none=True) == {unit: 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("3m", {"minutes": 3.0}),
+        ("3-steps", {"steps": 3}),
+        ("30-samples", {"samples": 30}),
+        ("3e9flops", {"steps": 3}),
+    ],
+)
+@pytest.mark.parametrize("off", [0, 1])
+@pytest.mark.parametrize("own", [Budget(steps=6), Budget(samples=9), Budget(minutes=2)])
+def test_a_stage_that_is_switched_off_stays_off(
+    tmp_path: Path, text: str, expected: dict, off: int, own: Budget
+) -> None:
+    recipe = toy(tmp_path)
+    lengths = [stage.but(budget=own) for stage in recipe.stages]
+    lengths[off] = lengths[off].but(budget=Budget(steps=0))
+    short = recipe.but(stages=lengths)
+    given = [stage.budget.model_dump(exclude_none=True) for stage in apply(short, parse(text), [1e9, 1e9]).stages]
+    assert given[off] == {"steps": 0} and given[1 - off] == expected
+    assert shares(short)[off] == 0 and shares(short, "steps")[1 - off] == 1
+    trial = apply(short, parse(text).times(1e-9), [1e9, 1e9], least=True).stages
+    assert trial[off].budget == Budget(steps=0) and trial[1 - off].budget != Budget(steps=0)

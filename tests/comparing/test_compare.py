@@ -19,21 +19,21 @@ import page_checks
 from comparing_runs import TASKS, recipes, small
 from isthmus import planning
 from isthmus.cli.compare import factors_of
-from isthmus.comparing import checks, compare, page, speed
+from isthmus.comparing import checks, compare, page
 from isthmus.comparing import plan as plans
 from isthmus.comparing.advice import advice
 from isthmus.comparing.engine import Here
 from isthmus.comparing.judge import judged
-from isthmus.comparing.outcome import Cell, Line, Outcome, Rates
+from isthmus.comparing.outcome import Cell, Line, Machine, Outcome, Rates
 from isthmus.comparing.plan import Common, Job, Plan, scaled
 from isthmus.comparing.settings import Setting, settings
 from isthmus.comparing.sizing import Size
-from isthmus.comparing.speed import Speed
 from isthmus.comparing.table import markdown, tables
 from isthmus.config import Recipe, Source, Stage, TaskConfig
 from isthmus.costs import Costs, costs
 from isthmus.evaluation import answers
 from isthmus.evaluation.seeds import Gap, Level
+from isthmus.experiment import processor
 from isthmus.forecast.batches import draw
 from isthmus.recipes.llava import llava
 from isthmus.recipes.qwen_vl import qwen_vl
@@ -68,6 +68,7 @@ def test_every_run_is_a_normal_run(finished: Outcome, place: Path) -> None:
         assert len([*folder.glob(f"{name}/seed*/planned.json")]) == 2  # and of the trials nobody asks for a forecast
         assert [*folder.glob(f"{name}/rates/*/report.json")] and not [*folder.glob(f"{name}/rates/*/plan.json")]
     assert len(finished.runs) == 4 and len({run.fingerprint for run in finished.runs}) == 4
+    assert {run.machine for run in finished.runs} == {Machine(processor(), torch.get_num_threads(), "cpu")}
     assert {run.data_hash for run in finished.runs if run.seed == 0} == {finished.runs[0].data_hash}
 
 
@@ -320,6 +321,9 @@ def test_runs_on_other_threads_are_listed_and_in_minutes_refused(finished: Outco
         report.write_text(json.dumps(told))
     found = small(copied)
     listed = {setting.name: setting.values for setting in found.settings if not setting.matches}
+    own = f"{processor()}, {torch.get_num_threads()} threads, cpu"
+    both = f"{own} (2 of 4 runs) and Some, Inc. processor, 7 threads, cuda:1 (2 of 4 runs)"
+    assert found.method["machine"] == both and f", {own}, float32; rounds" in found.method["timing"]
     assert listed["threads"] == {"one": str(torch.get_num_threads()), "two": "7"}
     assert listed["machine"]["two"] == "Some, Inc. processor, cuda:1"
     assert "machine and threads: the differences" in found.advice[-1]
@@ -540,8 +544,9 @@ def test_rates_that_the_trials_did_not_tell_apart_are_said(finished: Outcome) ->
     assert [sentence.split(" lie ")[0].split(" ended ")[0].split(" had ")[0] for sentence in said] == [
         "All learning rates that were tried for alike",
         "Trials of the learning rates of short",
-        "The best learning rates of long and none",
+        "The best learning rates",
     ]
+    assert "None larger than 3 was tried for long. None smaller than 1 was tried for none. Widen" in said[2]
     assert "had 9 steps or fewer" in said[1] and all("Widen" in each or "Lengthen" in each for each in said)
     shown = page.render(replace(finished, rates=tried))
     assert shown.count("<small>all alike</small>") == 1 and shown.count("<small>at the edge</small>") == 2
@@ -574,23 +579,6 @@ def test_the_command_can_be_given_to_a_shell_as_it_stands() -> None:
     assert "#" not in book.command
     changed = plan.but(recipes={"llava": llava().but(seed=3)}, baseline="llava")
     assert changed.command.endswith("# not in the book: llava, see plan.json")
-
-
-def test_a_speed_is_measured_anew_in_other_arithmetic(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    cpu, threads, note, measured = torch.device("cpu"), torch.get_num_threads(), tmp_path / "speed.json", []
-
-    def measure(dtype: torch.dtype) -> Speed:
-        measured.append(dtype)
-        return Speed(1.0, 2.0, str(dtype).removeprefix("torch."), threads, "cpu")
-
-    monkeypatch.setattr(speed, "load", lambda folder, dtype, device: dtype)
-    monkeypatch.setattr(speed, "measure", measure)
-    for dtype in (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16):
-        assert speed.speed_of(tmp_path, dtype, cpu, note).arithmetic == str(dtype).removeprefix("torch.")
-    assert measured == [torch.float32, torch.bfloat16]
-    note.write_text(note.read_text().replace('"cpu"', '"cuda:0"'))
-    speed.speed_of(tmp_path, torch.bfloat16, cpu, note)
-    assert len(measured) == 3
 
 
 # ---------------------------------------------------------------------------------------------- words

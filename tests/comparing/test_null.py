@@ -6,6 +6,8 @@ The simulation and the code that it goes through are those of benchmarks/compare
 from __future__ import annotations
 
 import importlib
+import json
+import statistics
 from pathlib import Path
 from types import ModuleType
 
@@ -50,14 +52,25 @@ def test_the_simulation_can_raise_alarms(null: ModuleType) -> None:
     assert wrong / 40 > 0.25
 
 
-@pytest.mark.slow
-def test_real_trainings_dealt_to_two_names(
-    null: ModuleType, embedded: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = null.real(runs=4, repeats=20, steps=2, draws=200)
-    assert found["any word"] <= 0.2
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("runs", [12, pytest.param(36, marks=pytest.mark.slow)])
+def test_false_alarms_are_rare_among_real_trainings(null: ModuleType, runs: int) -> None:
+    """One recipe under two names, a hundred times, where seeds vary little and much, and others would be alarmed."""
+    found = null.real(runs=runs, seeds=(3, 5), steps=null.STEPS, repeats=100, draws=400)
+    levels = {luck: pool["right answers"] for luck, pool in found["pools"].items()}
+    spread = {luck: statistics.stdev(each) for luck, each in levels.items()}
+    assert spread["large"] > 0.06
+    assert 0.005 < spread["small"] < spread["large"] / 2
+    assert all(statistics.mean(levels[luck]) > pool["one answer"] + 0.05 for luck, pool in found["pools"].items())
+    assert len(found["null"]) == 4
+    for case in found["null"]:
+        assert case["any word"] <= 0.10
+        assert case["differ"] >= 0.7
+        assert case["luck"] == "small" or case["by items"] > 0.25
+    assert found["longer"][-1]["better"] >= 0.8
 
 
 def test_the_script_runs(null: ModuleType, tmp_path: Path) -> None:
-    assert null.main(["--tiny", "--json", str(tmp_path / "null.json")]) in (0, 1)
-    assert (tmp_path / "null.json").is_file()
+    file = tmp_path / "null.json"
+    assert null.main(["--tiny", "--real", "4", "--steps", "1", "--json", str(file)]) in (0, 1)
+    assert {"pools", "null", "longer"} == json.loads(file.read_text())["real"].keys()

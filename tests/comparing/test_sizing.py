@@ -125,7 +125,7 @@ def test_what_stages_train_in_turns_is_counted_once_each(joints: tuple[Recipe, R
 def test_numbers_are_read_as_people_write_them(joints: tuple[Recipe, Recipe]) -> None:
     named = {recipe.name: recipe for recipe in joints}
     assert [parse(text, named) for text in ("6M", "1.5k", "2e3", "two")] == [6e6, 1500, 2000, LINEAR + 2 * RANK]
-    for text in ("", "0", "six", "6m", "-1"):
+    for text in ("", "0", "six", "6m", "-1", "6-", "1e400", "1e308M"):
         with pytest.raises(ConfigError, match="no number of parameters is written"):
             parse(text, named)
     assert sizing.chosen(["a=b.c"]) == {"a": "b.c"}

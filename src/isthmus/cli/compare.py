@@ -38,7 +38,7 @@ Sized = Annotated[
     list[str] | None,
     typer.Option("--size", help="By which field a recipe comes to --parameters: flamingo=aligner.options.inner."),
 ]
-SETTINGS = (*("budget", "seeds", "grid", "share", "search", "parameters", "tasks", "limit", "data", "overrides"),)
+SETTINGS = ("budget", "seeds", "grid", "share", "search", "parameters", "tasks", "limit", "data", "overrides")
 """Options that say what is compared and how; the others say where the work is done and what is shown."""
 
 
@@ -174,7 +174,7 @@ def factors_of(text: str) -> tuple[float, ...]:
     """`1/3,1,3` as numbers.
 
     Raises:
-        ConfigError: something is no number above 0.
+        ConfigError: something is no number above 0, or more than a float holds.
     """
     from fractions import Fraction
 
@@ -182,7 +182,7 @@ def factors_of(text: str) -> tuple[float, ...]:
 
     try:
         found = tuple(float(Fraction(each.strip())) for each in text.split(","))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ArithmeticError):
         found = ()
     if not found or min(found) <= 0:
         raise ConfigError(f"no grid of factors is written {text!r}", "write numbers above 0, such as 1/3,1,3")

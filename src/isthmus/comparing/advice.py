@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from isthmus.comparing.budget import Amount
-from isthmus.comparing.outcome import Cell, Cost, Line, Outcome
+from isthmus.comparing.outcome import Cell, Cost, Line, Outcome, Rates, sees
 from isthmus.evaluation.seeds import Level
 from isthmus.evaluation.statistics import short
 
@@ -16,6 +16,8 @@ FEW = 20
 .52 and at 1.11 under two orders of the same data."""
 APART = 1.5
 """A run has come apart where its validation loss is so many times that of the much shorter trial of its rate."""
+ALIKE = 1.02
+"""Prices that differ by less are the same."""
 
 
 def advice(outcome: Outcome) -> tuple[str, ...]:
@@ -111,21 +113,21 @@ def _cheapest(outcome: Outcome) -> list[str]:
     if len(level_with) < 2:
         return []
     said = [
-        *_least(outcome, level_with, "computes least for a picture and its question", "GFLOP", _prefill),
-        *_least(outcome, level_with, "keeps least of a picture while it answers", "MiB", _kept),
+        *_least(outcome, level_with, "compute", "least for a picture and its question", "GFLOP", _prefill),
+        *_least(outcome, level_with, "keep", "least of a picture while answering", "MiB", _kept),
     ]
     return [f"Where quality does not decide, cost may: of {_list(level_with)}, {', and '.join(said)}."] if said else []
 
 
 def _least(
-    outcome: Outcome, names: Sequence[str], what: str, unit: str, price: Callable[[Cost], float]
+    outcome: Outcome, names: Sequence[str], verb: str, what: str, unit: str, price: Callable[[Cost], float]
 ) -> Iterator[str]:
-    """Who is cheapest, where they differ."""
+    """Who is cheapest, where they differ by more than a trifle."""
     prices = {name: price(outcome.costs[name]) for name in names}
     least = min(prices.values())
-    cheap = [name for name in names if prices[name] == least]
+    cheap = [name for name in names if prices[name] <= ALIKE * least]
     if len(cheap) < len(names):
-        yield f"{_list(cheap)} {what} ({least:,.2f} {unit})"
+        yield f"{_list(cheap)} {verb}{'s' if len(cheap) == 1 else ''} {what} ({least:,.2f} {unit})"
 
 
 def _prefill(cost: Cost) -> float:
@@ -151,17 +153,15 @@ def _unseen(outcome: Outcome) -> list[str]:
     """Tasks in which no joint is clearly better with its picture than with a blank one."""
     if len(outcome.seeds) < 2:
         return []
-    blind = [line.label for line in outcome.lines if line.higher and not any(map(_sees, line.cells.values()))]
+    blind = [
+        line.label for line in outcome.lines if line.higher and not any(sees(cell.seen) for cell in line.cells.values())
+    ]
     if not blind:
         return []
     return [
         f"In {_quoted(blind)} no joint is clearly better with the picture than with a blank one: differences there say "
         "nothing about seeing."
     ]
-
-
-def _sees(cell: Cell) -> bool:
-    return cell.seen is None or (cell.seen.p <= 0.05 and cell.seen.value > 0)
 
 
 def _rates(outcome: Outcome) -> Iterator[str]:
@@ -184,11 +184,16 @@ def _rates(outcome: Outcome) -> Iterator[str]:
                 f"{count} of {ended} runs of {name} came apart, ending far above the trial of the learning rate, which "
                 "is too high for a whole run. Compare again with lower factors in --grid."
             )
-    if edge := [name for name, rates in outcome.rates.items() if rates.at_edge and not apart[name][0]]:
-        yield (
-            f"The best learning rates of {_list(edge)} lie at the edge of what was tried: beyond it may be better "
-            "ones. Widen --grid."
-        )
+    edge = {name: rates for name, rates in outcome.rates.items() if rates.at_edge and not apart[name][0]}
+    if told := [*_beyond(edge, max, "larger"), *_beyond(edge, min, "smaller")]:
+        yield f"The best learning rates lie at the edge of what was tried. {' '.join(told)} Widen --grid."
+
+
+def _beyond(edge: Mapping[str, Rates], outermost: Callable[[Iterable[float]], float], word: str) -> Iterator[str]:
+    """For whom one end of the factors was the best."""
+    for factor in sorted({outermost(rates.losses) for rates in edge.values()}):
+        if names := [name for name, rates in edge.items() if rates.chosen == factor == outermost(rates.losses)]:
+            yield f"None {word} than {factor:g} was tried for {_list(names)}."
 
 
 def _apart(outcome: Outcome, name: str) -> tuple[int, int]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal, TypeAlias
 
 import torch
 
-from isthmus.config import Budget, Recipe, Stage
+from isthmus.comparing import numbers
+from isthmus.comparing.numbers import PREFIXES
+from isthmus.config import Recipe, Stage
 from isthmus.errors import ConfigError
 from isthmus.forecast import Untraceable, forecast
 from isthmus.training.run import mix_of
@@ -25,8 +27,8 @@ UNITS: dict[str, tuple[Unit, float]] = {
     "samples": ("samples", 1),
     "steps": ("steps", 1),
 }
-PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
-WRITTEN = re.compile(r"(\d+\.?\d*(?:e\d+)?)([kMGTP]?)-?([a-z]+)")
+MOMENT = 1e-6
+"""Minutes of a stage whose share is less: a run does a step in them all the same."""
 
 
 @dataclass(frozen=True)
@@ -54,54 +56,86 @@ def parse(text: str) -> Amount:
     Raises:
         ConfigError: it is none of these.
     """
-    found = WRITTEN.fullmatch(text.strip())
-    if found is None or found[3] not in UNITS or float(found[1]) == 0:
+    found = numbers.read(text, {name: size for name, (_, size) in UNITS.items()})
+    if found is None:
         raise ConfigError(f"no budget is written {text!r}", "write 10m, 2h, 2e15flops, 50k-samples or 300-steps")
-    unit, size = UNITS[found[3]]
-    return Amount(float(found[1]) * PREFIXES[found[2]] * size, unit)
+    value, name = found
+    return Amount(value, UNITS[name][0])
 
 
 def apply(recipe: Recipe, amount: Amount, per_step: Sequence[float] = (), least: bool = False) -> Recipe:
-    """The recipe with its stages' budgets replaced by their shares of an amount.
+    """The recipe with its stages' budgets replaced by their shares of an amount; a stage of no length keeps none.
 
     Args:
         per_step: what a step of each stage costs, see `operations`; only for an amount of operations.
-        least: whether a stage whose share of operations is less than one step has one all the same, as trials do.
+        least: whether a stage whose share is less than one step has one all the same, as trials do.
 
     Raises:
-        ConfigError: see `shares`; or a stage's share of operations is less than one step.
+        ConfigError: see `shares`; or a stage's share is less than one step.
     """
-    parts = shares(recipe, amount.unit)
+    parts = _parts(recipe, amount.unit)
+    if not least:
+        _check({recipe.name: _needed(parts, _step(recipe, amount.unit, per_step))}, amount)
+    counts: Sequence[float]
     if amount.unit == "minutes":
-        budgets = [Budget(minutes=round(amount.value * part, 6)) for part in parts]
+        counts = [max(MOMENT, round(amount.value * part, 6)) for part in parts]
     elif amount.unit == "samples":
-        budgets = [Budget(samples=max(1, round(amount.value * part))) for part in parts]
+        counts = [max(1, round(amount.value * part)) for part in parts]
     elif amount.unit == "steps":
-        budgets = [Budget(steps=steps) for steps in dealt(round(amount.value), parts)]
+        counts = dealt(round(amount.value), parts)
     else:
-        if not least:
-            enough([recipe], amount, [per_step])
-        budgets = [Budget(steps=max(1, int(amount.value * part / cost))) for part, cost in zip(parts, per_step)]
+        counts = [max(1, int(amount.value * part / cost)) for part, cost in zip(parts, per_step, strict=True)]
+    counted = "steps" if amount.unit == "flops" else amount.unit
+    budgets = [{counted: count} if part else {"steps": 0} for part, count in zip(parts, counts)]
     return recipe.but(stages=tuple(stage.but(budget=each) for stage, each in zip(recipe.stages, budgets)))
 
 
 def enough(recipes: Sequence[Recipe], amount: Amount, per_step: Sequence[Sequence[float]]) -> None:
-    """Whether an amount of operations has a step for every stage of some recipes.
+    """Whether an amount has a step for every stage of some recipes, as far as that can be known without a clock.
+
+    Args:
+        per_step: what a step of each recipe's stages costs; only for an amount of operations.
 
     Raises:
         ConfigError: it has not; the remedy names the least that has.
     """
-    needed = {
-        recipe.name: max(cost / part for part, cost in zip(shares(recipe, amount.unit), costs, strict=True))
-        for recipe, costs in zip(recipes, per_step, strict=True)
-    }
+    unit = amount.unit
+    _check(
+        {
+            recipe.name: _needed(_parts(recipe, unit), _step(recipe, unit, costs))
+            for recipe, costs in zip(recipes, per_step, strict=True)
+        },
+        amount,
+    )
+
+
+def _check(needed: Mapping[str, float], amount: Amount) -> None:
+    """What `enough` says, of recipes that need so much."""
     if short := [name for name, value in needed.items() if value > amount.value]:
-        exponent = math.floor(math.log10(most := max(needed.values())))
-        lead = math.ceil(most / 10 ** (exponent - 1)) / 10
         raise ConfigError(
-            f"{amount} are less than one step of some stage of {', '.join(short)}",
-            f"give a budget of {lead:g}e{exponent}flops or more",
+            f"{amount} give some stage of {', '.join(short)} less than one step",
+            f"give a budget of {_upward(max(needed.values()), amount.unit)} or more",
         )
+
+
+def _needed(parts: Sequence[Fraction], costs: Sequence[float]) -> float:
+    """How much gives every stage that has a part a step."""
+    return max(cost / part for part, cost in zip(parts, costs, strict=True) if part)
+
+
+def _step(recipe: Recipe, unit: Unit, per_step: Sequence[float]) -> Sequence[float]:
+    """What a step of each stage takes of an amount; of minutes, nothing that is known."""
+    if unit == "flops":
+        return per_step
+    return [{"minutes": 0, "samples": stage.batch_size, "steps": 1}[unit] for stage in recipe.stages]
+
+
+def _upward(value: float, unit: Unit) -> str:
+    """At least so much, as a budget is written; operations in two digits."""
+    if unit != "flops":
+        return f"{math.ceil(value)}-{unit}"
+    exponent = math.floor(math.log10(value))
+    return f"{math.ceil(value / 10 ** (exponent - 1)) / 10:g}e{exponent}flops"
 
 
 def shares(recipe: Recipe, unit: Unit = "samples") -> list[float]:
@@ -111,41 +145,47 @@ def shares(recipe: Recipe, unit: Unit = "samples") -> list[float]:
         unit: of what is shared out. Steps go by steps, so that stages of unlike batches keep their shares of samples.
 
     Raises:
-        ConfigError: there is no stage, or minutes stand beside counts.
+        ConfigError: no stage has any length, or minutes stand beside counts.
     """
+    return list(map(float, _parts(recipe, unit)))
+
+
+def _parts(recipe: Recipe, unit: Unit) -> list[Fraction]:
+    """`shares` without rounding, so that a budget of just enough is enough."""
     lengths = [_length(recipe, stage) for stage in recipe.stages]
-    if not lengths:
-        raise ConfigError(f"{recipe.name} has no stage to train", "give it one under `stages`")
-    if len({own for _, own in lengths}) > 1:
+    owns = {own for length, own in lengths if length}
+    if not owns:
+        raise ConfigError(f"{recipe.name} has no stage to train", "give it one under `stages`, of a step or more")
+    if len(owns) > 1:
         raise ConfigError(
             f"{recipe.name}: some stages last minutes and others are counted, so that they have no shares",
             "give all stages minutes, or all of them steps, samples or epochs",
         )
     counted = [length for length, _ in lengths]
-    if unit == "steps" and lengths[0][1] == "samples":
+    if unit == "steps" and owns == {"samples"}:
         counted = [length / stage.batch_size for length, stage in zip(counted, recipe.stages)]
     return [length / sum(counted) for length in counted]
 
 
-def _length(recipe: Recipe, stage: Stage) -> tuple[float, Unit]:
+def _length(recipe: Recipe, stage: Stage) -> tuple[Fraction, Unit]:
     budget = stage.budget
     if budget.minutes is not None:
-        return budget.minutes, "minutes"
+        return Fraction(budget.minutes), "minutes"
     if budget.steps is not None:
-        return float(budget.steps * stage.batch_size), "samples"
+        return Fraction(budget.steps * stage.batch_size), "samples"
     if budget.samples is not None:
-        return float(budget.samples), "samples"
+        return Fraction(budget.samples), "samples"
     assert budget.epochs is not None  # a budget is one of four
-    return budget.epochs * mix_of(stage, recipe.seed).mix.epoch_length, "samples"
+    return Fraction(budget.epochs) * mix_of(stage, recipe.seed).mix.epoch_length, "samples"
 
 
-def dealt(whole: int, parts: Sequence[float]) -> list[int]:
-    """A whole number in shares of at least 1 each, which sum to it where it is large enough."""
-    counts = [max(1, math.floor(whole * part)) for part in parts]
-    places = range(len(parts))
+def dealt(whole: int, parts: Sequence[Fraction]) -> list[int]:
+    """A whole number in shares of at least 1 each, but none for no part, which sum to it where it is large enough."""
+    counts = [max(1, math.floor(whole * part)) if part else 0 for part in parts]
+    places = [place for place, part in enumerate(parts) if part]
     while sum(counts) < whole:
         counts[max(places, key=lambda place: whole * parts[place] - counts[place])] += 1
-    while sum(counts) > max(whole, len(parts)):
+    while sum(counts) > max(whole, len(places)):
         counts[max(places, key=counts.__getitem__)] -= 1
     return counts
 

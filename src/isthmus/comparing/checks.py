@@ -137,11 +137,11 @@ def check_machine(plan: Plan, place: Place, engine: Engine, per_step: Mapping[st
     """
     if plan.amount.unit != "minutes" or not any(_missing(plan, place.folder, per_step)):
         return
-    there = {machine_of(file.with_name("report.json")) for file in _begun(place.folder)} - {None}
+    there = {machine_of(file) for file in _reports(place.folder)}
     if not there:
         return
     threads = engine.threads()
-    others = [known for known in there if known and (known.threads, known.kind) != (threads, place.device.type)]
+    others = [known for known in there if (known.threads, known.kind) != (threads, place.device.type)]
     if not others:
         return
     known = others[0]
@@ -157,8 +157,9 @@ def _told(threads: int, kind: str) -> str:
     return f"{threads} thread{'' if threads == 1 else 's'} on {kind}"
 
 
-def _begun(folder: Path) -> Iterable[Path]:
-    return (file for pattern in BEGUN for file in folder.glob(f"*/{pattern}"))
+def _reports(folder: Path) -> Iterable[Path]:
+    notes = (file for pattern in BEGUN for file in folder.glob(f"*/{pattern}"))
+    return (report for note in notes if (report := note.with_name("report.json")).is_file())
 
 
 def _missing(plan: Plan, folder: Path, per_step: Mapping[str, Sequence[float]]) -> Iterable[bool]:

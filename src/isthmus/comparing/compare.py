@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -40,7 +39,7 @@ from isthmus.comparing.judge import judged
 from isthmus.comparing.outcome import Outcome, Rates
 from isthmus.comparing.plan import GRID, Common, Job, Plan
 from isthmus.comparing.settings import Setting, settings
-from isthmus.comparing.speed import speed_of
+from isthmus.comparing.speed import Speed, speeds, told
 from isthmus.config import Recipe, Source, TaskConfig
 from isthmus.errors import ConfigError
 from isthmus.evaluation import catalogue
@@ -104,19 +103,22 @@ def compare(
         KeyboardInterrupt: it was interrupted; the same call goes on.
     """
     place = Place(Path(out), torch.device(device), console or Console())
+    wanted = plans.read(place.folder)
+    if recipes:
+        numbers = range(seeds) if isinstance(seeds, int) else seeds
+        common = common_of(recipes, baseline, tasks, limit, data, overrides)
+        wanted = planned(recipes, common, budget, numbers, baseline, factors, share, parameters)
+    if wanted is None:
+        raise ConfigError(f"{place.folder} holds no comparison to go on with", "name the recipes to compare")
+    check_budgets(wanted)  # what can be refused without the folder is refused before the lock makes it
     with locked(place.folder, lambda text: place.console.print(text, soft_wrap=True)) as lock:
         plan = plans.read(place.folder)
-        if recipes:
-            numbers = range(seeds) if isinstance(seeds, int) else seeds
-            common = common_of(recipes, baseline, tasks, limit, data, overrides)
-            wanted = planned(recipes, common, budget, numbers, baseline, factors, share, parameters)
-            if plan is None or not plans.begun(place.folder):
-                plan = wanted
-            else:
-                plan = plans.extended(plan.with_baseline(baseline, wanted.recipes), wanted, place.folder)
-        if plan is None:
-            raise ConfigError(f"{place.folder} holds no comparison to go on with", "name the recipes to compare")
+        if plan is None or (recipes and not plans.begun(place.folder)):
+            plan = wanted
+        elif recipes:
+            plan = plans.extended(plan.with_baseline(baseline, wanted.recipes), wanted, place.folder)
         plan = plan.with_recipes(add, place.folder).with_baseline(baseline)
+        plan = plan.with_dtype(place.device, place.folder)
         check_budgets(plan)
         plan = plan.with_sizes(sizes)
         plan.check_data(place.folder)
@@ -301,25 +303,17 @@ def _outcome(
 ) -> Outcome:
     """All that was found, judged; `left_out` are recipes that are in no table, and why."""
     recipes = {name: jobs[0].recipe for name, jobs in group.items()}
-    base = recipes[plan.baseline]
-    dtype = arithmetic(base.dtype, place.device)
     built = build(plan.common.eval, plan.seeds[0])
     tasks = [task for task, _ in built]
     asked = gather.questions(tasks)
     quality = Quality(gather.answers_of(group, asked), asked, plan.baseline)
     mean, lines = judged(quality.line(quality.primary), [quality.line([question]) for question in quality.asked])
-    costs = {}
-    with log.counting(place.console, "timing answers") as progress:
-        for number, (name, jobs) in enumerate(group.items()):
-            progress(number, len(group))
-            model = jobs[0].folder / recipes[name].stages[-1].name / "model"
-            speed = speed_of(model, dtype, place.device, place.folder / name / "speed.json")
-            known = structure[name]
-            costs[name] = gather.cost(known.size, known.picture, jobs, known.per_step, speed)
-        progress(len(group), len(group))
+    costs, timed = {}, _timed(plan, place, group)
+    for name, jobs in group.items():
+        known = structure[name]
+        costs[name] = gather.cost(known.size, known.picture, jobs, known.per_step, timed[name])
     runs = tuple(gather.trained(name, job) for name, jobs in group.items() for job in jobs)
     asked_for = plan.amount.value if plan.amount.unit == "flops" else None
-    threads = torch.get_num_threads()
     found = Outcome(
         title=" · ".join(recipes) if len(recipes) < 6 else f"{len(recipes) - 1} joints beside {plan.baseline}",
         baseline=plan.baseline,
@@ -334,15 +328,15 @@ def _outcome(
         rates={name: tried for name, tried in rates.items() if tried.losses and name in recipes},
         share=plan.share,
         runs=runs,
-        settings=(*_sizes(plan, recipes), *settings(recipes), *gather.machines(runs)),
+        settings=(*_sizes(plan, recipes), *gather.conditions(group), *settings(recipes)),
         operations=asked_for,
         contrasts=tuple(found for name in recipes if name != plan.baseline and (found := quality.contrast(name)).items),
         curves=gather.curves(group),
         method={
             "command": plan.command,
             "rule": rules(built),
-            "machine": f"{platform.processor() or platform.machine()}, {threads} threads, {place.device}",
-            "arithmetic": f"{str(dtype).removeprefix('torch.')} base parts, float32 for what trains",
+            **gather.method(group),
+            "timing": told(timed),
             "software": ", ".join(f"{name} {version(name)}" for name in ("isthmus", "torch", "transformers")),
         },
         credits=tuple({credit.name: credit for recipe in recipes.values() for credit in credits_of(recipe)}.values()),
@@ -350,6 +344,16 @@ def _outcome(
     if asked_for is not None:
         found = replace(found, settings=tuple(_excused(plan, recipes, found.settings)))
     return replace(found, advice=advice(found))
+
+
+def _timed(plan: Plan, place: Place, group: gather.Group) -> dict[str, Speed]:
+    """How fast every joint's first model answers, in the arithmetic of the baseline's."""
+    models = {name: jobs[0].folder / jobs[0].recipe.last.name / "model" for name, jobs in group.items()}
+    dtype = arithmetic(gather.arithmetic_of(group[plan.baseline][0]), place.device)
+    with log.counting(place.console, "timing answers") as progress:
+        return speeds(
+            models, dtype, place.device, {name: place.folder / name / "speed.json" for name in group}, progress
+        )
 
 
 def _excused(plan: Plan, names: Iterable[str], found: Iterable[Setting]) -> Iterator[Setting]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import random
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -27,6 +28,10 @@ from isthmus.evaluation.tasks import Cut, Task
 from isthmus.planning import Plan
 from isthmus.training.log import read_rows
 
+KINDS = frozenset(
+    ("x86_64", "AMD64", "i386", "i686", "aarch64", "arm64", "arm", "armv7l", "ppc64le", "riscv64", "s390x")
+)
+"""What stands for a processor whose model is not told: reports from Linux told none at first."""
 SHOWN = 3
 """Items that are shown of each side of a contrast."""
 Group = Mapping[str, Sequence[Job]]
@@ -284,26 +289,70 @@ def trained(name: str, job: Job) -> Trained:
     )
 
 
-def machine_of(file: Path) -> Machine | None:
-    """What the run of a report was done on; None where there is no report."""
-    if not file.is_file():
-        return None
-    told = json.loads(file.read_text(encoding="utf-8"))["method"]["machine"]
+def machine_of(report: Path) -> Machine:
+    """What a finished run was done on."""
+    told = json.loads(report.read_text(encoding="utf-8"))["method"]["machine"]
     processor, threads, device = told.rsplit(", ", 2)
     return Machine(processor, int(threads.split()[0]), device)
 
 
-def machines(runs: Sequence[Trained]) -> Iterator[Setting]:
-    """What the runs of every joint were done on."""
-    asked: dict[str, Callable[[Machine], str]] = {
-        "machine": lambda machine: f"{machine.processor}, {machine.device}",
-        "threads": lambda machine: str(machine.threads),
+def arithmetic_of(job: Job) -> str:
+    """What a run's frozen parts computed in, whatever its recipe asked for."""
+    return str(json.loads((job.folder / "run.json").read_text(encoding="utf-8"))["dtype"])
+
+
+def conditions(group: Group) -> Iterator[Setting]:
+    """What the runs of every joint were done in and on, as they say themselves."""
+    machines = {job.folder: machine_of(job.folder / "report.json") for jobs in group.values() for job in jobs}
+    asked: dict[str, Callable[[Job], str]] = {
+        "arithmetic": arithmetic_of,
+        "machine": lambda job: f"{machines[job.folder].processor}, {machines[job.folder].device}",
+        "threads": lambda job: str(machines[job.folder].threads),
     }
+    near = {"machine": "the same, as far as the runs tell"} if _vague(machines.values()) else {}
     for name, of in asked.items():
-        values: dict[str, dict[str, None]] = {}
-        for run in runs:
-            values.setdefault(run.name, {})["not known" if run.machine is None else of(run.machine)] = None
-        yield Setting(name, {own: " and ".join(sorted(told)) for own, told in values.items()})
+        values = {own: _by_seed({job.recipe.seed: of(job) for job in jobs}) for own, jobs in group.items()}
+        yield Setting(name, values, near.get(name, ""))
+
+
+def _by_seed(values: Mapping[int, str]) -> str:
+    """What all runs of a joint have, or which have what."""
+    if len(set(values.values())) == 1:
+        return next(iter(values.values()))
+    told: dict[str, list[str]] = {}
+    for seed, value in values.items():
+        told.setdefault(value, []).append(str(seed))
+    return " and ".join(f"{value} (seed {', '.join(seeds)})" for value, seeds in told.items())
+
+
+def _vague(machines: Iterable[Machine]) -> bool:
+    """Whether some tell no model of what they compute with, and nothing that is told speaks against one for all."""
+    kinds, models, devices, accelerators = set[str](), set[str](), set[str](), set[str]()
+    for machine in machines:
+        device, _, accelerator = machine.device.partition(": ")
+        (kinds if machine.processor in KINDS else models).add(machine.processor)
+        devices.add(device)
+        accelerators.add(accelerator)
+    untold = bool(kinds) or ("" in accelerators and devices != {"cpu"})
+    return untold and max(map(len, (kinds, models, devices, accelerators - {""}))) == 1
+
+
+def method(group: Group) -> dict[str, str]:
+    """What all runs were done on and in, a line each."""
+    jobs = [job for each in group.values() for job in each]
+    machines = [machine_of(job.folder / "report.json") for job in jobs]
+    return {
+        "machine": _counted([f"{each.processor}, {each.threads} threads, {each.device}" for each in machines]),
+        "arithmetic": f"{_counted([*map(arithmetic_of, jobs)])} base parts, float32 for what trains",
+    }
+
+
+def _counted(told: Sequence[str]) -> str:
+    """What all say, or how many say what."""
+    counts = Counter(told)
+    if len(counts) == 1:
+        return told[0]
+    return " and ".join(f"{value} ({number} of {len(told)} runs)" for value, number in counts.items())
 
 
 def validation(job: Job) -> float | None:

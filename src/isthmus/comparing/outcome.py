@@ -40,6 +40,11 @@ class Cell:
     """Further figures of a benchmark, means over seeds; none where an item is not scored."""
 
 
+def sees(seen: Gap | None) -> bool:
+    """Whether a picture clearly helps, or it was not measured whether it does."""
+    return seen is None or (seen.p <= 0.05 and seen.value > 0)
+
+
 @dataclass(frozen=True)
 class Line:
     """One task, or the mean over tasks, over all joints."""

@@ -114,7 +114,8 @@ def _quality_words(outcome: Outcome) -> str:
         "After training, the mean over seeds; small figures are 95 % intervals, over seeds or over items, of each end "
         "what reaches further. Better and worse: than "
         f"{escape(outcome.baseline)}, where other seeds and other items would say the same; the chance that one or "
-        "more of these words are wrong is at most 5 %. No word: not decided."
+        "more of these words are wrong is at most 5 %, if the number of seeds was settled beforehand. No word: not "
+        "decided."
     )
 
 

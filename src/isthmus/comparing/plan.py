@@ -11,8 +11,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from pydantic import Field
 
 from isthmus.comparing import budget, shown, sizing
@@ -26,6 +27,7 @@ from isthmus.evaluation.measure import build, check_exchanges
 from isthmus.experiment import data_hash
 from isthmus.files import remove, write_text
 from isthmus.recipes import BOOK
+from isthmus.training.machine import arithmetic
 
 TRIAL_SEED = 1_000_003
 """Rates are tried under a seed of their own, so that none of the seeds that count has chosen its rate."""
@@ -76,6 +78,8 @@ class Common(Frozen):
     """In place of that of stages that train by the language-model loss; empty leaves all as it is."""
     overrides: tuple[str, ...] = ()
     """Dotted assignments to every recipe, such as `encoder=./mine`."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """What `dtype=auto` is in every run; None lets each ask its machine, as in comparisons that began so."""
 
     def of(self, recipe: Recipe) -> Recipe:
         """The recipe with these things in place of its own.
@@ -84,6 +88,8 @@ class Common(Frozen):
             ConfigError: an override does not fit it.
         """
         changed = recipe.override(list(self.overrides)).but(eval=self.eval)
+        if changed.dtype == "auto" and self.dtype is not None:
+            changed = changed.but(dtype=self.dtype)
         if not self.data:
             return changed
         stages = tuple(
@@ -180,6 +186,13 @@ class Plan(Frozen):
             there = ", ".join(self.recipes)
             raise ConfigError(f"no recipe is named {name!r}, which should be the baseline", f"there are {there}")
         return self if name is None else self.but(baseline=name)
+
+    def with_dtype(self, device: torch.device, folder: Path) -> Plan:
+        """With what that device takes `dtype=auto` for, unless a run in the folder has begun."""
+        if begun(folder):
+            return self
+        dtype = str(arithmetic("auto", device)).removeprefix("torch.")
+        return self.but(common=self.common.but(dtype=dtype))
 
     def with_recipes(self, recipes: Sequence[Recipe], folder: Path) -> Plan:
         """With these recipes beside its own, or in place of one of which nothing has begun in the folder.

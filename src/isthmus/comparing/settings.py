@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from isthmus.config import ObjectiveConfig, Recipe, Source, Stage
+from isthmus.config import LoRA, ObjectiveConfig, Recipe, Source, Stage, Train
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,13 @@ class Setting:
 
 
 def settings(recipes: Mapping[str, Recipe]) -> tuple[Setting, ...]:
-    """Everything that a fair comparison keeps equal; the joint, and what its stages train, is what differs.
+    """Everything that a fair comparison keeps equal, and at last what trains, which often is each joint's own.
 
     What belongs to a stage is compared among the recipes that have a stage of that name.
     """
     whole = [Setting(name, {own: of(recipe) for own, recipe in recipes.items()}) for name, of in ASKED.items()]
-    return (*whole, *_of_stages(recipes))
+    trains = Setting("what trains", {own: _trains(recipe) for own, recipe in recipes.items()})
+    return (*whole, *_of_stages(recipes), trains)
 
 
 def _of_stages(recipes: Mapping[str, Recipe]) -> Iterator[Setting]:
@@ -40,6 +41,28 @@ def _of_stages(recipes: Mapping[str, Recipe]) -> Iterator[Setting]:
         if len(owners) > 1:
             for asked, of in ASKED_OF_STAGES.items():
                 yield Setting(f"{asked} of stage {name}", {own: of(stage) for own, stage in owners.items()})
+
+
+def _trains(recipe: Recipe) -> str:
+    """The globs of every stage and how they train, rates aside; stages that train the same are told together."""
+    told: dict[str, list[str]] = {}
+    for stage in recipe.stages:
+        globs = ", ".join(f"`{glob}` ({_how(how)})" for glob, how in stage.train.items())
+        told.setdefault(globs, []).append(stage.name)
+    return "; ".join(f"{' and '.join(names)}: {globs}" for globs, names in told.items())
+
+
+def _how(how: Train) -> str:
+    mode = [f"LoRA of rank {how.mode.r}", *_options(how.mode)] if isinstance(how.mode, LoRA) else [how.mode]
+    every = ", of biases and norms too" if how.decay_all else ""
+    decay = [f"weight decay {how.weight_decay:g}{every}"] if how.weight_decay else []
+    return ", ".join([*mode, *decay])
+
+
+def _options(how: LoRA) -> Iterator[str]:
+    """What of LoRA differs from its defaults, beside the rank."""
+    for name, value in how.model_dump(exclude_defaults=True, exclude={"r"}).items():
+        yield name if value is True else f"{name} {value:g}"
 
 
 def _encoder(recipe: Recipe) -> str:
@@ -70,13 +93,18 @@ def named(what: Source | ObjectiveConfig) -> str:
 
 def _rows(stage: Stage) -> str:
     media = "" if stage.max_media is None else f", {stage.max_media} media"
-    return f"{stage.template}, {stage.max_length} tokens{media}, {stage.batching}, overlong: {stage.overlong}"
+    after = ", learnt from the first picture on" if stage.after_media else ""
+    return f"{stage.template}, {stage.max_length} tokens{media}, {stage.batching}, overlong: {stage.overlong}{after}"
 
 
 def _schedule(stage: Stage) -> str:
     floor = f" to {stage.floor:g}" if stage.floor else ""
     betas = " and ".join(f"{beta:g}" for beta in stage.betas)
     return f"{stage.schedule}{floor}, warm-up {stage.warmup:g}, clip {stage.clip}, betas {betas}"
+
+
+def _validated(stage: Stage) -> str:
+    return "at its end" if stage.evaluate_every is None else f"after every {stage.evaluate_every:g} of it"
 
 
 def _length(stage: Stage) -> str:
@@ -86,8 +114,8 @@ def _length(stage: Stage) -> str:
 ASKED: Mapping[str, Callable[[Recipe], str]] = {
     "encoder and its features": _encoder,
     "LLM": lambda recipe: _told(recipe.llm),
+    "starts with": lambda recipe: "its parts" if recipe.start is None else recipe.start,
     "system turn": lambda recipe: "the template's" if recipe.system is None else recipe.system or "none",
-    "arithmetic": lambda recipe: recipe.dtype,
     "evaluation": lambda recipe: ", ".join(
         f"{task.name}{'' if task.limit is None else f' ({task.limit} items)'}" for task in recipe.eval
     ),
@@ -100,4 +128,5 @@ ASKED_OF_STAGES: Mapping[str, Callable[[Stage], str]] = {
     "template and batching": _rows,
     "schedule": _schedule,
     "loss": lambda stage: " + ".join(f"{term.weight:g} × {named(term)}" for term in stage.objectives),
+    "validation": _validated,
 }

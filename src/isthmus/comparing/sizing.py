@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
 from isthmus import planning
+from isthmus.comparing import numbers
 from isthmus.comparing.settings import Setting
 from isthmus.config import Frozen, LoRA, Recipe
 from isthmus.errors import ConfigError
@@ -24,8 +25,6 @@ REACH = 64
 """Values in a row that a recipe refuses, after which no further one is tried."""
 ROUND = 48
 """A value that most numbers of heads divide."""
-WRITTEN = re.compile(r"(\d+\.?\d*(?:e\d+)?)([kMG]?)")
-PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
 
 
 class Size(Frozen):
@@ -55,8 +54,8 @@ def parse(text: str, recipes: Mapping[str, Recipe]) -> int:
     """
     if text in recipes:
         return planning.plan(recipes[text]).trained
-    found = WRITTEN.fullmatch(text.strip())
-    if found is None or not (number := round(float(found[1]) * PREFIXES[found[2]])):
+    found = numbers.read(text, {"": 1})
+    if found is None or not (number := round(found[0])):
         raise ConfigError(
             f"no number of parameters is written {text!r}, and no recipe has that name",
             f"write 500k or 6M, or name one of {', '.join(recipes)}",

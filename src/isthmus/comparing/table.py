@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,13 +10,15 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from isthmus.comparing.outcome import Cost, Line, Outcome
+from isthmus.comparing.outcome import Cost, Line, Outcome, sees
 from isthmus.costs import TEXT
 from isthmus.evaluation.drawing import count
-from isthmus.evaluation.seeds import wider
+from isthmus.evaluation.seeds import Gap, wider
 from isthmus.evaluation.statistics import short
 
 STYLES = {"better": "bold green", "worse": "bold red"}
+BLIND = "°"
+"""Behind what a joint reaches about as well with a blank picture."""
 
 
 def tables(outcome: Outcome) -> Iterator[Table]:
@@ -125,25 +128,26 @@ def _inside(cell: str) -> str:
 
 
 def _quality(tree: Tree, lines: Sequence[Tree]) -> Iterator[str]:
-    rows = [[f"`{name}`", *(_marked(line["cells"][name]) for line in lines)] for name in tree["names"]]
-    blank = ["blank picture, best", *(_blank(line) for line in lines)]
+    rows = [[f"`{name}`", *(_marked(line, name) for line in lines)] for name in tree["names"]]
+    blank = ["blank picture, mean", *(_blank(line) for line in lines)]
     chance = ["chance", *("·" if line["chance"] is None else short(line["chance"]) for line in lines)]
     return _rows(["joint", *(line["label"] for line in lines)], [*rows, blank, chance])
 
 
-def _marked(cell: Tree) -> str:
-    level = cell["level"]
+def _marked(line: Tree, name: str) -> str:
+    cell = line["cells"][name]
+    level, seen = cell["level"], cell["seen"]
     low, high = wider(level["low"], level["high"], level["items_low"], level["items_high"])
     text = f"{short(level['value'])} ({short(low, 2)} to {short(high, 2)})"
+    if line["unit"] == "accuracy" and seen is not None and not sees(Gap(**seen)):
+        text += BLIND
     return f"{text} **{cell['verdict']}**" if cell["verdict"] in STYLES else text
 
 
 def _blank(line: Tree) -> str:
-    """The best that any joint reached without seeing."""
+    """What joints reach without seeing, over the items that they were asked so."""
     values = [cell["others"]["blind"]["value"] for cell in line["cells"].values() if "blind" in cell["others"]]
-    if not values:
-        return "·"
-    return short(max(values) if line["unit"] == "accuracy" else min(values))
+    return short(statistics.mean(values)) if values else "·"
 
 
 def _said(tree: Tree) -> str:
@@ -153,7 +157,8 @@ def _said(tree: Tree) -> str:
         f"Means over {len(tree['seeds'])} seeds with 95 % intervals, over seeds or over items, of each end what "
         "reaches further. **better**, **worse**: than "
         f"`{tree['baseline']}`, where other seeds and other items would say the same; the chance that one or more of "
-        "these words are wrong is at most 5 %. No word: not decided."
+        "these words are wrong is at most 5 %, if the number of seeds was settled beforehand. No word: not decided. "
+        f"**{BLIND}**: not clearly better than the same model with a blank picture, on the items that both were asked."
     )
 
 
@@ -185,7 +190,7 @@ def _matched(tree: Tree) -> Iterator[str]:
         for name, value in setting["values"].items():
             values.setdefault(value, []).append(f"`{name}`")
         if len(values) == 1:
-            yield f"- {setting['name']}: the same"
+            yield f"- {setting['name']}: {setting['within'] or 'the same'}"
         else:
             told = "; ".join(f"{', '.join(names)}: {value}" for value, names in values.items())
             yield f"- {setting['name']}: {setting['within'] or '**differs**'}. {told}"

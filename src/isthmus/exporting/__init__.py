@@ -119,6 +119,15 @@ class Trial:
 def dense(model: VLM) -> None:
     """Make of a model what other formats can hold: parts in few bits become dense, and every LoRA is merged."""
     quantised.dequantise(model)
+    merge(model)
+
+
+def merge(model: VLM) -> None:
+    """Fold every LoRA into the weights that it stands beside.
+
+    Raises:
+        ConfigError: one cannot be (see `lora.merge`); those before it are.
+    """
     for name in adapters(model):
         model.merge_lora(name)
 
