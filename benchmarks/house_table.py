@@ -11,7 +11,7 @@ and encodes all pictures.
 
 What is equal: operations per run; encoder, LLM and arithmetic; the questions of all stages that train by the
 language-model loss; the evaluation; two learning rates tried at half the budget each. What is each recipe's
-own: its stages, what they train, and how they share the budget.
+own: its stages, what they train, how they share the budget, and the names that a stage without the LLM learns from.
 
 Two cores with instructions for bfloat16 take some ten minutes a joint with four seeds (longer for `cogvlm`, whose
 optimizer has 106 million parameters to move in every step), and two or three times that without. Five seeds are what
@@ -192,18 +192,31 @@ def page(tree: dict[str, Any], table: str, options: argparse.Namespace) -> str:
     """The comparison's Markdown under an introduction of our own."""
     _, _, rest = table.partition("\n- ")
     report = options.page.with_suffix(".html").name
-    samples = f"{tree['costs'][tree['baseline']]['samples']:,.0f}"
     return f"""# The house table: {len(tree["names"])} joints on the embedded parts
 
 Written by `benchmarks/house_table.py` from its runs; do not edit it by hand. [The report]({report}) has the same
 numbers with plots, pictures and every difference: download it and open it in a browser.
 
-Every joint was trained {len(tree["seeds"])} times with {tree["budget"]} a run ({samples} samples of
-`{tree["baseline"]}`), on the same questions about coloured shapes and drawn scenes, between EfficientNet-Lite0 and
+Every joint was trained {len(tree["seeds"])} times with {tree["budget"]} a run, between EfficientNet-Lite0 and
 SmolLM2-135M. That is minutes, not days: the table shows how far each joint comes from so little, and not where
 any of them ends. Do not carry its order over to large models without a comparison of your own ([how](../compare.md)).
 
+What is compared are recipes. Through the LLM all of them learn from the same questions about coloured shapes and drawn
+scenes. Some have a stage `warm` before, in which the joint alone learns names and captions of pictures by contrast:
+that costs few operations, and the others never see it. Of `{tree["baseline"]}` a run is
+{stages(tree)}.
+
 - {rest}"""
+
+
+def stages(tree: dict[str, Any]) -> str:
+    """How long the baseline's stages are."""
+    of = {setting["name"]: setting["values"].get(tree["baseline"]) for setting in tree["settings"]}
+    told = [
+        f"{of[f'length of stage {name}']} of {of[f'samples per step of stage {name}']} in `{name}`"
+        for name in str(of["stages"]).split(", ")
+    ]
+    return ", ".join(told)
 
 
 def main(words: Sequence[str] | None = None) -> int:
