@@ -354,7 +354,7 @@ def test_counted_products_are_those_of_the_formula(how, text, visual, shared):
 
 def attach(llm: Any, how: str) -> None:
     for layer in sites.layers(llm).modules if how != "full" else ():
-        graft.graft(llm, layer.self_attn, "composite", composite.MediaAttention(how == "self"))
+        graft.graft(llm, layer.self_attn, "composite", composite.MediaAttention(True, how == "self"))
         if how == "keys":
             graft.graft(llm, layer.mlp, "composite", composite.TextOnly())
 
@@ -380,7 +380,8 @@ def test_keys_and_values_are_those_that_the_layer_itself_hands_to_its_cache(fami
     for index, layer in enumerate(sites.layers(llm).modules):
         composite.check(layer)
         x, rotation = asked[index]
-        found = composite.keys_and_values(sites.attention(layer), x[0], rotation and [each[0] for each in rotation])
+        turned = [each[0] for each in rotation] if composite.turns(sites.attention(layer)) else None
+        found = composite.keys_and_values(sites.attention(layer), x[0], turned)
         for mine, theirs in zip(found, (kept.layers[index].keys, kept.layers[index].values), strict=True):
             close(mine.transpose(0, 1), theirs[0])
     assert composite.turns(sites.attention(sites.layers(llm).modules[1])) == (family in ("llama", "qwen3", "glm"))

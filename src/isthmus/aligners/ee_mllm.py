@@ -71,9 +71,9 @@ class EEMLLM(Aligner):
     def _inside(self, path: str, layer: nn.Module) -> Iterator[Addition]:
         """What one layer is given."""
         visual, free = self.options.visual, self.options.free
-        yield Addition(
-            f"{path}.{composite.check(layer)}", "composite", composite.MediaAttention(visual == "self", free)
-        )
+        name = composite.check(layer)
+        turns = composite.turns(sites.attention(layer))
+        yield Addition(f"{path}.{name}", "composite", composite.MediaAttention(turns, visual == "self", free))
         if visual == "keys":
             yield Addition(f"{path}.{composite.feed_forward(layer)}", "composite", composite.TextOnly(free))
 

@@ -113,8 +113,9 @@ class SAISA(Aligner):
         (read,) = reads
         stack = sites.layers(llm)
         for index, layer in enumerate(stack.modules):
-            path = f"llm.{stack.path}.{index}"
-            yield Addition(f"{path}.{composite.check(layer)}", "saisa", composite.MediaAttention(echo=False))
+            path, name = f"llm.{stack.path}.{index}", composite.check(layer)
+            turns = composite.turns(sites.attention(layer))
+            yield Addition(f"{path}.{name}", "saisa", composite.MediaAttention(turns, echo=False))
             yield Addition(f"{path}.{composite.feed_forward(layer)}", "saisa", composite.TextOnly())
             yield Addition(path, "saisa", OwnView(read, self.options.inner or width, width))
 

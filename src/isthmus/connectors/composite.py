@@ -81,13 +81,14 @@ class MediaAttention(Graft):
     """On a self-attention: media give keys and values, and ask nothing.
 
     Args:
+        turns: whether the layer turns queries and keys to their positions (`turns`).
         echo: media attend to themselves (EE-MLLM), else the attention adds nothing to them (NAAViT).
         free: only where no gradient is recorded; training then has full attention.
     """
 
-    def __init__(self, echo: bool = True, free: bool = False):
+    def __init__(self, turns: bool, echo: bool = True, free: bool = False):
         super().__init__()
-        self.echo, self.free = echo, free
+        self.turns, self.echo, self.free = turns, echo, free
 
     def forward(self, host: Any, base: Callable[..., Any], x: Tensor, *args: Any, side: Side | None, **kw: Any) -> Any:
         if side is None or not holds_media(side) or (self.free and torch.is_grad_enabled()):
@@ -102,7 +103,7 @@ class MediaAttention(Graft):
             kw["position_embeddings"], rotation = tuple(text for text, _ in turned), [media for _, media in turned]
         if kw.get("position_ids") is not None:
             kw["position_ids"] = kw["position_ids"].expand(len(x), -1).gather(1, rows.column_BU)
-        key_MHd, value_MHd = keys_and_values(host, media_MD, rotation)
+        key_MHd, value_MHd = keys_and_values(host, media_MD, rotation if self.turns else None)
         cached = 0 if cache is None else cache.get_seq_length(host.layer_idx)
         kw["attention_mask"] = _mask(kw.get("attention_mask"), rows, side, cached, x.dtype)
         kw["past_key_values"] = _Joined(cache, rows, key_MHd, value_MHd)
@@ -224,7 +225,7 @@ def keys_and_values(host: Any, media_MD: Tensor, rotation: list[Tensor] | None) 
     key_MHd, value_MHd = (each(media_MD).unflatten(-1, (-1, host.head_dim)) for each in (host.k_proj, host.v_proj))
     if hasattr(host, "k_norm"):
         key_MHd = host.k_norm(key_MHd)
-    if rotation is not None and turns(host):
+    if rotation is not None:
         key_MHd = turned(host, key_MHd.transpose(0, 1)[None], [each[None] for each in rotation])[0].transpose(0, 1)
     return key_MHd, value_MHd
 
