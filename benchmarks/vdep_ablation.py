@@ -69,14 +69,18 @@ BARE = {
     "LLaVA, few captions": Setting({"alpha": 0}, FEW),
     "VDEP, few captions": Setting({}, FEW),
     "VDEP, few captions and bare pictures": Setting({}, FEW, bare=True),
+}
+CONTROL = {
     "LLaVA, few captions in half the samples": Setting({}, FEW, bare=True, mute=True),
+    "VDEP, few captions and bare pictures": BARE["VDEP, few captions and bare pictures"],
 }
 GROUPS = {
     "Settings of the term": TERM,
     "Pictures without words": BARE,
+    "Pictures without words, beside as many words": CONTROL,
 }
 """What is compared, each with the first of its group."""
-SETTINGS = TERM | BARE
+SETTINGS = TERM | BARE | CONTROL
 TASKS = ("easy-vqa", "relation", "caption")
 PAGE = Path(__file__).resolve().parent.parent / "docs/results/vdep.md"
 LOOK = 64
