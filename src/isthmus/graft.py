@@ -187,22 +187,30 @@ class Carrier(nn.Module):
 
 def _become(module: Any, carries: bool, grafted: bool) -> None:
     """Give a module the class of its base with the mixins it needs, or its base class where it needs none."""
-    base = _base(module)
+    base = base_class(module)
     mixins = (Carrier,) * carries + (Grafted,) * grafted
     if carries and not isinstance(module, Carrier):
         module._loan = _Loan()
-    module.__class__ = _swapped(base, mixins) if mixins else base
+    module.__class__ = _swapped(base, mixins)
+
+
+def rebase(module: Any, base: Any) -> None:
+    """Give a module another class below all that is added to it."""
+    mixins = tuple(cls for cls in (Carrier, Grafted) if isinstance(module, cls))
+    module.__class__ = _swapped(base, mixins)
 
 
 @functools.cache
 def _swapped(base: Any, mixins: tuple[type, ...]) -> Any:
-    """The one subclass of `base` with these mixins; it goes by the name of its base."""
+    """The one subclass of `base` with these mixins, by the name of its base; without any, the base itself."""
+    if not mixins:
+        return base
     names = {key: getattr(base, key) for key in ("__module__", "__qualname__", "__doc__")}
     first = next(iter(list(inspect.signature(base.forward).parameters)[1:]), "")
     return type(base)(base.__name__, (*mixins, base), {**names, "_first": first})
 
 
-def _base(module: nn.Module) -> Any:
+def base_class(module: nn.Module) -> Any:
     """The class that a module had before any addition."""
     return next(cls for cls in type(module).__mro__ if cls not in (Carrier, Grafted) and not _is_swapped(cls))
 
@@ -283,7 +291,7 @@ def _check_reach(root: nn.Module, path: str) -> None:
         if (
             callable_
             and _library(module) == _library(root.get_submodule(layer))
-            and not _hands_on(_base(module), below)
+            and not _hands_on(base_class(module), below)
         ):
             raise ConfigError(
                 f"{type(module).__name__}.forward does not hand its keyword arguments on, so `side` would not reach "
@@ -304,13 +312,13 @@ def _source(cls: Any) -> ast.FunctionDef:
 
 def arguments(module: Any) -> set[str]:
     """What the family's own forward of a module asks for by name."""
-    return {argument.arg for argument in _source(_base(module)).args.args}
+    return {argument.arg for argument in _source(base_class(module)).args.args}
 
 
 def steps(module: Any, among: list[ast.stmt] | None = None) -> Iterator[ast.stmt]:
     """What the family's own forward of a module does, in order: of a condition on the module's fields alone the branch
     that it takes, of any other both."""
-    for step in _source(_base(module)).body if among is None else among:
+    for step in _source(base_class(module)).body if among is None else among:
         if not isinstance(step, ast.If):
             yield step
             continue

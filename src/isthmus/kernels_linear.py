@@ -53,7 +53,7 @@ def use_onednn(root: nn.Module) -> int:
 def use_pytorch(root: nn.Module) -> None:
     """Give every Linear inside `root` PyTorch's own products again, as forms of a model are compared in."""
     for module in _made_of(root, Linear):
-        _rebase(module, nn.Linear)
+        graft.rebase(module, nn.Linear)
 
 
 @functools.cache
@@ -110,19 +110,13 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _adopted(root: nn.Module) -> list[Linear]:
     """The Linears inside `root` that have the class above, or are given it."""
     for module in _made_of(root, nn.Linear):
-        _rebase(module, Linear)
+        graft.rebase(module, Linear)
     return _made_of(root, Linear)
 
 
 def _made_of(root: nn.Module, kind: type[nn.Linear]) -> list[Any]:
     """The modules inside `root` that have this very class, grafts aside."""
-    return [module for module in root.modules() if graft._base(module) is kind]
-
-
-def _rebase(module: Any, kind: Any) -> None:
-    """Give a module another class below its grafts."""
-    mixins = tuple(cls for cls in (graft.Carrier, graft.Grafted) if isinstance(module, cls))
-    module.__class__ = graft._swapped(kind, mixins) if mixins else kind
+    return [module for module in root.modules() if graft.base_class(module) is kind]
 
 
 class _Product(torch.autograd.Function):
