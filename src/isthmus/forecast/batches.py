@@ -23,8 +23,8 @@ from isthmus.objectives.lm import supervised
 from isthmus.training.run import Feed, encodes_anew, limits, mix_of
 from isthmus.types import IGNORE, Batch, Features, Media, Medium, Reading
 
-SAMPLES = 1024
-"""How many samples are looked at, at most."""
+SAMPLES, STEPS = 1024, 32
+"""How many samples are looked at, and over how many steps they are spread at least."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Drawn:
         }
 
 
-def draw(recipe: Recipe, stage: Stage, model: VLM, steps: int | None, window: int = 32) -> Drawn:
-    """The first batches of a stage; `steps` are those it lasts, if that is known.
+def draw(recipe: Recipe, stage: Stage, model: VLM, steps: int | None) -> Drawn:
+    """Batches from a stage's beginning; `steps` are those it lasts, if that is known.
 
     Raises:
         ConfigError, DataError, IsthmusError: its data are there but wrong, or not fetched.
@@ -76,13 +76,16 @@ def draw(recipe: Recipe, stage: Stage, model: VLM, steps: int | None, window: in
     look = Hollow(model, anew)
     collate = model.processor.collator(look, stage.template, **limits(stage))
     feed = Feed(stage, data, collate, recipe.seed)
-    last = min(window, steps or window)
-    stride = max(1, last * stage.batch_size // SAMPLES)
-    feed(0, 0)  # plans the window
-    began = now()
-    drawn = [[feed(step, micro) for micro in range(feed.micros)] for step in range(0, last, stride)]
-    seconds = (now() - began) / len(drawn)
-    return Drawn(drawn, data.mix.epoch_length, seconds)
+    wanted = max(STEPS, SAMPLES // stage.batch_size)
+    last = wanted if steps is None else min(wanted, steps)
+    feed(0, 0)  # features are probed once
+    drawn, collating = [], 0.0
+    for step in range(0, last, max(1, last * stage.batch_size // SAMPLES)):
+        feed.around(step)  # samples are measured once and remembered, in all epochs but the first
+        began = now()
+        drawn.append([feed(step, micro) for micro in range(feed.micros)])
+        collating += now() - began
+    return Drawn(drawn, data.mix.epoch_length, collating / len(drawn))
 
 
 class Hollow:

@@ -130,6 +130,10 @@ class Feed:
         drawn = self._drawn(step)
         return self._collator.rows([[self._sample(ref, drawn) for ref in row] for row in rows])
 
+    def around(self, step: int) -> range:
+        """The steps that are planned together with this one, when the first of them is asked for."""
+        return self._batches.around(step)[0]
+
     def _drawn(self, step: int) -> dict[Ref, float]:
         """Where terms are about a share of the samples, what each sample of a step draws."""
         if self._mixed is None:
