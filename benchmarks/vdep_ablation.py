@@ -12,7 +12,8 @@ What is learnt are questions about coloured shapes, where things are in drawn sc
 than other recipes have, so that few steps suffice for LLaVA to read its pictures. `few captions` are settings in which
 a tenth of the pictures come with words, in the stages before, too; `bare pictures` adds all of them without a word, in
 every second sample of the last stage, so that the number of steps and of samples in each is the same. Such a run reads
-its few words half as often: its control is `in half the samples`, the same run with a term that weighs nothing.
+its few words half as often: its control is `in half the samples`, the same run with a term that weighs nothing. In
+settings `of align` the last stage is one more `align`: connectors alone learn, through an LLM that stays as it is.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class Setting:
     """Whether every second sample of the last stage is any of the pictures without words."""
     mute: bool = False
     """Whether the term weighs nothing, so that pictures without words take the place of others and teach nothing."""
+    frozen: bool = False
+    """Whether the LLM stays as it is in the last stage too, so that its term moves the connectors alone."""
 
     @property
     def shared(self) -> str:
@@ -74,13 +77,19 @@ CONTROL = {
     "LLaVA, few captions in half the samples": Setting({}, FEW, bare=True, mute=True),
     "VDEP, few captions and bare pictures": BARE["VDEP, few captions and bare pictures"],
 }
+ALIGN = {
+    "LLaVA of align": Setting({"alpha": 0}, frozen=True),
+    "VDEP of align": Setting(frozen=True),
+    "alpha 1 of align": Setting({"alpha": 1.0}, frozen=True),
+}
 GROUPS = {
     "Settings of the term": TERM,
+    "The LLM as it is": ALIGN,
     "Pictures without words": BARE,
     "Pictures without words, beside as many words": CONTROL,
 }
 """What is compared, each with the first of its group."""
-SETTINGS = TERM | BARE | CONTROL
+SETTINGS = TERM | ALIGN | BARE | CONTROL
 TASKS = ("easy-vqa", "relation", "caption")
 PAGE = Path(__file__).resolve().parent.parent / "docs/results/vdep.md"
 LOOK = 64
@@ -132,6 +141,8 @@ def stages(seed: int, name: str, options: argparse.Namespace) -> tuple[Any, Any]
         )
         for stage in recipe.stages
     ]
+    if setting.frozen:
+        told[-1] = told[-2].but(objectives=told[-1].objectives, budget=told[-1].budget)
     if setting.bare:
         told[-1] = told[-1].but(data=[*told[-1].data, bare(options.pictures, weight=2.0)])
     if setting.mute:
@@ -266,7 +277,8 @@ Written by `python benchmarks/vdep_ablation.py --write`; do not edit it by hand.
 SmolLM2-135M and EfficientNet-Lite0, {result["pool"] ** 2} tokens per picture, {result["pictures"]} pictures of
 shapes and as many of scenes. All settings of a seed share the stages `warm` ({result["warm"]} steps of 128) and `align`
 ({result["align"]} of {result["batch"]}); then come {result["steps"]} steps of {result["batch"]} samples of `sft`, with
-the term or without it. Seeds {", ".join(map(str, result["seeds"]))}; {result["items"]} items per task, the same ones.
+the term or without it; *of align* means as many of `align` in its place, where connectors alone learn and the LLM stays
+as it is. Seeds {", ".join(map(str, result["seeds"]))}; {result["items"]} items per task, the same ones.
 Where there are few captions, {FEW:.0%} of the pictures come with words, in all stages.
 
 In brackets is the wider of two intervals at 95 %: of Student's t over seeds, and of a bootstrap over seeds and items.
@@ -282,7 +294,8 @@ seed, and are in bold where their interval leaves zero out; of many, one in twen
 Of {LOOK} held-out pictures, in the term's own unit (mean square of vectors of root mean square 1): how far states are
 from the next vector, how far the next vector is from the one before it (what copying would reach), how far states are
 from their own vector, and whether vectors collapse. Distances are those between the centres of pictures' states and of
-their captions', all of length 1, before `sft` and after it ([how](../gap.md)): 0 is the same centre, 2 the opposite.
+their captions', all of length 1, before the last stage and after it ([how](../gap.md)): 0 is the same centre, 2 the
+opposite.
 {lacking}
 {harness.in_words(result["machine"])}
 """

@@ -74,6 +74,9 @@ def test_settings_differ_from_the_recipe_in_what_they_say(ablation: Any) -> None
     assert all(len({shared[name][0].fingerprint() for name in settings}) == 1 for settings in groups)
     assert len({last.fingerprint() for _, last in shared.values()}) == len(ablation.SETTINGS)
     assert [term.name for term in shared["LLaVA"][1].stages[0].objectives] == ["lm"]
+    frozen = [shared[name][1].stages[0] for name in ablation.ALIGN]
+    assert all(set(stage.train) == {"connectors.*"} for stage in frozen)
+    assert [[term.weight for term in stage.objectives] for stage in frozen] == [[1.0], [1.0, 0.1], [1.0, 1.0]]
     assert all(last.stages[0].budget.steps == 5 and last.stages[0].batch_size == 3 for _, last in shared.values())
     sources = [source for legs in shared["VDEP"] for stage in legs.stages for source in stage.data]
     assert {source.limit or source.options["count"] for source in sources} == {50}
