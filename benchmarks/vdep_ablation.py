@@ -90,7 +90,7 @@ GROUPS = {
 }
 """What is compared, each with the first of its group."""
 SETTINGS = TERM | ALIGN | BARE | CONTROL
-TASKS = ("easy-vqa", "relation", "caption")
+TASKS = ("easy-vqa", "presence", "relation", "caption")
 PAGE = Path(__file__).resolve().parent.parent / "docs/results/vdep.md"
 LOOK = 64
 """Held-out pictures that the image term and the gap are measured on."""
