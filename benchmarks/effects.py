@@ -216,12 +216,18 @@ def tables(cases: Sequence[Mapping[str, Any]], labels: Sequence[str] | None = No
     labels = tuple(labels if labels is not None else cases[0]["levels"])
     levels = [[case["cell"], *(_interval(case["levels"][label]) for label in labels)] for case in cases]
     told = [harness.table(["setting", *labels], levels)]
-    gaps = [(case["cell"], [case["gaps"][label] for label in labels]) for case in cases if case["gaps"]]
+    apart = {case["cell"]: case for case in cases if case["gaps"]}
+    return "\n\n".join([*told, differences(f"minus {cases[0]['cell']}", apart, labels)] if apart else told)
+
+
+def differences(title: str, cases: Mapping[str, Mapping[str, Any]], labels: Sequence[str]) -> str:
+    """The gaps of these cases by what their rows are called, in bold those whose interval leaves zero out."""
+    gaps = {name: [case["gaps"][label] for label in labels] for name, case in cases.items()}
     apart = [
-        [cell, *(f"**{_interval(each)}**" if is_clear(each) else _interval(each) for each in some)]
-        for cell, some in gaps
+        [name, *(f"**{_interval(each)}**" if is_clear(each) else _interval(each) for each in some)]
+        for name, some in gaps.items()
     ]
-    return "\n\n".join([*told, harness.table([f"minus {cases[0]['cell']}", *labels], apart)] if apart else told)
+    return harness.table([title, *labels], apart)
 
 
 def _interval(each: Level | Gap) -> str:

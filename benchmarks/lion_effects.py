@@ -54,6 +54,8 @@ class Experiment:
     asks: str
     tasks: tuple[str, ...]
     cells: dict[str, Cell]
+    pairs: tuple[tuple[str, str], ...] = ()
+    """Cells that differ in one thing, of which the second is compared with the first as well."""
 
 
 def _tagged(tags: str, percent: int) -> Cell:
@@ -88,6 +90,7 @@ EXPERIMENTS = {
             for percent in (50, 0, 25, 75)
             for tags in ("hard", "soft")
         },
+        tuple((f"hard, {percent} % wrong", f"soft, {percent} % wrong") for percent in (0, 25, 50, 75)),
     ),
 }
 """The cells in the order in which they are trained."""
@@ -209,8 +212,9 @@ def warmed(cell: Cell, seed: int, options: argparse.Namespace, look: Any) -> Any
 # ---------------------------------------------------------------------------------------------- collecting
 
 
-def collect(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Per experiment, the cells that all seeds have finished: levels, and gaps to the first cell.
+def collect(options: argparse.Namespace) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Per experiment, of the cells that all seeds have finished: `cells`, their levels and gaps to the first one, and
+    `pairs`, gaps between two that differ in one thing.
 
     Raises:
         SystemExit: a cell was made with other numbers.
@@ -218,13 +222,18 @@ def collect(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     return {name: _collect(name, options) for name in options.experiments}
 
 
-def _collect(experiment: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    found = {}
-    for cell in EXPERIMENTS[experiment].cells:
+def _collect(experiment: str, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    found, trial = {}, EXPERIMENTS[experiment]
+    for cell in trial.cells:
         files = [where(experiment, cell, seed, options) for seed in options.seeds]
         if all(file.is_file() for file in files):
             found[cell] = [effects.read(file, asked(options)) for file in files]
-    return effects.compare(found, next(iter(EXPERIMENTS[experiment].cells)))
+    pairs = [
+        effects.compare({one: found[one], other: found[other]}, one)[1] | {"minus": one}
+        for one, other in trial.pairs
+        if one in found and other in found
+    ]
+    return {"cells": effects.compare(found, next(iter(trial.cells))), "pairs": pairs}
 
 
 def picture(experiment: str) -> Path:
@@ -266,10 +275,18 @@ def section(name: str, trial: Mapping[str, Any]) -> str:
         seen if len(done) > 1 else "",
         effects.tables(cases),
         effects.verdict(cases),
+        _paired(trial["pairs"]),
         f"Not trained for all seeds yet: {', '.join(lacking)}." if lacking else "",
         harness.in_words(trial["machine"]),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _paired(pairs: Sequence[Mapping[str, Any]]) -> str:
+    if not pairs:
+        return ""
+    named = {f"{case['cell']}, minus {case['minus']}": case for case in pairs}
+    return effects.differences("two that differ in one thing", named, tuple(pairs[0]["gaps"]))
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -301,24 +318,28 @@ def _cells(options: argparse.Namespace) -> Iterator[effects.Work]:
 def _report(told: Mapping[str, Any], options: argparse.Namespace) -> int:
     """Save and print what is finished; 1 where something is left to do."""
     found = collect(options)
-    for name, cases in found.items():
-        print(f"\n{name}: {EXPERIMENTS[name].asks}\n\n{effects.tables(cases)}")
-    trials = _measured() | {name: {**told, "cells": cases} for name, cases in found.items() if cases}
+    for name, trial in found.items():
+        parts = EXPERIMENTS[name].asks, effects.tables(trial["cells"]), _paired(trial["pairs"])
+        print(f"\n{name}:", "\n\n".join(filter(None, parts)))
+    trials = _measured() | {name: {**told, **trial} for name, trial in found.items() if trial["cells"]}
     print(harness.save("lion_effects", {"experiments": trials}, options))
     if options.write:
         PAGE.parent.mkdir(parents=True, exist_ok=True)
         PAGE.write_text(page(trials), encoding="utf-8")
-        for name, cases in ((name, cases) for name, cases in found.items() if len(cases) > 1):
+        for name, cases in ((name, trial["cells"]) for name, trial in found.items() if len(trial["cells"]) > 1):
             picture(name).write_text(effects.forest({name.capitalize(): cases}, tuple(cases[0]["levels"])))
         print(PAGE)
-    return int(any(_left(name, cases, options) for name, cases in found.items()))
+    return int(any(_left(name, trial["cells"], options) for name, trial in found.items()))
 
 
 def _measured() -> dict[str, dict[str, Any]]:
     """The experiments of which figures are kept already."""
     file = harness.RESULTS / "lion_effects.json"
     trials = json.loads(file.read_text(encoding="utf-8"))["experiments"] if file.is_file() else {}
-    return {name: {**trial, "cells": effects.restored(trial["cells"])} for name, trial in trials.items()}
+    return {
+        name: trial | {part: effects.restored(trial.get(part, ())) for part in ("cells", "pairs")}
+        for name, trial in trials.items()
+    }
 
 
 def _left(experiment: str, cases: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> list[str]:

@@ -93,6 +93,9 @@ def test_differences_are_paired_by_seed_and_bold_only_where_their_interval_leave
     (hard, soft) = json.loads((tmp_path / "found.json").read_text())["experiments"]["tags"]["cells"][1:]
     assert hard["gaps"]["Presence"]["value"] == pytest.approx(0.31 / 3)
     assert soft["cell"] == "soft, 50 % wrong"
+    (pair,) = json.loads((tmp_path / "found.json").read_text())["experiments"]["tags"]["pairs"]
+    assert (pair["minus"], pair["cell"]) == ("hard, 50 % wrong", "soft, 50 % wrong")
+    assert pair["gaps"]["Presence"]["value"] == pytest.approx((0.1 - 0.1 - 0.31) / 3)
 
 
 def test_a_cell_counts_only_when_all_its_seeds_are_there(effects, tmp_path):
@@ -113,6 +116,7 @@ def test_the_page_says_what_is_told_apart_and_what_was_not_trained(effects, tmp_
     page = effects.PAGE.read_text()
     assert "- hard, 50 % wrong: better on Presence" in page and "Captions, nats" in page
     assert "- soft, 50 % wrong: cannot be told apart from the first row." in page
+    assert "| soft, 50 % wrong, minus hard, 50 % wrong |" in page
     assert "Not trained for all seeds yet: hard, 0 % wrong," in page and "40 in every cell" in page
 
 
