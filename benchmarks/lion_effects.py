@@ -58,6 +58,10 @@ class Experiment:
     """Cells that differ in one thing, of which the second is compared with the first as well."""
 
 
+WRONG = (0, 25, 50, 75)
+"""Of a hundred tags, how many are wrong."""
+
+
 def _tagged(tags: str, percent: int) -> Cell:
     return Cell({"tags": tags, "wrong": percent / 100}, ("image",))
 
@@ -85,12 +89,8 @@ EXPERIMENTS = {
         "Do tags help, what do wrong ones cost, and does the learned word soften that?",
         ("presence", "naming", "caption"),
         {"none": _tagged("none", 0)}
-        | {
-            f"{tags}, {percent} % wrong": _tagged(tags, percent)
-            for percent in (50, 0, 25, 75)
-            for tags in ("hard", "soft")
-        },
-        tuple((f"hard, {percent} % wrong", f"soft, {percent} % wrong") for percent in (0, 25, 50, 75)),
+        | {f"{tags}, {percent} % wrong": _tagged(tags, percent) for percent in WRONG for tags in ("hard", "soft")},
+        tuple((f"hard, {percent} % wrong", f"soft, {percent} % wrong") for percent in WRONG),
     ),
 }
 """The cells in the order in which they are trained."""
