@@ -219,7 +219,8 @@ def test_a_step_that_cannot_be_traced_is_one_kind_of_error(data, monkeypatch):
 
 def test_the_largest_of_a_thousand_samples_is_planned_for_however_small_batches_are(data, tmp_path):
     said = [{"from": "human", "value": "<image>\nwhat?" + " so" * 200}, {"from": "gpt", "value": "yes"}]
-    (tmp_path / "data.json").write_text(json.dumps([*PAIRS * 8, {"id": "long", "image": "a.png", "conversations": said}]))
+    long = {"id": "long", "image": "a.png", "conversations": said}
+    (tmp_path / "data.json").write_text(json.dumps([*PAIRS * 8, long]))
     recipe = staged(data | {"name": str(tmp_path / "data.json")}, {"connectors.*": 1e-3}, budget={"epochs": 9})
     drawn = draw(recipe, recipe.stages[0], planning.outline(recipe), None)
     assert len(drawn.steps) == 1024 // 4 and max(drawn.volumes) >= 4 * 200
