@@ -345,9 +345,8 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     made.add_argument("--perturb", type=float, default=0.0, help="added to our joint's bias: the check must refuse")
     options = made.parse_args(arguments)
     if options.quick:
-        options.lengths, options.spreads = [64], ["narrow"]
-        options.sizes = ["small"] if options.sizes == list(SIZES) else options.sizes
-        options.steps, options.repeats = 5, 2
+        made.set_defaults(sizes=["small"], lengths=[64], spreads=["narrow"], steps=5, repeats=2)
+        options = made.parse_args(arguments)  # what is given stays
     if options.tiny:
         options.sizes, options.lengths, options.spreads = ["check"], [24], ["wide"]
         options.batch, options.steps = 4, 4

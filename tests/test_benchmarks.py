@@ -222,6 +222,13 @@ def test_training_agrees_with_its_peers_and_is_timed(tmp_path, stage):
         assert len(row["seconds_per_step"][0]) == len(row["losses"]) - 2 and 0 < row["ceiling_share"]["median"] < 1.5
 
 
+def test_quick_training_changes_only_what_was_not_given():
+    train = importlib.import_module("train_vs_peers")
+    quick, longer = (train.options_of(["--quick", *more]) for more in ([], ["--lengths", "256", "--steps", "3"]))
+    assert (quick.sizes, quick.lengths, quick.steps, quick.repeats) == (["small"], [64], 5, 2)
+    assert (longer.sizes, longer.lengths, longer.steps, longer.repeats) == (["small"], [256], 3, 2)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("embedded")
 def test_training_quotes_no_speed_when_losses_differ(tmp_path, capsys):

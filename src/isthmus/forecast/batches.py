@@ -81,7 +81,7 @@ def draw(recipe: Recipe, stage: Stage, model: VLM, steps: int | None) -> Drawn:
     feed(0, 0)  # features are probed once
     drawn, collating = [], 0.0
     for step in range(0, last, max(1, last * stage.batch_size // SAMPLES)):
-        feed.around(step)  # samples are measured once and remembered, in all epochs but the first
+        feed.around(step)  # not timed: samples are rendered for their lengths in the first epoch alone
         began = now()
         drawn.append([feed(step, micro) for micro in range(feed.micros)])
         collating += now() - began

@@ -131,7 +131,7 @@ class Feed:
         return self._collator.rows([[self._sample(ref, drawn) for ref in row] for row in rows])
 
     def around(self, step: int) -> range:
-        """The steps that are planned together with this one, when the first of them is asked for."""
+        """The steps whose samples are chosen at once with this one's; that is done when any of them is asked for."""
         return self._batches.around(step)[0]
 
     def _drawn(self, step: int) -> dict[Ref, float]:
