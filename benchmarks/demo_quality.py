@@ -47,6 +47,12 @@ TARGETS = (
     Target("easy-VQA without yes/no", "easy-VQA without yes/no ≥ .90", 0.90),
     Target("Presence", "presence > .85", 0.85, strictly=True),
     Target("Naming unseen concepts", "naming of unseen concepts > cosine of the joint", column="cosine", strictly=True),
+    Target(
+        "Naming unseen concepts, no name favoured",
+        "the same, no name favoured by either",
+        column="cosine",
+        strictly=True,
+    ),
 )
 
 
@@ -107,7 +113,7 @@ def collect(folders: Sequence[Path]) -> dict[str, Any]:
         raise SystemExit("the reports are of different test items and cannot be averaged; delete the older ones")
     if len({report["seed"] for report in reports}) < len(reports):
         raise SystemExit("two reports have the same seed, so they are no repeats; delete one")
-    rows = [_row([report["rows"][place] for report in reports]) for place in range(len(reports[0]["rows"]))]
+    rows = [row for place in range(len(reports[0]["rows"])) for row in _rows([each["rows"][place] for each in reports])]
     return {
         "seeds": [report["seed"] for report in reports],
         "fingerprints": [report["fingerprint"] for report in reports],
@@ -120,15 +126,23 @@ def collect(folders: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def _row(same: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One task over seeds."""
+def _rows(same: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One task over seeds, and each figure that it reports besides."""
     first = same[0]
     if len({row["label"] for row in same}) > 1:
         raise SystemExit(f"the reports hold different tasks: {[row['label'] for row in same]}")
-    columns = [column for column in COLUMNS if column in first["cells"]]
-    means = {column: Mean.of([row["cells"][column]["value"] for row in same]) for column in columns}
-    kept = {key: first[key] for key in ("label", "unit", "n", "chance")}
-    return kept | {"means": means}
+    kept = {key: first[key] for key in ("unit", "n", "chance")}
+    figures = {first["label"]: [row["cells"] for row in same]}
+    figures |= {
+        f"{first['label']}, {name}": [row["besides"].get(name, {}) for row in same] for name in first["besides"]
+    }
+    return [kept | {"label": label, "means": _means(cells)} for label, cells in figures.items()]
+
+
+def _means(same: Sequence[Mapping[str, Any]]) -> dict[str, Mean]:
+    """Per column that every seed has, the mean of its values."""
+    columns = [column for column in COLUMNS if all(cells.get(column) for cells in same)]
+    return {column: Mean.of([cells[column]["value"] for cells in same]) for column in columns}
 
 
 def _judge(target: Target, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

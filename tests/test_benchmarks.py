@@ -327,7 +327,11 @@ def report(seed: int, after: float, cosine: float, data_hash: str = "same") -> d
     """A report with the four rows that the targets are about."""
     labels = ("easy-VQA, official test", "easy-VQA without yes/no", "Presence", "Naming unseen concepts")
     cells = {"after": {"value": after}, "cosine": {"value": cosine}}
-    rows = [{"label": label, "unit": "accuracy", "n": 500, "chance": 0.5, "cells": cells} for label in labels]
+    rows = [
+        {"label": label, "unit": "accuracy", "n": 500, "chance": 0.5, "cells": cells, "besides": {}} for label in labels
+    ]
+    even = {column: {"value": cell["value"] + seed / 10} for column, cell in cells.items()}
+    rows[-1]["besides"] = {"no name favoured": even | {"blind": None}}  # an answer was not scored
     return {
         "seed": seed, "data_hash": data_hash, "fingerprint": f"f{seed}", "method": {}, "seconds": {}, "curves": [],
         "rows": rows,
@@ -347,7 +351,10 @@ def test_demo_quality_interval_and_targets(tmp_path):
     mean = found["rows"][0]["means"]["after"]
     assert mean.value == pytest.approx(0.90)
     assert mean.half_width == pytest.approx(4.3027 * 0.02 / 3**0.5, rel=1e-3)  # by hand: sd .02, t(2) = 4.3027
-    assert [each["met"] for each in found["targets"]] == [True, True, True, False]  # .90 is not above a cosine of .90
+    assert [each["met"] for each in found["targets"]] == [True, True, True, False, False]  # .90 is not above .90
+    besides = found["rows"][-1]
+    assert besides["label"] == "Naming unseen concepts, no name favoured" and [*besides["means"]] == ["after", "cosine"]
+    assert besides["means"]["cosine"].seeds == pytest.approx((0.9, 1.0, 1.1))
     assert found["targets"][0]["seeds"] == "2 of 3 seeds"
 
 

@@ -20,10 +20,11 @@ from isthmus.config import Recipe, Source, TaskConfig
 from isthmus.data import sets
 from isthmus.data.collate import Look
 from isthmus.data.media import open_image
+from isthmus.evaluation import answers
 from isthmus.evaluation import report as reports
 from isthmus.evaluation.measure import Measured, build, check_exchanges, conditions, measure, merge, rules
 from isthmus.evaluation.results import Column, Credit, Curve, Generation, Part, Report, examples, headline, rows
-from isthmus.evaluation.tasks import Task, plain
+from isthmus.evaluation.tasks import Task
 from isthmus.files import read_note, write_text, writing
 from isthmus.forecast import kept, was
 from isthmus.model import VLM
@@ -233,7 +234,7 @@ def data_hash(tasks: Iterable[Task]) -> str:
     digest = hashlib.sha256()
     for task in tasks:
         for item in task.items:
-            digest.update(f"{item.prompt.id}\n{plain(item.prompt)}\n{item.choices}\n{item.answer}\n".encode())
+            digest.update(f"{item.prompt.id}\n{answers.plain(item.prompt)}\n{item.choices}\n{item.answer}\n".encode())
     return digest.hexdigest()[:12]
 
 

@@ -40,6 +40,38 @@ def test_choices_have_three_states(
     assert choose(("a", "b", "c"), scores, answer) == expected
 
 
+def asked(place: int, scores: dict[str, float], answer: str) -> Prediction:
+    best, right = choose((*scores,), (*scores.values(),), answer)
+    return replace(
+        prediction(place, right), choices=(*scores,), scores=(*scores.values(),), prediction=best, answer=answer
+    )
+
+
+def test_calibrated_answers_are_what_rises_most() -> None:
+    """By hand: `ring` is likely whatever is shown, and each picture raises its own name by less than that."""
+    told = [
+        asked(0, {"ring": -5, "oil drum": -9, "helicopter": -9.5}, "oil drum"),  # others: -4, -11, -9
+        asked(1, {"ring": -3, "oil drum": -12, "helicopter": -10}, "ring"),  # others: -5, -9.5, -8.75
+        asked(2, {"ring": -5, "oil drum": -10, "helicopter": -8}, "helicopter"),  # others: -4, -10.5, -9.75
+    ]
+    assert [one.right for one in told] == [False, True, False]
+    assert answers.calibrated(told) == [1, 1, 1]
+    favoured = [replace(one, scores=tuple(s + len(c) ** 2 for s, c in zip(one.scores, one.choices))) for one in told]
+    assert answers.calibrated(favoured) == [1, 1, 1]  # what a name has in every item makes no difference
+
+
+def test_calibrated_answers_under_a_blank_picture_are_at_chance() -> None:
+    blank = [asked(place, {"a": -1 / 3, "b": -0.7, "c": -9.1}, "abc"[place % 3]) for place in range(7)]
+    assert answers.calibrated(blank) == [pytest.approx(1 / 3)] * 7
+
+
+def test_no_calibration_without_other_items_and_none_of_scores_that_are_no_numbers() -> None:
+    lone = [asked(0, {"a": -1, "b": -2}, "a"), asked(1, {"a": -1, "c": -2}, "a")]
+    assert answers.calibrated(lone) is None and answers.calibrated([]) is None
+    spoilt = [asked(place, {"a": math.nan, "b": -2.0}, "b") for place in range(2)]
+    assert answers.calibrated(spoilt) == [None, None]
+
+
 @pytest.mark.parametrize(
     ("reply", "answer", "exact", "contained"),
     [

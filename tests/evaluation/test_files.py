@@ -62,7 +62,7 @@ def answered(asked: Task, model: VLM, say: Callable[[Sample], str | None]) -> tu
 
 def besides(row: results.Row) -> dict[str, float]:
     """A benchmark's further figures without their intervals."""
-    return {name: estimate.value for name, estimate in row.besides.items() if estimate is not None}
+    return {name: estimate.value for name, told in row.besides.items() if (estimate := told["after"])}
 
 
 def in_turn(*replies: str | None) -> Callable[[Sample], str | None]:
@@ -343,7 +343,7 @@ def test_the_circular_interval_is_over_pictures_and_not_over_rounds(tmp_path, mo
     truths = {item.prompt.id: item.answer for item in asked.items}
     wrong = {f"{place}#round-2" for place in range(14, 20)}
     _, row = answered(asked, model, lambda prompt: "none" if prompt.id in wrong else truths[prompt.id])
-    circular = row.besides["circular accuracy"]
+    circular = row.besides["circular accuracy"]["after"]
     assert circular is not None and circular.value == pytest.approx(0.7)
     assert row.cells["after"].value == pytest.approx(54 / 60) and (circular.n, circular.clusters) == (20, 10)
     assert circular.low == pytest.approx(0.3968, abs=1e-4)  # Wilson's of 7 right among 10
@@ -364,16 +364,16 @@ def test_no_bare_figure_while_a_reply_is_missing(tmp_path, model):
     """The states of the row, and every further figure of every benchmark, in JSON and in the table."""
     _, row = answered(task("options", mmbench(tmp_path)), model, in_turn("B", None, "C", "B", "A"))
     assert (row.cells["after"].lowest, row.cells["after"].highest) == (0.8, 1.0)
-    assert row.besides and set(row.besides.values()) == {None}
+    assert row.besides and all(told == {"after": None} for told in row.besides.values())
     kinds = ["random", "popular"] * 2
     path = questions(tmp_path, ["yes", "no", "yes", "no"], category=kinds)
     _, judged = answered(task("yes-no", path), model, in_turn("yes", None, "no", "no"))
-    assert judged.besides and set(judged.besides.values()) == {None}
+    assert judged.besides and all(told == {"after": None} for told in judged.besides.values())
     (tmp_path / "said").mkdir()
     pictures(tmp_path / "said", "a.jpg", "b.jpg")
     told = write(tmp_path / "said", [{"image": f"{name}.jpg", "caption": f"A cat on {name}."} for name in "ab"])
     found, captioned = answered(task("captions", told), model, in_turn("a cat on a", None))
-    assert found[0].right and found[1].right is None and captioned.besides["CIDEr"] is None
+    assert found[0].right and found[1].right is None and captioned.besides["CIDEr"]["after"] is None
     console = Console(width=160, record=True, file=StringIO())
     console.print(table_of([row, judged, captioned]))
     for line in console.export_text().splitlines():

@@ -51,7 +51,7 @@ def test_baselines_may_be_asked_fewer_items_and_are_paired_with_the_same_ones(tm
     assert asked == [one.id for one in measure(model, few, 1, tmp_path / "other")["t"][1]["blind"]]
     whole = {one.id: one.right for one in found["after"]}
     (row,) = rows(task, found)
-    assert (row.n, row.fewest) == (9, 4)
+    assert (row.n, row.fewest) == (9, 4) and set(row.besides["no name favoured"]) == {"after", "cosine"}
     gained = sum(bool(whole[one.id]) - bool(one.right) for one in found["blind"]) / 4
     assert row.gains["blind"].value == pytest.approx(gained)
     shown = examples({"t": (task, found)}, 9)

@@ -18,6 +18,7 @@ from rich.console import Console
 import page_checks
 from isthmus.evaluation import drawing, escaping, page, report, results
 from isthmus.evaluation.answers import Prediction
+from isthmus.evaluation.draw import drawn
 from isthmus.evaluation.report import Credit, Curve, Example, Generation, Part, Report
 from isthmus.evaluation.statistics import Estimate
 from isthmus.evaluation.tasks import Choice, Cut, Item, Likelihood, Task
@@ -305,16 +306,20 @@ class Told(Choice):
 
 def test_the_page_shows_what_benchmarks_report_besides() -> None:
     task = make_task("captions", "asked, CIDEr-D / 10", ("a", "b"), 20, Told)
-    whole, partly = (results.rows(task, make_runs(task, {"before": 0.2, "after": 0.5}, left))[0] for left in (0, 1))
-    shown = [[".731", ".64–.82"], ["1234.50", "1200.00–1300.00"]]
-    for row, figures in ((whole, shown), (partly, [["not scored"], ["not scored"]])):
+    whole, partly = (make_runs(task, {"before": 0.2, "after": 0.5}, left) for left in (0, 1))
+    some = whole | {"before": [whole["before"][n] for n in drawn(20, 9)]}  # as `baseline_limit` asks: no figure
+    shown, missing = [[".731", ".64–.82"], ["1234.50", "1200.00–1300.00"]], [["not scored"], ["not scored"]]
+    for runs, figures in ((whole, [each * 2 for each in shown]), (some, shown), (partly, [m * 2 for m in missing])):
+        row = results.rows(task, runs)[0]
         text = page.render(Report("R", "S", (), (row,), (), "f", "d", 3, "r"))
         assert Page(text).open == [] and page_checks.faults(text) == []
         body = text.split("<tbody>")[1].split("</tbody>")[0]
         first, *more = [Page(line).words for line in body.strip().split("\n")]
         assert first[0] == "asked, CIDEr-D / 10"
         assert more == [["CIDEr <b>", *figures[0]], ["MME score", *figures[1]]]
-    assert "hare of right answers" not in text.split("Results")[1].split("what its benchmark reports besides")[0]
+    assert (
+        "hare of right answers" not in text.split("Results")[1].split("what its task or benchmark reports besides")[0]
+    )
 
 
 def test_table_fits_a_narrow_terminal(made_up: Report) -> None:

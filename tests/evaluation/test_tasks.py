@@ -17,7 +17,7 @@ from isthmus.data import sets
 from isthmus.evaluation import answers, catalogue, tasks
 from isthmus.evaluation.catalogue import named
 from isthmus.evaluation.score import RULE, Scorer
-from isthmus.evaluation.tasks import Choice, Cut, Generate, Item, Likelihood, item, plain, run
+from isthmus.evaluation.tasks import Choice, Cut, Generate, Item, Likelihood, item, run
 from isthmus.model import VLM
 from isthmus.types import Box, ConfigError, DataError, Image, Sample, Tag, Turn
 
@@ -64,7 +64,7 @@ def test_item_refuses_what_cannot_be_scored(broken: Sample) -> None:
 
 def test_plain_shows_all_parts() -> None:
     turn = Turn("user", (Image("x.png"), Tag("cat"), Box((0, 0, 0.5, 1))))
-    assert plain(Sample((turn, Turn.say("assistant", "yes")))) == (
+    assert answers.plain(Sample((turn, Turn.say("assistant", "yes")))) == (
         "user: <image> cat [0.000,0.000,0.500,1.000]\nassistant: yes"
     )
 

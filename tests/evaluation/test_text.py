@@ -94,7 +94,7 @@ def test_a_frozen_llm_has_lost_nothing_and_a_changed_one_something(tmp_path: Pat
     nll, chosen = rows(tmp_path / "frozen")
     assert nll.gains["before"].low == nll.gains["before"].high == 0 and nll.n == len(tasks[0][0].items) > 3
     assert chosen.gains["before"].value == 0 and chosen.chance == 0.25
-    told, level = nll.besides["perplexity"], nll.cells["after"]
+    told, level = nll.besides["perplexity"]["after"], nll.cells["after"]
     assert [told.value, told.low, told.high] == pytest.approx(
         [math.exp(x) for x in (level.value, level.low, level.high)]
     )

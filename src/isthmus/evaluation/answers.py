@@ -10,13 +10,15 @@ import json
 import math
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from isthmus.data import boxes
 from isthmus.files import write_text
-from isthmus.types import DataError
+from isthmus.types import KIND, Box, DataError, Grounding, Part, Sample, Tag, Text
 
 SCORING = 1
 """Raised whenever replies come to be scored otherwise under the same rule: files from before are not reused."""
@@ -108,6 +110,35 @@ def choose(choices: Sequence[str], scores: Sequence[float], answer: str) -> tupl
     return first[0], first[0] == answer
 
 
+def calibrated(predictions: Sequence[Prediction]) -> list[float | None] | None:
+    """How right each answer would be if no choice were favoured; None where a choice is offered in one item alone.
+
+    From a choice's score its mean over the other items that offer it is taken, and the highest is chosen. An LLM gives
+    short and frequent words a higher likelihood whatever it sees; where answers are drawn evenly that can only mislead.
+    No answer is looked at, and choices that tie share the item, as all do under a blank picture.
+
+    Source: Batch Calibration (Zhou et al., arXiv 2309.17249). Differs: logarithms are averaged as they are, not
+    normalised over an item's choices, and an item is left out of its own means.
+    """
+    offered: defaultdict[str, list[float]] = defaultdict(list)
+    for one in predictions:
+        for choice, score in zip(one.choices, one.scores):
+            offered[choice].append(score)
+    if not predictions or any(len(scores) < 2 for scores in offered.values()):
+        return None
+    sums = {choice: (math.fsum(scores), len(scores) - 1) for choice, scores in offered.items()}
+    return [_lifted(one, [sums[choice] for choice in one.choices]) for one in predictions]
+
+
+def _lifted(one: Prediction, sums: Sequence[tuple[float, int]]) -> float | None:
+    """The answer's share of the choices that rise most above their mean of `sums`, this item left out."""
+    lifts = [score - (total - score) / others for score, (total, others) in zip(one.scores, sums)]
+    if one.answer not in one.choices or not all(map(math.isfinite, lifts)):
+        return None
+    first = [choice for choice, lift in zip(one.choices, lifts) if math.isclose(lift, max(lifts), abs_tol=1e-9)]
+    return (one.answer in first) / len(first)
+
+
 def verdict(right: float | None) -> str:
     """`right`, `wrong`, `not scored`, or how right: `.60 right`."""
     if right is None:
@@ -174,6 +205,19 @@ _DIGITS = {
         ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     )
 }
+
+
+def plain(sample: Sample) -> str:
+    """The conversation as text, pictures as `<image>`, one turn a line."""
+    return "\n".join(f"{turn.role}: {' '.join(map(_word, turn.parts))}" for turn in sample.turns)
+
+
+def _word(part: Part) -> str:
+    if isinstance(part, Text | Tag):
+        return part.text
+    if isinstance(part, Box):
+        return boxes.Decimals().write([part])
+    return "<grounding>" if isinstance(part, Grounding) else f"<{KIND[type(part)]}>"
 
 
 def _line(value: Mapping[str, Any]) -> str:

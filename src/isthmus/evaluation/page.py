@@ -5,7 +5,7 @@ Everything that comes from data or a model is escaped; figures come from `drawin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from isthmus.evaluation import drawing, html
 from isthmus.evaluation.answers import Prediction, verdict
@@ -87,7 +87,7 @@ def _units(rows: Sequence[Row]) -> str:
     if any(row.unit != "accuracy" for row in rows):
         parts.append("Nats per token: negative log-likelihood (lower is better), on a scale of its own.")
     if any(row.besides for row in rows):
-        parts.append("Below a row, without marks: what its benchmark reports besides, after training.")
+        parts.append("Below a row, without marks: what its task or benchmark reports besides.")
     parts.append(
         "Small figures are 95 % intervals. Blank and shuffled: after training, with a grey picture or another’s."
     )
@@ -99,14 +99,20 @@ def _units(rows: Sequence[Row]) -> str:
 def _besides(row: Row, shown: Sequence[Column]) -> str:
     """The row's further figures, each in a row of its own."""
     found = ""
-    for name, value in row.besides.items():
-        told = '<small class="unscored">not scored</small>'
-        if value is not None:
-            told = f"{short(value.value)}<small>{interval(value)}</small>"
-        cells = "".join(f'<td class="{column}">{told if column == "after" else ""}</td>' for column in shown)
+    for name, values in row.besides.items():
+        cells = "".join(f'<td class="{column}">{_figure(values, column)}</td>' for column in shown)
         found += f'<tr><th scope="row"><small>{escape(name)}</small></th><td class="figure"></td>{cells}'
         found += '<td class="chance"></td></tr>\n'
     return found
+
+
+def _figure(values: Mapping[Column, Estimate | None], column: Column) -> str:
+    if column not in values:
+        return ""
+    value = values[column]
+    if value is None:
+        return '<small class="unscored">not scored</small>'
+    return f"{short(value.value)}<small>{interval(value)}</small>"
 
 
 def _row(row: Row, shown: Sequence[Column]) -> str:

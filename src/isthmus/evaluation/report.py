@@ -6,7 +6,7 @@ What it says is a `Report` (in `results`); the page is laid out in `page`, its f
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich import box
@@ -16,6 +16,7 @@ from rich.text import Text as RichText
 from isthmus.evaluation import page
 from isthmus.evaluation.results import (
     COLUMNS,
+    Column,
     Credit,
     Curve,
     Example,
@@ -77,9 +78,9 @@ def table_of(rows: Sequence[Row]) -> Table:
         if row.fewest < row.n:
             task.append(f"\n(baselines {row.fewest:,})", style="dim")
         result.add_row(task, *cells, "" if row.chance is None else short(row.chance))
-        for name, value in row.besides.items():
-            told = RichText("not scored", style="yellow") if value is None else _terminal_cell(value)
-            result.add_row(RichText(f"  {name}", style="dim"), *("" if c != "after" else told for c in shown), "")
+        for name, values in row.besides.items():
+            told = (_terminal_figure(values, column) for column in shown)
+            result.add_row(RichText(f"  {name}", style="dim"), *told, "")
     return result
 
 
@@ -93,13 +94,21 @@ def cost_table(rows: Sequence[Row]) -> Table:
         what = RichText(row.label).append(f"\n{row.n:,} items; {_better(row)} is better", style="dim")
         values = row.cells["before"], row.cells["after"], row.gains["before"]
         result.add_row(what, *(_terminal_cell(value) for value in values))
-        for name, value in row.besides.items():
-            result.add_row(RichText(f"  {name}", style="dim"), "", _terminal_cell(value), "")
+        for name, values in row.besides.items():
+            told = (_terminal_figure(values, column) for column in ("before", "after"))
+            result.add_row(RichText(f"  {name}", style="dim"), *told, "")
     return result
 
 
 def _better(row: Row) -> str:
     return "higher" if row.unit == "accuracy" else "lower"
+
+
+def _terminal_figure(values: Mapping[Column, Estimate | None], column: Column) -> RichText:
+    if column not in values:
+        return RichText()
+    value = values[column]
+    return RichText("not scored", style="yellow") if value is None else _terminal_cell(value)
 
 
 def _terminal_cell(value: Estimate | None) -> RichText:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -61,8 +62,8 @@ class Row:
     """After training, within each kind of question, where there are several; `macro` is their mean."""
     macro: Estimate | None = None
     chance: float | None = None
-    besides: Mapping[str, Estimate | None] = field(default_factory=dict)
-    """Further figures of a benchmark, after training; None while an item is not scored."""
+    besides: Mapping[str, Mapping[Column, Estimate | None]] = field(default_factory=dict)
+    """Further figures by name, in the columns that were asked all items; None while an item is not scored."""
 
     @property
     def fewest(self) -> int:
@@ -171,7 +172,7 @@ def _row(task: Task, cut: Cut, runs: Runs, seed: int) -> Row:
     if "after" not in chosen:
         return row
     after = chosen["after"]
-    besides = _besides(task, after, cells["after"]) if cut.kinds is None else {}
+    besides = _besides(task, chosen, cells) if cut.kinds is None else {}
     pairs = {
         column: [pair for pair in zip(alike(runs["after"], runs[column]), runs[column]) if cut.takes(pair[1].kind)]
         for column in chosen
@@ -224,9 +225,14 @@ def _change(pairs: Sequence[tuple[Prediction, Prediction]], seed: int) -> Estima
     return statistics.mean(differences, clusters, tokens, seed=seed)
 
 
-def _besides(task: Task, after: Sequence[Prediction], level: Estimate) -> dict[str, Estimate | None]:
+def _besides(task: Task, chosen: Runs, cells: Mapping[Column, Estimate]) -> dict[str, dict[Column, Estimate | None]]:
     """The task's further figures; without their values while an item is not scored: they count it as wrong."""
-    return {name: None if level.unscored else value for name, value in task.totals(after).items()}
+    found: defaultdict[str, dict[Column, Estimate | None]] = defaultdict(dict)
+    for column, told in chosen.items():
+        if len(told) == len(chosen["after"]):
+            for name, value in task.totals(told).items():
+                found[name][column] = None if cells[column].unscored else value
+    return dict(found)
 
 
 def estimate(predictions: Sequence[Prediction], unit: str = "accuracy", seed: int = 0) -> Estimate:

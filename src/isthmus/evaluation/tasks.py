@@ -23,8 +23,8 @@ from isthmus.evaluation.answers import Prediction
 from isthmus.evaluation.draw import drawn
 from isthmus.evaluation.keeping import Answered, Place
 from isthmus.evaluation.score import COSINE_RULE, RULE, Question, Scorer, timed
-from isthmus.evaluation.statistics import Estimate
-from isthmus.types import KIND, Box, ConfigError, DataError, Grounding, Part, Sample, Tag, Text
+from isthmus.evaluation.statistics import Estimate, accuracy
+from isthmus.types import ConfigError, DataError, Sample
 
 Control: TypeAlias = Literal["blind", "shuffled", "cosine"]
 Advance: TypeAlias = Callable[[int], None]
@@ -69,7 +69,7 @@ class Task(ABC):
 
     Attributes:
         cuts: the rows that the task fills in a result table.
-        cosine: whether the joint alone is measured too.
+        cosine: whether the joint alone is measured too: of questions whose choices are names, drawn evenly.
         training: where demonstrations of such items come from, if there is such a set.
     """
 
@@ -107,7 +107,7 @@ class Task(ABC):
             id=prompt.id,
             task=self.name,
             control=None,
-            prompt=plain(prompt),
+            prompt=answers.plain(prompt),
             answer=item.answer,
             cluster=item.cluster,
             kind=item.kind,
@@ -129,6 +129,11 @@ class Choice(Task):
             self._chosen(item, prompt, scores.values, scores.seconds)
             for item, prompt, scores in zip(self.items, prompts, found)
         ]
+
+    def totals(self, predictions: Sequence[Prediction]) -> dict[str, Estimate]:
+        """Where names are drawn evenly, the share that is right once none is favoured (`answers.calibrated`)."""
+        right = answers.calibrated(predictions) if self.cosine else None
+        return {"no name favoured": accuracy(right, [item.cluster for item in self.items])} if right else {}
 
     def joint_alone(self, scorer: Scorer, advance: Advance | None) -> list[Prediction]:
         found = scorer.cosines([item.question for item in self.items], advance)
@@ -278,20 +283,7 @@ def _told(prompt: Sample) -> list[Any]:
     """What of a prompt predictions depend on; its route is among it where it says one."""
     shown = [str(controls.key(medium)) for medium in prompt.media]
     route = [prompt.meta["route"]] if "route" in prompt.meta else []
-    return [prompt.id, plain(prompt), shown, prompt.meta.get("box"), *route]
-
-
-def plain(sample: Sample) -> str:
-    """The conversation as text, pictures as `<image>`, one turn a line."""
-    return "\n".join(f"{turn.role}: {' '.join(map(_word, turn.parts))}" for turn in sample.turns)
-
-
-def _word(part: Part) -> str:
-    if isinstance(part, Text | Tag):
-        return part.text
-    if isinstance(part, Box):
-        return boxes.Decimals().write([part])
-    return "<grounding>" if isinstance(part, Grounding) else f"<{KIND[type(part)]}>"
+    return [prompt.id, answers.plain(prompt), shown, prompt.meta.get("box"), *route]
 
 
 # ---------------------------------------------------------------------------------------------- the demo's tasks
