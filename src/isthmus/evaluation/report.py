@@ -94,8 +94,8 @@ def cost_table(rows: Sequence[Row]) -> Table:
         what = RichText(row.label).append(f"\n{row.n:,} items; {_better(row)} is better", style="dim")
         values = row.cells["before"], row.cells["after"], row.gains["before"]
         result.add_row(what, *(_terminal_cell(value) for value in values))
-        for name, values in row.besides.items():
-            told = (_terminal_figure(values, column) for column in ("before", "after"))
+        for name, figures in row.besides.items():
+            told = (_terminal_figure(figures, column) for column in ("before", "after"))
             result.add_row(RichText(f"  {name}", style="dim"), *told, "")
     return result
 
