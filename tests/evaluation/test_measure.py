@@ -11,10 +11,10 @@ import pytest
 import composed
 from isthmus.config import TaskConfig
 from isthmus.data.choices import ROUND
-from isthmus.evaluation.answers import Prediction
+from isthmus.evaluation.answers import CALIBRATED_RULE, Prediction
 from isthmus.evaluation.draw import drawn
 from isthmus.evaluation.files import Captions
-from isthmus.evaluation.measure import check_exchanges, measure, merge, some
+from isthmus.evaluation.measure import check_exchanges, measure, merge, rules, some
 from isthmus.evaluation.results import examples, rows
 from isthmus.evaluation.tasks import Choice, Cut, Item
 from isthmus.types import DataError, Sample, Turn
@@ -42,6 +42,8 @@ def test_baselines_may_be_asked_fewer_items_and_are_paired_with_the_same_ones(tm
     )
     task, model = Choice("t", items, (Cut("T"),), cosine=True), composed.model()
     few = [(task, TaskConfig(name="t", baseline_limit=4))]
+    assert rules(few) == f"{task.rule}; {CALIBRATED_RULE}"
+    assert rules([(replace(task, cosine=False), few[0][1])]) == task.rule
     before = measure(model, few, 0, tmp_path, column="before")
     found = merge(before, measure(model, few, 0, tmp_path))["t"][1]
     sizes = {column: len(told) for column, told in found.items()}

@@ -22,6 +22,9 @@ from isthmus.types import KIND, Box, DataError, Grounding, Part, Sample, Tag, Te
 
 SCORING = 1
 """Raised whenever replies come to be scored otherwise under the same rule: files from before are not reused."""
+CALIBRATED = "no name favoured"
+"""What reports call the figure of `calibrated`."""
+CALIBRATED_RULE = f"{CALIBRATED}: each score less the mean of the same name's over the other items"
 
 
 @dataclass(frozen=True)

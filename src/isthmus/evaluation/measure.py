@@ -16,7 +16,7 @@ from isthmus.config import TaskConfig
 from isthmus.data.choices import ROUND
 from isthmus.data.collate import Look
 from isthmus.evaluation import fewshot, prose, tasks
-from isthmus.evaluation.answers import Prediction
+from isthmus.evaluation.answers import CALIBRATED_RULE, Prediction
 from isthmus.evaluation.controls import CONTROLS
 from isthmus.evaluation.draw import drawn
 from isthmus.evaluation.results import Column
@@ -141,9 +141,10 @@ def rules(built: Sequence[tuple[Task, TaskConfig]]) -> str:
     names: dict[str, list[str]] = {}
     for task, _ in built:
         names.setdefault(task.rule, []).append(task.name)
-    if len(names) < 2:
-        return "".join(names)
-    return "; ".join(f"{', '.join(of)}: {rule}" for rule, of in names.items())
+    told = [*names] if len(names) < 2 else [f"{', '.join(of)}: {rule}" for rule, of in names.items()]
+    if any(task.cosine for task, _ in built):
+        told.append(CALIBRATED_RULE)
+    return "; ".join(told)
 
 
 def conditions(

@@ -133,7 +133,7 @@ class Choice(Task):
     def totals(self, predictions: Sequence[Prediction]) -> dict[str, Estimate]:
         """Where names are drawn evenly, the share that is right once none is favoured (`answers.calibrated`)."""
         right = answers.calibrated(predictions) if self.cosine else None
-        return {"no name favoured": accuracy(right, [item.cluster for item in self.items])} if right else {}
+        return {answers.CALIBRATED: accuracy(right, [item.cluster for item in self.items])} if right else {}
 
     def joint_alone(self, scorer: Scorer, advance: Advance | None) -> list[Prediction]:
         found = scorer.cosines([item.question for item in self.items], advance)
