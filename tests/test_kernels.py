@@ -80,6 +80,42 @@ def test_packed_rows_equal_a_dense_mask_over_whole_rows(length):
     assert torch.equal(dense.expand_as(allowed), allowed), "what accelerators without such a kernel are given"
 
 
+@pytest.mark.parametrize("length", [3, 8, 10])
+def test_blocks_equal_float64_written_out(length, monkeypatch):
+    """Rows shorter than a block, of whole blocks, and with a rest."""
+    monkeypatch.setattr(kernels, "BLOCK", 4)
+    tensors = states(2, length, torch.float64)
+    mixed = kernels._Causal.apply(*tensors, 0.3)
+    query, key, value = tensors[0], *(x.repeat_interleave(2, 1) for x in tensors[1:])
+    scores = (0.3 * query @ key.transpose(2, 3)).masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+    expected = (scores.softmax(-1) @ value).transpose(1, 2)
+    torch.testing.assert_close(mixed, expected, atol=1e-12, rtol=1e-10)
+    above = torch.randn_like(mixed).transpose(1, 2).contiguous().transpose(1, 2)  # slopes come with any strides
+    slopes = (torch.autograd.grad(out, tensors, above) for out in (mixed, expected))
+    for ours, exact in zip(*slopes):
+        torch.testing.assert_close(ours, exact, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("rows", [torch.tensor([[1] * 140, [1] * 130 + [0] * 10]), torch.tensor([[1] * 135 + [2] * 5])])
+def test_long_rows_go_by_blocks(rows, monkeypatch):
+    """Alone and packed, in bfloat16: what real tokens come to, and their slopes, as near to float32 as sdpa's."""
+    calls, blocks = [], kernels._weights
+    monkeypatch.setattr(kernels, "_weights", lambda *args: calls.append(args) or blocks(*args))
+    embeds = torch.randn(*rows.shape, tiny.WIDTH, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for name, dtype in (("exact", torch.float32), ("sdpa", torch.bfloat16), (kernels.NAME, torch.bfloat16)):
+        llm = tiny.llm("llama").to(dtype)
+        llm.set_attn_implementation("sdpa" if name == "exact" else name)
+        x = embeds.to(dtype).requires_grad_()
+        mask = fuse.masks(llm.config, x, rows, None, None)
+        states = llm.base_model(inputs_embeds=x, attention_mask=mask, position_ids=fuse.positions(rows))[0]
+        assert bool(calls) == (name == kernels.NAME)
+        (slope,) = torch.autograd.grad(states[rows > 0].square().sum(), x)
+        found[name] = torch.cat([states[rows > 0], slope[rows > 0]]).detach()
+    apart = {name: float((found[name] - found["exact"]).norm()) for name in ("sdpa", kernels.NAME)}
+    assert apart[kernels.NAME] < 1.2 * apart["sdpa"], apart
+
+
 def test_borders_by_hand():
     found = kernels.borders(torch.tensor(PACKED))
     assert found.shape == (1, 1, 1, 6) and found.flatten().tolist() == [0, 5, 9, 12, 23, 24]

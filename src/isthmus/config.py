@@ -82,7 +82,7 @@ class LLMConfig(Frozen):
     source: str = "smollm2-135m-instruct"
     revision: str | None = None
     attention: Literal["isthmus", "sdpa", "eager", "flex_attention", "flash_attention_2"] = "isthmus"
-    """transformers' attention kernel; `isthmus` is sdpa but for short rows on a CPU (see `kernels`)."""
+    """transformers' attention kernel; `isthmus` is sdpa but on a CPU, for short and for causal rows (see `kernels`)."""
     bits: Literal[4, 8] | None = None
     """Hold the Linears in so many bits, all but the head; they are then frozen, and LoRA trains beside them."""
     architecture: dict[str, Any] | None = None

@@ -1,9 +1,10 @@
-"""Attention for short and for packed rows, registered with transformers under a name of its own.
+"""Attention on CPUs and for packed rows, registered with transformers under a name of its own.
 
 PyTorch's CPU flash attention spends its time on blocks that short rows do not fill: for 32 rows of 36 tokens, forward
-and backward together took 20 to 25 ms per layer in bfloat16 on two cores, plain batched products 3 ms
-(`benchmarks/attention.py`). Longer rows and accelerators keep transformers' sdpa, except where an LLM caps its scores
-(Gemma 2) or lets a sink take a share of the weights (gpt-oss), which sdpa cannot.
+and backward together took 20 to 25 ms per layer in bfloat16 on two cores, plain batched products 3 ms. In bfloat16 long
+causal rows gain, too, by products that stay in the processor's caches (`benchmarks/attention.py`). Other rows and
+accelerators keep transformers' sdpa, except where an LLM caps its scores (Gemma 2) or lets a sink take a share of the
+weights (gpt-oss), which sdpa cannot.
 
 Packed rows come with the borders of their segments in place of a mask, and each segment is computed alone: on a CPU
 in batches of segments of similar length, on an accelerator by PyTorch's flash attention for variable lengths. A dense
@@ -30,6 +31,10 @@ NAME = "isthmus"
 """What transformers knows it by: `attn_implementation="isthmus"`."""
 SHORT = {torch.bfloat16: 512, torch.float16: 512, torch.float32: 48}
 """Rows of up to this many keys are computed by products, whose scores are held in memory; beyond it sdpa is faster."""
+LONG = 128
+"""Causal rows in bfloat16 of more tokens than this are computed block by block."""
+BLOCK = 64
+"""Queries of a block, whose scores then fit into the processor's caches."""
 SIMILAR = 0.8
 """Segments that are at least this share of the longest among them are padded to it and computed together."""
 
@@ -61,12 +66,16 @@ def attention(
         return _by_segment(module, query, key, value, attention_mask.flatten(), options), None
     length, keys = query.shape[2], key.shape[2]
     softcap, sinks = more.get("softcap"), more.get("s_aux")
-    short = query.device.type == "cpu" and keys <= SHORT.get(query.dtype, 0) and not dropout
-    products = short or softcap is not None or sinks is not None  # sdpa knows of neither, and drops sinks in silence
-    if products and attention_mask is None:
+    local = query.device.type == "cpu" and not dropout
+    other = softcap is not None or sinks is not None  # sdpa knows of neither, and drops sinks in silence
+    products = other or (local and keys <= SHORT.get(query.dtype, 0))
+    if attention_mask is None:
         causal = module.is_causal if more.get("is_causal") is None else more["is_causal"]
-        seen = torch.ones(length, keys, dtype=torch.bool, device=query.device)
-        attention_mask = _additive(seen.tril() if causal and length > 1 else seen, query.dtype)  # as sdpa reads None
+        if causal and local and not other and _in_blocks(query, key, value):
+            return _Causal.apply(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+        if products:  # None means what sdpa reads it as
+            seen = torch.ones(length, keys, dtype=torch.bool, device=query.device)
+            attention_mask = _additive(seen.tril() if causal and length > 1 else seen, query.dtype)
     if attention_mask is None or not products:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if attention_mask.dtype == torch.bool:
@@ -157,6 +166,79 @@ def _by_products(
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(allowed, torch.zeros((), dtype=dtype), torch.finfo(dtype).min)
+
+
+# ---------------------------------------------------------------------------------------------- long causal rows
+
+
+def _in_blocks(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `_Causal` computes these rows: long, nothing before them, in bfloat16, and not traced by a compiler."""
+    long = query.shape[2] == key.shape[2] > LONG and query.shape[-1] == value.shape[-1]
+    return long and {query.dtype, key.dtype, value.dtype} == {torch.bfloat16} and not torch.compiler.is_compiling()
+
+
+class _Causal(torch.autograd.Function):
+    """Causal attention by blocks of queries, each against all keys up to its own end: [B, T, heads, d].
+
+    What lies behind a block is not computed, and its weights are computed again on the way back, so that nothing of
+    [T, T] is kept. As in FlashAttention (Dao et al., arXiv 2205.14135); Differs: keys are not divided, so that a
+    block's softmax is one call.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.scale = scale
+        rows, heads, length, width = query.shape
+        keys, values = key.flatten(0, 1).transpose(1, 2).contiguous(), value.flatten(0, 1).contiguous()
+        mixed = query.new_empty(rows, length, heads, width)
+        for start, end in _blocks(length):
+            weights = _weights(_grouped(query[:, :, start:end], key) * scale, keys[..., :end], end - start)
+            mixed[:, start:end] = _apart(torch.bmm(weights, values[:, :end]), query).transpose(1, 2)
+        return mixed
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value = ctx.saved_tensors
+        flat = key.flatten(0, 1).contiguous()
+        keys, values = (x.flatten(0, 1).transpose(1, 2).contiguous() for x in (key, value))
+        wide = torch.promote_types(query.dtype, torch.float32)
+        to_keys, to_values = (torch.zeros_like(flat, dtype=wide) for _ in range(2))
+        to_query = above.new_empty(above.shape)
+        for start, end in _blocks(query.shape[2]):
+            asked = _grouped(query[:, :, start:end], key) * ctx.scale
+            slope = _grouped(above[:, start:end].transpose(1, 2), key)
+            weights = _weights(asked, keys[..., :end], end - start)
+            to_values[:, :end] += torch.bmm(weights.transpose(1, 2), slope)
+            to_weights = torch.bmm(slope, values[..., :end])
+            to_scores = torch._softmax_backward_data(to_weights, weights, -1, weights.dtype)
+            to_keys[:, :end] += torch.bmm(to_scores.transpose(1, 2), asked)
+            to_asked = torch.bmm(to_scores, flat[:, :end]) * ctx.scale
+            to_query[:, start:end] = _apart(to_asked, query).transpose(1, 2)
+        return to_query.transpose(1, 2), to_keys.to(key.dtype).view_as(key), to_values.to(key.dtype).view_as(key), None
+
+
+def _blocks(length: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + BLOCK, length)) for start in range(0, length, BLOCK))
+
+
+def _grouped(states: Tensor, key: Tensor) -> Tensor:
+    """[B, heads, t, d] -> [B key heads, heads per key t, d]: the query heads that share a key, one behind another."""
+    return states.reshape(key.shape[0] * key.shape[1], -1, states.shape[-1])
+
+
+def _apart(grouped: Tensor, query: Tensor) -> Tensor:
+    """The inverse: [B, heads, t, d]."""
+    return grouped.view(*query.shape[:2], -1, query.shape[-1])
+
+
+def _weights(asked: Tensor, keys: Tensor, own: int) -> Tensor:
+    """What a block's queries, grouped and scaled, take from each of `keys` [.., d, S], the last `own` their own."""
+    scores = torch.bmm(asked, keys)
+    later = torch.full((own, own), -torch.inf, dtype=scores.dtype).triu(1)
+    scores[..., -own:] += later.repeat(asked.shape[1] // own, 1)
+    return scores.softmax(-1)
 
 
 # ---------------------------------------------------------------------------------------------- packed rows

@@ -116,12 +116,12 @@ def choose(choices: Sequence[str], scores: Sequence[float], answer: str) -> tupl
 def calibrated(predictions: Sequence[Prediction]) -> list[float | None] | None:
     """How right each answer would be if no choice were favoured; None where a choice is offered in one item alone.
 
-    From a choice's score its mean over the other items that offer it is taken, and the highest is chosen. An LLM gives
-    short and frequent words a higher likelihood whatever it sees; where answers are drawn evenly that can only mislead.
-    No answer is looked at, and choices that tie share the item, as all do under a blank picture.
+    From a choice's score its mean over the other items that offer it is taken, and the highest is chosen: what a model
+    holds likely whatever it sees is gone, which can only mislead where answers are drawn evenly. No answer is looked
+    at, and choices that tie share the item, as all do under a blank picture.
 
-    Source: Batch Calibration (Zhou et al., arXiv 2309.17249). Differs: logarithms are averaged as they are, not
-    normalised over an item's choices, and an item is left out of its own means.
+    Source: the idea of Batch Calibration (Zhou et al., arXiv 2309.17249), of which only the abstract was at hand.
+    Differs, or may: logarithms are averaged as they are, and an item is left out of its own means.
     """
     offered: defaultdict[str, list[float]] = defaultdict(list)
     for one in predictions:
